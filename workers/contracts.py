@@ -1,0 +1,173 @@
+"""What the driver and its workers say to each other: frozen dataclasses, and never a tensor.
+
+A task names tensors; a worker reads them itself, writes a payload, and returns a result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lestd_kernels.tensorize import GroupLayout
+
+FORMAT_VERSION = 1
+"""Version of the payload format; part of every task id."""
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Where one tensor lies on disk, as its shard's header says.
+
+    Attributes:
+        name: name of the tensor in the checkpoint.
+        shard: absolute path of the safetensors file.
+        shape: shape as stored, ``(out, in)`` for the weight of a linear module.
+        dtype: safetensors' name of the dtype: ``"BF16"``, ``"F16"``, ``"F32"``, ...
+        byte_range: ``(start, stop)`` in the file, header included.
+    """
+
+    name: str
+    shard: str
+    shape: tuple[int, ...]
+    dtype: str
+    byte_range: tuple[int, int]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of data of the tensor on disk."""
+        return self.byte_range[1] - self.byte_range[0]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One slice group of one layer, to be decomposed within a byte budget.
+
+    Attributes:
+        task_id: hash of everything that decides the payload's bytes (see `orchestrator.plan`).
+        layer: index of the decoder layer.
+        group: path of the block in the loaded model, ``"model.layers.0.self_attn"``.
+        tensor_prefix: path of the block in the checkpoint's tensor names; differs from `group`
+            only where the checkpoint leaves the base model's prefix out.
+        tensors: module name -> its weight.
+        layout: how the weights divide into slices.
+        method: key of `lestd_kernels.methods.METHODS`.
+        method_args: arguments of the method, as plain values.
+        byte_budget: upper bound of the payload's tensor bytes.
+        value_dtype: torch name of the dtype that values and factors are stored in, the
+            checkpoint's own: ``"bfloat16"``, ``"float16"``, ``"float32"``.
+        predicted_memory_bytes: what the plan expects the worker to need.
+    """
+
+    task_id: str
+    layer: int
+    group: str
+    tensor_prefix: str
+    tensors: dict[str, TensorRef]
+    layout: GroupLayout
+    method: str
+    method_args: dict[str, Any]
+    byte_budget: int
+    value_dtype: str
+    predicted_memory_bytes: int
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the task's weights in the source checkpoint."""
+        return sum(ref.stored_bytes for ref in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class SliceResult:
+    """Statistics of one slice (one head of one projection); the manifest's table `slices`."""
+
+    projection: str
+    head: int
+    nnz: int
+    density: float
+    core_bytes: float
+    relative_error: float
+    squared_norm: float
+    squared_energy: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished task left behind; the manifest's table `groups` has these fields.
+
+    Energies and errors are squared Frobenius norms in the units of the weights;
+    `relative_error` is not squared, and is recomputed from the tensors as stored.
+    """
+
+    task_id: str
+    layer: int
+    group: str
+    tensors: tuple[str, ...]
+    method: str
+    payload: str
+    sha256: str
+    payload_bytes: int
+    source_sha256: str
+    format: dict[str, Any]
+    ranks: dict[str, int]
+    nnz: int
+    density: float
+    codec: str
+    dense_bytes: int
+    byte_budget: int
+    stored_bytes: int
+    relative_error: float
+    squared_norm: float
+    squared_error: float
+    squared_energy_stage1: float
+    squared_energy_stage2: float
+    threshold: float
+    hooi_iterations: int
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    device: str
+    worker: str
+    node: str
+    versions: dict[str, str]
+    slices: tuple[SliceResult, ...]
+    attempt: int = 1
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an item has no result.
+
+    ``kind`` is ``"application"`` (bad input or a bug: not retried) or ``"infrastructure"``
+    (a worker or its machine died: retried up to the limit).
+    """
+
+    task_id: str
+    kind: Literal["application", "infrastructure"]
+    error_type: str
+    message: str
+    traceback: str = field(default="", repr=False)
+    attempt: int = 1
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """Some windows of a token stream, to be scored by one evaluation worker.
+
+    Attributes:
+        task_id: names the piece in progress and failure reports.
+        windows: indices of the windows of this piece, ascending.
+    """
+
+    task_id: str
+    windows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Summed negative log-likelihood (nats) and predicted tokens of each window of a piece."""
+
+    task_id: str
+    windows: tuple[int, ...]
+    nll: tuple[float, ...]
+    tokens: tuple[int, ...]
+    seconds: float
+    worker: str
