@@ -145,11 +145,11 @@ class SharedTucker:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def module_core(self, module: ModuleLayout) -> Tensor:
-        """M ``(R1, S_m R2)`` of one module, dense, in the value dtype."""
+        """M ``(R1, S_m R2)`` of one module, dense, float32."""
         if self.U3 is None:
-            return self.cores[module.name].decode()
-        U3_rows = self.U3[list(module_types(module))]
-        return mix_types(self.cores[CORE_NAME].decode(), U3_rows, self.U2.shape[1])
+            return self.cores[module.name].decode().float()
+        U3_rows = self.U3[list(module_types(module))].float()
+        return mix_types(self.cores[CORE_NAME].decode().float(), U3_rows, self.U2.shape[1])
 
     def to_dense(self) -> dict[str, Tensor]:
         """Reconstruct the weights: module name -> W-hat ``(out, in)``, float32."""
@@ -160,8 +160,8 @@ class SharedTucker:
         U1, U2 = self.U1.float(), self.U2.float()
         blocks = []
         for module in self.layout.modules:
-            M = self.module_core(module).float().reshape(U1.shape[1], -1, U2.shape[1])
-            blocks.append((U1 @ (M @ U2.T).flatten(1)))
+            M = self.module_core(module).reshape(U1.shape[1], -1, U2.shape[1])
+            blocks.append(U1 @ (M @ U2.T).flatten(1))
         return torch.cat(blocks, dim=1)
 
     def named_tensors(self, prefix: str) -> dict[str, Tensor]:

@@ -7,3 +7,7 @@ class LestdError(Exception):
     The message is one sentence that names the file or tensor, what was found, what was
     expected, and what to do. The command line prints it without a traceback and exits non-zero.
     """
+
+
+class OutOfSpaceError(LestdError):
+    """The disk is full: no other task can do better, so a run stops at the first."""

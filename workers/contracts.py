@@ -96,6 +96,7 @@ class Result:
 
     Energies and errors are squared Frobenius norms in the units of the weights;
     `relative_error` is not squared, and is recomputed from the tensors as stored.
+    `seconds` has one entry per stage; `started_at` is seconds since the epoch.
     """
 
     task_id: str
@@ -123,6 +124,7 @@ class Result:
     threshold: float
     hooi_iterations: int
     seconds: dict[str, float]
+    started_at: float
     peak_memory_bytes: int
     device: str
     worker: str
@@ -150,20 +152,33 @@ class Failure:
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """Some windows of a token stream, to be scored by one evaluation worker.
+    """Some windows of a text, to be scored by one evaluation worker.
 
     Attributes:
-        task_id: names the piece in progress and failure reports.
+        task_id: names the piece in failure reports.
         windows: indices of the windows of this piece, ascending.
+        token_ids: for each window its L inputs and, one token further, its last target: at most
+            L + 1 token ids. A few thousand numbers, so they travel with the request and a worker
+            needs neither the text nor a tokenizer.
     """
 
     task_id: str
     windows: tuple[int, ...]
+    token_ids: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Summed negative log-likelihood (nats) and predicted tokens of each window of a piece."""
+    """What a piece's windows scored.
+
+    Attributes:
+        task_id: the request's.
+        windows: the request's.
+        nll: negative log-likelihood of each window in nats, summed over its predicted tokens.
+        tokens: predicted tokens of each window.
+        seconds: time the piece took, without loading the model.
+        worker: who did it, ``host:pid``.
+    """
 
     task_id: str
     windows: tuple[int, ...]

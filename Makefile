@@ -1,0 +1,66 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+# Another interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+EXAMPLE := examples/tiny-llama-wikitext2
+OUT := demo-out/tiny-llama-lestd
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check clean
+
+help: ## Say what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "LeSTD needs Python 3.11 or later, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+
+# Stamps, so that a second `make` installs nothing. The development install includes the other one.
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+.venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP_INSTALL) -e ".[dev]"
+	@touch .venv/installed $@
+
+# A Ray of its own, which ends with the command and listens to nobody else: without these two
+# settings it would join a cluster that runs here, or leave a token in ~/.ray.
+demo: export RAY_ADDRESS := local
+demo: export RAY_AUTH_MODE := token
+demo: .venv/installed ## Compress the example at keep 0.6, judge it before and after
+	@export RAY_AUTH_TOKEN=$$($(BIN)/python -c 'import secrets; print(secrets.token_hex(32))'); \
+	set -e; \
+	echo "== Compress the attention weights of $(EXAMPLE)/model to 0.6 of their bytes"; \
+	$(BIN)/lestd compress $(EXAMPLE)/model --keep 0.6 --out $(OUT); \
+	echo; \
+	echo "== Evaluate before and after on WikiText-2"; \
+	$(BIN)/lestd evaluate $(OUT) --against $(EXAMPLE)/model --text $(EXAMPLE)/wikitext-2-test.txt
+	@echo
+	@echo "What lies where"
+	@echo "  $(OUT)/            the compressed model: a Hugging Face directory with its card"
+	@echo "  $(OUT)/manifest/   what is known of every group and slice (Parquet)"
+	@echo "  $(OUT).run/        the run: payloads, manifest, plan; lestd clean $(OUT) drops it"
+	@echo
+	@echo "What to try next"
+	@echo "  source $(BIN)/activate"
+	@echo "  lestd plan $(EXAMPLE)/model --keep 0.4"
+	@echo "  lestd verify $(OUT)"
+	@echo "  python -c \"import lestd_kernels; from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('$(OUT)'))\""
+	@echo "  lestd compress YOUR_MODEL --keep 0.6 --out YOUR_MODEL-lestd"
+
+test: .venv/installed-dev ## Run the test suite
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/installed-dev ## Run the test suite with the slow tests
+	$(BIN)/python -m pytest
+
+check: .venv/installed-dev ## Lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## Remove the demo's output and the caches; .venv stays
+	rm -rf demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

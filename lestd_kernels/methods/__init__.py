@@ -1,0 +1,10 @@
+"""The table of methods: how a slice group is decomposed. One file per method, one line here."""
+
+from __future__ import annotations
+
+from lestd_kernels.methods import lestd, tucker
+from lestd_kernels.methods.base import Bounds, Decomposed, Method, MethodArgs, SliceStats
+
+METHODS: dict[str, Method] = {method.name: method for method in (lestd.METHOD, tucker.METHOD)}
+
+__all__ = ["METHODS", "Bounds", "Decomposed", "Method", "MethodArgs", "SliceStats"]

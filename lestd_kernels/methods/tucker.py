@@ -1,0 +1,87 @@
+"""Tucker with dense cores in a shared basis: the TensorLLM baseline.
+
+Reference: "TensorLLM: Tensorising Multi-Head Attention for Enhanced Reasoning and Compression in
+LLMs", arXiv 2501.15674.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lestd_kernels.budget import (
+    GroupShape,
+    Limits,
+    dense_bytes,
+    largest_dense_R1,
+    rank_grid,
+    require_feasible,
+    search_dense,
+)
+from lestd_kernels.methods.base import (
+    Bounds,
+    Decomposed,
+    Method,
+    MethodArgs,
+    Stopwatch,
+    finish,
+    group_shape,
+    limits_of,
+    shared_basis,
+    workspace_bytes,
+)
+from lestd_kernels.stage1 import Ranks
+from lestd_kernels.tensorize import GroupLayout
+
+
+def _checked(
+    layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
+) -> tuple[GroupShape, Limits, int]:
+    """The group's sizes, the limits, and the bytes at the smallest ranks (R1 is any integer)."""
+    shape, limits = group_shape(layout, value_dtype, args), limits_of(byte_budget, args)
+    smallest = Ranks(1, rank_grid(layout.head_dim, args.rank_step)[0], 1)
+    least = dense_bytes(shape, smallest)
+    require_feasible(shape, limits, smallest, least)
+    return shape, limits, least
+
+
+def decompose(
+    unfolding: Tensor,
+    layout: GroupLayout,
+    byte_budget: int,
+    value_dtype: torch.dtype,
+    args: MethodArgs,
+) -> Decomposed:
+    """Decompose a slice group with dense cores; see `Method.decompose`."""
+    shape, limits, _ = _checked(layout, byte_budget, value_dtype, args)
+    clock = Stopwatch(unfolding.device)
+    basis = shared_basis(unfolding, shape, limits, search_dense, value_dtype, args, clock)
+    return finish(unfolding, shape, basis, basis.targets, clock)
+
+
+@cache
+def bounds(
+    layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
+) -> Bounds:
+    """Sizes of a Tucker decomposition from shapes alone; see `Method.bounds`."""
+    shape, limits, least = _checked(layout, byte_budget, value_dtype, args)
+    grid2 = rank_grid(layout.head_dim, args.rank_step)
+    fitting = [
+        Ranks(R1, R2, R3)
+        for R3 in range(1, shape.types + 1)
+        for R2 in grid2
+        if (R1 := largest_dense_R1(shape, limits, R2, R3))
+    ]
+    max_R1 = max(ranks.R1 for ranks in fitting)
+    return Bounds(
+        minimum_bytes=least,
+        max_R1=max_R1,
+        max_R2=max(ranks.R2 for ranks in fitting),
+        max_nnz=max(shape.core_elements(ranks) for ranks in fitting),
+        workspace_bytes=workspace_bytes(shape, max_R1),
+    )
+
+
+METHOD = Method("tucker", decompose, bounds)

@@ -1,0 +1,192 @@
+"""Stage I: the shared basis of a slice group, by HOSVD and HOOI.
+
+Shapes: a group is seen as a 4-way tensor W (d, T, n, p), type major: T types of n slices each.
+    type mode identity   T = 1, n = S slices in unfolding order; U3 is the 1 x 1 identity
+    type mode learned    T = 4 (q, k, v, o), n = h heads; U3 (4, R3)
+The slice axis n is never compressed. The factors are U1 (d, R1), U2 (p, R2) and U3 (T, R3), with
+orthonormal columns, and the core is ``G = W x1 U1^T x2 U2^T x3 U3^T``, laid out (R1, R3, n, R2).
+
+Singular vectors of an unfolding are found as eigenvectors of its Gram matrix (d x d, T x T or
+p x p): no singular value decomposition of an unfolding is ever needed. Arithmetic is float32,
+eigenproblems are float64.
+
+References: De Lathauwer, De Moor, Vandewalle, "On the best rank-1 and rank-(R1, ..., RN)
+approximation of higher-order tensors", SIMAX 21(4), 2000 (HOOI); Kolda and Bader, "Tensor
+Decompositions and Applications", SIAM Review 51(3), 2009, section 4.2; LeSTD (ICLR 2026), Stage I.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Ranks(NamedTuple):
+    """Multilinear rank of a group: of the width, the head width, and the types."""
+
+    R1: int
+    R2: int
+    R3: int
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The shared factors U1 (d, R1), U2 (p, R2), U3 (T, R3)."""
+
+    U1: Tensor
+    U2: Tensor
+    U3: Tensor
+
+    @property
+    def ranks(self) -> Ranks:
+        """Number of columns of each factor."""
+        return Ranks(self.U1.shape[1], self.U2.shape[1], self.U3.shape[1])
+
+    def leading(self, ranks: Ranks) -> Factors:
+        """The first columns of each factor."""
+        pairs = zip((self.U1, self.U2, self.U3), ranks, strict=True)
+        return Factors(*(factor[:, :rank].contiguous() for factor, rank in pairs))
+
+    def to(self, *args: Any) -> Factors:
+        """`torch.Tensor.to` on each factor."""
+        return Factors(self.U1.to(*args), self.U2.to(*args), self.U3.to(*args))
+
+
+def leading_eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors of a symmetric matrix, largest eigenvalue first, with fixed signs.
+
+    The entry of largest magnitude of each column (the first one on ties) is positive.
+
+    Args:
+        gram: ``(m, m)``, symmetric up to rounding.
+
+    Returns:
+        ``(eigenvalues (m,) float64, eigenvectors (m, m) float32)``.
+    """
+    values, vectors = torch.linalg.eigh(gram.double())
+    pivots = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
+    vectors = torch.where(pivots < 0, -vectors, vectors)
+    return values.flip(0), vectors.flip(1).float()
+
+
+def project_rows(W: Tensor, U1: Tensor) -> Tensor:
+    """``W x1 U1^T``: (d, T, n, p) -> (R1, T, n, p)."""
+    return (U1.T @ W.flatten(1)).view(-1, *W.shape[1:])
+
+
+def mix(W: Tensor, U3: Tensor) -> Tensor:
+    """``W x3 U3^T``: (d, T, n, p) -> (d, R3, n, p); W itself where U3 is the 1 x 1 identity."""
+    if U3.numel() == 1 and float(U3) == 1:
+        return W
+    return torch.einsum("atnb,tr->arnb", W, U3).contiguous()
+
+
+def _gram1(W: Tensor) -> Tensor:
+    flat = W.flatten(1)
+    return flat @ flat.T
+
+
+def _gram2(W: Tensor) -> Tensor:
+    flat = W.flatten(0, 2)
+    return flat.T @ flat
+
+
+def _gram3(W: Tensor) -> Tensor:
+    if W.shape[1] == 1:
+        return W.new_ones(1, 1)
+    flat = W.transpose(0, 1).flatten(1)
+    return flat @ flat.T
+
+
+def hosvd(W: Tensor) -> Factors:
+    """Full orthogonal bases of modes 1, 2 and 3, leading directions first.
+
+    Args:
+        W: ``(d, T, n, p)``, float32.
+
+    Returns:
+        Square factors: U1 ``(d, d)``, U2 ``(p, p)``, U3 ``(T, T)``.
+    """
+    U1, U2, U3 = (leading_eigenvectors(gram(W))[1] for gram in (_gram1, _gram2, _gram3))
+    return Factors(U1, U2, U3)
+
+
+@dataclass(frozen=True)
+class Stage1:
+    """Result of `hooi`.
+
+    Attributes:
+        factors: orthonormal, float32.
+        core: G ``(R1, R3, n, R2)``, float32.
+        squared_energy: ``||G||^2``, summed in float64; ``||W - W_hat||^2 = ||W||^2 - ||G||^2``.
+        iterations: HOOI sweeps after the HOSVD; 0 where the HOSVD is already optimal.
+    """
+
+    factors: Factors
+    core: Tensor
+    squared_energy: float
+    iterations: int
+
+
+def hooi(W: Tensor, start: Factors, tol: float, max_iter: int) -> Stage1:
+    """Higher-order orthogonal iteration from given factors.
+
+    Each sweep renews U1, U3 and U2 in turn: W is projected by the other modes' factors, and the
+    leading left singular vectors of that mode's unfolding become the factor. With fewer than two
+    modes truncated a truncated HOSVD is the optimum (a full mode constrains nothing), and no
+    sweep is made.
+
+    Args:
+        W: ``(d, T, n, p)``, float32.
+        start: leading columns of `hosvd`'s factors; their ranks are the ranks of the result.
+        tol: stop when the fit ``1 - ||W - W_hat|| / ||W||`` changes by less than this, relatively.
+        max_iter: largest number of sweeps.
+    """
+    factors, ranks, iterations = start, start.ranks, 0
+    truncated = sum(r < m for r, m in zip(ranks, (W.shape[0], W.shape[3], W.shape[1]), strict=True))
+    squared_norm, fit = squared_sum(W), -math.inf
+    while truncated > 1 and iterations < max_iter:
+        factors, squared_energy = _sweep(W, factors)
+        iterations += 1
+        previous = fit
+        fit = 1 - math.sqrt(max(squared_norm - squared_energy, 0) / max(squared_norm, 1e-300))
+        if abs(fit - previous) < tol * fit:
+            break
+    core = mix(project_rows(W, factors.U1), factors.U3) @ factors.U2
+    return Stage1(factors, core, squared_sum(core), iterations)
+
+
+def _sweep(W: Tensor, factors: Factors) -> tuple[Factors, float]:
+    """One HOOI sweep; also ``||G||^2`` with the new factors."""
+    R1, R2, R3 = factors.ranks
+    projected = _reduce_types(_reduce_columns(W, factors.U2), factors.U3)
+    factors = replace(factors, U1=_leading(_gram1(projected), R1))
+    del projected
+    rows = project_rows(W, factors.U1)
+    factors = replace(factors, U3=_leading(_gram3(_reduce_columns(rows, factors.U2)), R3))
+    values, vectors = leading_eigenvectors(_gram2(_reduce_types(rows, factors.U3)))
+    return replace(factors, U2=vectors[:, :R2].contiguous()), float(values[:R2].sum())
+
+
+def _leading(gram: Tensor, rank: int) -> Tensor:
+    return leading_eigenvectors(gram)[1][:, :rank].contiguous()
+
+
+# A square orthogonal factor changes no other mode's Gram matrix, so it need not be applied.
+
+
+def _reduce_columns(W: Tensor, U2: Tensor) -> Tensor:
+    return W if U2.shape[0] == U2.shape[1] else W @ U2
+
+
+def _reduce_types(W: Tensor, U3: Tensor) -> Tensor:
+    return W if U3.shape[0] == U3.shape[1] else mix(W, U3)
+
+
+def squared_sum(tensor: Tensor) -> float:
+    """Squared Frobenius norm, accumulated in float64."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2

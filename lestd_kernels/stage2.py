@@ -1,0 +1,229 @@
+"""Stage II: the sparse cores. Importance, pruning to the byte budget, refit.
+
+Zeroing core element g of an orthonormal expansion raises the squared residual E by exactly g^2, so
+the importance ``(E_{g=0} - E) / E = g^2 / E`` (g^2 where E = 0) ranks elements as |g| does: every
+selection here keeps the largest |g|, the first in position order on ties, over all cores of the
+group with one threshold.
+
+Shapes: a core is (R1, R3, n_c, R2) (see stage1; a group has one or several along the slice axis).
+Factors are the ones that will be stored. Rounded to 16 bits they are no longer exactly
+orthonormal, so the cores solve a least-squares problem. With the Gram matrices A1 = U1^T U1,
+A2 = U2^T U2, A3 = U3^T U3 and the unconstrained solution C, the squared residual of cores M is
+
+    ||W - M x1 U1 x2 U2 x3 U3||^2 = const + <M - C, A(M - C)>,   A(X) = X x1 A1 x2 A2 x3 A3.
+
+References: LeSTD (ICLR 2026), Stage II; Hestenes and Stiefel, "Methods of conjugate gradients for
+solving linear systems", 1952.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from lestd_kernels.stage1 import Factors, mix, project_rows, squared_sum
+
+Fits = Callable[[Sequence[int]], bool]
+"""Whether cores with these numbers of non-zeros fit; once false, false for any larger numbers."""
+
+_LOW_BITS = 16
+_CHUNK_ELEMENTS = 1 << 24
+_REFIT_ITERATIONS = 10
+_REFIT_TOLERANCE = 1e-5
+
+
+def fit_core(W: Tensor, factors: Factors) -> Tensor:
+    """The dense core of least squared residual for given factors.
+
+    Args:
+        W: ``(d, T, n, p)``, float32.
+        factors: of full column rank, not necessarily orthonormal; any floating dtype.
+
+    Returns:
+        C ``(R1, R3, n, R2)``, float32.
+    """
+    U1, U2, U3 = (_dual(U) for U in (factors.U1, factors.U2, factors.U3))
+    return mix(project_rows(W, U1), U3) @ U2
+
+
+def _dual(U: Tensor) -> Tensor:
+    """``U (U^T U)^-1``, float32: its transpose is the pseudo-inverse of U."""
+    U = U.double()
+    return torch.linalg.solve(U.T @ U, U.T).T.float()
+
+
+def gram_factors(factors: Factors) -> Factors:
+    """A1, A2 and A3, float32, of factors as they will be stored."""
+    U1, U2, U3 = (U.double() for U in (factors.U1, factors.U2, factors.U3))
+    return Factors((U1.T @ U1).float(), (U2.T @ U2).float(), (U3.T @ U3).float())
+
+
+def one_shot(targets: Sequence[Tensor], fits: Fits, grams: Factors) -> list[Tensor]:
+    """Keep the largest elements that fit, and refit them: the optimal k-term approximation.
+
+    Args:
+        targets: unconstrained solution C, core by core, float32.
+        fits: the byte budget.
+        grams: see `gram_factors`.
+
+    Returns:
+        Sparse cores, float32.
+    """
+    return refit(targets, select_largest(targets, fits), targets, grams)
+
+
+def prune_refit(
+    targets: Sequence[Tensor], fits: Fits, grams: Factors, alpha: float
+) -> list[Tensor]:
+    """Prune a share of the survivors and refit the rest, until they fit (LeSTD, Stage II).
+
+    Of k survivors the ``min(ceil(alpha k), k - target)`` least important go; target is the
+    largest number that fits. In exact arithmetic equal to `one_shot` for orthonormal factors.
+
+    Args:
+        targets: unconstrained solution C, core by core, float32.
+        fits: the byte budget.
+        grams: see `gram_factors`.
+        alpha: share pruned per step, in (0, 1].
+
+    Returns:
+        Sparse cores, float32.
+    """
+    values = list(targets)
+    while True:
+        survivors = sum(int(core.count_nonzero()) for core in values)
+        masks = select_largest(values, fits)
+        smallest = survivors - math.ceil(alpha * survivors)
+        last = sum(int(mask.sum()) for mask in masks) >= smallest
+        if not last:
+            masks = select_largest(values, lambda nnz, limit=smallest: sum(nnz) <= limit)
+        values = refit(values, masks, targets, grams)
+        if last:
+            return values
+
+
+def select_largest(cores: Sequence[Tensor], fits: Fits) -> list[Tensor]:
+    """Masks of the largest |g| over all cores, as many as fit.
+
+    Exact, without sorting: a radix selection on the bit patterns of |g|, which order like the
+    values. Counts are integers, so the result does not depend on the order of a reduction.
+    Zeros are never kept; ties are kept in position order, core after core.
+
+    Args:
+        cores: any shapes, float32, finite, contiguous.
+        fits: must hold for no element at all.
+
+    Returns:
+        A bool tensor per core, of its shape.
+    """
+    keys = [core.abs().view(torch.int32) for core in cores]
+    high = torch.stack([_histogram(key >> _LOW_BITS, 1 << (31 - _LOW_BITS)) for key in keys])
+    high[:, 0] -= torch.tensor([int((key == 0).sum()) for key in keys])
+    bucket, kept = _first_overflow(high, torch.zeros(len(keys), dtype=torch.int64), fits)
+    if bucket < 0:
+        return [key > 0 for key in keys]
+
+    inside = [key[(key >> _LOW_BITS) == bucket] - (bucket << _LOW_BITS) for key in keys]
+    low = torch.stack([_histogram(key, 1 << _LOW_BITS) for key in inside])
+    if bucket == 0:
+        low[:, 0] = 0
+    digit, kept = _first_overflow(low, kept, fits)
+    threshold = (bucket << _LOW_BITS) + digit
+
+    quotas = _tie_quotas(low[:, digit].tolist(), kept.tolist(), fits)
+    masks = []
+    for key, quota in zip(keys, quotas, strict=True):
+        mask = key > threshold
+        if quota:
+            ties = (key.view(-1) == threshold).nonzero().view(-1)
+            mask.view(-1)[ties[:quota]] = True
+        masks.append(mask)
+    return masks
+
+
+def _histogram(keys: Tensor, bins: int) -> Tensor:
+    return torch.bincount(keys.view(-1), minlength=bins).cpu()
+
+
+def _first_overflow(counts: Tensor, kept: Tensor, fits: Fits) -> tuple[int, Tensor]:
+    """From the top, the first bin that does not fit entirely beside what is kept already.
+
+    Args:
+        counts: ``(cores, bins)``.
+        kept: ``(cores,)``, elements above all bins.
+        fits: the budget.
+
+    Returns:
+        The bin (-1 if all fit) and the elements kept above it, per core.
+    """
+    bins = counts.shape[1]
+    # Position b of `above`: elements kept if the b largest bins are.
+    above = torch.nn.functional.pad(counts.flip(1).cumsum(1), (1, 0)) + kept[:, None]
+    last = bisect.bisect(range(1, bins + 1), False, key=lambda b: not fits(above[:, b].tolist()))
+    return bins - 1 - last, above[:, last]
+
+
+def _tie_quotas(ties: Sequence[int], kept: Sequence[int], fits: Fits) -> list[int]:
+    """How many of each core's ties at the threshold fit, filling core after core."""
+    starts = [0, *accumulate(ties)]
+
+    def quotas(total: int) -> list[int]:
+        return [min(max(total - start, 0), t) for start, t in zip(starts, ties, strict=False)]
+
+    def overflows(total: int) -> bool:
+        return not fits([k + q for k, q in zip(kept, quotas(total), strict=True)])
+
+    return quotas(bisect.bisect(range(1, starts[-1] + 1), False, key=overflows))
+
+
+def refit(
+    values: Sequence[Tensor], masks: Sequence[Tensor], targets: Sequence[Tensor], grams: Factors
+) -> list[Tensor]:
+    """Least-squares values on a support; never raises the residual.
+
+    Conjugate gradients on ``<M - C, A(M - C)>`` from the values masked. Slices do not interact,
+    so they are solved some at a time. With factors orthonormal to float32 no step is taken.
+
+    Args:
+        values: start, per core.
+        masks: the support, per core.
+        targets: unconstrained solution C, per core.
+        grams: A1, A2, A3.
+
+    Returns:
+        New cores, zero outside the masks.
+    """
+    fitted = []
+    for value, mask, target in zip(values, masks, targets, strict=True):
+        per_chunk = max(1, _CHUNK_ELEMENTS // (target.numel() // target.shape[2]))
+        parts = zip(*(t.split(per_chunk, dim=2) for t in (value, mask, target)), strict=True)
+        fitted.append(torch.cat([_conjugate_gradients(*part, grams) for part in parts], dim=2))
+    return fitted
+
+
+def _conjugate_gradients(value: Tensor, mask: Tensor, target: Tensor, grams: Factors) -> Tensor:
+    M = value * mask
+    residual = _apply_grams(target - M, grams) * mask
+    direction = residual
+    residual_sq = squared_sum(residual)
+    enough = _REFIT_TOLERANCE**2 * squared_sum(target)
+    for _ in range(_REFIT_ITERATIONS):
+        if residual_sq <= enough:
+            break
+        image = _apply_grams(direction, grams) * mask
+        step = residual_sq / float((direction * image).sum(dtype=torch.float64))
+        M = M + step * direction
+        residual = residual - step * image
+        previous, residual_sq = residual_sq, squared_sum(residual)
+        direction = residual + (residual_sq / previous) * direction
+    return M
+
+
+def _apply_grams(X: Tensor, grams: Factors) -> Tensor:
+    """A(X) for a core X ``(R1, R3, n, R2)``."""
+    return mix(project_rows(X, grams.U1) @ grams.U2, grams.U3)

@@ -1,0 +1,253 @@
+"""Transformers learns to load and save ``quant_method: "lestd"``; importing lestd_kernels does it.
+
+`config.json` of a compressed model has::
+
+    "quantization_config": {"quant_method": "lestd", "format_version": 1, "groups": [...]}
+
+with one entry per slice group, as `SharedTucker.describe` writes it. Before the weights are
+loaded, `LestdQuantizer` exchanges the linear modules that the entries name for `CompressedLinear`
+modules of exactly the stored shapes; the rest is ordinary loading. Paths in the entries may have
+or lack the base model's prefix (``model.``), and so may the model: ``AutoModel`` loads it too.
+
+Transformers without the plug-in finds a 1-D ``weight`` where it expects a matrix, and raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lestd_kernels.codecs import CODECS
+from lestd_kernels.decomposition import SharedTucker
+from lestd_kernels.errors import LestdError
+from lestd_kernels.linear import (
+    CompressedLinear,
+    CoreSpec,
+    Factor,
+    SharedCore,
+    share_products,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+QUANT_METHOD = "lestd"
+FORMAT_VERSION = 1
+_VALUE_TYPES = ("bfloat16", "float16", "float32")
+_UPGRADE = "upgrade lestd, or compress the model again with this version"
+
+
+@dataclass
+class LestdConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a compressed model.
+
+    Attributes:
+        groups: one entry per slice group, see `SharedTucker.describe`.
+        format_version: version of the entries and of the tensors' names and layout.
+        quant_method: always ``"lestd"``.
+
+    Raises:
+        LestdError: the format version is not the one this package reads.
+    """
+
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    format_version: int = FORMAT_VERSION
+    quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # not in their enum
+
+    def __post_init__(self) -> None:
+        if self.format_version != FORMAT_VERSION:
+            raise LestdError(
+                f"config.json: quantization_config has format_version {self.format_version!r}, "
+                f"this version of lestd reads {FORMAT_VERSION}: {_UPGRADE}."
+            )
+
+
+class LestdQuantizer(HfQuantizer):
+    """Builds the compressed modules before `from_pretrained` loads their tensors."""
+
+    requires_calibration = True
+    quantization_config: LestdConfig
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for number, entry in enumerate(self.quantization_config.groups):
+            with _complete_entry(number):
+                _build_group(model, entry)
+        if checkpoint_files is not None:
+            _check_presence(model, checkpoint_files)
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the tensors and the configuration as they were loaded."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gradients reach the inputs, the factors and the stored core values."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The modules' forward has no graph break."""
+        return True
+
+
+def register() -> None:
+    """Make the plug-in known to Transformers; a second call changes nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(LestdConfig)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(LestdQuantizer)
+
+
+@contextmanager
+def _complete_entry(number: int) -> Iterator[None]:
+    """Say which entry of the configuration lacks a key."""
+    try:
+        yield
+    except KeyError as missing:
+        raise LestdError(
+            f"config.json: quantization_config.groups[{number}] has no {missing}: "
+            "the file is damaged, copy it again from where the model was made."
+        ) from missing
+
+
+def _build_group(model: PreTrainedModel, entry: dict[str, Any]) -> None:
+    """Exchange the linear modules of one slice group for compressed ones, on the meta device."""
+    path, ranks = entry["path"], entry["ranks"]
+    for what, found, known in (
+        ("kind", entry["kind"], (SharedTucker.kind,)),
+        ("value_type", entry["value_type"], _VALUE_TYPES),
+    ):
+        if found not in known:
+            raise LestdError(
+                f"config.json: group {path} has {what} {found!r}, "
+                f"expected one of {', '.join(known)}: {_UPGRADE}."
+            )
+    block = _find_module(model, path)
+    originals = {name: _find_linear(block, path, name) for name in entry["modules"]}
+    dtype = next(iter(originals.values())).weight.dtype
+    U1 = _place_factor(model, entry["factors"]["U1"], entry["width"], ranks["R1"], dtype)
+    U2 = _place_factor(model, entry["factors"]["U2"], entry["head_dim"], ranks["R2"], dtype)
+    shared_core = None
+    if "core" in entry:
+        spec = _core_spec(path, entry["core"], ranks["R1"], entry["core"]["columns"])
+        shared_core = SharedCore(spec, dtype, "meta")
+        core_parent, _, core_name = entry["core"]["path"].rpartition(".")
+        _find_module(model, core_parent).add_module(core_name, shared_core)
+
+    for name, original in originals.items():
+        module = entry["modules"][name]
+        slices = module["slices"]
+        columns = slices * entry["head_dim"]
+        wide = module["basis_side"] == "input"
+        expected = (columns, entry["width"]) if wide else (entry["width"], columns)
+        if tuple(original.weight.shape) != expected:
+            raise LestdError(
+                f"config.json: {path}.{name} has weight {tuple(original.weight.shape)} in the "
+                f"model and {expected} in quantization_config: one of the two was changed after "
+                "the model was compressed, restore it."
+            )
+        compressed = CompressedLinear(
+            original.in_features,
+            original.out_features,
+            module["basis_side"],
+            slices,
+            (U1, U2),
+            shared_core or _core_spec(f"{path}.{name}", module, ranks["R1"], slices * ranks["R2"]),
+            types=len(module.get("types", (0,))),
+            bias=original.bias is not None,
+            dtype=original.weight.dtype,
+            device="meta",
+        )
+        block.set_submodule(name, compressed)
+    share_products(block)
+
+
+def _core_spec(path: str, entry: dict[str, Any], rows: int, columns: int) -> CoreSpec:
+    if entry["codec"] not in CODECS:
+        raise LestdError(
+            f"config.json: {path} has codec {entry['codec']!r}, "
+            f"expected one of {', '.join(CODECS)}: {_UPGRADE}."
+        )
+    return CoreSpec(entry["codec"], rows, columns, entry["nnz"])
+
+
+def _find_module(model: PreTrainedModel, path: str) -> nn.Module:
+    """The module at `path`, which may have or lack the base model's prefix."""
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (path, path.removeprefix(prefix), prefix + path):
+        try:
+            return model.get_submodule(candidate)
+        except AttributeError:
+            continue
+    raise LestdError(
+        f"config.json: quantization_config names the module {path}, which "
+        f"{type(model).__name__} does not have: load the architecture that was compressed."
+    )
+
+
+def _find_linear(block: nn.Module, path: str, name: str) -> nn.Linear:
+    try:
+        module = block.get_submodule(name)
+    except AttributeError:
+        module = None
+    if not isinstance(module, nn.Linear):
+        raise LestdError(
+            f"config.json: quantization_config names {path}.{name}, expected a linear module "
+            f"there, found {type(module).__name__}: load the architecture that was compressed."
+        )
+    return module
+
+
+def _place_factor(
+    model: PreTrainedModel, path: str, rows: int, rank: int, dtype: torch.dtype
+) -> Factor:
+    """The factor at `path`: the one that an earlier group put there, or a new one."""
+    parent_path, _, name = path.rpartition(".")
+    parent = _find_module(model, parent_path)
+    factor = getattr(parent, name, None)
+    if not isinstance(factor, Factor):
+        factor = Factor(rows, rank, dtype, "meta")
+        parent.add_module(name, factor)
+    if tuple(factor.weight.shape) != (rows, rank):
+        raise LestdError(
+            f"config.json: groups disagree about the shape of {path}, {(rows, rank)} and "
+            f"{tuple(factor.weight.shape)}: the file is damaged, copy it again."
+        )
+    return factor
+
+
+def _check_presence(model: PreTrainedModel, checkpoint_files: Sequence[str]) -> None:
+    """Refuse a checkpoint that lacks a tensor; Transformers would only warn, and make one up."""
+    prefix = f"{model.base_model_prefix}."
+    present: set[str] = set()
+    for file in checkpoint_files:
+        with safe_open(file, framework="pt") as shard:
+            present.update(name.removeprefix(prefix) for name in shard.keys())  # noqa: SIM118
+    for path, module in model.named_modules():
+        if not isinstance(module, Factor | SharedCore | CompressedLinear):
+            continue
+        for name in module.state_dict():
+            if f"{path}.{name}".removeprefix(prefix) not in present:
+                raise LestdError(
+                    f"{checkpoint_files[0]}: neither this file nor the model's other shards hold "
+                    f"the tensor {path}.{name}: copy the model again from where it was made."
+                )

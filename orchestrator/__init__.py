@@ -1,0 +1,1 @@
+"""The driver: plans, schedules, records, assembles."""

@@ -1,0 +1,5 @@
+"""``python -m orchestrator`` is ``lestd``."""
+
+from orchestrator.cli import main
+
+main()

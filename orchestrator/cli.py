@@ -1,0 +1,430 @@
+"""The command `lestd`.
+
+Results go to standard output, progress and problems to standard error. Exit codes: 0 done;
+1 the run ended with failed tasks, or verification found problems; 2 bad input or refused;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from lestd_kernels.errors import LestdError
+from orchestrator import tables
+from orchestrator.config import ClusterConfig, RunConfig, RunFile, load_yaml, validated
+from orchestrator.rundir import RunDirectory, default_run_dir
+
+
+class _Group(TyperGroup):
+    """Ends every command with one sentence and an exit code, whatever went wrong."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LestdError as error:
+            tables.err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            tables.err.print("interrupted")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""Compress the weights of a language model into shared bases with sparse cores, on one
+machine or a Ray cluster; resume after any crash; load the result with plain transformers.
+
+A first run:
+
+    lestd plan MODEL --keep 0.4
+
+    lestd compress MODEL --keep 0.4 --out OUT
+
+    lestd evaluate OUT --text FILE --against MODEL
+
+`keep` is stored bytes / dense bytes of the weights in scope, indices included. The same command
+run again continues where the last one stopped.
+
+Exit codes: 0 done; 1 ended with failed tasks or problems found; 2 bad input or refused;
+130 interrupted.""",
+)
+
+
+class Scope(StrEnum):
+    """Which weights are compressed."""
+
+    attention = "attention"
+
+
+class ExecutorName(StrEnum):
+    """Who runs the tasks."""
+
+    ray = "ray"
+    serial = "serial"
+
+
+class Device(StrEnum):
+    """Where workers compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class TypeMode(StrEnum):
+    """How the four projections share the core."""
+
+    identity = "identity"
+    learned = "learned"
+
+
+Model = Annotated[
+    str | None, typer.Argument(help="Directory of a checkpoint, or a Hub id such as org/name.")
+]
+Out = Annotated[Path, typer.Argument(help="The compressed model's directory, given as --out.")]
+RunDir = Annotated[
+    Path | None, typer.Option(help="Run directory.", show_default="OUT.run, beside the output")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+Keep = Annotated[
+    float | None,
+    typer.Option(help="Stored bytes / dense bytes of the weights in scope, between 0 and 1."),
+]
+KeepModel = Annotated[float | None, typer.Option(help="The same for the whole model.")]
+ScopeOption = Annotated[
+    Scope | None, typer.Option(help="Weights to compress.", show_default="attention")
+]
+Include = Annotated[str | None, typer.Option(help='Only these layers, like "0-3,7".')]
+Exclude = Annotated[str | None, typer.Option(help="All layers but these.")]
+MethodOption = Annotated[
+    str | None,
+    typer.Option(
+        help="lestd: shared basis, sparse core. tucker: dense core (TensorLLM).",
+        show_default="lestd",
+    ),
+]
+TypeModeOption = Annotated[
+    TypeMode | None,
+    typer.Option(help="learned: U3 mixes Q, K, V, O; no GQA.", show_default="identity"),
+]
+MaxFlops = Annotated[
+    float | None,
+    typer.Option(help="Multiply-adds per token relative to dense, at most.", show_default="no cap"),
+]
+DeviceOption = Annotated[
+    Device | None, typer.Option(help="auto: GPUs where there are any.", show_default="auto")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="CPU threads of a worker; decides the last bit.", show_default="1"),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="run.yaml: any of these options and more; options here win."),
+]
+ClusterFile = Annotated[
+    Path | None, typer.Option("--cluster", help="cluster.yaml: where to run; options here win.")
+]
+ExecutorOption = Annotated[
+    ExecutorName | None,
+    typer.Option(help="ray, or in this process.", show_default="ray"),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster.", show_default="RAY_ADDRESS, one running here, a local one"),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Workers.", show_default="one per GPU, or what CPUs and memory allow"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
+
+def _run_config(
+    model: str | None, config: Path | None, options: dict[str, Any]
+) -> tuple[str, str | None, RunConfig]:
+    """Model, revision and configuration from a run file and the options; options win."""
+    values = {} if config is None else load_yaml(config)
+    given = {key: value for key, value in options.items() if value is not None}
+    if "keep" in given or "keep_model" in given:
+        values = {k: v for k, v in values.items() if k not in ("keep", "keep_model")}
+    values |= given | ({} if model is None else {"model": model})
+    run_file = validated(RunFile, values, str(config or "options"))
+    if run_file.model is None:
+        raise LestdError("no model given; name a directory or a Hub id, or set model in --config")
+    plain = run_file.model_dump(exclude={"model", "revision"})
+    return run_file.model, run_file.revision, RunConfig.model_validate(plain)
+
+
+def _cluster_config(cluster: Path | None, **options: Any) -> ClusterConfig:
+    values = {} if cluster is None else load_yaml(cluster)
+    values |= {key: value for key, value in options.items() if value is not None}
+    return validated(ClusterConfig, values, str(cluster or "options"))
+
+
+@app.command()
+def plan(
+    model: Model = None,
+    keep: Keep = None,
+    keep_model: KeepModel = None,
+    revision: Revision = None,
+    scope: ScopeOption = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    method: MethodOption = None,
+    type_mode: TypeModeOption = None,
+    max_flops: MaxFlops = None,
+    config: ConfigFile = None,
+    json: Json = False,
+) -> None:
+    """Show what a compression would do: reads headers only, writes nothing."""
+    from orchestrator.plan import make_plan
+    from orchestrator.source import open_headers
+
+    options = {k: v for k, v in locals().items() if k in RunFile.model_fields and k != "model"}
+    name, revision, run_config = _run_config(model, config, options)
+    planned = make_plan(open_headers(name, revision), run_config).to_dict()
+    if json:
+        tables.print_json(planned)
+        return
+    _print_plan(name, planned)
+
+
+def _print_plan(name: str, planned: dict[str, Any]) -> None:
+    rows = [
+        (
+            str(layer["layer"]),
+            str(len(layer["tensors"])),
+            tables.size(layer["dense_bytes"]),
+            f"{layer['keep']:.3f}",
+            tables.size(layer["byte_budget"]),
+            f"R1 ≤ {layer['max_R1']}, R2 ≤ {layer['max_R2']}",
+            f"≤ {layer['max_nnz']:,}",
+            tables.size(layer["predicted_memory_bytes"]),
+        )
+        for layer in planned["layers"]
+    ]
+    columns = ("layer", "tensors", "dense", "keep", "target", "ranks", "nnz", "worker memory")
+    tables.out.print(tables.table(f"{name} ({planned['family']})", columns, rows))
+    total = planned["total"]
+    tables.out.print(
+        f"{total['tasks']} tasks; weights in scope {tables.size(total['dense_bytes'])} -> at most "
+        f"{tables.size(total['byte_budget'])}; whole model {tables.size(total['model_bytes'])} -> "
+        f"{tables.size(total['untouched_bytes'] + total['byte_budget'])} "
+        f"(keep {total['keep_of_model']:.3f})\n"
+        f"a worker needs about {tables.size(total['worker_memory_bytes'])} of memory, the run "
+        f"about {tables.size(total['disk_bytes'])} of disk"
+    )
+
+
+@app.command()
+def compress(
+    out: Annotated[Path, typer.Option(help="Directory of the compressed model.")],
+    model: Model = None,
+    keep: Keep = None,
+    keep_model: KeepModel = None,
+    revision: Revision = None,
+    scope: ScopeOption = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    method: MethodOption = None,
+    type_mode: TypeModeOption = None,
+    max_flops: MaxFlops = None,
+    device: DeviceOption = None,
+    threads: Threads = None,
+    config: ConfigFile = None,
+    executor: ExecutorOption = None,
+    workers: Workers = None,
+    address: Address = None,
+    cluster: ClusterFile = None,
+    run_dir: RunDir = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Forget what an earlier run left at OUT and start over.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and stop before any work.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Compress a checkpoint. Run the same command again to continue after a crash."""
+    from orchestrator.executor import open_executor
+    from orchestrator.plan import make_plan
+    from orchestrator.summary import CompressionProgress, print_outcome
+    from orchestrator.pipeline import compress_model
+    from orchestrator.source import open_headers, resolve_source
+
+    options = {k: v for k, v in locals().items() if k in RunFile.model_fields and k != "model"}
+    name, revision, run_config = _run_config(model, config, options)
+    cluster_config = _cluster_config(cluster, executor=executor, workers=workers, address=address)
+    if dry_run:
+        planned = make_plan(open_headers(name, revision), run_config).to_dict()
+        tables.print_json(planned) if json else _print_plan(name, planned)
+        return
+
+    out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link at OUT
+    run_dir = run_dir or default_run_dir(out)
+    source = resolve_source(name, revision)
+    make_plan(source, run_config)  # Refuse what is impossible before Ray is started.
+    try:
+        with open_executor(cluster_config) as runner, CompressionProgress() as shown:
+            outcome = compress_model(
+                source,
+                run_config,
+                runner,
+                out,
+                run_dir,
+                fresh=fresh,
+                on_start=shown.on_start,
+                on_progress=shown.on_progress,
+            )
+    except KeyboardInterrupt:
+        run = RunDirectory(run_dir)
+        done = len(run.manifest.groups()) if run.exists else 0
+        tables.err.print(
+            f"interrupted; {done} tasks are done and kept in {run_dir}: "
+            "run the same command again to continue"
+        )
+        raise typer.Exit(130) from None
+    print_outcome(outcome, out, run_dir, json)
+    if not outcome.complete:
+        raise typer.Exit(1)
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="Directory or Hub id of pickled .bin weights.")],
+    out: Annotated[Path, typer.Argument(help="Directory of the safetensors checkpoint to write.")],
+    revision: Revision = None,
+) -> None:
+    """Rewrite pickled .bin weights as safetensors, shard by shard, without running their code."""
+    from orchestrator.convert import convert as convert_checkpoint
+
+    convert_checkpoint(model, out, revision)
+
+
+@app.command()
+def status(out: Out, run_dir: RunDir = None, json: Json = False) -> None:
+    """Show what is done, running, failed and remaining; works during a run and after it."""
+    from orchestrator.inspection import run_status
+
+    state = run_status(run_dir or default_run_dir(out), out)
+    if json:
+        tables.print_json(state)
+        return
+    rows = []
+    for layer in state["layers"]:
+        done = layer["state"] == "done"
+        rows.append(
+            (
+                str(layer["layer"]),
+                layer["state"],
+                tables.size(layer["byte_budget"]),
+                tables.size(layer["stored_bytes"]) if done else "",
+                tables.ranks(layer),
+                f"{layer['density']:.4f}" if done else "",
+                layer.get("codec", ""),
+                f"{layer['relative_error']:.4f}" if done else layer.get("message", ""),
+            )
+        )
+    columns = ("layer", "state", "target", "stored", "ranks", "density", "codec", "relative error")
+    tables.out.print(tables.table(state["run_dir"], columns, rows))
+    counts = ", ".join(f"{state[k]} {k}" for k in ("done", "running", "failed", "remaining"))
+    tables.out.print(f"{state['state']}: {counts}")
+
+
+@app.command()
+def verify(out: Out, run_dir: RunDir = None, json: Json = False) -> None:
+    """Check every payload and shard against the manifest: sizes, sha256, tensors, budget."""
+    from orchestrator.inspection import verify as verify_files
+
+    result = verify_files(out, run_dir or default_run_dir(out))
+    if json:
+        tables.print_json(asdict(result))
+    else:
+        for problem in result.problems:
+            tables.out.print(problem, style="red", markup=False, soft_wrap=True)
+        tables.out.print(f"{result.checked} payloads checked, {len(result.problems)} problems")
+    if result.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def clean(
+    out: Out,
+    run_dir: RunDir = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also when the model is not complete: work is lost.")
+    ] = False,
+) -> None:
+    """Delete the run directory of a finished compression; the model stays."""
+    from orchestrator.inspection import run_status
+
+    run_dir = run_dir or default_run_dir(out)
+    state = run_status(run_dir, out)
+    if state["state"] != "complete" and not force:
+        raise LestdError(
+            f"{out} is not complete ({state['done']} of {len(state['layers'])} tasks done); "
+            "finish it with the same lestd compress, or delete the work with --force"
+        )
+    RunDirectory(run_dir).remove()
+    tables.out.print(f"removed {run_dir}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Directory of a compressed or a dense model.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text to predict.")],
+    against: Annotated[
+        Path | None, typer.Option(help="A second model, usually the dense one, to compare with.")
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens per window.", show_default="the smaller of 2048 and the model's positions"
+        ),
+    ] = None,
+    max_windows: Annotated[
+        int | None, typer.Option(help="Only the first windows.", show_default="all")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Compute dtype: auto (the checkpoint's), float32, bfloat16, float16.")
+    ] = "auto",
+    device: DeviceOption = None,
+    threads: Threads = None,
+    executor: ExecutorOption = None,
+    workers: Workers = None,
+    address: Address = None,
+    cluster: ClusterFile = None,
+    json: Json = False,
+) -> None:
+    """Measure token and word perplexity over non-overlapping windows of a text."""
+    from orchestrator.executor import open_executor
+    from orchestrator.summary import evaluate_models, print_evaluations
+
+    cluster_config = _cluster_config(cluster, executor=executor, workers=workers, address=address)
+    models = [model] if against is None else [against, model]
+    settings = {"window": window, "max_windows": max_windows, "dtype": dtype}
+    settings |= {"device": device or "auto", "threads": threads or 1}
+    with open_executor(cluster_config) as runner:
+        evaluations = evaluate_models(models, text, runner, settings)
+    print_evaluations(evaluations, json)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app(prog_name="lestd")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""The two configurations: what is computed, and where.
+
+`RunConfig` holds everything that affects the bytes of the result and goes into the run's
+fingerprint; `ClusterConfig` holds what does not, so a run may be finished on another cluster.
+Both refuse keys that they do not know.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lestd_kernels.errors import LestdError
+from lestd_kernels.methods import METHODS, MethodArgs
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Layers = Annotated[
+    str, Field(pattern=r"^\d+(-\d+)?(,\d+(-\d+)?)*$", description='layers, like "0-3,7"')
+]
+
+
+def parse_layers(text: str) -> frozenset[int]:
+    """Layer indices named by a list like ``"0-3,7"``; both ends of a range belong to it."""
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        layers.update(range(int(first), int(last or first) + 1))
+    return frozenset(layers)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunConfig(_Strict):
+    """What to compute. Every field decides the bytes of the result."""
+
+    keep: Fraction | None = Field(
+        None, description="stored bytes / dense bytes of the weights in scope, between 0 and 1"
+    )
+    keep_model: Fraction | None = Field(
+        None, description="the same for the whole model, instead of keep"
+    )
+    scope: Literal["attention"] = Field("attention", description="which weights are compressed")
+    include: Layers | None = Field(None, description='only these layers, like "0-3,7"')
+    exclude: Layers | None = Field(None, description="all layers but these")
+    layer_keep: dict[Layers, Fraction] = Field(
+        default_factory=dict, description='a keep of their own for some layers: {"0-1": 0.8}'
+    )
+    method: str = Field("lestd", description=" | ".join(METHODS))
+    type_mode: Literal["identity", "learned"] = Field(
+        "identity", description="identity: every projection its own core; learned: U3 mixes Q K V O"
+    )
+    stage2: Literal["one-shot", "prune-refit"] = Field(
+        "one-shot", description="how the core is thinned out; both agree to rounding"
+    )
+    alpha: Fraction = Field(0.1, description="prune-refit: share of survivors pruned per step")
+    rank_step: int = Field(8, ge=1, description="grid of the rank search")
+    max_flops: float | None = Field(
+        None, gt=0, description="multiply-adds per token relative to dense, at most"
+    )
+    hooi_tol: float = Field(
+        MethodArgs.hooi_tol, gt=0, description="stop HOOI when the fit changes by less (relative)"
+    )
+    hooi_max_iter: int = Field(MethodArgs.hooi_max_iter, ge=1, description="HOOI sweeps at most")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where workers compute")
+    threads: int = Field(
+        1, ge=1, description="CPU threads of a worker (reduction order, so the last bit, is theirs)"
+    )
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        if value not in METHODS:
+            raise ValueError(f"unknown method {value!r}; known: {', '.join(METHODS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_target(self) -> RunConfig:
+        if (self.keep is None) == (self.keep_model is None):
+            raise ValueError("give exactly one of keep and keep_model, a number between 0 and 1")
+        return self
+
+    def method_args(self) -> MethodArgs:
+        """The arguments of the decomposition method."""
+        return MethodArgs(
+            type_mode=self.type_mode,
+            stage2=self.stage2,
+            alpha=self.alpha,
+            rank_step=self.rank_step,
+            max_flops=self.max_flops,
+            hooi_tol=self.hooi_tol,
+            hooi_max_iter=self.hooi_max_iter,
+        )
+
+    def select_layers(self, layers: Iterable[int]) -> list[int]:
+        """The layers in scope, ascending.
+
+        Raises:
+            LestdError: a named layer does not exist, or none is left.
+        """
+        present = set(layers)
+        chosen = set(present)
+        named: dict[str, frozenset[int]] = {}
+        if self.include is not None:
+            named["include"] = parse_layers(self.include)
+            chosen &= named["include"]
+        if self.exclude is not None:
+            named["exclude"] = parse_layers(self.exclude)
+            chosen -= named["exclude"]
+        named |= {f"layer_keep {key!r}": parse_layers(key) for key in self.layer_keep}
+        for where, wanted in named.items():
+            if missing := sorted(wanted - present):
+                raise LestdError(
+                    f"{where} names layer {missing[0]}, but the model has layers "
+                    f"{min(present)} to {max(present)}; correct the list"
+                )
+        if not chosen:
+            raise LestdError("include and exclude leave no layer to compress; widen them")
+        return sorted(chosen)
+
+    def keep_of(self, layer: int, keep: float) -> float:
+        """The keep of one layer: its own from `layer_keep` (the last that names it), or `keep`."""
+        for key, value in self.layer_keep.items():
+            if layer in parse_layers(key):
+                keep = value
+        return keep
+
+
+class ClusterConfig(_Strict):
+    """Where to compute. Nothing here affects the bytes of the result."""
+
+    executor: Literal["ray", "serial"] = Field("ray", description="ray, or in this process")
+    address: str | None = Field(
+        None, description="Ray cluster to join; default: the one that runs, else a local one"
+    )
+    workers: int | None = Field(
+        None, ge=1, description="actors; default: one per GPU, or as many as CPUs and memory allow"
+    )
+    max_attempts: int = Field(
+        4, ge=1, description="tries of a task whose worker died, before it counts as failed"
+    )
+
+
+class RunFile(RunConfig):
+    """The contents of ``run.yaml``: a RunConfig and the model it is for."""
+
+    model: str | None = Field(None, description="local directory or Hub id")
+    revision: str | None = Field(None, description="branch, tag or commit on the Hub")
+
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        LestdError: the file cannot be read, or is no mapping.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise LestdError(f"{path} cannot be read as YAML: {error}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise LestdError(f"{path} must hold keys and values, found a {type(data).__name__}")
+    return data
+
+
+def validated(model: type[ModelT], values: dict[str, Any], origin: str) -> ModelT:
+    """Build a configuration from plain values.
+
+    Raises:
+        LestdError: one sentence that names the first wrong key, and for a misspelt one the key
+            that was probably meant.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(str(problem["loc"][0]), model.model_fields, n=1)
+            hint = f"did you mean {close[0]!r}" if close else "known: " + ", ".join(
+                model.model_fields
+            )
+            raise LestdError(f"{origin}: unknown key {key!r}; {hint}") from None
+        message = re.sub(r"^Value error, ", "", problem["msg"])
+        given = problem.get("input")
+        shown = "" if isinstance(given, (BaseModel, dict)) else f", got {given!r}"
+        raise LestdError(f"{origin}: {key + ': ' if key else ''}{message}{shown}") from None
+
+
+def scope_keep(config: RunConfig, scope_bytes: int, model_bytes: int) -> float:
+    """The keep of the weights in scope, from `keep` or from `keep_model`.
+
+    Args:
+        config: the run's configuration.
+        scope_bytes: dense bytes of the weights in scope.
+        model_bytes: dense bytes of all tensors of the checkpoint.
+
+    Raises:
+        LestdError: the whole-model target leaves nothing for the weights in scope, or needs none
+            of them compressed.
+    """
+    if config.keep is not None:
+        return config.keep
+    assert config.keep_model is not None
+    untouched = model_bytes - scope_bytes
+    keep = (config.keep_model * model_bytes - untouched) / scope_bytes
+    if not 0 < keep < 1 or not math.isfinite(keep):
+        raise LestdError(
+            f"keep_model {config.keep_model} cannot be reached: the weights out of scope alone are "
+            f"{untouched / model_bytes:.3f} of the model; choose a value above that and below 1"
+        )
+    return keep

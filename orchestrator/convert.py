@@ -1,0 +1,219 @@
+"""Pickled ``.bin`` weights -> safetensors, shard by shard, without running code.
+
+A PyTorch pickle is a program. `torch.load(weights_only=True)` runs only the few steps that build
+tensors and refuses every other; memory-mapped, a shard's tensors stay on disk until they are
+written. The new directory is built beside its name, where finished shards survive an
+interruption, and renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lestd_kernels.errors import LestdError
+from orchestrator.source import download, is_side_file, list_repository, local_directory
+from workers.checkpoint import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    ShardIndex,
+    atomic_write,
+    explain_os_errors,
+    fsync_directory,
+    read_header,
+    read_weight_map,
+    write_safetensors,
+)
+from workers.headers import DTYPE_NAMES
+
+BIN_FILE = "pytorch_model.bin"
+BIN_INDEX_FILE = "pytorch_model.bin.index.json"
+_MARKER = "lestd-convert.json"
+
+Progress = Callable[[int, int], None]
+"""Called with (shards done, shards in all) after each shard."""
+
+
+def convert(
+    model: str, out: Path, revision: str | None = None, progress: Progress | None = None
+) -> ShardIndex:
+    """Rewrite a pickled checkpoint as safetensors; run again after an interruption, continue.
+
+    Args:
+        model: directory or Hub id; of a Hub model only the pickled weights and the small files
+            beside them are downloaded.
+        out: the new directory; must not exist, or be empty.
+        revision: of a Hub model.
+        progress: told of every finished shard.
+
+    Returns:
+        The tensors of the new checkpoint.
+
+    Raises:
+        LestdError: there is nothing to convert, a file is damaged or asks to run code, the index
+            and the shards disagree, `out` is taken, or no space is left.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise LestdError(f"{out} exists and is not empty; choose another directory or remove it")
+    source, weight_map = _open_pickled(model, revision)
+    bins = sorted(set(weight_map.values())) or [BIN_FILE]
+    shards = [f"model-{i + 1:05d}-of-{len(bins):05d}.safetensors" for i in range(len(bins))]
+    if len(bins) == 1:
+        shards = [WEIGHTS_FILE]
+    building = out.absolute().with_name(out.name + ".converting")
+    with explain_os_errors(building):
+        _prepare(building, source, bins)
+        for done, (bin_name, shard) in enumerate(zip(bins, shards, strict=True), start=1):
+            if not (building / shard).exists():
+                _convert_shard(source / bin_name, bin_name, weight_map, building / shard)
+            if progress is not None:
+                progress(done, len(bins))
+        if len(bins) > 1:
+            _write_index(building, shards)
+        for path in sorted(source.iterdir()):
+            if is_side_file(path.name) and path.is_file():
+                _copy(path, building / path.name)
+        ShardIndex.from_directory(building)
+        (building / _MARKER).unlink()
+        fsync_directory(building)
+        building.replace(out)
+        fsync_directory(building.parent)
+    return ShardIndex.from_directory(out)
+
+
+def _open_pickled(model: str, revision: str | None) -> tuple[Path, dict[str, str]]:
+    """The local directory of a pickled checkpoint, and its weight map: empty for a single file."""
+    directory = local_directory(model, revision)
+    if directory is not None:
+        names = {path.name for path in directory.iterdir()}
+        _check_convertible(model, names)
+        return directory, _bin_weight_map(directory, names)
+    remote = list_repository(model, revision)
+    if remote is None:
+        raise LestdError(
+            f"{model} is not a directory here, and the Hub cannot be reached; check the "
+            "connection, or download the model and give its directory"
+        )
+    commit, names = remote
+    _check_convertible(model, names)
+    side_files = {name for name in names if is_side_file(name)}
+    directory = download(model, commit, side_files | ({BIN_INDEX_FILE} & names))
+    weight_map = _bin_weight_map(directory, names)
+    return download(model, commit, set(weight_map.values()) or {BIN_FILE}), weight_map
+
+
+def _check_convertible(model: str, names: set[str]) -> None:
+    if {WEIGHTS_FILE, INDEX_FILE} & names:
+        raise LestdError(f"{model} has safetensors weights already; compress it as it is")
+    if not {BIN_FILE, BIN_INDEX_FILE} & names:
+        raise LestdError(
+            f"{model} has no pickled weights: expected {BIN_FILE}, or {BIN_INDEX_FILE} and the "
+            "shards it names"
+        )
+
+
+def _bin_weight_map(directory: Path, names: set[str]) -> dict[str, str]:
+    # A single file goes before an index, as when Transformers loads the directory.
+    return {} if BIN_FILE in names else read_weight_map(directory / BIN_INDEX_FILE)
+
+
+def _prepare(building: Path, source: Path, bins: list[str]) -> None:
+    """Make `building`, or accept the one that an interrupted conversion of these files left."""
+    stats = {}
+    for name in bins:
+        if not (source / name).is_file():
+            raise LestdError(
+                f"{source / name} is absent, but {source / BIN_INDEX_FILE} names it; download it "
+                "again"
+            )
+        stat = (source / name).stat()
+        stats[name] = [stat.st_size, stat.st_mtime_ns]
+    marker = json.dumps({"source": str(source), "files": stats}, indent=2).encode()
+    building.mkdir(parents=True, exist_ok=True)
+    if not any(building.iterdir()):
+        atomic_write(building / _MARKER, lambda file: file.write(marker))
+    path = building / _MARKER
+    if not path.is_file() or path.read_bytes() != marker:
+        raise LestdError(
+            f"{building} was not left by a conversion of these files, or they have changed since; "
+            "remove it and run the command again"
+        )
+    for temp in building.glob(".tmp-*"):
+        temp.unlink()
+
+
+def _convert_shard(path: Path, bin_name: str, weight_map: dict[str, str], shard: Path) -> None:
+    tensors = _load_pickle(path)
+    for name, where in weight_map.items():
+        if where == bin_name and name not in tensors:
+            raise LestdError(
+                f"tensor {name} is absent from {path}, where {BIN_INDEX_FILE} says it lies; "
+                "download both again"
+            )
+    # A tied weight may lie in several shards: the index names the one that counts.
+    tensors = {n: t for n, t in tensors.items() if weight_map.get(n, bin_name) == bin_name}
+    atomic_write(shard, lambda file: write_safetensors(file, tensors))
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of one pickled shard, memory-mapped where its format allows it."""
+    try:
+        # Files older than PyTorch 1.6 are not zip archives and cannot be mapped.
+        content: Any = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except pickle.UnpicklingError as error:
+        raise LestdError(
+            f"{path} holds more than tensors, or is damaged, and was not loaded; nothing in it was "
+            f"run; get the weights from a source you trust ({_reason(error)})"
+        ) from error
+    except Exception as error:
+        # A damaged pickle can fail in the unpickler, the zip reader or a tensor's constructor.
+        raise LestdError(
+            f"{path} cannot be read as a PyTorch checkpoint ({_reason(error)}); download it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise LestdError(
+            f"{path} holds a {type(content).__name__}; expected a map from names to tensors"
+        )
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise LestdError(
+                f"{path} holds a {type(tensor).__name__} under {name!r}; expected only tensors "
+                "under their names"
+            )
+        if tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES:
+            raise LestdError(
+                f"tensor {name} in {path} is {tensor.layout} of {tensor.dtype}, which safetensors "
+                "cannot hold; expected a dense tensor of a plain dtype"
+            )
+    return content
+
+
+def _reason(error: Exception) -> str:
+    """The one line of PyTorch's message that says what was found."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    found = [line for line in lines if "WeightsUnpickler error" in line]
+    return (found or lines or [type(error).__name__])[0]
+
+
+def _write_index(building: Path, shards: list[str]) -> None:
+    headers = {shard: read_header(building / shard) for shard in shards}
+    weight_map = {name: shard for shard, header in headers.items() for name in header}
+    total = sum(ref.stored_bytes for header in headers.values() for ref in header.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    text = json.dumps(index, indent=2) + "\n"
+    atomic_write(building / INDEX_FILE, lambda file: file.write(text.encode()))
+
+
+def _copy(path: Path, target: Path) -> None:
+    with path.open("rb") as source:
+        atomic_write(target, lambda file: shutil.copyfileobj(source, file))

@@ -1,0 +1,289 @@
+"""The manifest: what is known of every finished task, one small Parquet file per row.
+
+    manifest/groups/<task_id>.parquet   one row: the group is done     (written last)
+    manifest/slices/<task_id>.parquet   one row per slice of the group (written before it)
+    manifest/events/<time>.parquet      one row: started, retried, failed
+
+The group row is the commit. It is written after the payload is on disk under a name that carries
+its sha256, so a crash at any moment leaves either a finished task or no trace of it. Every file
+is readable on its own by anything that reads Parquet; a damaged one costs its own row only.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lestd_kernels.errors import LestdError
+from orchestrator.executor import Event
+from workers.checkpoint import atomic_write, explain_os_errors, file_sha256
+from workers.contracts import Failure, Result
+
+MANIFEST_FORMAT = 1
+STAGES = ("read", "stage1", "rank_search", "stage2", "error", "write")
+"""Stages whose seconds have a column of their own in `groups`."""
+
+
+def _schema(fields: Sequence[tuple[str, pa.DataType]]) -> pa.Schema:
+    return pa.schema(fields, metadata={"lestd_manifest_format": str(MANIFEST_FORMAT)})
+
+
+GROUPS = _schema(
+    [
+        ("task_id", pa.string()),
+        ("layer", pa.int32()),
+        ("group", pa.string()),
+        ("tensors", pa.list_(pa.string())),
+        ("method", pa.string()),
+        ("R1", pa.int32()),
+        ("R2", pa.int32()),
+        ("R3", pa.int32()),
+        ("nnz", pa.int64()),
+        ("density", pa.float64()),
+        ("codec", pa.string()),
+        ("dense_bytes", pa.int64()),
+        ("byte_budget", pa.int64()),
+        ("stored_bytes", pa.int64()),
+        ("relative_error", pa.float64()),
+        ("squared_norm", pa.float64()),
+        ("squared_error", pa.float64()),
+        ("squared_energy_stage1", pa.float64()),
+        ("squared_energy_stage2", pa.float64()),
+        ("threshold", pa.float64()),
+        ("hooi_iterations", pa.int32()),
+        *((f"seconds_{stage}", pa.float64()) for stage in STAGES),
+        ("started_at", pa.timestamp("us", tz="UTC")),
+        ("peak_memory_bytes", pa.int64()),
+        ("device", pa.string()),
+        ("worker", pa.string()),
+        ("node", pa.string()),
+        ("attempt", pa.int32()),
+        ("payload", pa.string()),
+        ("payload_bytes", pa.int64()),
+        ("sha256", pa.string()),
+        ("source_sha256", pa.string()),
+        ("format", pa.string()),
+        ("versions", pa.string()),
+    ]
+)
+
+SLICES = _schema(
+    [
+        ("task_id", pa.string()),
+        ("layer", pa.int32()),
+        ("group", pa.string()),
+        ("projection", pa.string()),
+        ("head", pa.int32()),
+        ("nnz", pa.int64()),
+        ("density", pa.float64()),
+        ("core_bytes", pa.float64()),
+        ("relative_error", pa.float64()),
+        ("squared_norm", pa.float64()),
+        ("squared_energy", pa.float64()),
+    ]
+)
+
+EVENTS = _schema(
+    [
+        ("at", pa.timestamp("us", tz="UTC")),
+        ("task_id", pa.string()),
+        ("kind", pa.string()),
+        ("attempt", pa.int32()),
+        ("error_type", pa.string()),
+        ("message", pa.string()),
+        ("traceback", pa.string()),
+    ]
+)
+
+
+def _microseconds(seconds: float) -> int:
+    return round(seconds * 1_000_000)
+
+
+def group_row(result: Result) -> dict[str, Any]:
+    """The row of `groups` for a result."""
+    fields = asdict(result)
+    row = {name: fields[name] for name in GROUPS.names if name in fields}
+    row |= {rank: result.ranks.get(rank) for rank in ("R1", "R2", "R3")}
+    row |= {f"seconds_{stage}": result.seconds.get(stage, 0.0) for stage in STAGES}
+    row["started_at"] = _microseconds(result.started_at)
+    row["format"] = json.dumps(result.format, sort_keys=True)
+    row["versions"] = json.dumps(result.versions, sort_keys=True)
+    return row
+
+
+def slice_rows(result: Result) -> list[dict[str, Any]]:
+    """The rows of `slices` for a result."""
+    key = {"task_id": result.task_id, "layer": result.layer, "group": result.group}
+    return [key | asdict(one) for one in result.slices]
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
+    """Write rows to one Parquet file, atomically and on disk when this returns.
+
+    Raises:
+        LestdError: no space left.
+    """
+    table = pa.Table.from_pylist(list(rows), schema=schema)
+    with explain_os_errors(path):
+        atomic_write(path, lambda file: pq.write_table(table, file, compression="zstd"))
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """A file of the manifest that cannot be read, and why."""
+
+    path: Path
+    reason: str
+
+
+class Manifest:
+    """The manifest in a directory; made on the first write.
+
+    Readers may look while a run goes on: files appear whole or not at all.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+
+    # -- writing: the driver only ------------------------------------------------------------
+
+    def commit(self, result: Result) -> None:
+        """Record a finished task: slice rows first, then the group row, which means done."""
+        name = f"{result.task_id}.parquet"
+        write_rows(self._part("slices", name), slice_rows(result), SLICES)
+        write_rows(self._part("groups", name), [group_row(result)], GROUPS)
+
+    def record_event(self, event: Event) -> None:
+        """Record that a task was started or retried."""
+        self._write_event({**asdict(event), "error_type": "", "traceback": ""})
+
+    def record_failure(self, failure: Failure) -> None:
+        """Record that a task failed for good."""
+        row = {name: getattr(failure, name) for name in EVENTS.names if hasattr(failure, name)}
+        self._write_event(row | {"kind": "failed"})
+
+    def _write_event(self, row: dict[str, Any]) -> None:
+        at = time.time_ns()
+        name = f"{at:020d}-{row['task_id'][:16]}.parquet"
+        write_rows(self._part("events", name), [row | {"at": at // 1000}], EVENTS)
+
+    def _part(self, table: str, name: str) -> Path:
+        folder = self.directory / table
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / name
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def groups(self) -> pa.Table:
+        """All group rows, by layer."""
+        return self._read("groups", GROUPS).sort_by([("layer", "ascending"), ("group", "ascending")])
+
+    def slices(self) -> pa.Table:
+        """All slice rows, by layer, group and position in the group."""
+        # Stable: within one part file the rows keep the order of the group's slices.
+        return self._read("slices", SLICES)
+
+    def events(self) -> pa.Table:
+        """All events, oldest first."""
+        return self._read("events", EVENTS).sort_by("at")
+
+    def damaged(self) -> list[Damaged]:
+        """Files that cannot be read as rows of their table."""
+        found = []
+        for table, schema in (("groups", GROUPS), ("slices", SLICES), ("events", EVENTS)):
+            for path in self._files(table):
+                problem = _read_part(path, schema)
+                if isinstance(problem, Damaged):
+                    found.append(problem)
+        return found
+
+    def _files(self, table: str) -> list[Path]:
+        # A compressed model has one file per table; a run directory one per row, in a folder.
+        single = self.directory / f"{table}.parquet"
+        return [single] if single.is_file() else sorted((self.directory / table).glob("*.parquet"))
+
+    def _read(self, table: str, schema: pa.Schema) -> pa.Table:
+        parts = [_read_part(path, schema) for path in self._files(table)]
+        whole = [part for part in parts if not isinstance(part, Damaged)]
+        return pa.concat_tables(whole) if whole else schema.empty_table()
+
+    def completed(self, task_ids: Iterable[str], payload_dir: Path) -> dict[str, dict[str, Any]]:
+        """Group rows of those tasks that are done, by task id.
+
+        A row is trusted only if its payload is there with the size and sha256 that it states.
+        """
+        wanted = set(task_ids)
+        done = {}
+        for row in self.groups().to_pylist():
+            if row["task_id"] in wanted and payload_problem(row, payload_dir) is None:
+                done[row["task_id"]] = row
+        return done
+
+    def export(self, target: Path, task_ids: Iterable[str]) -> None:
+        """Write the rows of these tasks as ``groups.parquet`` and ``slices.parquet``."""
+        wanted = pa.array(sorted(task_ids), pa.string())
+        target.mkdir(parents=True, exist_ok=True)
+        order = {row["task_id"]: i for i, row in enumerate(self.groups().to_pylist())}
+        for name, table in (("groups", self.groups()), ("slices", self.slices())):
+            kept = table.filter(pa.compute.is_in(table["task_id"], value_set=wanted))
+            rows = sorted(kept.to_pylist(), key=lambda row: order[row["task_id"]])
+            write_rows(target / f"{name}.parquet", rows, table.schema)
+
+
+def _read_part(path: Path, schema: pa.Schema) -> pa.Table | Damaged:
+    try:
+        table = pq.read_table(path, partitioning=None)
+        # Columns that a newer version added are dropped, those of a later one are null.
+        return pa.Table.from_pydict(
+            {
+                field.name: table[field.name].cast(field.type)
+                if field.name in table.column_names
+                else pa.nulls(len(table), field.type)
+                for field in schema
+            },
+            schema=schema,
+        )
+    except (pa.ArrowException, OSError, ValueError) as error:
+        return Damaged(path, str(error).splitlines()[0])
+
+
+def payload_problem(row: dict[str, Any], payload_dir: Path) -> str | None:
+    """Why a group row's payload cannot be trusted; None if it can."""
+    path = payload_dir / row["payload"]
+    if not path.is_file():
+        return f"{path} is missing"
+    if path.stat().st_size != row["payload_bytes"]:
+        return f"{path} has {path.stat().st_size} bytes, the manifest says {row['payload_bytes']}"
+    if file_sha256(path) != row["sha256"]:
+        return f"{path} does not have the sha256 that the manifest states"
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that LeSTD wrote.
+
+    Raises:
+        LestdError: the file is missing or damaged.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LestdError(f"{path} cannot be read as JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise LestdError(f"{path} must hold a JSON object")
+    return data
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write a JSON object, atomically, with sorted keys."""
+    text = json.dumps(data, indent=2, sort_keys=True) + "\n"
+    with explain_os_errors(path):
+        atomic_write(path, lambda file: file.write(text.encode()))

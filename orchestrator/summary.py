@@ -1,0 +1,178 @@
+"""What `lestd compress` and `lestd evaluate` show while they work and when they are done."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from orchestrator import tables
+from orchestrator.evaluation import Evaluation, evaluate
+from orchestrator.executor import Executor
+from orchestrator.inspection import stored_scope_bytes
+from orchestrator.pipeline import Outcome
+from orchestrator.plan import Plan
+from workers.contracts import Failure, Result
+
+
+class CompressionProgress:
+    """A progress display for `compress_model`, one line per finished layer."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._dense_bytes: dict[str, int] = {}
+
+    def __enter__(self) -> CompressionProgress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def on_start(self, plan: Plan, done: set[str]) -> None:
+        """Begin: the plan, and the task ids that an earlier call has finished."""
+        self._dense_bytes = {p.task.task_id: p.task.dense_bytes for p in plan.tasks}
+        if done:
+            tables.err.print(f"{len(done)} of {len(plan.tasks)} tasks were finished before")
+        before = sum(self._dense_bytes[task_id] for task_id in done)
+        bar = tables.progress("compress", plan.dense_bytes, before, "bytes")
+        self._advance = self._stack.enter_context(bar)
+
+    def on_progress(self, outcome: Result | Failure, finished: int, total: int) -> None:
+        """A task has ended."""
+        if isinstance(outcome, Failure):
+            line = f"[{finished}/{total}] failed: {outcome.message}"
+        else:
+            line = (
+                f"[{finished}/{total}] {outcome.group}: ranks "
+                f"{tables.ranks(outcome.ranks)}, density {outcome.density:.4f} "
+                f"({outcome.codec}), {tables.size(outcome.dense_bytes)} -> "
+                f"{tables.size(outcome.stored_bytes)}, relative error "
+                f"{outcome.relative_error:.4f}, {sum(outcome.seconds.values()):.1f} s"
+            )
+        self._advance(self._dense_bytes[outcome.task_id], line)
+
+
+def outcome_figures(outcome: Outcome, out: Path, run_dir: Path) -> dict[str, Any]:
+    """Figures of a compression, as plain values."""
+    plan, rows = outcome.plan, outcome.rows
+    stored = sum(row["stored_bytes"] for row in rows)
+    dense = sum(row["dense_bytes"] for row in rows)
+    norm = sum(row["squared_norm"] for row in rows)
+    error = sum(row["squared_error"] for row in rows)
+    return {
+        "out": str(out),
+        "run_dir": str(run_dir),
+        "complete": outcome.complete,
+        "tasks": len(plan.tasks),
+        "finished": len(rows),
+        "finished_before": outcome.skipped,
+        "failed": [
+            {"task_id": f.task_id, "kind": f.kind, "message": f.message, "attempt": f.attempt}
+            for f in outcome.failures
+        ],
+        "dense_bytes": dense,
+        "byte_budget": sum(row["byte_budget"] for row in rows),
+        "stored_bytes": stored,
+        "keep": stored / dense if dense else None,
+        "model_bytes": plan.model_bytes,
+        "model_stored_bytes": plan.untouched_bytes + stored,
+        "relative_error": (error / norm) ** 0.5 if norm else 0.0,
+        "seconds": outcome.seconds,
+    }
+
+
+def print_outcome(outcome: Outcome, out: Path, run_dir: Path, json: bool) -> None:
+    """Print how a compression ended."""
+    figures = outcome_figures(outcome, out, run_dir)
+    if json:
+        tables.print_json(figures)
+        return
+    if not outcome.complete:
+        for failure in outcome.failures:
+            tables.err.print(f"error: {failure.message}", style="red", markup=False, soft_wrap=True)
+        tables.err.print(
+            f"{len(outcome.failures)} of {figures['tasks']} tasks failed; the other "
+            f"{figures['finished']} are kept in {run_dir}: mend the cause, then run the same "
+            "command again",
+            soft_wrap=True,
+        )
+        return
+    model_keep = figures["model_stored_bytes"] / figures["model_bytes"]
+    rows = [
+        (
+            "weights in scope",
+            tables.size(figures["dense_bytes"]),
+            tables.size(figures["stored_bytes"]),
+            f"{figures['keep']:.4f}",
+        ),
+        (
+            "whole model",
+            tables.size(figures["model_bytes"]),
+            tables.size(figures["model_stored_bytes"]),
+            f"{model_keep:.4f}",
+        ),
+    ]
+    done = "already complete" if figures["finished_before"] == figures["tasks"] else "complete"
+    tables.out.print(tables.table(f"{done}: {out}", ("", "dense", "stored", "keep"), rows))
+    tables.out.print(
+        f"relative error {figures['relative_error']:.4f} over {figures['tasks']} layers, "
+        f"{figures['finished_before']} of them finished before; {figures['seconds']:.1f} s\n"
+        f"model {out}\nrun   {run_dir} (payloads and manifest; lestd clean drops it)",
+        soft_wrap=True,
+    )
+
+
+def evaluate_models(
+    models: list[Path], text: Path, executor: Executor, settings: dict[str, Any]
+) -> list[Evaluation]:
+    """Evaluate models one after the other, with progress."""
+    evaluations = []
+    for model in models:
+        with ExitStack() as stack:
+            advance: tables.Advance | None = None
+            shown = 0
+
+            def progress(done: int, total: int) -> None:
+                nonlocal advance, shown
+                if advance is None:
+                    bar = tables.progress(f"evaluate {model.name}", total, 0, "windows")  # noqa: B023
+                    advance = stack.enter_context(bar)  # noqa: B023
+                advance(done - shown)
+                shown = done
+
+            evaluations.append(evaluate(model, text, executor, progress=progress, **settings))
+    return evaluations
+
+
+def print_evaluations(evaluations: list[Evaluation], json: bool) -> None:
+    """One table, a row per model; the sizes are counted from the files."""
+    entries = []
+    for one in evaluations:
+        scope = stored_scope_bytes(Path(one.model))
+        entries.append(asdict(one) | {"weights_in_scope": scope})
+    if json:
+        tables.print_json(entries)
+        return
+    scopes = [entry["weights_in_scope"] for entry in entries if entry["weights_in_scope"]]
+    rows = []
+    for entry in entries:
+        scope = entry["weights_in_scope"]
+        if scope is not None:
+            in_scope = f"{tables.size(scope['stored_bytes'])}"
+            in_scope += f" ({scope['stored_bytes'] / scope['dense_bytes']:.4f})"
+        else:
+            in_scope = tables.size(scopes[0]["dense_bytes"]) if scopes else ""
+        rows.append(
+            (
+                entry["model"],
+                in_scope,
+                tables.size(entry["model_bytes_on_disk"]),
+                f"{entry['token_perplexity']:.4f}",
+                f"{entry['word_perplexity']:.4f}",
+            )
+        )
+    columns = ("model", "weights in scope (keep)", "files on disk", "token ppl", "word ppl")
+    one = evaluations[0]
+    title = f"{one.text}: {one.windows} windows of {one.window_length}, {one.tokens:,} tokens"
+    tables.out.print(tables.table(title, columns, rows))

@@ -1,0 +1,49 @@
+"""The real command line, called in this process or in one of its own."""
+
+import hashlib
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from orchestrator.cli import app
+
+
+@dataclass(frozen=True)
+class Finished:
+    code: int
+    out: str
+    err: str
+
+
+def lestd(*args: object) -> Finished:
+    """Run the command in this process; an unexpected exception is raised, not swallowed."""
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Finished(result.exit_code, result.stdout, result.stderr)
+
+
+def start_lestd(*args: object, **options: object) -> subprocess.Popen[str]:
+    """Start the command in a process of its own."""
+    command = [sys.executable, "-m", "orchestrator", *map(str, args)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **(pipes | options))
+
+
+def run_lestd(*args: object, **options: object) -> Finished:
+    """Run the command in a process of its own, to its end."""
+    process = start_lestd(*args, **options)
+    out, err = process.communicate(timeout=240)
+    return Finished(process.returncode, out, err)
+
+
+def digest_tree(directory: Path) -> dict[str, str]:
+    """sha256 of every file below a directory but the manifest, which holds timings."""
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.relative_to(directory).parts[0] != "manifest"
+    }

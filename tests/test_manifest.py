@@ -1,0 +1,149 @@
+"""The manifest: what is committed is trusted, what is damaged is named and costs nothing else."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from orchestrator.executor import Event
+from orchestrator.manifest import Manifest, payload_problem
+from workers.contracts import Failure, Result, SliceResult
+
+
+def result(payloads: Path, task_id: str, layer: int) -> Result:
+    content = f"payload of {task_id}".encode()
+    sha256 = hashlib.sha256(content).hexdigest()
+    payload = f"{task_id}-{sha256}.safetensors"
+    (payloads / payload).write_bytes(content)
+    slices = tuple(
+        SliceResult(projection, head, 10 * head, 0.5, 12.5, 0.1, 4.0, 3.5)
+        for projection in "qkvo"
+        for head in (0, 1)
+    )
+    return Result(
+        task_id=task_id,
+        layer=layer,
+        group=f"model.layers.{layer}.self_attn",
+        tensors=("a.weight", "b.weight"),
+        method="lestd",
+        payload=payload,
+        sha256=sha256,
+        payload_bytes=len(content),
+        source_sha256="ab" * 32,
+        format={"path": "p", "ranks": {"R1": 8}},
+        ranks={"R1": 8, "R2": 4},
+        nnz=123,
+        density=0.25,
+        codec="bitmask+csr",
+        dense_bytes=1000,
+        byte_budget=400,
+        stored_bytes=399,
+        relative_error=0.1,
+        squared_norm=2.0,
+        squared_error=0.02,
+        squared_energy_stage1=1.99,
+        squared_energy_stage2=1.98,
+        threshold=0.01,
+        hooi_iterations=3,
+        seconds={"read": 0.1, "stage1": 0.2},
+        started_at=1_700_000_000.25,
+        peak_memory_bytes=5,
+        device="cpu",
+        worker="host:1",
+        node="host",
+        versions={"lestd": "0"},
+        slices=slices,
+    )
+
+
+@pytest.fixture
+def payloads(tmp_path: Path) -> Path:
+    directory = tmp_path / "payloads"
+    directory.mkdir()
+    return directory
+
+
+def test_rows_hold_what_the_result_said(tmp_path: Path, payloads: Path) -> None:
+    manifest = Manifest(tmp_path / "manifest")
+    for layer in (2, 0, 1):
+        manifest.commit(result(payloads, f"task{layer}", layer))
+    groups = manifest.groups().to_pylist()
+    assert [row["layer"] for row in groups] == [0, 1, 2]
+    row = groups[0]
+    assert (row["R1"], row["R2"], row["R3"], row["nnz"]) == (8, 4, None, 123)
+    assert row["seconds_stage1"] == 0.2
+    assert row["seconds_error"] == 0.0
+    assert row["started_at"].timestamp() == 1_700_000_000.25
+    slices = manifest.slices().to_pylist()
+    assert len(slices) == 24
+    assert [(s["projection"], s["head"]) for s in slices[:3]] == [("q", 0), ("q", 1), ("k", 0)]
+
+
+def test_only_a_row_with_its_payload_intact_is_completed(tmp_path: Path, payloads: Path) -> None:
+    manifest = Manifest(tmp_path / "manifest")
+    names = ["whole", "shorter", "altered", "gone", "foreign"]
+    for layer, name in enumerate(names):
+        manifest.commit(result(payloads, name, layer))
+    rows = {row["task_id"]: row for row in manifest.groups().to_pylist()}
+    path = {name: payloads / rows[name]["payload"] for name in names}
+    path["shorter"].write_bytes(path["shorter"].read_bytes()[:-1])
+    path["altered"].write_bytes(path["altered"].read_bytes()[:-1] + b"x")
+    path["gone"].unlink()
+    done = manifest.completed(["whole", "shorter", "altered", "gone", "never"], payloads)
+    assert set(done) == {"whole"}
+    for name, word in (("shorter", "bytes"), ("altered", "sha256"), ("gone", "missing")):
+        problem = payload_problem(rows[name], payloads)
+        assert problem is not None
+        assert word in problem
+        assert str(path[name]) in problem
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "empty"])
+def test_a_damaged_file_is_named_and_spoils_no_other(
+    tmp_path: Path, payloads: Path, damage: str
+) -> None:
+    manifest = Manifest(tmp_path / "manifest")
+    for layer in range(3):
+        manifest.commit(result(payloads, f"task{layer}", layer))
+    path = tmp_path / "manifest" / "groups" / "task1.parquet"
+    whole = path.read_bytes()
+    path.write_bytes({"truncated": whole[:-20], "foreign": b"hello", "empty": b""}[damage])
+    assert [row["task_id"] for row in manifest.groups().to_pylist()] == ["task0", "task2"]
+    assert [one.path for one in manifest.damaged()] == [path]
+
+
+def test_events_are_kept_in_order(tmp_path: Path) -> None:
+    manifest = Manifest(tmp_path / "manifest")
+    manifest.record_event(Event("started", "t", 1))
+    manifest.record_event(Event("retried", "t", 1, "the worker died"))
+    manifest.record_failure(Failure("t", "infrastructure", "Died", "gave up", "trace", 2))
+    events = manifest.events().to_pylist()
+    assert [e["kind"] for e in events] == ["started", "retried", "failed"]
+    assert events[2]["message"] == "gave up"
+    assert events[2]["attempt"] == 2
+    assert events[0]["at"] <= events[1]["at"] <= events[2]["at"]
+
+
+def test_files_of_a_newer_schema_are_read(tmp_path: Path, payloads: Path) -> None:
+    """A column that was added since is dropped, one that is not there yet is null."""
+    manifest = Manifest(tmp_path / "manifest")
+    manifest.commit(result(payloads, "task0", 0))
+    path = tmp_path / "manifest" / "groups" / "task0.parquet"
+    table = pq.read_table(path, partitioning=None)
+    pq.write_table(table.drop_columns(["attempt"]).append_column("new", [[1]]), path)
+    row = manifest.groups().to_pylist()[0]
+    assert row["attempt"] is None
+    assert "new" not in row
+
+
+def test_export_holds_the_rows_asked_for(tmp_path: Path, payloads: Path) -> None:
+    manifest = Manifest(tmp_path / "manifest")
+    for layer in (1, 0, 2):
+        manifest.commit(result(payloads, f"task{layer}", layer))
+    manifest.export(tmp_path / "model", ["task0", "task1"])
+    exported = Manifest(tmp_path / "model")
+    assert exported.groups().equals(manifest.groups().slice(0, 2))
+    assert [s["layer"] for s in exported.slices().to_pylist()] == [0] * 8 + [1] * 8
+    assert sorted(os.listdir(tmp_path / "model")) == ["groups.parquet", "slices.parquet"]

@@ -1,0 +1,379 @@
+"""A checkpoint on disk: which tensor lies where, exact range reads, atomic writes.
+
+Everything about the tensors comes from the headers (`workers.headers`); data are read only by
+byte range, and every file is written beside its name and renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, BinaryIO
+
+import torch
+from torch import Tensor
+
+from lestd_kernels.errors import LestdError
+from workers.contracts import TensorRef
+from workers.headers import (
+    DTYPE_NAMES,
+    DTYPES,
+    LENGTH_BYTES,
+    TensorSpec,
+    build_header,
+    header_length,
+    layout_key,
+    parse_header,
+)
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_COPY_BYTES = 16 * 1024 * 1024
+_SAMPLE_BYTES = 64 * 1024
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def read_header(path: Path) -> dict[str, TensorRef]:
+    """Read the header of one safetensors file: tensor name -> where it lies, in data order.
+
+    Raises:
+        LestdError: the file cannot be read, is truncated, or its header is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            file_bytes = os.fstat(file.fileno()).st_size
+            length = header_length(file.read(LENGTH_BYTES), str(path), file_bytes)
+            return parse_header(file.read(length), str(path), file_bytes)
+    except OSError as error:
+        raise LestdError(f"{path} cannot be read ({error.strerror or error})") from error
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What a checkpoint holds, as the headers of its shards say.
+
+    Attributes:
+        directory: where the shards lie.
+        shards: paths of the shards relative to `directory`, sorted.
+        tensors: tensor name -> where it lies, sorted by name.
+    """
+
+    directory: Path
+    shards: tuple[str, ...]
+    tensors: dict[str, TensorRef]
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> ShardIndex:
+        """Read the headers of ``model.safetensors``, or of the shards its index names.
+
+        Symbolic links are followed: the cache of the Hub is made of them.
+
+        Raises:
+            LestdError: there is no safetensors checkpoint, the index is invalid or leaves the
+                directory, a shard or a tensor it names is absent, a shard is damaged, or a
+                tensor lies in two shards.
+        """
+        directory = directory.absolute()
+        # A single file goes before an index, as when Transformers loads the directory.
+        if (directory / WEIGHTS_FILE).is_file():
+            header = read_header(directory / WEIGHTS_FILE)
+            return cls.from_headers(directory, {WEIGHTS_FILE: header}, {})
+        if not (directory / INDEX_FILE).is_file():
+            raise LestdError(
+                f"{directory} holds no safetensors checkpoint: expected {WEIGHTS_FILE}, or "
+                f"{INDEX_FILE} and the shards it names; download it again"
+            )
+        weight_map = read_weight_map(directory / INDEX_FILE)
+        headers = {}
+        for shard in sorted(set(weight_map.values())):
+            if not (directory / shard).is_file():
+                raise LestdError(
+                    f"{directory / shard} is absent, but {directory / INDEX_FILE} names it; "
+                    "download it again"
+                )
+            headers[shard] = read_header(directory / shard)
+        return cls.from_headers(directory, headers, weight_map)
+
+    @classmethod
+    def from_headers(
+        cls,
+        directory: Path,
+        headers: Mapping[str, Mapping[str, TensorRef]],
+        weight_map: Mapping[str, str],
+    ) -> ShardIndex:
+        """Join the headers of all shards, and check them against the index.
+
+        Args:
+            directory: where the shards, or the files beside them, lie.
+            headers: shard -> its header.
+            weight_map: tensor name -> shard as the index says; empty for a single file.
+
+        Raises:
+            LestdError: a tensor is absent from its shard, or lies in two.
+        """
+        for name, shard in weight_map.items():
+            if name not in headers[shard]:
+                raise LestdError(
+                    f"tensor {name} is absent from {directory / shard}, where {INDEX_FILE} says "
+                    "it lies; download both again"
+                )
+        tensors: dict[str, TensorRef] = {}
+        for header in headers.values():
+            for name, ref in header.items():
+                if name in tensors:
+                    raise LestdError(
+                        f"tensor {name} lies in two shards, {tensors[name].shard} and "
+                        f"{ref.shard}; expected one; download the checkpoint again"
+                    )
+                tensors[name] = ref
+        return cls(directory, tuple(sorted(headers)), dict(sorted(tensors.items())))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of data of all tensors; headers are not counted."""
+        return sum(ref.stored_bytes for ref in self.tensors.values())
+
+
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Read the ``weight_map`` of an index file: tensor name -> shard, relative to the file.
+
+    Raises:
+        LestdError: the file is not an index, or names a shard outside its directory.
+    """
+    try:
+        weight_map = json.loads(path.read_bytes())["weight_map"]
+        shards = set(weight_map.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise LestdError(
+            f"{path} is not a valid index: expected JSON with a weight_map from tensor names to "
+            f"shards ({type(error).__name__}: {error}); download it again"
+        ) from error
+    for shard in shards:
+        if not _is_inside(shard):
+            raise LestdError(
+                f"{path} names the shard {shard!r}, which is not a path inside its directory; "
+                "the index is damaged or malicious, get it from a source you trust"
+            )
+    return dict(weight_map)
+
+
+def _is_inside(shard: object) -> bool:
+    """Whether this is a plain relative path that does not climb."""
+    if not isinstance(shard, str) or "\0" in shard:
+        return False
+    path = PurePosixPath(shard)
+    plain = str(path) == shard and shard != "."
+    return plain and not path.is_absolute() and ".." not in path.parts
+
+
+def read_tensor(ref: TensorRef, digest: _Hash | None = None) -> Tensor:
+    """Read one tensor: exactly its bytes, straight into its memory.
+
+    Args:
+        ref: the tensor.
+        digest: takes the bytes as they were read.
+
+    Returns:
+        Tensor of the shape and dtype of `ref`, on the CPU.
+
+    Raises:
+        LestdError: the file ends early or cannot be read.
+    """
+    buffer = torch.empty(ref.stored_bytes, dtype=torch.uint8)
+    view = buffer.numpy().data
+    with _open_shard(ref.shard) as file:
+        _read_exactly(file, ref, ref.byte_range[0], view)
+    if digest is not None:
+        digest.update(view)
+    return buffer.view(DTYPES[ref.dtype]).reshape(ref.shape)
+
+
+def check_finite(tensor: Tensor, ref: TensorRef) -> None:
+    """Refuse a weight with NaN or Inf.
+
+    Raises:
+        LestdError: names the tensor, its file and the first index that is not finite.
+    """
+    finite = torch.isfinite(tensor).reshape(-1)
+    if bool(finite.all()):
+        return
+    first = int(finite.to(torch.uint8).argmin())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), tensor.shape))
+    raise LestdError(
+        f"tensor {ref.name} in {ref.shard} has {float(tensor.reshape(-1)[first])} at index "
+        f"{list(index)}, and every weight must be finite; download the shard again, or repair "
+        "the checkpoint"
+    )
+
+
+def _open_shard(shard: str) -> io.FileIO:
+    try:
+        return io.FileIO(shard)
+    except OSError as error:
+        raise LestdError(f"{shard} cannot be read ({error.strerror or error})") from error
+
+
+def _read_exactly(file: io.FileIO, ref: TensorRef, start: int, view: memoryview) -> None:
+    """Fill `view` from byte `start` on; one system call may return less than it was asked for."""
+    done = 0
+    while done < len(view):
+        try:
+            count = os.preadv(file.fileno(), [view[done:]], start + done)
+        except OSError as error:
+            raise LestdError(
+                f"tensor {ref.name} cannot be read from {ref.shard} ({error.strerror or error})"
+            ) from error
+        if count == 0:
+            raise LestdError(
+                f"{ref.shard} ends at byte {start + done}, but tensor {ref.name} goes up to byte "
+                f"{ref.byte_range[1]}; the file has changed since its header was read"
+            )
+        done += count
+
+
+def sample_digests(index: ShardIndex) -> dict[str, str]:
+    """A cheap fingerprint of each shard: shard -> sha256 (hex).
+
+    Covers what the header says of each tensor, and the first and last 64 KiB of its data; a
+    fingerprint that differs proves a change, one that agrees makes it unlikely.
+
+    Raises:
+        LestdError: a shard cannot be read.
+    """
+    by_shard: dict[str, list[TensorRef]] = {shard: [] for shard in index.shards}
+    for ref in index.tensors.values():
+        by_shard[str(Path(ref.shard).relative_to(index.directory))].append(ref)
+    digests = {}
+    for shard, refs in by_shard.items():
+        digest = hashlib.sha256()
+        with _open_shard(str(index.directory / shard)) as file:
+            for ref in refs:
+                start, stop = ref.byte_range
+                digest.update(repr((ref.name, ref.dtype, ref.shape, start)).encode())
+                for at in sorted({start, max(start, stop - _SAMPLE_BYTES)}):
+                    sample = bytearray(min(_SAMPLE_BYTES, stop - at))
+                    _read_exactly(file, ref, at, memoryview(sample))
+                    digest.update(sample)
+        digests[shard] = digest.hexdigest()
+    return digests
+
+
+def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors in the safetensors format, one after the other; same tensors, same bytes.
+
+    Raises:
+        KeyError: safetensors has no name for a tensor's dtype.
+    """
+    specs = [
+        TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    ]
+    specs.sort(key=layout_key)
+    file.write(build_header(specs))
+    for spec in specs:
+        flat = tensors[spec.name].detach().cpu().contiguous().reshape(-1)
+        file.write(flat.view(torch.uint8).numpy().data)
+
+
+def serialize_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """`write_safetensors` into memory."""
+    file = io.BytesIO()
+    write_safetensors(file, tensors)
+    return file.getvalue()
+
+
+def write_safetensors_stream(file: BinaryIO, refs: Iterable[TensorRef]) -> None:
+    """Write a new shard of tensors that lie in other shards, copied byte for byte.
+
+    Memory stays within 16 MiB, whatever the tensors' size.
+
+    Raises:
+        LestdError: a source shard ends early or cannot be read.
+    """
+    ordered = sorted(refs, key=layout_key)
+    file.write(build_header(ordered))
+    largest = max((ref.stored_bytes for ref in ordered), default=0)
+    buffer = memoryview(bytearray(min(_COPY_BYTES, largest)))
+    for ref in ordered:
+        start, stop = ref.byte_range
+        with _open_shard(ref.shard) as source:
+            while start < stop:
+                chunk = buffer[: min(len(buffer), stop - start)]
+                _read_exactly(source, ref, start, chunk)
+                file.write(chunk)
+                start += len(chunk)
+
+
+def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a file that appears under `path`, complete and on disk, or not at all.
+
+    Temp file in the same directory, fsync, rename, fsync of the directory; an existing file is
+    replaced. Permissions follow the umask.
+
+    Args:
+        path: the file; its directory must exist.
+        write: gets the open temp file.
+
+    Raises:
+        LestdError: no space left.
+    """
+    temp = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(8)}")
+    with explain_os_errors(path):
+        try:
+            with temp.open("xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            temp.replace(path)
+        except BaseException:
+            temp.unlink(missing_ok=True)
+            raise
+        fsync_directory(path.parent)
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make the names in `directory` durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def explain_os_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or quota into a sentence; other errors pass.
+
+    Raises:
+        LestdError: no space was left while writing `path`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise LestdError(
+            f"no space left while writing {path} ({error.strerror}; {free / 1e9:.2f} GB free "
+            f"there); free some or write elsewhere; finished work is kept, and the same command "
+            "continues it"
+        ) from error
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 (hex) of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,184 @@
+"""The work of one actor: read a task's tensors, decompose them, write the payload.
+
+Reads only the byte ranges of its task, writes only its payload, and returns a `Result`; whatever
+goes wrong with the input comes back as a `Failure` that names the tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import socket
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from lestd_kernels.errors import LestdError
+from lestd_kernels.methods import METHODS, MethodArgs
+from lestd_kernels.tensorize import unfold_weights
+from workers.checkpoint import (
+    atomic_write,
+    check_finite,
+    explain_os_errors,
+    read_tensor,
+    serialize_safetensors,
+)
+from workers.contracts import Failure, Result, SliceResult, Task
+
+
+def payload_name(task_id: str, sha256: str) -> str:
+    """File name of a payload; it carries the content's hash, so a name is never reused."""
+    return f"{task_id}-{sha256}.safetensors"
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what decides a payload's bytes."""
+    return {"lestd": version("lestd"), "torch": torch.__version__}
+
+
+class DecomposeWorker:
+    """Decomposes slice groups, one at a time, on one device.
+
+    Args:
+        payload_dir: where payloads go; on a disk that the driver sees too.
+        device: ``"cpu"`` or ``"cuda"``.
+        threads: CPU threads to compute with. Part of the run's configuration, because the order
+            of a reduction, and so the last bit of a result, depends on it.
+    """
+
+    def __init__(self, payload_dir: str, device: str = "cpu", threads: int = 1) -> None:
+        torch.set_num_threads(threads)
+        # TF32 keeps 10 bits of mantissa: too few for factors that are to be orthonormal.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        self._payload_dir = Path(payload_dir)
+        self._device = torch.device(device)
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
+
+    def run(self, task: Task) -> Result | Failure:
+        """Decompose one task; never raises for a problem with its input."""
+        try:
+            with torch.inference_mode():
+                return self._decompose(task)
+        except LestdError as error:
+            return Failure(task.task_id, "application", type(error).__name__, str(error))
+        except Exception as error:
+            text = f"{task.group}: {type(error).__name__}: {error}"
+            return Failure(
+                task.task_id, "application", type(error).__name__, text, traceback.format_exc()
+            )
+
+    def _decompose(self, task: Task) -> Result:
+        started_at = time.time()
+        _reset_peak_memory(self._device)
+        seconds: dict[str, float] = {}
+
+        with _timed(seconds, "read"):
+            digest = hashlib.sha256()
+            weights = {}
+            for module, ref in task.tensors.items():
+                weight = read_tensor(ref, digest)
+                check_finite(weight, ref)
+                weights[module] = weight.to(self._device)
+            unfolding = unfold_weights(weights, task.layout)
+            del weights
+
+        done = METHODS[task.method].decompose(
+            unfolding,
+            task.layout,
+            task.byte_budget,
+            getattr(torch, task.value_dtype),
+            MethodArgs(**task.method_args),
+        )
+        seconds |= done.seconds
+        decomposition = done.decomposition
+
+        with _timed(seconds, "write"):
+            content = serialize_safetensors(
+                {k: t.cpu() for k, t in decomposition.named_tensors(task.tensor_prefix).items()}
+            )
+            sha256 = hashlib.sha256(content).hexdigest()
+            payload = payload_name(task.task_id, sha256)
+            path = self._payload_dir / payload
+            with explain_os_errors(path):
+                atomic_write(path, lambda file: file.write(content))
+
+        cores = decomposition.cores.values()
+        return Result(
+            task_id=task.task_id,
+            layer=task.layer,
+            group=task.group,
+            tensors=tuple(ref.name for ref in task.tensors.values()),
+            method=task.method,
+            payload=payload,
+            sha256=sha256,
+            payload_bytes=len(content),
+            source_sha256=digest.hexdigest(),
+            format=decomposition.describe(task.group),
+            ranks=decomposition.ranks,
+            nnz=decomposition.nnz,
+            density=decomposition.nnz / sum(core.rows * core.columns for core in cores),
+            codec="+".join(sorted({core.codec for core in cores})),
+            dense_bytes=task.dense_bytes,
+            byte_budget=task.byte_budget,
+            stored_bytes=decomposition.stored_bytes,
+            relative_error=done.relative_error,
+            squared_norm=done.squared_norm,
+            squared_error=done.squared_error,
+            squared_energy_stage1=done.squared_energy_stage1,
+            squared_energy_stage2=done.squared_energy_stage2,
+            threshold=done.threshold,
+            hooi_iterations=done.hooi_iterations,
+            seconds=seconds,
+            started_at=started_at,
+            peak_memory_bytes=_peak_memory_bytes(self._device),
+            device=_device_name(self._device),
+            worker=self._name,
+            node=socket.gethostname(),
+            versions=software_versions(),
+            slices=tuple(SliceResult(**vars(s)) for s in done.slices),
+        )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        # Linux: 5 resets the high-water mark of the resident set (man 5 proc, clear_refs).
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # Elsewhere the figure is the peak since the process began.
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory of the task: of the device, or on CPU the resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

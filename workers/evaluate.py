@@ -1,0 +1,154 @@
+"""Score windows of a text with a model that was loaded once.
+
+Shapes: L inputs of a window, V vocabulary. A window is a forward pass of its own (batch 1), so
+its score depends on nothing but its tokens, the model, the device and the number of threads: not
+on the other windows of the piece, and not on how many workers share the pieces.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from lestd_kernels.errors import LestdError
+from workers.contracts import EvalRequest, EvalResult, Failure
+
+# Positions whose log-softmax is taken at once, in float32: with V = 150,000 that is 150 MB,
+# where all 2048 positions of a window would need 1.2 GB.
+_CHUNK_POSITIONS = 256
+
+
+def window_nll(logits: Tensor, targets: Tensor) -> float:
+    """Negative log-likelihood of the targets, in nats, summed over the positions.
+
+    Args:
+        logits: ``(L, V)``, any floating dtype; the log-softmax is computed in float32.
+        targets: ``(L,)``, int64.
+
+    Returns:
+        The sum, accumulated in float64.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for start in range(0, targets.numel(), _CHUNK_POSITIONS):
+        chunk = slice(start, start + _CHUNK_POSITIONS)
+        losses = functional.cross_entropy(logits[chunk].float(), targets[chunk], reduction="none")
+        total += losses.sum(dtype=torch.float64)
+    return float(total)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bar and no loading report on the terminal while the context lasts."""
+    bar = transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+class EvalWorker:
+    """Scores windows with one model on one device.
+
+    The model is loaded with the first request, so that a model that cannot be loaded is a
+    `Failure` like any other.
+
+    Args:
+        model_dir: directory of a dense or a compressed model.
+        dtype: compute dtype: ``"auto"`` (the checkpoint's own), ``"bfloat16"``, ``"float16"`` or
+            ``"float32"``.
+        device: ``"cpu"`` or ``"cuda"``.
+        threads: CPU threads to compute with; they decide the order of reductions, so the last
+            bit of a score.
+    """
+
+    def __init__(
+        self, model_dir: str, dtype: str = "auto", device: str = "cpu", threads: int = 1
+    ) -> None:
+        torch.set_num_threads(threads)
+        self._model_dir = model_dir
+        self._dtype = dtype
+        self._device = device
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
+
+    def run(self, request: EvalRequest) -> EvalResult | Failure:
+        """Score the windows of one piece; never raises for a problem with its input."""
+        try:
+            with torch.inference_mode():
+                return self._score(request)
+        except LestdError as error:
+            return Failure(request.task_id, "application", type(error).__name__, str(error))
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            return Failure(
+                request.task_id, "application", type(error).__name__, text, traceback.format_exc()
+            )
+
+    @cached_property
+    def _model(self) -> Any:
+        # Importing anything from lestd_kernels has registered its quantizer by now.
+        with _quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self._model_dir,
+                dtype=self._dtype,
+                device_map={"": self._device},
+                local_files_only=True,
+                trust_remote_code=False,
+                # Mismatches are refused below, in one sentence, together with absent tensors:
+                # those Transformers would only warn of, and draw at random.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        model, loading = loaded
+        if absent := sorted(loading["missing_keys"]):
+            raise LestdError(
+                f"{self._model_dir} lacks {len(absent)} of the model's tensors, the first is "
+                f"{absent[0]}; get the checkpoint again"
+            )
+        if mismatched := sorted(loading["mismatched_keys"]):
+            name, found, expected = mismatched[0]
+            raise LestdError(
+                f"{self._model_dir}: tensor {name} has shape {tuple(found)}, config.json makes it "
+                f"{tuple(expected)}; get the checkpoint again"
+            )
+        return model  # from_pretrained leaves it in evaluation mode
+
+    def _score(self, request: EvalRequest) -> EvalResult:
+        model = self._model
+        start = time.perf_counter()
+        nll = []
+        for window, token_ids in zip(request.windows, request.token_ids, strict=True):
+            tokens = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
+            logits = model(input_ids=tokens[None, :-1], use_cache=False).logits[0]
+            loss = window_nll(logits, tokens[1:])
+            if not math.isfinite(loss):
+                raise LestdError(
+                    f"the loss of window {window} is {loss}, computed in {model.dtype}; try "
+                    "--dtype float32, and if it stays so the weights are broken"
+                )
+            nll.append(loss)
+        return EvalResult(
+            task_id=request.task_id,
+            windows=request.windows,
+            nll=tuple(nll),
+            tokens=tuple(len(ids) - 1 for ids in request.token_ids),
+            seconds=time.perf_counter() - start,
+            worker=self._name,
+        )
