@@ -25,7 +25,7 @@ from lestd_kernels.errors import LestdError
 from lestd_kernels.stage1 import Factors, Ranks, mix, project_rows, squared_sum
 from lestd_kernels.tensorize import PROJECTIONS, GroupLayout
 
-_ROWS_PER_CHUNK = 512
+_ROWS_PER_CHUNK = 128
 # 32 bins an octave (the upper bits of a float32) over 32 octaves below ||W||: the elements in the
 # lowest bin together hold less than 2^-32 of ||W||^2 even if there are 2^32 of them.
 _KEY_SHIFT = 18
@@ -193,9 +193,9 @@ def search_sparse(W: Tensor, bases: Factors, shape: GroupShape, limits: Limits) 
 
 def _rotated_rows(W: Tensor, bases: Factors, step: int) -> Iterator[Tensor]:
     """Blocks of `step` rows ``(step, T, n, p)`` of W rotated by its bases, in order."""
-    for columns in bases.U1.split(-(-_ROWS_PER_CHUNK // step) * step, dim=1):
+    for columns in torch.split(bases.U1, -(-_ROWS_PER_CHUNK // step) * step, dim=1):
         rotated = mix(project_rows(W, columns), bases.U3) @ bases.U2
-        yield from rotated.split(step)
+        yield from torch.split(rotated, step)
 
 
 def _histogram_labels(shape: GroupShape, p: int, step: int) -> Tensor:
@@ -230,7 +230,7 @@ def _fitting_energy(
     widths: Sequence[int],
 ) -> Tensor:
     """Energy that fits the limits for one R1 and every R3 and R2, ``(T, Q)``; -1 where none."""
-    P, T, Q, _ = in_bin.shape
+    P, T = in_bin.shape[:2]
     candidates = [[Ranks(R1, R2, R3 + 1) for R2 in widths] for R3 in range(T)]
     lines = torch.tensor(
         [[[shape.codec_lines(r, core) for r in row] for row in candidates] for core in range(P)],
@@ -267,7 +267,7 @@ def search_dense(W: Tensor, bases: Factors, shape: GroupShape, limits: Limits) -
         shape: sizes of the group.
         limits: feasible ones (see `require_feasible`).
     """
-    d, T, _, p = W.shape
+    T, p = W.shape[1], W.shape[3]
     best, best_energy = Ranks(0, 0, 0), -1.0
     energies = torch.cat(
         [
@@ -278,7 +278,7 @@ def search_dense(W: Tensor, bases: Factors, shape: GroupShape, limits: Limits) -
     leading = energies.cumsum(0).cumsum(1).cumsum(2)
     for R3 in range(1, T + 1):
         for R2 in rank_grid(p, limits.rank_step):
-            R1 = largest_dense_R1(shape, limits, R2, R3)
+            R1 = largest_dense_rank(shape, limits, R2, R3)
             if R1 and float(leading[R1 - 1, R3 - 1, R2 - 1]) > best_energy:
                 best, best_energy = Ranks(R1, R2, R3), float(leading[R1 - 1, R3 - 1, R2 - 1])
     return best
@@ -289,7 +289,7 @@ def dense_bytes(shape: GroupShape, ranks: Ranks) -> int:
     return shape.factor_bytes(ranks) + shape.core_elements(ranks) * shape.value_bytes
 
 
-def largest_dense_R1(shape: GroupShape, limits: Limits, R2: int, R3: int) -> int:
+def largest_dense_rank(shape: GroupShape, limits: Limits, R2: int, R3: int) -> int:
     """The largest R1 with which a dense core respects the limits; 0 where none does."""
     low, high = 0, shape.layout.width
     while low < high:

@@ -5,9 +5,9 @@ Shapes: d model width, p head width, h heads, R1 R2 R3 ranks, S_m slices of modu
 `SharedTucker` is the main kind. Every slice of the group is ``W_s ~ U1 M_s U2^T`` with
 ``M_s (R1 x R2)``; module m stores its slices side by side as one core M (R1 x S_m R2).
 
-    type mode   core stored                                    M of module m
-    identity    per module, (R1 x S_m R2)                      the core itself
-    learned     one per group, G (R1 x R3 h R2), and U3        M[:, i, t, :] = sum_r G[:, r, i, :] U3[t, r]
+    type mode   core stored                                   M of module m
+    identity    per module, (R1 x S_m R2)                     the core itself
+    learned     one per group, G (R1 x R3 h R2), and U3       M_{t,i} = sum_r U3[t, r] G[:, r, i, :]
 
 Names on disk, below the block's prefix: ``lestd_u1.weight``, ``lestd_u2.weight``, and for each
 module ``<module>.weight`` (1-D: the core's values, or the module's rows of U3), ``<module>.mask``

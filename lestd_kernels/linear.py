@@ -49,28 +49,27 @@ class _Scope(threading.local):
     """Products ``x U1`` of the block that this thread is in; None outside of a block."""
 
     products: dict[Factor, tuple[Tensor, tuple[int, bool], Tensor]] | None = None
+    traced = False
 
 
 _scope = _Scope()
 
 
 def _open_scope(block: nn.Module, args: tuple[Any, ...]) -> None:
-    if not torch.compiler.is_compiling():
-        _scope.products = {}
+    _scope.products, _scope.traced = {}, torch.compiler.is_compiling()
 
 
 def _close_scope(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if not torch.compiler.is_compiling():
-        _scope.products = None
+    _scope.products = None
 
 
 def share_products(block: nn.Module) -> None:
     """Apply a factor once per input in each forward of `block`, however many modules read it.
 
-    Q, K and V get the same tensor, so U1 is applied once. Bounding the memory of a product by the
-    block's forward keeps no activation alive afterwards, error or not, and keeps a product's
-    autograd graph from being met again after a backward. Under torch.compile nothing is kept:
-    the compiler merges equal products itself.
+    Q, K and V get the same tensor, so U1 is applied once, under torch.compile too (inductor does
+    not merge equal products by itself). Bounding the life of a product by the block's forward
+    keeps no activation alive afterwards, error or not, and no autograd graph for a forward that
+    comes after its backward.
     """
     block.register_forward_pre_hook(_open_scope)
     block.register_forward_hook(_close_scope, always_call=True)
@@ -78,10 +77,14 @@ def share_products(block: nn.Module) -> None:
 
 def _shared_product(factor: Factor, x: Tensor) -> Tensor:
     """``factor(x)``, taken from the open scope where the same tensor was multiplied before."""
-    if torch.compiler.is_compiling() or _scope.products is None:
+    traced = torch.compiler.is_compiling()
+    # A compiled module inside an eager block leaves the block's products alone: it would be
+    # compiled anew for each of them.
+    if _scope.products is None or _scope.traced != traced:
         return factor(x)  # type: ignore[no-any-return]
-    # An in-place change of x between two readers shows in its version; inference tensors have none.
-    state = (0 if x.is_inference() else x._version, torch.is_grad_enabled())
+    # An in-place change of x between two readers shows in its version, where it has one.
+    version = 0 if traced or x.is_inference() else x._version
+    state = (version, torch.is_grad_enabled())
     entry = _scope.products.get(factor)
     if entry is not None and entry[0] is x and entry[1] == state:
         return entry[2]
@@ -220,7 +223,8 @@ class CompressedLinear(nn.Module):
         else:
             Z = U2(x.reshape(*x.shape[:-1], self.slices, p)).flatten(-2)
             out = U1(apply_core(Z, self._core(), True), transposed=True)
-        return out if self.bias is None else out + self.bias
+        # Under autocast `out` is narrower than the bias; the sum keeps its dtype, as nn.Linear's.
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def extra_repr(self) -> str:
         """Sizes and packing, for ``print(model)``."""

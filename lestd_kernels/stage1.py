@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+_SUM_ELEMENTS = 1 << 20
+
 
 class Ranks(NamedTuple):
     """Multilinear rank of a group: of the width, the head width, and the types."""
@@ -82,7 +84,7 @@ def mix(W: Tensor, U3: Tensor) -> Tensor:
     """``W x3 U3^T``: (d, T, n, p) -> (d, R3, n, p); W itself where U3 is the 1 x 1 identity."""
     if U3.numel() == 1 and float(U3) == 1:
         return W
-    return torch.einsum("atnb,tr->arnb", W, U3).contiguous()
+    return (U3.T @ W.flatten(2)).view(W.shape[0], -1, *W.shape[2:])
 
 
 def _gram1(W: Tensor) -> Tensor:
@@ -189,4 +191,7 @@ def _reduce_types(W: Tensor, U3: Tensor) -> Tensor:
 
 def squared_sum(tensor: Tensor) -> float:
     """Squared Frobenius norm, accumulated in float64."""
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+    # In parts: vector_norm converts its whole input first.
+    parts = torch.split(tensor.flatten(), _SUM_ELEMENTS)
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
+    return float(torch.stack(norms).square().sum())

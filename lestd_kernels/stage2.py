@@ -32,7 +32,7 @@ Fits = Callable[[Sequence[int]], bool]
 """Whether cores with these numbers of non-zeros fit; once false, false for any larger numbers."""
 
 _LOW_BITS = 16
-_CHUNK_ELEMENTS = 1 << 24
+_CHUNK_ELEMENTS = 1 << 20
 _REFIT_ITERATIONS = 10
 _REFIT_TOLERANCE = 1e-5
 
@@ -54,7 +54,8 @@ def fit_core(W: Tensor, factors: Factors) -> Tensor:
 def _dual(U: Tensor) -> Tensor:
     """``U (U^T U)^-1``, float32: its transpose is the pseudo-inverse of U."""
     U = U.double()
-    return torch.linalg.solve(U.T @ U, U.T).T.float()
+    dual: Tensor = torch.linalg.solve(U.T @ U, U.T).T.float()
+    return dual
 
 
 def gram_factors(factors: Factors) -> Factors:
@@ -101,10 +102,14 @@ def prune_refit(
         smallest = survivors - math.ceil(alpha * survivors)
         last = sum(int(mask.sum()) for mask in masks) >= smallest
         if not last:
-            masks = select_largest(values, lambda nnz, limit=smallest: sum(nnz) <= limit)
+            masks = select_largest(values, _at_most(smallest))
         values = refit(values, masks, targets, grams)
         if last:
             return values
+
+
+def _at_most(count: int) -> Fits:
+    return lambda nnz: sum(nnz) <= count
 
 
 def select_largest(cores: Sequence[Tensor], fits: Fits) -> list[Tensor]:
@@ -121,33 +126,40 @@ def select_largest(cores: Sequence[Tensor], fits: Fits) -> list[Tensor]:
     Returns:
         A bool tensor per core, of its shape.
     """
-    keys = [core.abs().view(torch.int32) for core in cores]
-    high = torch.stack([_histogram(key >> _LOW_BITS, 1 << (31 - _LOW_BITS)) for key in keys])
-    high[:, 0] -= torch.tensor([int((key == 0).sum()) for key in keys])
-    bucket, kept = _first_overflow(high, torch.zeros(len(keys), dtype=torch.int64), fits)
+    zeros = torch.tensor([core.numel() - int(core.count_nonzero()) for core in cores])
+    buckets = 1 << (31 - _LOW_BITS)
+    high = _histograms(cores, buckets, lambda key: key >> _LOW_BITS)
+    high[:, 0] -= zeros
+    bucket, kept = _first_overflow(high, torch.zeros_like(zeros), fits)
     if bucket < 0:
-        return [key > 0 for key in keys]
+        return [core != 0 for core in cores]
 
-    inside = [key[(key >> _LOW_BITS) == bucket] - (bucket << _LOW_BITS) for key in keys]
-    low = torch.stack([_histogram(key, 1 << _LOW_BITS) for key in inside])
+    base = bucket << _LOW_BITS
+    low = _histograms(cores, 1 << _LOW_BITS, lambda key: key[(key >> _LOW_BITS) == bucket] - base)
     if bucket == 0:
         low[:, 0] = 0
     digit, kept = _first_overflow(low, kept, fits)
-    threshold = (bucket << _LOW_BITS) + digit
+    threshold = torch.tensor(base + digit, dtype=torch.int32).view(torch.float32).item()
 
     quotas = _tie_quotas(low[:, digit].tolist(), kept.tolist(), fits)
     masks = []
-    for key, quota in zip(keys, quotas, strict=True):
-        mask = key > threshold
+    for core, quota in zip(cores, quotas, strict=True):
+        magnitude = core.abs()
+        mask = magnitude > threshold
         if quota:
-            ties = (key.view(-1) == threshold).nonzero().view(-1)
+            ties = (magnitude.view(-1) == threshold).nonzero().view(-1)
             mask.view(-1)[ties[:quota]] = True
         masks.append(mask)
     return masks
 
 
-def _histogram(keys: Tensor, bins: int) -> Tensor:
-    return torch.bincount(keys.view(-1), minlength=bins).cpu()
+def _histograms(cores: Sequence[Tensor], bins: int, digit: Callable[[Tensor], Tensor]) -> Tensor:
+    """Counts ``(cores, bins)`` of a digit of the bit patterns of |g|."""
+    counts = torch.zeros(len(cores), bins, dtype=torch.int64)
+    for count, core in zip(counts, cores, strict=True):
+        for part in torch.split(core.view(-1), _CHUNK_ELEMENTS):
+            count += torch.bincount(digit(part.abs().view(torch.int32)), minlength=bins).cpu()
+    return counts
 
 
 def _first_overflow(counts: Tensor, kept: Tensor, fits: Fits) -> tuple[int, Tensor]:
@@ -198,11 +210,13 @@ def refit(
     Returns:
         New cores, zero outside the masks.
     """
-    fitted = []
-    for value, mask, target in zip(values, masks, targets, strict=True):
-        per_chunk = max(1, _CHUNK_ELEMENTS // (target.numel() // target.shape[2]))
-        parts = zip(*(t.split(per_chunk, dim=2) for t in (value, mask, target)), strict=True)
-        fitted.append(torch.cat([_conjugate_gradients(*part, grams) for part in parts], dim=2))
+    fitted = [torch.empty_like(target) for target in targets]
+    for new, value, mask, target in zip(fitted, values, masks, targets, strict=True):
+        slices = target.shape[2]
+        per_chunk = max(1, _CHUNK_ELEMENTS * slices // target.numel())
+        for first in range(0, slices, per_chunk):
+            part = (slice(None), slice(None), slice(first, first + per_chunk))
+            new[part] = _conjugate_gradients(value[part], mask[part], target[part], grams)
     return fitted
 
 

@@ -14,10 +14,10 @@ Transformers without the plug-in finds a 1-D ``weight`` where it expects a matri
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from safetensors import safe_open
@@ -41,6 +41,7 @@ from lestd_kernels.linear import (
     SharedCore,
     share_products,
 )
+from lestd_kernels.tensorize import BasisSide
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,21 +60,34 @@ class LestdConfig(QuantizationConfigMixin):
         groups: one entry per slice group, see `SharedTucker.describe`.
         format_version: version of the entries and of the tensors' names and layout.
         quant_method: always ``"lestd"``.
-
-    Raises:
-        LestdError: the format version is not the one this package reads.
     """
 
     groups: list[dict[str, Any]] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # not in their enum
 
-    def __post_init__(self) -> None:
-        if self.format_version != FORMAT_VERSION:
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Read the entry of `config.json`.
+
+        Raises:
+            LestdError: a format version that this package does not read, or an unknown key.
+        """
+        version = config_dict.get("format_version")
+        if version != FORMAT_VERSION:
             raise LestdError(
-                f"config.json: quantization_config has format_version {self.format_version!r}, "
+                f"config.json: quantization_config has format_version {version!r}, "
                 f"this version of lestd reads {FORMAT_VERSION}: {_UPGRADE}."
             )
+        unknown = sorted(config_dict.keys() - {f.name for f in fields(cls)})
+        if unknown:
+            raise LestdError(
+                f"config.json: quantization_config has the unknown key {unknown[0]!r}, expected "
+                f"{', '.join(f.name for f in fields(cls))}: remove it."
+            )
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
 
 class LestdQuantizer(HfQuantizer):
@@ -132,15 +146,8 @@ def _complete_entry(number: int) -> Iterator[None]:
 def _build_group(model: PreTrainedModel, entry: dict[str, Any]) -> None:
     """Exchange the linear modules of one slice group for compressed ones, on the meta device."""
     path, ranks = entry["path"], entry["ranks"]
-    for what, found, known in (
-        ("kind", entry["kind"], (SharedTucker.kind,)),
-        ("value_type", entry["value_type"], _VALUE_TYPES),
-    ):
-        if found not in known:
-            raise LestdError(
-                f"config.json: group {path} has {what} {found!r}, "
-                f"expected one of {', '.join(known)}: {_UPGRADE}."
-            )
+    _check_known(path, "kind", entry["kind"], (SharedTucker.kind,))
+    _check_known(path, "value_type", entry["value_type"], _VALUE_TYPES)
     block = _find_module(model, path)
     originals = {name: _find_linear(block, path, name) for name in entry["modules"]}
     dtype = next(iter(originals.values())).weight.dtype
@@ -155,6 +162,7 @@ def _build_group(model: PreTrainedModel, entry: dict[str, Any]) -> None:
 
     for name, original in originals.items():
         module = entry["modules"][name]
+        _check_known(f"{path}.{name}", "basis_side", module["basis_side"], get_args(BasisSide))
         slices = module["slices"]
         columns = slices * entry["head_dim"]
         wide = module["basis_side"] == "input"
@@ -181,19 +189,23 @@ def _build_group(model: PreTrainedModel, entry: dict[str, Any]) -> None:
     share_products(block)
 
 
-def _core_spec(path: str, entry: dict[str, Any], rows: int, columns: int) -> CoreSpec:
-    if entry["codec"] not in CODECS:
+def _check_known(path: str, what: str, found: Any, known: Collection[str]) -> None:
+    if found not in known:
         raise LestdError(
-            f"config.json: {path} has codec {entry['codec']!r}, "
-            f"expected one of {', '.join(CODECS)}: {_UPGRADE}."
+            f"config.json: {path} has {what} {found!r}, expected {' or '.join(known)}: {_UPGRADE}."
         )
+
+
+def _core_spec(path: str, entry: dict[str, Any], rows: int, columns: int) -> CoreSpec:
+    _check_known(path, "codec", entry["codec"], CODECS)
     return CoreSpec(entry["codec"], rows, columns, entry["nnz"])
 
 
 def _find_module(model: PreTrainedModel, path: str) -> nn.Module:
     """The module at `path`, which may have or lack the base model's prefix."""
     prefix = f"{model.base_model_prefix}."
-    for candidate in (path, path.removeprefix(prefix), prefix + path):
+    without = f"{path}.".removeprefix(prefix).removesuffix(".")  # the base model itself: ""
+    for candidate in (path, without, prefix + path):
         try:
             return model.get_submodule(candidate)
         except AttributeError:

@@ -286,6 +286,7 @@ def compress(
                 run_dir,
                 fresh=fresh,
                 on_start=shown.on_start,
+                on_event=shown.on_event,
                 on_progress=shown.on_progress,
             )
     except KeyboardInterrupt:

@@ -61,6 +61,7 @@ def convert(
         LestdError: there is nothing to convert, a file is damaged or asks to run code, the index
             and the shards disagree, `out` is taken, or no space is left.
     """
+    out = out.absolute()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise LestdError(f"{out} exists and is not empty; choose another directory or remove it")
     source, weight_map = _open_pickled(model, revision)
@@ -68,7 +69,7 @@ def convert(
     shards = [f"model-{i + 1:05d}-of-{len(bins):05d}.safetensors" for i in range(len(bins))]
     if len(bins) == 1:
         shards = [WEIGHTS_FILE]
-    building = out.absolute().with_name(out.name + ".converting")
+    building = out.with_name(out.name + ".converting")
     with explain_os_errors(building):
         _prepare(building, source, bins)
         for done, (bin_name, shard) in enumerate(zip(bins, shards, strict=True), start=1):
@@ -102,12 +103,12 @@ def _open_pickled(model: str, revision: str | None) -> tuple[Path, dict[str, str
             f"{model} is not a directory here, and the Hub cannot be reached; check the "
             "connection, or download the model and give its directory"
         )
-    commit, names = remote
-    _check_convertible(model, names)
-    side_files = {name for name in names if is_side_file(name)}
-    directory = download(model, commit, side_files | ({BIN_INDEX_FILE} & names))
-    weight_map = _bin_weight_map(directory, names)
-    return download(model, commit, set(weight_map.values()) or {BIN_FILE}), weight_map
+    _check_convertible(model, remote)
+    side_files = {name for name in remote if is_side_file(name)}
+    directory = download(model, revision, side_files | ({BIN_INDEX_FILE} & remote))
+    weight_map = _bin_weight_map(directory, remote)
+    bins = set(weight_map.values()) or {BIN_FILE}
+    return download(model, directory.name, bins), weight_map
 
 
 def _check_convertible(model: str, names: set[str]) -> None:
@@ -199,10 +200,9 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _reason(error: Exception) -> str:
-    """The one line of PyTorch's message that says what was found."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    found = [line for line in lines if "WeightsUnpickler error" in line]
-    return (found or lines or [type(error).__name__])[0]
+    """What was found, in one line, without PyTorch's advice to turn the protection off."""
+    text = " ".join(str(error.__context__ or error).split())
+    return text.partition(". ")[0][:200] or type(error).__name__
 
 
 def _write_index(building: Path, shards: list[str]) -> None:

@@ -167,14 +167,17 @@ def evaluate(
 
 
 def _load_config(model_dir: Path) -> Any:
+    if not (model_dir / "config.json").is_file():
+        raise LestdError(
+            f"{model_dir} is not the directory of a model (it has no config.json); check the path"
+        )
     try:
         return AutoConfig.from_pretrained(
             str(model_dir), local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise LestdError(
-            f"{model_dir} holds no readable model (config.json: {_first_line(error)}); "
-            "give the directory of a Hugging Face or a compressed model"
+            f"{model_dir / 'config.json'} cannot be used ({_first_line(error)}); fetch it again"
         ) from error
 
 

@@ -8,10 +8,11 @@ The same worker class runs in-process and as an actor, and Ray is imported nowhe
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -232,20 +233,22 @@ def open_executor(cluster: ClusterConfig) -> Iterator[Executor]:
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     address = cluster.address or os.environ.get("RAY_ADDRESS")
-    try:
-        if address is None or address == "local":
-            _join_or_start(ray, address, quiet)
-        else:
-            ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise LestdError(
-            f"the Ray cluster at {address or 'this machine'} does not answer "
-            f"({_first_line(error)}); check the address, or use --executor serial"
-        ) from error
-    try:
-        yield RayExecutor(cluster.workers, cluster.max_attempts)
-    finally:
-        ray.shutdown()
+    # Ray prints what happens to workers on standard output, where only results belong.
+    with redirect_stdout(sys.stderr):
+        try:
+            if address is None or address == "local":
+                _join_or_start(ray, address, quiet)
+            else:
+                ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise LestdError(
+                f"the Ray cluster at {address or 'this machine'} does not answer "
+                f"({_first_line(error)}); check the address, or use --executor serial"
+            ) from error
+        try:
+            yield RayExecutor(cluster.workers, cluster.max_attempts)
+        finally:
+            ray.shutdown()
 
 
 def _join_or_start(ray: Any, address: str | None, quiet: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from lestd_kernels.errors import LestdError, OutOfSpaceError
 from orchestrator.assemble import assemble, check_output
 from orchestrator.config import RunConfig
-from orchestrator.executor import Event, Executor, WorkerSpec
+from orchestrator.executor import Event, Executor, Listener, WorkerSpec
 from orchestrator.plan import Plan, make_plan
 from orchestrator.rundir import RunDirectory
 from orchestrator.source import Source
@@ -58,6 +58,7 @@ def compress_model(
     *,
     fresh: bool = False,
     on_start: Callable[[Plan, set[str]], None] | None = None,
+    on_event: Listener | None = None,
     on_progress: OnProgress | None = None,
 ) -> Outcome:
     """Compress a checkpoint; continue where an earlier call with the same arguments stopped.
@@ -70,6 +71,7 @@ def compress_model(
         run_dir: where the run keeps its payloads and manifest.
         fresh: forget what an earlier run left at `out` and `run_dir`.
         on_start: called with the plan and the ids of the tasks that are done already.
+        on_event: told of every start and retry.
         on_progress: called as tasks finish.
 
     Returns:
@@ -107,7 +109,27 @@ def compress_model(
         todo = [task for task in tasks.values() if task.task_id not in done]
         if todo:
             _require_disk(plan, run_dir)
-        failures = _run_tasks(todo, plan, run, executor, config, device, on_progress)
+
+        spec = WorkerSpec(
+            DecomposeWorker,
+            {
+                "payload_dir": str(run.payloads.resolve()),
+                "device": device,
+                "threads": config.threads,
+            },
+            threads=config.threads,
+            memory_bytes=plan.worker_memory_bytes,
+            device=device,
+        )
+        finished = len(done)
+        failures = []
+        for outcome in _run_and_commit(executor, spec, todo, run, on_event):
+            if isinstance(outcome, Failure):
+                failures.append(outcome)
+            else:
+                finished += 1
+            if on_progress is not None:
+                on_progress(outcome, finished, len(tasks))
 
         done = run.manifest.completed(tasks, run.payloads)
         rows = tuple(done[task_id] for task_id in tasks if task_id in done)
@@ -118,44 +140,31 @@ def compress_model(
     return Outcome(plan, rows, tuple(failures), skipped, time.monotonic() - began)
 
 
-def _run_tasks(
-    todo: list[Task],
-    plan: Plan,
-    run: RunDirectory,
+def _run_and_commit(
     executor: Executor,
-    config: RunConfig,
-    device: str,
-    on_progress: OnProgress | None,
-) -> list[Failure]:
-    """Run tasks and commit each result as it comes; returns those that failed."""
+    spec: WorkerSpec,
+    todo: list[Task],
+    run: RunDirectory,
+    on_event: Listener | None,
+) -> Iterator[Result | Failure]:
+    """Run tasks; what is yielded is in the manifest."""
     attempts: dict[str, int] = {}
 
-    def on_event(event: Event) -> None:
+    def listen(event: Event) -> None:
         attempts[event.task_id] = event.attempt
         run.manifest.record_event(event)
+        if on_event is not None:
+            on_event(event)
 
-    spec = WorkerSpec(
-        DecomposeWorker,
-        {"payload_dir": str(run.payloads.resolve()), "device": device, "threads": config.threads},
-        threads=config.threads,
-        memory_bytes=plan.worker_memory_bytes,
-        device=device,
-    )
-    failures = []
-    finished = len(plan.tasks) - len(todo)
-    for outcome in executor.map(spec, todo, on_event):
+    for outcome in executor.map(spec, todo, listen):
+        outcome = replace(outcome, attempt=attempts[outcome.task_id])
         if isinstance(outcome, Failure):
-            outcome = replace(outcome, attempt=attempts[outcome.task_id])
-            failures.append(outcome)
             run.manifest.record_failure(outcome)
-            if outcome.error_type == OutOfSpaceError.__name__:
-                break  # No other task would fare better.
         else:
-            run.manifest.commit(replace(outcome, attempt=attempts[outcome.task_id]))
-            finished += 1
-        if on_progress is not None:
-            on_progress(outcome, finished, len(plan.tasks))
-    return failures
+            run.manifest.commit(outcome)
+        yield outcome
+        if isinstance(outcome, Failure) and outcome.error_type == OutOfSpaceError.__name__:
+            return  # No other task would fare better.
 
 
 def _require_disk(plan: Plan, run_dir: Path) -> None:

@@ -78,11 +78,11 @@ def resolve_source(model: str, revision: str | None = None) -> Source:
     local = local_directory(model, revision)
     if local is not None:
         return _open_directory(model, None, local)
-    remote = list_repository(model, revision)
-    if remote is None:
+    names = list_repository(model, revision)
+    if names is None:
         return _open_cached(model, revision)
-    commit, names = remote
-    directory = _fetch_config(model, commit, names)
+    directory = _fetch_config(model, revision, names)
+    commit = directory.name
     shards = {WEIGHTS_FILE} & names or set(read_weight_map(directory / INDEX_FILE).values())
     wanted = {name for name in names if is_side_file(name)} | shards
     return _open_directory(model, commit, download(model, commit, wanted))
@@ -99,11 +99,11 @@ def open_headers(model: str, revision: str | None = None) -> Source:
     local = local_directory(model, revision)
     if local is not None:
         return _open_directory(model, None, local)
-    remote = list_repository(model, revision)
-    if remote is None:
+    names = list_repository(model, revision)
+    if names is None:
         return _open_cached(model, revision)
-    commit, names = remote
-    directory = _fetch_config(model, commit, names)
+    directory = _fetch_config(model, revision, names)
+    commit = directory.name
     weight_map = {} if WEIGHTS_FILE in names else read_weight_map(directory / INDEX_FILE)
     headers = {}
     for shard in sorted(set(weight_map.values()) or {WEIGHTS_FILE}):
@@ -147,8 +147,8 @@ def local_directory(model: str, revision: str | None) -> Path | None:
     return None
 
 
-def list_repository(model: str, revision: str | None) -> tuple[str, set[str]] | None:
-    """Commit and file names of a Hub model; None where the Hub cannot be reached.
+def list_repository(model: str, revision: str | None) -> set[str] | None:
+    """File names of a Hub model; None where the Hub cannot be reached.
 
     Raises:
         LestdError: `model` is no Hub id, model or revision do not exist, or access is not granted.
@@ -158,21 +158,21 @@ def list_repository(model: str, revision: str | None) -> tuple[str, set[str]] | 
             info = HfApi().model_info(model, revision=revision, timeout=_TIMEOUT_SECONDS)
     except _HubUnreachableError:
         return None
-    return str(info.sha), {file.rfilename for file in info.siblings or ()}
+    return {file.rfilename for file in info.siblings or ()}
 
 
-def download(model: str, commit: str, names: Iterable[str]) -> Path:
+def download(model: str, revision: str | None, names: Iterable[str]) -> Path:
     """Download files of a Hub model; those in the local cache are not fetched again.
 
     Returns:
-        Directory of this commit in the cache of huggingface_hub.
+        Directory in the cache of huggingface_hub, named by the commit that `revision` stands for.
 
     Raises:
         LestdError: the download failed.
     """
     patterns = [glob.escape(name) for name in sorted(names)]
-    with _explain_hub_errors(model, commit):
-        return Path(snapshot_download(model, revision=commit, allow_patterns=patterns))
+    with _explain_hub_errors(model, revision):
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
 
 
 class _HubUnreachableError(LestdError):
@@ -237,11 +237,14 @@ def _open_directory(model: str, commit: str | None, directory: Path) -> Source:
     )
 
 
-def _fetch_config(model: str, commit: str, names: set[str]) -> Path:
-    """Download config and index, and refuse what they rule out before anything larger follows."""
+def _fetch_config(model: str, revision: str | None, names: set[str]) -> Path:
+    """Download config and index, and refuse what they rule out before anything larger follows.
+
+    The revision is the user's, not its commit: so the cache learns what it stands for.
+    """
     if CONFIG_FILE not in names:
         raise LestdError(f"{model} has no {CONFIG_FILE}, so it is not a Transformers model")
-    directory = download(model, commit, {CONFIG_FILE, INDEX_FILE} & names)
+    directory = download(model, revision, {CONFIG_FILE, INDEX_FILE} & names)
     _check_config(model, read_config_json(directory))
     check_not_pickled(model, names)
     return directory

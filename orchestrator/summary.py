@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator import tables
 from orchestrator.evaluation import Evaluation, evaluate
-from orchestrator.executor import Executor
+from orchestrator.executor import Event, Executor
 from orchestrator.inspection import stored_scope_bytes
 from orchestrator.pipeline import Outcome
 from orchestrator.plan import Plan
@@ -37,6 +37,11 @@ class CompressionProgress:
         before = sum(self._dense_bytes[task_id] for task_id in done)
         bar = tables.progress("compress", plan.dense_bytes, before, "bytes")
         self._advance = self._stack.enter_context(bar)
+
+    def on_event(self, event: Event) -> None:
+        """A task was started, or is tried again."""
+        if event.kind == "retried":
+            self._advance(0, f"attempt {event.attempt} of {event.task_id} ended: {event.message}")
 
     def on_progress(self, outcome: Result | Failure, finished: int, total: int) -> None:
         """A task has ended."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -22,6 +24,7 @@ from transformers import (
     MistralConfig,
     OPTConfig,
     PretrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
 )
@@ -202,3 +205,32 @@ def write_compressed(
     config_json = config.to_dict() | {"quantization_config": quantization_config}
     (directory / "config.json").write_text(json.dumps(config_json))
     return directory
+
+
+def save_pair(family: str, mode: str, codec: str, root: Path) -> tuple[Path, PreTrainedModel]:
+    """A compressed directory below `root`, and the dense model with W-hat put back."""
+    dense = AutoModelForCausalLM.from_pretrained(save_tiny(family, root / "dense"))
+    groups = {
+        path: random_tucker(layout, mode, codec, seed)
+        for seed, (path, layout) in enumerate(attention_groups(family).items())
+    }
+    state = dense.state_dict()
+    if dense.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    directory = write_compressed(state, dense.config, groups, root / "compressed")
+    with torch.no_grad():
+        for path, group in groups.items():
+            for name, weight in group.to_dense().items():
+                dense.get_submodule(f"{path}.{name}").weight.copy_(weight)
+    return directory, dense
+
+
+def edited(directory: Path, target: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of a compressed directory whose quantization_config went through `change`."""
+    target.mkdir()
+    for file in directory.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    config = json.loads((target / "config.json").read_text())
+    change(config["quantization_config"])
+    (target / "config.json").write_text(json.dumps(config))
+    return target

@@ -252,8 +252,20 @@ def test_tokenizer_of_another_model_is_refused(copied_model: Path, text_file: Pa
         evaluate(copied_model, text_file, SerialExecutor())
 
 
-def test_directory_without_model_is_refused(tmp_path: Path, text_file: Path) -> None:
-    with pytest.raises(LestdError, match="holds no readable model"):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "is not the directory of a model"),
+        ("{", "config.json cannot be used"),
+        ('{"model_type": "no-such-family"}', "config.json cannot be used .*no-such-family"),
+    ],
+)
+def test_directory_without_usable_config_is_refused(
+    config: str | None, message: str, tmp_path: Path, text_file: Path
+) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(LestdError, match=message):
         evaluate(tmp_path, text_file, SerialExecutor())
 
 

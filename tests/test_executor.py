@@ -55,6 +55,9 @@ class Unloadable:
     def __init__(self) -> None:
         raise RuntimeError("no such model")
 
+    def run(self, job: Job) -> Answer:
+        raise AssertionError("never made, so never run")
+
 
 def test_serial_runs_in_order_and_leaves_the_threads_as_they_were(tmp_path: Path) -> None:
     before = torch.get_num_threads()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import torch
 from torch import Tensor
 
-from lestd_kernels.errors import LestdError
+from lestd_kernels.errors import LestdError, OutOfSpaceError
 from workers.contracts import TensorRef
 from workers.headers import (
     DTYPE_NAMES,
@@ -358,7 +358,7 @@ def explain_os_errors(path: Path) -> Iterator[None]:
     """Turn a full disk or quota into a sentence; other errors pass.
 
     Raises:
-        LestdError: no space was left while writing `path`.
+        OutOfSpaceError: no space was left while writing `path`.
     """
     try:
         yield
@@ -366,7 +366,7 @@ def explain_os_errors(path: Path) -> Iterator[None]:
         if error.errno not in _NO_SPACE:
             raise
         free = shutil.disk_usage(path.parent).free
-        raise LestdError(
+        raise OutOfSpaceError(
             f"no space left while writing {path} ({error.strerror}; {free / 1e9:.2f} GB free "
             f"there); free some or write elsewhere; finished work is kept, and the same command "
             "continues it"

@@ -15,16 +15,13 @@ from lestd_kernels.budget import (
     GroupShape,
     Limits,
     dense_bytes,
-    largest_dense_R1,
+    largest_dense_rank,
     rank_grid,
     require_feasible,
     search_dense,
 )
-from lestd_kernels.methods.base import (
-    Bounds,
-    Decomposed,
-    Method,
-    MethodArgs,
+from lestd_kernels.methods.base import Bounds, Decomposed, Method, MethodArgs
+from lestd_kernels.methods.steps import (
     Stopwatch,
     finish,
     group_shape,
@@ -57,8 +54,8 @@ def decompose(
     """Decompose a slice group with dense cores; see `Method.decompose`."""
     shape, limits, _ = _checked(layout, byte_budget, value_dtype, args)
     clock = Stopwatch(unfolding.device)
-    basis = shared_basis(unfolding, shape, limits, search_dense, value_dtype, args, clock)
-    return finish(unfolding, shape, basis, basis.targets, clock)
+    basis, cores = shared_basis(unfolding, shape, limits, search_dense, value_dtype, args, clock)
+    return finish(unfolding, shape, basis, cores, clock)
 
 
 @cache
@@ -72,15 +69,15 @@ def bounds(
         Ranks(R1, R2, R3)
         for R3 in range(1, shape.types + 1)
         for R2 in grid2
-        if (R1 := largest_dense_R1(shape, limits, R2, R3))
+        if (R1 := largest_dense_rank(shape, limits, R2, R3))
     ]
-    max_R1 = max(ranks.R1 for ranks in fitting)
+    max_nnz = max(shape.core_elements(ranks) for ranks in fitting)
     return Bounds(
         minimum_bytes=least,
-        max_R1=max_R1,
+        max_R1=max(ranks.R1 for ranks in fitting),
         max_R2=max(ranks.R2 for ranks in fitting),
-        max_nnz=max(shape.core_elements(ranks) for ranks in fitting),
-        workspace_bytes=workspace_bytes(shape, max_R1),
+        max_nnz=max_nnz,
+        workspace_bytes=workspace_bytes(shape, max_nnz),
     )
 
 

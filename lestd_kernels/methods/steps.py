@@ -1,0 +1,267 @@
+"""The steps that the shared-basis methods have in common: from an unfolding to cores, and back.
+
+Shapes: see lestd_kernels.tensorize, stage1 and decomposition.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lestd_kernels.budget import GroupShape, Limits
+from lestd_kernels.decomposition import CORE_NAME, EncodedCore, SharedTucker
+from lestd_kernels.errors import LestdError
+from lestd_kernels.methods.base import Decomposed, MethodArgs, SliceStats
+from lestd_kernels.stage1 import Factors, Ranks, hooi, hosvd, squared_sum
+from lestd_kernels.stage2 import fit_core
+from lestd_kernels.tensorize import PROJECTIONS, GroupLayout
+
+_ERROR_CHUNK_ELEMENTS = 1 << 22
+_CHUNKS_BYTES = 64 << 20
+
+
+class Stopwatch:
+    """Seconds per stage, summed; waits for the device, so that a stage pays for its own work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time a block as part of `stage`."""
+        start = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def group_shape(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> GroupShape:
+    """Sizes of a group under a type mode.
+
+    Raises:
+        LestdError: type mode learned, and the group is not one q, k, v and o slice per head.
+    """
+    learned = args.type_mode == "learned"
+    heads = range(len(layout.slices) // len(PROJECTIONS))
+    if learned and set(layout.slices) != {(t, i) for t in PROJECTIONS for i in heads}:
+        counts = (sum(s[0] == t for s in layout.slices) for t in PROJECTIONS)
+        found = ", ".join(f"{t} {count}" for t, count in zip(PROJECTIONS, counts, strict=True))
+        raise LestdError(
+            "type_mode 'learned' needs equally many query, key, value and output heads, but this "
+            f"group has {found}; use type_mode 'identity'"
+        )
+    return GroupShape(layout, learned, value_dtype.itemsize)
+
+
+def limits_of(byte_budget: int, args: MethodArgs) -> Limits:
+    """The limits that a rank search must respect."""
+    return Limits(byte_budget, args.max_flops, args.rank_step)
+
+
+def type_major(unfolding: Tensor, shape: GroupShape) -> Tensor:
+    """The unfolding ``(d, S p)`` as W ``(d, T, n, p)`` of stage1; a view where the order allows."""
+    layout = shape.layout
+    slices = unfolding.view(layout.width, -1, layout.head_dim)
+    if shape.learned:
+        n = len(layout.slices) // shape.types
+        order = [layout.slices.index((t, i)) for t in PROJECTIONS for i in range(n)]
+        if order != list(range(len(order))):
+            slices = slices[:, order]
+    return slices.reshape(layout.width, shape.types, -1, layout.head_dim)
+
+
+Search = Callable[[Tensor, Factors, GroupShape, Limits], Ranks]
+"""A rank search of lestd_kernels.budget."""
+
+
+@dataclass(frozen=True)
+class SharedBasis:
+    """The shared basis of a group as it will be stored.
+
+    Attributes:
+        factors: in the value dtype.
+        squared_energy: ``||G||^2`` of the orthonormal float32 factors.
+        hooi_iterations: sweeps after the HOSVD.
+    """
+
+    factors: Factors
+    squared_energy: float
+    hooi_iterations: int
+
+
+def shared_basis(
+    unfolding: Tensor,
+    shape: GroupShape,
+    limits: Limits,
+    search: Search,
+    value_dtype: torch.dtype,
+    args: MethodArgs,
+    clock: Stopwatch,
+) -> tuple[SharedBasis, list[Tensor]]:
+    """HOSVD, rank search, HOOI at the chosen ranks, and the cores for the factors as stored.
+
+    Returns:
+        The basis, and its least-squares cores ``(R1, R3, n_c, R2)``, float32; elements that the
+        value dtype rounds to zero are zero.
+    """
+    W = type_major(unfolding, shape)
+    with clock("stage1"):
+        bases = hosvd(W)
+    with clock("rank_search"):
+        ranks = search(W, bases, shape, limits)
+    with clock("stage1"):
+        start = bases.leading(ranks)
+        del bases
+        found = hooi(W, start, args.hooi_tol, args.hooi_max_iter)
+        factors = found.factors.to(value_dtype)
+        energy, iterations = found.squared_energy, found.iterations
+        del found
+    with clock("stage2"):
+        core = fit_core(W, factors)
+        cores = [part.contiguous() for part in torch.split(core, list(shape.core_slices), dim=2)]
+        for core in cores:
+            core.masked_fill_(core.to(value_dtype) == 0, 0)
+    return SharedBasis(factors, energy, iterations), cores
+
+
+def finish(
+    unfolding: Tensor,
+    shape: GroupShape,
+    basis: SharedBasis,
+    cores: Sequence[Tensor],
+    clock: Stopwatch,
+) -> Decomposed:
+    """Round the cores to the value dtype, encode them, and measure what was stored.
+
+    Args:
+        unfolding: ``(d, S p)``, float32, what the cores were fitted to.
+        shape: sizes of the group.
+        basis: the shared basis.
+        cores: what to store in it, float32, ``(R1, R3, n_c, R2)`` each.
+        clock: gets the stages ``"stage2"`` (encoding) and ``"error"``.
+
+    Raises:
+        LestdError: a core value does not fit the value dtype.
+    """
+    layout, factors = shape.layout, basis.factors
+    names = [CORE_NAME] if shape.learned else [module.name for module in layout.modules]
+    with clock("stage2"):
+        encoded = {
+            name: EncodedCore.encode(_round_core(core, factors.U1.dtype, name))
+            for name, core in zip(names, cores, strict=True)
+        }
+        stored = SharedTucker(
+            layout, factors.U1, factors.U2, encoded, factors.U3 if shape.learned else None
+        )
+        kept = [v[v != 0] for v in (core.tensors["values"] for core in encoded.values())]
+    with clock("error"):
+        slices, squared_norm, squared_error = _slice_stats(unfolding, stored)
+    return Decomposed(
+        decomposition=stored,
+        squared_norm=squared_norm,
+        squared_error=squared_error,
+        relative_error=relative(squared_error, squared_norm),
+        squared_energy_stage1=basis.squared_energy,
+        squared_energy_stage2=sum(squared_sum(values) for values in kept),
+        threshold=min((float(v.abs().min()) for v in kept if v.numel()), default=0.0),
+        hooi_iterations=basis.hooi_iterations,
+        seconds=clock.seconds,
+        slices=tuple(slices),
+    )
+
+
+def _round_core(core: Tensor, value_dtype: torch.dtype, name: str) -> Tensor:
+    matrix = core.flatten(1).to(value_dtype)
+    if not bool(matrix.isfinite().all()):
+        limit = torch.finfo(value_dtype).max
+        raise LestdError(
+            f"the core of {name} has a value of magnitude {float(core.abs().max()):.4g}, which "
+            f"does not fit {value_dtype} (at most {limit:.4g}); convert the checkpoint to bfloat16"
+        )
+    return matrix
+
+
+def relative(squared_error: float, squared_norm: float) -> float:
+    """``sqrt(error / norm)``; 0 for an error of 0, even of a zero tensor."""
+    if squared_error == 0:
+        return 0.0
+    return math.sqrt(squared_error / squared_norm) if squared_norm else math.inf
+
+
+def _slice_stats(unfolding: Tensor, stored: SharedTucker) -> tuple[list[SliceStats], float, float]:
+    """Statistics per slice, and ``||W||^2`` and ``||W - W_hat||^2`` summed over them."""
+    layout = stored.layout
+    U1, U2 = stored.U1.float(), stored.U2.float()
+    d, p, R1, R2 = layout.width, layout.head_dim, U1.shape[1], U2.shape[1]
+    per_chunk = max(1, _ERROR_CHUNK_ELEMENTS // (d * p))
+    W = unfolding.view(d, -1, p)
+    core_bytes = _core_bytes(stored)
+    slices: list[SliceStats] = []
+    total_norm = total_error = 0.0
+    for module in layout.modules:
+        core = stored.module_core(module).view(R1, -1, R2)
+        for M in torch.split(core, per_chunk, dim=1):
+            first, count = len(slices), M.shape[1]
+            chunk = W[:, first : first + count]
+            residual = chunk - (U1 @ (M @ U2.T).flatten(1)).view_as(chunk)
+            norms, errors, energies = (
+                torch.linalg.vector_norm(x, dim=(0, 2), dtype=torch.float64).square().tolist()
+                for x in (chunk, residual, M)
+            )
+            counts = M.count_nonzero(dim=(0, 2)).tolist()
+            for i, (projection, head) in enumerate(layout.slices[first : first + count]):
+                slices.append(
+                    SliceStats(
+                        projection=projection,
+                        head=head,
+                        nnz=counts[i],
+                        density=counts[i] / (R1 * R2),
+                        core_bytes=core_bytes[first + i],
+                        relative_error=relative(errors[i], norms[i]),
+                        squared_norm=norms[i],
+                        squared_energy=energies[i],
+                    )
+                )
+            total_norm += sum(norms)
+            total_error += sum(errors)
+    return slices, total_norm, total_error
+
+
+def _core_bytes(stored: SharedTucker) -> list[float]:
+    """Bytes of every slice's share of its core, in unfolding order."""
+    R2, R3 = stored.U2.shape[1], 1 if stored.U3 is None else stored.U3.shape[1]
+
+    def shares(core: EncodedCore) -> list[float]:
+        counts = core.decode().view(core.rows, R3, -1, R2).count_nonzero(dim=(0, 1, 3)).tolist()
+        return [core.stored_bytes * (c / core.nnz if core.nnz else 1 / len(counts)) for c in counts]
+
+    if stored.U3 is None:
+        return [x for module in stored.layout.modules for x in shares(stored.cores[module.name])]
+    heads = shares(stored.cores[CORE_NAME])
+    return [heads[head] / len(PROJECTIONS) for _, head in stored.layout.slices]
+
+
+def workspace_bytes(shape: GroupShape, core_elements: int) -> int:
+    """Upper bound of the peak memory of a decomposition beside the unfolding, measured on CPU.
+
+    The largest of two moments: an eigenproblem (float64, d x d, with its work space) beside the
+    projected tensors of a HOOI sweep; and at the end the least-squares cores beside the encoded
+    and again decoded ones. A learned type mode may need a reordered copy of the unfolding.
+
+    Args:
+        shape: sizes of the group.
+        core_elements: upper bound of R1 R2 S.
+    """
+    unfolding_bytes = shape.layout.elements * 4
+    eigenproblem = 2 * unfolding_bytes + 48 * shape.layout.width**2
+    cores = 5 * 4 * core_elements
+    reordered = unfolding_bytes if shape.learned else 0
+    return max(eigenproblem, cores) + reordered + _CHUNKS_BYTES

@@ -1,0 +1,172 @@
+"""Kill anything, run the same command again, get the same bytes."""
+
+import random
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cli import digest_tree, lestd, run_lestd, start_lestd
+from orchestrator.manifest import Manifest
+
+LAYERS = 24
+KEEP = ("--keep", 0.5)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of many layers, each of which takes long enough to be killed in."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=320,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=10,
+        num_key_value_heads=5,
+        vocab_size=64,
+        max_position_embeddings=64,
+    )
+    directory = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory, max_shard_size="2MB")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The bytes of a run that nobody disturbs."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    result = lestd("compress", model, "--out", out, *KEEP, "--executor", "serial")
+    assert result.code == 0, result.err
+    return digest_tree(out)
+
+
+def committed(run_dir: Path) -> dict[str, int]:
+    """Finished tasks: the group row's file and its inode, which a repetition would change."""
+    return {path.stem: path.stat().st_ino for path in (run_dir / "manifest/groups").glob("*.parquet")}
+
+
+def starts(run_dir: Path) -> Counter[str]:
+    events = Manifest(run_dir / "manifest").events().to_pylist()
+    return Counter(e["task_id"] for e in events if e["kind"] == "started")
+
+
+def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if child.name().startswith("ray::Decompose"):
+                found.append(child)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def wait_for_progress(process: subprocess.Popen[str], run_dir: Path, seen: int) -> bool:
+    """Until one more task is finished than `seen`; False if the run ended first."""
+    while process.poll() is None:
+        if len(committed(run_dir)) > seen:
+            return True
+        time.sleep(0.002)
+    return False
+
+
+def kill_and_resume(model: Path, out: Path, kills: int, seed: int) -> dict[str, int]:
+    """Run to the end through `kills` SIGKILLs, of the driver and of workers in turn."""
+    rng = random.Random(seed)
+    run_dir = out.with_name(out.name + ".run")
+    done = {"driver": 0, "worker": 0}
+    command = ("compress", model, "--out", out, *KEEP, "--workers", 2)
+    process = start_lestd(*command)
+    while sum(done.values()) < kills:
+        target = "driver" if done["driver"] <= done["worker"] else "worker"
+        assert wait_for_progress(process, run_dir, len(committed(run_dir))), process.stderr.read()
+        time.sleep(rng.uniform(0, 0.2))
+        finished, begun = committed(run_dir), starts(run_dir)
+        if target == "driver":
+            process.kill()
+            process.communicate()
+        elif victims := workers(process):
+            rng.choice(victims).kill()
+        else:
+            continue
+        done[target] += 1
+        if target == "driver":
+            # What was finished when the driver died is neither lost nor done again.
+            assert finished.items() <= committed(run_dir).items()
+            assert all(starts(run_dir)[task] == begun[task] for task in finished)
+            process = start_lestd(*command)
+    out_text, err = process.communicate(timeout=240)
+    assert process.returncode == 0, (out_text, err)
+    assert finished.items() <= committed(run_dir).items()
+    assert all(starts(run_dir)[task] == begun[task] for task in finished)
+    return done
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    "kills", [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+)
+def test_kills_change_no_byte_and_repeat_no_finished_task(
+    model: Path, undisturbed: dict[str, str], tmp_path: Path, kills: int
+) -> None:
+    done = kill_and_resume(model, tmp_path / "out", kills, seed=kills)
+    assert sum(done.values()) == kills
+    assert min(done.values()) >= 1
+    assert digest_tree(tmp_path / "out") == undisturbed
+    assert lestd("verify", tmp_path / "out").code == 0
+    rows = Manifest(tmp_path / "out" / "manifest").groups().to_pylist()
+    assert [row["layer"] for row in rows] == list(range(LAYERS))
+
+
+def test_a_finished_run_is_left_as_it_is(
+    model: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = ("compress", model, "--out", out, *KEEP, "--executor", "serial")
+    assert lestd(*command).code == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    again = lestd(*command)
+    assert again.code == 0
+    assert "already complete" in again.out
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert digest_tree(out) == undisturbed
+
+
+def test_a_damaged_payload_is_made_again_and_nothing_else(
+    model: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    out, run_dir = tmp_path / "out", tmp_path / "out.run"
+    command = ("compress", model, "--out", out, *KEEP, "--executor", "serial")
+    assert lestd(*command).code == 0
+    rows = Manifest(run_dir / "manifest").groups().to_pylist()
+    payload = run_dir / "payloads" / rows[3]["payload"]
+    content = bytearray(payload.read_bytes())
+    content[-5] ^= 255
+    payload.write_bytes(content)
+    assert lestd("verify", out).code == 1
+    assert lestd(*command).code == 0
+    assert {t for t, n in starts(run_dir).items() if n == 2} == {rows[3]["task_id"]}
+    assert digest_tree(out) == undisturbed
+    assert lestd("verify", out).code == 0
+
+
+def test_a_run_begun_serially_is_finished_on_ray(
+    model: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = start_lestd("compress", model, "--out", out, *KEEP, "--executor", "serial")
+    assert wait_for_progress(process, tmp_path / "out.run", 5)
+    process.kill()
+    process.communicate()
+    finished = committed(tmp_path / "out.run")
+    assert 5 < len(finished) < LAYERS
+    result = run_lestd("compress", model, "--out", out, *KEEP)
+    assert result.code == 0, result.err
+    assert f"{len(finished)} of {LAYERS} tasks were finished before" in result.err
+    assert finished.items() <= committed(tmp_path / "out.run").items()
+    assert digest_tree(out) == undisturbed
