@@ -87,7 +87,7 @@ class LestdConfig(QuantizationConfigMixin):
                 f"config.json: quantization_config has the unknown key {unknown[0]!r}, expected "
                 f"{', '.join(f.name for f in fields(cls))}: remove it."
             )
-        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
 
 
 class LestdQuantizer(HfQuantizer):

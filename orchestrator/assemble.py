@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,12 @@ def assemble(
         atomic_write(building / "README.md", lambda file: file.write(card.encode()))
         fsync_directory(building / MANIFEST_DIR)
         fsync_directory(building)
-        os.replace(building, out)
+        building.replace(out)
         fsync_directory(out.parent)
 
 
 def _link_payloads(rows: Iterable[dict[str, Any]], payloads: Path, target: Path) -> dict[str, str]:
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for row in rows:
         shard = target / payload_shard_name(row)
         try:
@@ -101,11 +102,10 @@ def _copy_untouched(untouched: Sequence[TensorRef], target: Path) -> dict[str, s
     by_shard: dict[str, list[TensorRef]] = {}
     for ref in untouched:
         by_shard.setdefault(ref.shard, []).append(ref)
-    weight_map = {}
-    for number, shard in enumerate(sorted(by_shard), start=1):
+    weight_map: dict[str, str] = {}
+    for number, (_, refs) in enumerate(sorted(by_shard.items()), start=1):
         name = f"dense-{number:05d}-of-{len(by_shard):05d}.safetensors"
-        refs = by_shard[shard]
-        atomic_write(target / name, lambda file, refs=refs: write_safetensors_stream(file, refs))
+        atomic_write(target / name, partial(write_safetensors_stream, refs=refs))
         weight_map |= {ref.name: name for ref in refs}
     return weight_map
 
@@ -116,8 +116,8 @@ def _copy_side_files(directory: Path, target: Path) -> None:
         named = path.suffix in _COPIED_SUFFIXES or path.name.startswith(("LICENSE", "NOTICE"))
         if not named or path.name in _NOT_COPIED or not path.is_file():
             continue
-        content = path.read_bytes()
-        atomic_write(target / path.name, lambda file, content=content: file.write(content))
+        with path.open("rb") as original:
+            atomic_write(target / path.name, partial(shutil.copyfileobj, original))
 
 
 def compressed_config(
@@ -133,9 +133,7 @@ def compressed_config(
     }
 
 
-def model_card(
-    source: Source, plan: Plan, rows: Sequence[dict[str, Any]], directory: Path
-) -> str:
+def model_card(source: Source, plan: Plan, rows: Sequence[dict[str, Any]], directory: Path) -> str:
     """The model's README.md: source, method, sizes, and how to load it."""
     stored = sum(row["stored_bytes"] for row in rows)
     template = files("orchestrator").joinpath("model_card.md.jinja").read_text(encoding="utf-8")

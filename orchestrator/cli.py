@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +18,28 @@ from typer.core import TyperGroup
 from lestd_kernels.errors import LestdError
 from orchestrator import tables
 from orchestrator.config import ClusterConfig, RunConfig, RunFile, load_yaml, validated
+from orchestrator.options import (
+    Address,
+    ClusterFile,
+    ConfigFile,
+    DeviceOption,
+    Exclude,
+    ExecutorOption,
+    Include,
+    Json,
+    Keep,
+    KeepModel,
+    MaxFlops,
+    MethodOption,
+    Model,
+    Out,
+    Revision,
+    RunDir,
+    ScopeOption,
+    Threads,
+    TypeModeOption,
+    Workers,
+)
 from orchestrator.rundir import RunDirectory, default_run_dir
 
 
@@ -59,96 +80,6 @@ run again continues where the last one stopped.
 Exit codes: 0 done; 1 ended with failed tasks or problems found; 2 bad input or refused;
 130 interrupted.""",
 )
-
-
-class Scope(StrEnum):
-    """Which weights are compressed."""
-
-    attention = "attention"
-
-
-class ExecutorName(StrEnum):
-    """Who runs the tasks."""
-
-    ray = "ray"
-    serial = "serial"
-
-
-class Device(StrEnum):
-    """Where workers compute."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class TypeMode(StrEnum):
-    """How the four projections share the core."""
-
-    identity = "identity"
-    learned = "learned"
-
-
-Model = Annotated[
-    str | None, typer.Argument(help="Directory of a checkpoint, or a Hub id such as org/name.")
-]
-Out = Annotated[Path, typer.Argument(help="The compressed model's directory, given as --out.")]
-RunDir = Annotated[
-    Path | None, typer.Option(help="Run directory.", show_default="OUT.run, beside the output")
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
-Keep = Annotated[
-    float | None,
-    typer.Option(help="Stored bytes / dense bytes of the weights in scope, between 0 and 1."),
-]
-KeepModel = Annotated[float | None, typer.Option(help="The same for the whole model.")]
-ScopeOption = Annotated[
-    Scope | None, typer.Option(help="Weights to compress.", show_default="attention")
-]
-Include = Annotated[str | None, typer.Option(help='Only these layers, like "0-3,7".')]
-Exclude = Annotated[str | None, typer.Option(help="All layers but these.")]
-MethodOption = Annotated[
-    str | None,
-    typer.Option(
-        help="lestd: shared basis, sparse core. tucker: dense core (TensorLLM).",
-        show_default="lestd",
-    ),
-]
-TypeModeOption = Annotated[
-    TypeMode | None,
-    typer.Option(help="learned: U3 mixes Q, K, V, O; no GQA.", show_default="identity"),
-]
-MaxFlops = Annotated[
-    float | None,
-    typer.Option(help="Multiply-adds per token relative to dense, at most.", show_default="no cap"),
-]
-DeviceOption = Annotated[
-    Device | None, typer.Option(help="auto: GPUs where there are any.", show_default="auto")
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(help="CPU threads of a worker; decides the last bit.", show_default="1"),
-]
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", help="run.yaml: any of these options and more; options here win."),
-]
-ClusterFile = Annotated[
-    Path | None, typer.Option("--cluster", help="cluster.yaml: where to run; options here win.")
-]
-ExecutorOption = Annotated[
-    ExecutorName | None,
-    typer.Option(help="ray, or in this process.", show_default="ray"),
-]
-Address = Annotated[
-    str | None,
-    typer.Option(help="Ray cluster.", show_default="RAY_ADDRESS, one running here, a local one"),
-]
-Workers = Annotated[
-    int | None,
-    typer.Option(help="Workers.", show_default="one per GPU, or what CPUs and memory allow"),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
 
 def _run_config(
@@ -259,10 +190,10 @@ def compress(
 ) -> None:
     """Compress a checkpoint. Run the same command again to continue after a crash."""
     from orchestrator.executor import open_executor
-    from orchestrator.plan import make_plan
-    from orchestrator.summary import CompressionProgress, print_outcome
     from orchestrator.pipeline import compress_model
+    from orchestrator.plan import make_plan
     from orchestrator.source import open_headers, resolve_source
+    from orchestrator.summary import CompressionProgress, print_outcome
 
     options = {k: v for k, v in locals().items() if k in RunFile.model_fields and k != "model"}
     name, revision, run_config = _run_config(model, config, options)
@@ -277,7 +208,8 @@ def compress(
     source = resolve_source(name, revision)
     make_plan(source, run_config)  # Refuse what is impossible before Ray is started.
     try:
-        with open_executor(cluster_config) as runner, CompressionProgress() as shown:
+        with open_executor(cluster_config) as runner, tables.Meter("compress", "bytes") as meter:
+            shown = CompressionProgress(meter)
             outcome = compress_model(
                 source,
                 run_config,
@@ -311,7 +243,13 @@ def convert(
     """Rewrite pickled .bin weights as safetensors, shard by shard, without running their code."""
     from orchestrator.convert import convert as convert_checkpoint
 
-    convert_checkpoint(model, out, revision)
+    with tables.Meter("convert", "shards") as meter:
+        index = convert_checkpoint(model, out, revision, meter.update)
+    tables.out.print(
+        f"{out}: {len(index.tensors)} tensors, {tables.size(index.stored_bytes)} in "
+        f"{len(index.shards)} shards",
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -399,7 +337,8 @@ def evaluate(
         int | None, typer.Option(help="Only the first windows.", show_default="all")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Compute dtype: auto (the checkpoint's), float32, bfloat16, float16.")
+        str,
+        typer.Option(help="Compute dtype: auto (the checkpoint's), float32, bfloat16, float16."),
     ] = "auto",
     device: DeviceOption = None,
     threads: Threads = None,

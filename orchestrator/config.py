@@ -190,8 +190,8 @@ def validated(model: type[ModelT], values: dict[str, Any], origin: str) -> Model
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             close = difflib.get_close_matches(str(problem["loc"][0]), model.model_fields, n=1)
-            hint = f"did you mean {close[0]!r}" if close else "known: " + ", ".join(
-                model.model_fields
+            hint = (
+                f"did you mean {close[0]!r}" if close else "known: " + ", ".join(model.model_fields)
             )
             raise LestdError(f"{origin}: unknown key {key!r}; {hint}") from None
         message = re.sub(r"^Value error, ", "", problem["msg"])

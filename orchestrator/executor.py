@@ -153,7 +153,7 @@ class RayExecutor:
         from ray.exceptions import RayActorError, RayError, RayTaskError
 
         notify = on_event or (lambda event: None)
-        actor_class = ray.remote(spec.cls).options(
+        actor_class: Any = ray.remote(spec.cls).options(
             num_cpus=spec.threads, num_gpus=1 if spec.device == "cuda" else 0
         )
         waiting: deque[tuple[Any, int]] = deque((item, 1) for item in items)

@@ -148,4 +148,3 @@ def stored_scope_bytes(directory: Path) -> dict[str, int] | None:
         shard = read_header(directory / payload_shard_name(row))
         stored += sum(ref.stored_bytes for ref in shard.values())
     return {"dense_bytes": sum(row["dense_bytes"] for row in rows), "stored_bytes": stored}
-

@@ -184,7 +184,9 @@ class Manifest:
 
     def groups(self) -> pa.Table:
         """All group rows, by layer."""
-        return self._read("groups", GROUPS).sort_by([("layer", "ascending"), ("group", "ascending")])
+        return self._read("groups", GROUPS).sort_by(
+            [("layer", "ascending"), ("group", "ascending")]
+        )
 
     def slices(self) -> pa.Table:
         """All slice rows, by layer, group and position in the group."""

@@ -1,11 +1,11 @@
 """The run directory: everything a run knows, and the right of one driver to write it.
 
-    OUT.run/
-        run.json      fingerprint: configuration, source, software; written first
-        plan.json     what is to be done
-        payloads/     <task_id>-<sha256>.safetensors, one per finished task
-        manifest/     see orchestrator.manifest
-        lock          held by the driver while it runs
+OUT.run/
+    run.json      fingerprint: configuration, source, software; written first
+    plan.json     what is to be done
+    payloads/     <task_id>-<sha256>.safetensors, one per finished task
+    manifest/     see orchestrator.manifest
+    lock          held by the driver while it runs
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,45 +16,40 @@ from workers.contracts import Failure, Result
 
 
 class CompressionProgress:
-    """A progress display for `compress_model`, one line per finished layer."""
+    """Shows `compress_model` at work: a meter, and one line per finished layer."""
 
-    def __init__(self) -> None:
-        self._stack = ExitStack()
+    def __init__(self, meter: tables.Meter) -> None:
+        self._meter = meter
         self._dense_bytes: dict[str, int] = {}
+        self._done = 0
 
-    def __enter__(self) -> CompressionProgress:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
-
-    def on_start(self, plan: Plan, done: set[str]) -> None:
+    def on_start(self, plan: Plan, finished: set[str]) -> None:
         """Begin: the plan, and the task ids that an earlier call has finished."""
         self._dense_bytes = {p.task.task_id: p.task.dense_bytes for p in plan.tasks}
-        if done:
-            tables.err.print(f"{len(done)} of {len(plan.tasks)} tasks were finished before")
-        before = sum(self._dense_bytes[task_id] for task_id in done)
-        bar = tables.progress("compress", plan.dense_bytes, before, "bytes")
-        self._advance = self._stack.enter_context(bar)
+        self._done = sum(self._dense_bytes[task_id] for task_id in finished)
+        line = f"{len(finished)} of {len(plan.tasks)} tasks were finished before"
+        self._update(line if finished else None)
 
     def on_event(self, event: Event) -> None:
         """A task was started, or is tried again."""
         if event.kind == "retried":
-            self._advance(0, f"attempt {event.attempt} of {event.task_id} ended: {event.message}")
+            self._update(f"attempt {event.attempt} of {event.task_id} ended: {event.message}")
 
     def on_progress(self, outcome: Result | Failure, finished: int, total: int) -> None:
         """A task has ended."""
         if isinstance(outcome, Failure):
-            line = f"[{finished}/{total}] failed: {outcome.message}"
-        else:
-            line = (
-                f"[{finished}/{total}] {outcome.group}: ranks "
-                f"{tables.ranks(outcome.ranks)}, density {outcome.density:.4f} "
-                f"({outcome.codec}), {tables.size(outcome.dense_bytes)} -> "
-                f"{tables.size(outcome.stored_bytes)}, relative error "
-                f"{outcome.relative_error:.4f}, {sum(outcome.seconds.values()):.1f} s"
-            )
-        self._advance(self._dense_bytes[outcome.task_id], line)
+            self._update(f"[{finished}/{total}] failed: {outcome.message}")
+            return
+        self._done += outcome.dense_bytes
+        self._update(
+            f"[{finished}/{total}] {outcome.group}: ranks {tables.ranks(outcome.ranks)}, "
+            f"density {outcome.density:.4f} ({outcome.codec}), {tables.size(outcome.dense_bytes)} "
+            f"-> {tables.size(outcome.stored_bytes)}, relative error "
+            f"{outcome.relative_error:.4f}, {sum(outcome.seconds.values()):.1f} s"
+        )
+
+    def _update(self, line: str | None) -> None:
+        self._meter.update(self._done, sum(self._dense_bytes.values()), line)
 
 
 def outcome_figures(outcome: Outcome, out: Path, run_dir: Path) -> dict[str, Any]:
@@ -134,19 +128,8 @@ def evaluate_models(
     """Evaluate models one after the other, with progress."""
     evaluations = []
     for model in models:
-        with ExitStack() as stack:
-            advance: tables.Advance | None = None
-            shown = 0
-
-            def progress(done: int, total: int) -> None:
-                nonlocal advance, shown
-                if advance is None:
-                    bar = tables.progress(f"evaluate {model.name}", total, 0, "windows")  # noqa: B023
-                    advance = stack.enter_context(bar)  # noqa: B023
-                advance(done - shown)
-                shown = done
-
-            evaluations.append(evaluate(model, text, executor, progress=progress, **settings))
+        with tables.Meter(f"evaluate {model.name}", "windows") as meter:
+            evaluations.append(evaluate(model, text, executor, progress=meter.update, **settings))
     return evaluations
 
 

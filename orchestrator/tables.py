@@ -10,9 +10,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -21,6 +20,7 @@ from rich.progress import (
     ProgressColumn,
     SpinnerColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -32,9 +32,7 @@ from rich.text import Text
 _PIPED_WIDTH = 160
 
 out = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False)
-err = Console(
-    stderr=True, width=None if sys.stderr.isatty() else _PIPED_WIDTH, highlight=False
-)
+err = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPED_WIDTH, highlight=False)
 
 
 def size(count: float) -> str:
@@ -76,13 +74,6 @@ def ranks(row: dict[str, Any]) -> str:
     return " x ".join(str(row[name]) for name in ("R1", "R2", "R3") if row.get(name) is not None)
 
 
-class Advance(Protocol):
-    """Moves a progress display on."""
-
-    def __call__(self, amount: float, line: str | None = None) -> None:
-        """Count `amount` more as done, and say `line` about it."""
-
-
 class _Rate(ProgressColumn):
     def __init__(self, unit: str) -> None:
         super().__init__()
@@ -91,58 +82,70 @@ class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         if not task.speed:
             return Text("")
-        rate = f"{size(task.speed)}/s" if self._unit == "bytes" else f"{task.speed:.2f} {self._unit}/s"
-        return Text(rate)
+        amount = size(task.speed) if self._unit == "bytes" else f"{task.speed:.2f} {self._unit}"
+        return Text(f"{amount}/s")
 
 
-@contextmanager
-def progress(title: str, total: float, done: float, unit: str) -> Iterator[Advance]:
+class Meter:
     """Progress on standard error: a bar with rate and time left, or plain lines in a log.
 
     Args:
         title: what is going on.
-        total: amount of work in all, in `unit`; for ``"bytes"`` rates are in bytes.
-        done: amount that was done before.
-        unit: ``"bytes"``, or a name in the plural.
+        unit: of the amounts: ``"bytes"``, or a plural noun.
     """
-    if not err.is_terminal:
-        yield _log_lines(title, total, done)
-        return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        _Rate(unit),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task(title, total=total, completed=done)
 
-        def advance(amount: float, line: str | None = None) -> None:
-            if line is not None:
-                bar.console.print(line, markup=False)
-            bar.advance(task, amount)
+    def __init__(self, title: str, unit: str) -> None:
+        self._title = title
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._began: tuple[float, float] | None = None
+        self._said = -math.inf
+        if err.is_terminal:
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f} %"),
+                _Rate(unit),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=err,
+                transient=True,
+            )
 
-        yield advance
+    def __enter__(self) -> Meter:
+        if self._bar is not None:
+            self._bar.start()
+        return self
 
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
 
-def _log_lines(title: str, total: float, done: float) -> Advance:
-    began, first = time.monotonic(), done
-    said = began
+    def update(self, done: float, total: float, line: str | None = None) -> None:
+        """Show that `done` of `total` is done, and a line that stays.
 
-    def advance(amount: float, line: str | None = None) -> None:
-        nonlocal done, said
-        done += amount
-        now = time.monotonic()
-        # A line that says something of its own is never held back; bare progress every 10 s.
-        if line is None and now - said < 10 and done < total:
+        What is done at the first call was done before: it counts for no rate.
+        """
+        if self._bar is None:
+            self._log(done, total, line)
             return
-        said = now
-        left = (now - began) / max(done - first, 1e-9) * (total - done)
-        head = f"{title}: {100 * done / max(total, 1):3.0f} %, {left:.0f} s left"
-        err.print(head if line is None else f"{head} | {line}", markup=False)
+        if line is not None:
+            self._bar.console.print(line, markup=False)
+        if self._task is None:
+            self._task = self._bar.add_task(self._title, total=total, completed=int(done))
+        self._bar.update(self._task, completed=done, total=total)
 
-    return advance
+    def _log(self, done: float, total: float, line: str | None) -> None:
+        now = time.monotonic()
+        self._began = self._began or (now, done)
+        # A line that says something of its own is never held back; bare progress every 10 s.
+        if line is None and now - self._said < 10 and done < total:
+            return
+        self._said = now
+        head = f"{self._title}: {100 * done / max(total, 1):.0f} %"
+        began, first = self._began
+        if first < done < total:
+            head += f", {(now - began) / (done - first) * (total - done):.0f} s left"
+        err.print(head if line is None else f"{head} | {line}", markup=False)

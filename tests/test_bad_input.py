@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from cli import Finished, digest_tree, lestd, run_lestd, start_lestd
 from families import save_tiny
 from safetensors.torch import load_file, save_file
 
-from cli import Finished, digest_tree, lestd, run_lestd, start_lestd
 from orchestrator.rundir import RunDirectory
 
 SERIAL = ("--executor", "serial", "--keep", 0.5)

@@ -9,13 +9,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from cli import digest_tree, lestd, run_lestd
 from families import FAMILIES, MHA_FAMILIES, save_tiny
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import lestd_kernels  # noqa: F401 - registers the format
-from cli import digest_tree, lestd, run_lestd
 
 SERIAL = ("--executor", "serial")
 

@@ -190,7 +190,7 @@ def test_a_plain_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
         ({"a": 3}, "holds a int under 'a'"),
         ({3: torch.ones(2)}, "holds a Tensor under 3"),
         ({"a": torch.eye(3).to_sparse()}, "tensor a in .* is torch.sparse_coo"),
-        ({"a": torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)}, "tensor a in"),
+        ({"a": torch.ones(2, dtype=torch.complex128)}, "tensor a in .* of torch.complex128"),
     ],
 )
 def test_a_pickle_of_something_else(tmp_path: Path, content: Any, message: str) -> None:

@@ -99,7 +99,9 @@ def test_every_item_gets_one_answer(ray_executor: Executor, tmp_path: Path) -> N
     assert results["refuse"].message == "bad input"
     assert results["bug"].kind == "application"
     assert "a bug" in results["bug"].traceback
-    tries = {task: sum(e.task_id == task and e.kind == "started" for e in events) for task in results}
+    tries = {
+        task: sum(e.task_id == task and e.kind == "started" for e in events) for task in results
+    }
     assert tries == {job.task_id: 1 for job in jobs} | {"once": 2, "always": 3}
     assert [e.task_id for e in events if e.kind == "retried"].count("always") == 2
 

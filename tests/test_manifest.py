@@ -1,7 +1,6 @@
 """The manifest: what is committed is trusted, what is damaged is named and costs nothing else."""
 
 import hashlib
-import os
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -146,4 +145,7 @@ def test_export_holds_the_rows_asked_for(tmp_path: Path, payloads: Path) -> None
     exported = Manifest(tmp_path / "model")
     assert exported.groups().equals(manifest.groups().slice(0, 2))
     assert [s["layer"] for s in exported.slices().to_pylist()] == [0] * 8 + [1] * 8
-    assert sorted(os.listdir(tmp_path / "model")) == ["groups.parquet", "slices.parquet"]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "groups.parquet",
+        "slices.parquet",
+    ]

@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from cli import digest_tree, lestd, run_lestd, start_lestd
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cli import digest_tree, lestd, run_lestd, start_lestd
 from orchestrator.manifest import Manifest
 
 LAYERS = 24
@@ -47,7 +47,9 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 def committed(run_dir: Path) -> dict[str, int]:
     """Finished tasks: the group row's file and its inode, which a repetition would change."""
-    return {path.stem: path.stat().st_ino for path in (run_dir / "manifest/groups").glob("*.parquet")}
+    return {
+        path.stem: path.stat().st_ino for path in (run_dir / "manifest/groups").glob("*.parquet")
+    }
 
 
 def starts(run_dir: Path) -> Counter[str]:

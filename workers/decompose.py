@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import resource
 import socket
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -162,23 +163,18 @@ def _reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:
-        # Linux: 5 resets the high-water mark of the resident set (man 5 proc, clear_refs).
+    # Linux: 5 resets the high-water mark of the resident set (man 5 proc, clear_refs). Elsewhere
+    # the figure is the peak since the process began.
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # Elsewhere the figure is the peak since the process began.
 
 
 def _peak_memory_bytes(device: torch.device) -> int:
     """Peak memory of the task: of the device, or on CPU the resident set of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
+    with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,99 @@
+"""The options that several commands share, with their help."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Scope(StrEnum):
+    """Which weights are compressed."""
+
+    attention = "attention"
+
+
+class ExecutorName(StrEnum):
+    """Who runs the tasks."""
+
+    ray = "ray"
+    serial = "serial"
+
+
+class Device(StrEnum):
+    """Where workers compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class TypeMode(StrEnum):
+    """How the four projections share the core."""
+
+    identity = "identity"
+    learned = "learned"
+
+
+Model = Annotated[
+    str | None, typer.Argument(help="Directory of a checkpoint, or a Hub id such as org/name.")
+]
+Out = Annotated[Path, typer.Argument(help="The compressed model's directory, given as --out.")]
+RunDir = Annotated[
+    Path | None, typer.Option(help="Run directory.", show_default="OUT.run, beside the output")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+Keep = Annotated[
+    float | None,
+    typer.Option(help="Stored bytes / dense bytes of the weights in scope, between 0 and 1."),
+]
+KeepModel = Annotated[float | None, typer.Option(help="The same for the whole model.")]
+ScopeOption = Annotated[
+    Scope | None, typer.Option(help="Weights to compress.", show_default="attention")
+]
+Include = Annotated[str | None, typer.Option(help='Only these layers, like "0-3,7".')]
+Exclude = Annotated[str | None, typer.Option(help="All layers but these.")]
+MethodOption = Annotated[
+    str | None,
+    typer.Option(
+        help="lestd: shared basis, sparse core. tucker: dense core (TensorLLM).",
+        show_default="lestd",
+    ),
+]
+TypeModeOption = Annotated[
+    TypeMode | None,
+    typer.Option(help="learned: U3 mixes Q, K, V, O; no GQA.", show_default="identity"),
+]
+MaxFlops = Annotated[
+    float | None,
+    typer.Option(help="Multiply-adds per token relative to dense, at most.", show_default="no cap"),
+]
+DeviceOption = Annotated[
+    Device | None, typer.Option(help="auto: GPUs where there are any.", show_default="auto")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="CPU threads of a worker; decides the last bit.", show_default="1"),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="run.yaml: any of these options and more; options here win."),
+]
+ClusterFile = Annotated[
+    Path | None, typer.Option("--cluster", help="cluster.yaml: where to run; options here win.")
+]
+ExecutorOption = Annotated[
+    ExecutorName | None,
+    typer.Option(help="ray, or in this process.", show_default="ray"),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster.", show_default="RAY_ADDRESS, one running here, a local one"),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Workers.", show_default="one per GPU, or what CPUs and memory allow"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]

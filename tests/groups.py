@@ -1,0 +1,48 @@
+"""Slice groups for the tests of the mathematics."""
+
+import torch
+from torch import Tensor
+
+from lestd_kernels.tensorize import GroupLayout, ModuleLayout
+
+
+def mha(d: int, p: int, h: int) -> GroupLayout:
+    return gqa(d, p, h, h)
+
+
+def gqa(d: int, p: int, h: int, h_kv: int) -> GroupLayout:
+    heads = {"q": h, "k": h_kv, "v": h_kv, "o": h}
+    return GroupLayout(
+        d,
+        p,
+        tuple(
+            ModuleLayout(
+                f"{t}_proj", "output" if t == "o" else "input", tuple((t, i) for i in range(n))
+            )
+            for t, n in heads.items()
+        ),
+    )
+
+
+def fused(d: int, p: int, h: int) -> GroupLayout:
+    """GPT-NeoX: one query_key_value, interleaved per head."""
+    qkv = tuple((t, i) for i in range(h) for t in "qkv")
+    output = tuple(("o", i) for i in range(h))
+    return GroupLayout(
+        d, p, (ModuleLayout("qkv", "input", qkv), ModuleLayout("dense", "output", output))
+    )
+
+
+def unfolding(layout: GroupLayout, seed: int = 0) -> Tensor:
+    """A random unfolding (d, S p) whose spectra decay along both shared modes."""
+    generator = torch.Generator().manual_seed(seed)
+    d, p, S = layout.width, layout.head_dim, len(layout.slices)
+    W = torch.randn(d, S, p, generator=generator)
+    W *= torch.arange(1, d + 1)[:, None, None] ** -0.6 * torch.arange(1, p + 1) ** -0.4
+    left, right = (torch.linalg.qr(torch.randn(m, m, generator=generator))[0] for m in (d, p))
+    return (left @ (W @ right).flatten(1)).contiguous()
+
+
+def orthonormal(rows: int, columns: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(rows, columns, generator=generator))[0]
