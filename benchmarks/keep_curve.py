@@ -2,8 +2,8 @@
 
     python benchmarks/keep_curve.py            prints the table of README.md, in Markdown
 
-Runs the command `lestd` itself, and takes every figure from its --json. Needs about two minutes
-per method on two cores.
+Runs the command `lestd` itself, and takes every figure from its --json. Takes some
+minutes on a CPU.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ Bader, "Tensor Decompositions and Applications", SIAM Review 51(3), 2009.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,9 @@ from torch import Tensor
 
 from lestd_kernels.codecs import CODECS, cheapest_codec
 from lestd_kernels.tensorize import PROJECTIONS, GroupLayout, ModuleLayout, fold_weights
+
+FORMAT_VERSION = 1
+"""Version of the stored form: of the tensors' names and of `SharedTucker.describe`."""
 
 U1_NAME, U2_NAME, CORE_NAME = "lestd_u1", "lestd_u2", "lestd_core"
 
@@ -144,12 +147,16 @@ class SharedTucker:
         tensors = self.named_tensors("").values()
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def module_core(self, module: ModuleLayout) -> Tensor:
-        """M ``(R1, S_m R2)`` of one module, dense, float32."""
+    def module_cores(self) -> Iterator[Tensor]:
+        """M ``(R1, S_m R2)`` of every module in order, dense, float32."""
         if self.U3 is None:
-            return self.cores[module.name].decode().float()
-        U3_rows = self.U3[list(module_types(module))].float()
-        return mix_types(self.cores[CORE_NAME].decode().float(), U3_rows, self.U2.shape[1])
+            for module in self.layout.modules:
+                yield self.cores[module.name].decode().float()
+            return
+        core = self.cores[CORE_NAME].decode().float()
+        for module in self.layout.modules:
+            U3_rows = self.U3[list(module_types(module))].float()
+            yield mix_types(core, U3_rows, self.U2.shape[1])
 
     def to_dense(self) -> dict[str, Tensor]:
         """Reconstruct the weights: module name -> W-hat ``(out, in)``, float32."""
@@ -159,8 +166,8 @@ class SharedTucker:
         """Reconstruct the unfolding ``(d, S p)``, float32."""
         U1, U2 = self.U1.float(), self.U2.float()
         blocks = []
-        for module in self.layout.modules:
-            M = self.module_core(module).reshape(U1.shape[1], -1, U2.shape[1])
+        for core in self.module_cores():
+            M = core.reshape(U1.shape[1], -1, U2.shape[1])
             blocks.append(U1 @ (M @ U2.T).flatten(1))
         return torch.cat(blocks, dim=1)
 

@@ -78,8 +78,8 @@ def share_products(block: nn.Module) -> None:
 def _shared_product(factor: Factor, x: Tensor) -> Tensor:
     """``factor(x)``, taken from the open scope where the same tensor was multiplied before."""
     traced = torch.compiler.is_compiling()
-    # A compiled module inside an eager block leaves the block's products alone: it would be
-    # compiled anew for each of them.
+    # A module compiled by itself inside an eager block leaves the block's products alone: they
+    # would become outputs and inputs of its graph, which CUDA graphs overwrite between calls.
     if _scope.products is None or _scope.traced != traced:
         return factor(x)  # type: ignore[no-any-return]
     # An in-place change of x between two readers shows in its version, where it has one.

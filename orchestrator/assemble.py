@@ -18,10 +18,11 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from lestd_kernels.decomposition import FORMAT_VERSION
 from lestd_kernels.errors import LestdError
 from orchestrator.manifest import Manifest, write_json
 from orchestrator.plan import Plan
-from orchestrator.source import Source
+from orchestrator.source import Source, is_side_file
 from workers.checkpoint import (
     atomic_write,
     explain_os_errors,
@@ -29,13 +30,10 @@ from workers.checkpoint import (
     read_header,
     write_safetensors_stream,
 )
-from workers.contracts import FORMAT_VERSION, TensorRef
+from workers.contracts import TensorRef
 
 MANIFEST_DIR = "manifest"
 INDEX_NAME = "model.safetensors.index.json"
-# What a model directory may hold beside its weights; nothing executable, nothing pickled.
-_COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm"}
-_NOT_COPIED = {"config.json", INDEX_NAME, "pytorch_model.bin.index.json"}
 
 
 def payload_shard_name(row: dict[str, Any]) -> str:
@@ -113,11 +111,9 @@ def _copy_untouched(untouched: Sequence[TensorRef], target: Path) -> dict[str, s
 def _copy_side_files(directory: Path, target: Path) -> None:
     """Tokenizer, generation settings, licence: small files that belong to the model."""
     for path in sorted(directory.iterdir()):
-        named = path.suffix in _COPIED_SUFFIXES or path.name.startswith(("LICENSE", "NOTICE"))
-        if not named or path.name in _NOT_COPIED or not path.is_file():
-            continue
-        with path.open("rb") as original:
-            atomic_write(target / path.name, partial(shutil.copyfileobj, original))
+        if is_side_file(path.name) and path.is_file():
+            with path.open("rb") as original:
+                atomic_write(target / path.name, partial(shutil.copyfileobj, original))
 
 
 def compressed_config(

@@ -8,6 +8,7 @@ The same worker class runs in-process and as an actor, and Ray is imported nowhe
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 import traceback
 from collections import deque
@@ -258,6 +259,9 @@ def _join_or_start(ray: Any, address: str | None, quiet: dict[str, Any]) -> None
             return
         except ConnectionError:
             pass  # No cluster on this machine: start one.
+    # A token for this cluster alone; left to itself, Ray writes one into the home directory, where
+    # it changes what other clusters of this user ask for.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray.init(
         address="local",
         include_dashboard=False,

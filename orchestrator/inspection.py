@@ -130,11 +130,6 @@ def _check_index(out: Path) -> list[str]:
     return problems
 
 
-def model_file_bytes(directory: Path) -> int:
-    """Bytes of the weight files of a model directory, headers included."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-
-
 def stored_scope_bytes(directory: Path) -> dict[str, int] | None:
     """Dense and stored bytes of the weights in scope of a compressed model; None for a dense one.
 

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from lestd_kernels.errors import LestdError
 from orchestrator.executor import Event
-from workers.checkpoint import atomic_write, explain_os_errors, file_sha256
+from workers.checkpoint import atomic_write, file_sha256
 from workers.contracts import Failure, Result
 
 MANIFEST_FORMAT = 1
@@ -129,11 +129,10 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) ->
     """Write rows to one Parquet file, atomically and on disk when this returns.
 
     Raises:
-        LestdError: no space left.
+        OutOfSpaceError: no space left.
     """
     table = pa.Table.from_pylist(list(rows), schema=schema)
-    with explain_os_errors(path):
-        atomic_write(path, lambda file: pq.write_table(table, file, compression="zstd"))
+    atomic_write(path, lambda file: pq.write_table(table, file, compression="zstd"))
 
 
 @dataclass(frozen=True)
@@ -189,8 +188,7 @@ class Manifest:
         )
 
     def slices(self) -> pa.Table:
-        """All slice rows, by layer, group and position in the group."""
-        # Stable: within one part file the rows keep the order of the group's slices.
+        """All slice rows; those of one group lie together, in the order of its slices."""
         return self._read("slices", SLICES)
 
     def events(self) -> pa.Table:
@@ -231,12 +229,13 @@ class Manifest:
 
     def export(self, target: Path, task_ids: Iterable[str]) -> None:
         """Write the rows of these tasks as ``groups.parquet`` and ``slices.parquet``."""
-        wanted = pa.array(sorted(task_ids), pa.string())
+        wanted = set(task_ids)
         target.mkdir(parents=True, exist_ok=True)
-        order = {row["task_id"]: i for i, row in enumerate(self.groups().to_pylist())}
-        for name, table in (("groups", self.groups()), ("slices", self.slices())):
-            kept = table.filter(pa.compute.is_in(table["task_id"], value_set=wanted))
-            rows = sorted(kept.to_pylist(), key=lambda row: order[row["task_id"]])
+        groups = self.groups()
+        order = {task_id: i for i, task_id in enumerate(groups["task_id"].to_pylist())}
+        for name, table in (("groups", groups), ("slices", self.slices())):
+            rows = [row for row in table.to_pylist() if row["task_id"] in wanted]
+            rows.sort(key=lambda row: order[row["task_id"]])
             write_rows(target / f"{name}.parquet", rows, table.schema)
 
 
@@ -287,5 +286,4 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write a JSON object, atomically, with sorted keys."""
     text = json.dumps(data, indent=2, sort_keys=True) + "\n"
-    with explain_os_errors(path):
-        atomic_write(path, lambda file: file.write(text.encode()))
+    atomic_write(path, lambda file: file.write(text.encode()))

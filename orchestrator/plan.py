@@ -11,12 +11,13 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lestd_kernels.decomposition import FORMAT_VERSION
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import METHODS, Bounds
 from orchestrator.architectures import AttentionGroup, find_architecture
 from orchestrator.config import RunConfig, scope_keep
 from orchestrator.source import Source
-from workers.contracts import FORMAT_VERSION, Task, TensorRef
+from workers.contracts import Task, TensorRef
 from workers.headers import DTYPES
 
 WORKER_BASE_BYTES = 600 * 2**20

@@ -20,13 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lestd_kernels.decomposition import FORMAT_VERSION
 from lestd_kernels.errors import LestdError
 from orchestrator.config import RunConfig
 from orchestrator.manifest import MANIFEST_FORMAT, Manifest, read_json, write_json
 from orchestrator.plan import Plan
 from orchestrator.source import Source
 from workers.checkpoint import explain_os_errors, sample_digests
-from workers.contracts import FORMAT_VERSION
 from workers.decompose import software_versions
 
 

@@ -129,5 +129,7 @@ def test_a_zero_tensor_has_a_basis():
 
 
 def test_squared_sums_are_accumulated_in_float64():
-    # In float32 the sum of 2^25 ones would stop at 2^24.
-    assert squared_sum(torch.ones(1 << 25)) == 1 << 25
+    # float32 has no number between 2^26 and 2^26 + 8.
+    assert squared_sum(torch.tensor([8192.0, 1.0])) == pytest.approx(2**26 + 1, rel=1e-12)
+    W = torch.randn(3, 1 << 20)
+    assert squared_sum(W) == pytest.approx(float(W.double().square().sum()), rel=1e-12)

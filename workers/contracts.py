@@ -10,9 +10,6 @@ from typing import Any, Literal
 
 from lestd_kernels.tensorize import GroupLayout
 
-FORMAT_VERSION = 1
-"""Version of the payload format; part of every task id."""
-
 
 @dataclass(frozen=True)
 class TensorRef:

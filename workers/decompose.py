@@ -26,7 +26,6 @@ from lestd_kernels.tensorize import unfold_weights
 from workers.checkpoint import (
     atomic_write,
     check_finite,
-    explain_os_errors,
     read_tensor,
     serialize_safetensors,
 )
@@ -105,9 +104,7 @@ class DecomposeWorker:
             )
             sha256 = hashlib.sha256(content).hexdigest()
             payload = payload_name(task.task_id, sha256)
-            path = self._payload_dir / payload
-            with explain_os_errors(path):
-                atomic_write(path, lambda file: file.write(content))
+            atomic_write(self._payload_dir / payload, lambda file: file.write(content))
 
         cores = decomposition.cores.values()
         return Result(

@@ -23,7 +23,8 @@ from lestd_kernels.stage2 import fit_core
 from lestd_kernels.tensorize import PROJECTIONS, GroupLayout
 
 _ERROR_CHUNK_ELEMENTS = 1 << 22
-_CHUNKS_BYTES = 64 << 20
+# Parts of tensors in progress, and freed memory that the allocator keeps for small tensors.
+_BUFFERS_BYTES = 192 << 20
 
 
 class Stopwatch:
@@ -206,9 +207,8 @@ def _slice_stats(unfolding: Tensor, stored: SharedTucker) -> tuple[list[SliceSta
     core_bytes = _core_bytes(stored)
     slices: list[SliceStats] = []
     total_norm = total_error = 0.0
-    for module in layout.modules:
-        core = stored.module_core(module).view(R1, -1, R2)
-        for M in torch.split(core, per_chunk, dim=1):
+    for core in stored.module_cores():
+        for M in torch.split(core.view(R1, -1, R2), per_chunk, dim=1):
             first, count = len(slices), M.shape[1]
             chunk = W[:, first : first + count]
             residual = chunk - (U1 @ (M @ U2.T).flatten(1)).view_as(chunk)
@@ -262,6 +262,7 @@ def workspace_bytes(shape: GroupShape, core_elements: int) -> int:
     """
     unfolding_bytes = shape.layout.elements * 4
     eigenproblem = 2 * unfolding_bytes + 48 * shape.layout.width**2
-    cores = 5 * 4 * core_elements
+    # In copies of the cores: with a learned type mode they are encoded and mixed all at once.
+    cores = (6 if shape.learned else 5) * 4 * core_elements
     reordered = unfolding_bytes if shape.learned else 0
-    return max(eigenproblem, cores) + reordered + _CHUNKS_BYTES
+    return max(eigenproblem, cores) + reordered + _BUFFERS_BYTES

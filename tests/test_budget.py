@@ -1,0 +1,169 @@
+import itertools
+
+import pytest
+import torch
+from groups import fused, gqa, mha, unfolding
+
+from lestd_kernels.budget import (
+    GroupShape,
+    Limits,
+    dense_bytes,
+    largest_dense_rank,
+    rank_grid,
+    require_feasible,
+    search_dense,
+    search_sparse,
+)
+from lestd_kernels.decomposition import CORE_NAME, EncodedCore, SharedTucker
+from lestd_kernels.errors import LestdError
+from lestd_kernels.stage1 import Ranks, hosvd
+from lestd_kernels.stage2 import select_largest
+
+CASES = [
+    (mha(40, 12, 3), False),
+    (gqa(37, 9, 4, 2), False),
+    (fused(33, 10, 3), False),
+    (mha(40, 12, 3), True),
+]
+
+
+def tensor(shape):
+    d, p = shape.layout.width, shape.layout.head_dim
+    return unfolding(shape.layout).view(d, shape.types, -1, p)
+
+
+def rotated(W, bases):
+    return torch.einsum("itnj,ia,tr,jb->arnb", W, bases.U1, bases.U3, bases.U2)
+
+
+def candidates(shape, step):
+    grids = rank_grid(shape.layout.width, step), rank_grid(shape.layout.head_dim, step)
+    return [Ranks(*r) for r in itertools.product(*grids, range(1, shape.types + 1))]
+
+
+def exact_energy(core, shape, limits, ranks):
+    """Energy of the largest elements of a leading block that fit: no histogram."""
+    block = core[: ranks.R1, : ranks.R3, :, : ranks.R2]
+    if not limits.allows_flops(shape, ranks):
+        return -1.0
+
+    def fits(nnz):
+        return shape.stored_bytes(ranks, nnz) <= limits.byte_budget
+
+    parts = [p.contiguous() for p in torch.split(block, list(shape.core_slices), dim=2)]
+    if not fits([0] * len(parts)):
+        return -1.0
+    return sum(
+        float(part[mask].double().square().sum())
+        for part, mask in zip(parts, select_largest(parts, fits), strict=True)
+    )
+
+
+def test_rank_grid():
+    assert rank_grid(20, 8) == [8, 16, 20]
+    assert rank_grid(16, 8) == [8, 16]
+    assert rank_grid(5, 8) == [5]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("layout", "learned"), CASES)
+def test_predicted_bytes_are_the_bytes_stored(layout, learned, dtype):
+    shape, ranks = GroupShape(layout, learned, dtype.itemsize), Ranks(16, 8, 3 if learned else 1)
+    names = [CORE_NAME] if learned else [m.name for m in layout.modules]
+    for density in (0.01, 0.3, 1.0):
+        cores = {}
+        for i, name in enumerate(names):
+            matrix = torch.rand(shape.core_shape(ranks, i))
+            kept = torch.rand(matrix.shape) < density * (0.2 if i else 1)
+            cores[name] = EncodedCore.encode((matrix * kept).to(dtype))
+        U3 = torch.ones(4, ranks.R3, dtype=dtype) if learned else None
+        stored = SharedTucker(
+            layout,
+            torch.ones(layout.width, ranks.R1, dtype=dtype),
+            torch.ones(layout.head_dim, ranks.R2, dtype=dtype),
+            cores,
+            U3,
+        )
+        nnz = [core.nnz for core in cores.values()]
+        assert shape.stored_bytes(ranks, nnz) == stored.stored_bytes
+        assert sum(core.rows * core.columns for core in cores.values()) == shape.core_elements(
+            ranks
+        )
+        for i, count in enumerate(nnz):
+            best = min(fixed + each * count for fixed, each in shape.codec_lines(ranks, i))
+            assert best == cores[names[i]].stored_bytes
+
+
+@pytest.mark.parametrize(("layout", "learned"), CASES)
+def test_flops_are_those_of_the_products(layout, learned):
+    R1, R2 = 16, 8
+    flops = 0
+    for side in ("input", "output"):
+        slices = sum(len(m.slices) for m in layout.modules if m.basis_side == side)
+        # One token: (1, d) @ U1, then per slice (1, R1) @ M and (1, R2) @ U2^T, or the reverse.
+        flops += layout.width * R1 + slices * (R1 * R2 + R2 * layout.head_dim)
+    assert GroupShape(layout, learned, 2).flops_per_token(Ranks(R1, R2, 1)) == flops
+
+
+@pytest.mark.parametrize("max_flops", [None, 0.6])
+@pytest.mark.parametrize("keep", [0.8, 0.5, 0.3, 0.12])
+@pytest.mark.parametrize(("layout", "learned"), CASES)
+def test_sparse_search_finds_the_best_of_an_exact_scan(layout, learned, keep, max_flops):
+    shape = GroupShape(layout, learned, 2)
+    limits = Limits(int(keep * layout.elements * 2), max_flops, 4)
+    W = tensor(shape)
+    bases = hosvd(W)
+    core = rotated(W, bases)
+    exact = {r: exact_energy(core, shape, limits, r) for r in candidates(shape, 4)}
+    found = search_sparse(W, bases, shape, limits)
+    assert exact[found] >= max(exact.values()) * (1 - 1e-3)
+    assert len({round(e, 3) for e in exact.values()}) > 5  # the choice was not empty
+
+
+@pytest.mark.parametrize("max_flops", [None, 0.5])
+@pytest.mark.parametrize("keep", [0.8, 0.3, 0.1])
+@pytest.mark.parametrize(("layout", "learned"), CASES)
+def test_dense_search_finds_the_best_of_an_exact_scan(layout, learned, keep, max_flops):
+    shape = GroupShape(layout, learned, 2)
+    limits = Limits(int(keep * layout.elements * 2), max_flops, 4)
+    W = tensor(shape)
+    bases = hosvd(W)
+    squares = rotated(W, bases).double().square()
+    R1s, R2s = range(1, layout.width + 1), rank_grid(layout.head_dim, 4)
+    best = 0.0
+    for ranks in itertools.starmap(Ranks, itertools.product(R1s, R2s, range(1, shape.types + 1))):
+        if dense_bytes(shape, ranks) <= limits.byte_budget and limits.allows_flops(shape, ranks):
+            best = max(best, float(squares[: ranks.R1, : ranks.R3, :, : ranks.R2].sum()))
+    found = search_dense(W, bases, shape, limits)
+    assert dense_bytes(shape, found) <= limits.byte_budget
+    assert limits.allows_flops(shape, found)
+    energy = float(squares[: found.R1, : found.R3, :, : found.R2].sum())
+    assert energy == pytest.approx(best, rel=1e-6)
+
+
+def test_largest_dense_rank_is_the_last_that_fits():
+    shape = GroupShape(mha(40, 12, 3), False, 2)
+    limits = Limits(2000, None, 4)
+    R1 = largest_dense_rank(shape, limits, 8, 1)
+    assert dense_bytes(shape, Ranks(R1, 8, 1)) <= 2000 < dense_bytes(shape, Ranks(R1 + 1, 8, 1))
+    assert largest_dense_rank(shape, Limits(10, None, 4), 8, 1) == 0
+    assert largest_dense_rank(shape, Limits(10**9, None, 4), 8, 1) == 40
+
+
+def test_a_zero_tensor_gets_ranks():
+    shape = GroupShape(mha(16, 4, 2), False, 2)
+    W = torch.zeros(16, 1, 8, 4)
+    limits = Limits(1000, None, 4)
+    for search in (search_sparse, search_dense):
+        ranks = search(W, hosvd(W), shape, limits)
+        assert min(ranks) > 0
+        assert shape.stored_bytes(ranks, [0] * 4) <= 1000
+
+
+def test_infeasible_limits_are_refused():
+    shape, smallest = GroupShape(mha(40, 12, 3), False, 2), Ranks(8, 8, 1)
+    require_feasible(shape, Limits(1000, 1.0, 8), smallest, 1000)
+    with pytest.raises(LestdError, match=r"999 bytes.*R1=8, R2=8.*1,000 bytes; raise keep"):
+        require_feasible(shape, Limits(999, None, 8), smallest, 1000)
+    with pytest.raises(LestdError, match=r"max_flops is 0\.1.*raise max_flops"):
+        require_feasible(shape, Limits(1000, 0.1, 8), smallest, 1000)
