@@ -135,6 +135,8 @@ def model_card(source: Source, plan: Plan, rows: Sequence[dict[str, Any]], direc
     template = files("orchestrator").joinpath("model_card.md.jinja").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=False)
     return environment.from_string(template).render(
+        # A path of this machine is nobody else's business; a Hub id is a name.
+        name=source.model if source.revision else source.directory.name,
         source=source,
         plan=plan,
         rows=rows,

@@ -166,10 +166,10 @@ print(json.dumps(answers))
 """
 
 
-def call_with_hub(url: str, home: Path, calls: list[list[str | None]]) -> list[dict[str, Any]]:
-    """Make the calls, ``[function, arguments...]``, in one process that uses the Hub at `url`."""
+def hub_environment(url: str, home: Path) -> dict[str, str]:
+    """Environment of a process that uses the Hub at `url`, with its cache in `home`."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment |= {
+    return environment | {
         "HF_ENDPOINT": url,
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -177,9 +177,13 @@ def call_with_hub(url: str, home: Path, calls: list[list[str | None]]) -> list[d
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
     }
+
+
+def call_with_hub(url: str, home: Path, calls: list[list[str | None]]) -> list[dict[str, Any]]:
+    """Make the calls, ``[function, arguments...]``, in one process that uses the Hub at `url`."""
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM, json.dumps(calls)],
-        env=environment,
+        env=hub_environment(url, home),
         capture_output=True,
         text=True,
     )

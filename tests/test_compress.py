@@ -11,8 +11,9 @@ import pytest
 import torch
 from cli import digest_tree, lestd, run_lestd
 from families import FAMILIES, MHA_FAMILIES, save_tiny
+from hub import hub_environment, serve_hub
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import lestd_kernels  # noqa: F401 - registers the format
@@ -147,6 +148,46 @@ def test_logits_equal_those_of_the_dense_model_with_the_reconstruction(
     assert (expected - actual).abs().max() <= 2e-5 * scale
     original = all_tensors(source)
     assert any((original[name] - W).norm() > 0.01 * W.norm() for name, W in replaced.items())
+
+
+def test_a_checkpoint_without_the_base_models_prefix(tmp_path: Path) -> None:
+    """As OPT lies on the Hub: ``decoder.layers...`` on disk, ``model.decoder.layers...`` loaded."""
+    source = save_tiny("opt", tmp_path / "source", max_shard_size="10GB")
+    tensors = load_file(source / "model.safetensors")
+    without = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    assert without.keys() != tensors.keys()
+    save_file(without, source / "model.safetensors", {"format": "pt"})
+    out = compress(source, tmp_path / "out", "--keep", 0.6)
+    assert "decoder.layers.0.self_attn.lestd_u1.weight" in all_tensors(out)
+
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    expected = compress(source, tmp_path / "expected", "--keep", 0.6)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        models = [AutoModelForCausalLM.from_pretrained(d).eval() for d in (out, expected)]
+        logits = [model(ids).logits for model in models]
+    assert torch.equal(*logits)
+
+
+def test_a_model_of_the_hub(tmp_path: Path) -> None:
+    local = save_tiny("qwen2", tmp_path / "hub" / "owner" / "name")
+    expected = compress(local, tmp_path / "expected", "--keep", 0.5)
+    out = tmp_path / "out"
+    with serve_hub(tmp_path / "hub") as hub:
+        environment = hub_environment(hub.url, tmp_path / "cache")
+        command = ("compress", "owner/name", "--out", out, "--keep", 0.5, *SERIAL)
+        result = run_lestd(*command, "--revision", "v1", env=environment)
+        assert result.code == 0, result.err
+        missing = run_lestd("compress", "owner/none", "--out", out, *SERIAL, env=environment)
+        commit = hub.commit("owner/name")
+    assert missing.code == 2
+    card = (out / "README.md").read_text()
+    assert 'base_model: "owner/name"' in card
+    assert commit in card
+    ours, theirs = digest_tree(out), digest_tree(expected)
+    assert {k: v for k, v in ours.items() if k != "README.md"} == {
+        k: v for k, v in theirs.items() if k != "README.md"
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -88,13 +88,16 @@ class DecomposeWorker:
             unfolding = unfold_weights(weights, task.layout)
             del weights
 
-        done = METHODS[task.method].decompose(
-            unfolding,
-            task.layout,
-            task.byte_budget,
-            getattr(torch, task.value_dtype),
-            MethodArgs(**task.method_args),
-        )
+        try:
+            done = METHODS[task.method].decompose(
+                unfolding,
+                task.layout,
+                task.byte_budget,
+                getattr(torch, task.value_dtype),
+                MethodArgs(**task.method_args),
+            )
+        except LestdError as error:
+            raise LestdError(f"{task.group}: {error}") from error
         seconds |= done.seconds
         decomposition = done.decomposition
 
