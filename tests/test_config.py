@@ -1,8 +1,10 @@
 """Configuration: what is accepted, and how a mistake is answered."""
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lestd_kernels.errors import LestdError
 from orchestrator.config import (
@@ -61,6 +63,15 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path: Path, content: str) -> Non
     path.write_text(content, encoding="latin-1")
     with pytest.raises(LestdError, match=r"run\.yaml"):
         load_yaml(path)
+
+
+def test_the_readmes_examples_are_valid() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    run, cluster = (
+        yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", readme, re.S)
+    )
+    assert validated(RunFile, run, "README.md").keep == 0.4
+    assert validated(ClusterConfig, cluster, "README.md").workers == 4
 
 
 def test_layers_are_selected_and_checked() -> None:
