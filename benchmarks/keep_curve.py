@@ -41,7 +41,7 @@ def main() -> None:
 
     def evaluate(model: Path) -> dict[str, Any]:
         settings = ("--text", options.text, "--window", options.window)
-        [figures] = lestd("evaluate", model, *settings, *executor)
+        [figures] = lestd("evaluate", model, *settings, *executor)["models"]
         return dict(figures)
 
     def show(*cells: str) -> None:

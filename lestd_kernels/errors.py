@@ -1,5 +1,7 @@
 """The one exception of the project that is meant to be read by its user."""
 
+from __future__ import annotations
+
 
 class LestdError(Exception):
     """A problem that the user can act on.
@@ -11,3 +13,9 @@ class LestdError(Exception):
 
 class OutOfSpaceError(LestdError):
     """The disk is full: no other task can do better, so a run stops at the first."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message that says something; its type's name without one."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)

@@ -230,7 +230,11 @@ def _conjugate_gradients(value: Tensor, mask: Tensor, target: Tensor, grams: Fac
         if residual_sq <= enough:
             break
         image = _apply_grams(direction, grams) * mask
-        step = residual_sq / float((direction * image).sum(dtype=torch.float64))
+        # In float64: in float32 the products of small values underflow.
+        curvature = float((direction.double() * image.double()).sum())
+        if curvature <= 0:  # the image itself underflowed
+            break
+        step = residual_sq / curvature
         M = M + step * direction
         residual = residual - step * image
         previous, residual_sq = residual_sq, squared_sum(residual)

@@ -3,29 +3,37 @@
 Finished payloads become shards as they are (by hard link, a copy where links are impossible);
 every other tensor is copied byte for byte in a stream. The directory is built beside its name and
 renamed last, so it is complete or absent. Memory stays bounded by the copy buffer.
+
+``manifest/model.json`` states the run's fingerprint and the size and sha256 of every file: what
+`lestd verify` checks, and what tells a file of ours from one that somebody else put there.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, StrictUndefined
 
 from lestd_kernels.decomposition import FORMAT_VERSION
 from lestd_kernels.errors import LestdError
-from orchestrator.manifest import Manifest, write_json
+from orchestrator.manifest import Manifest, read_json, write_json
 from orchestrator.plan import Plan
-from orchestrator.source import Source, is_side_file
+from orchestrator.source import Source, copy_side_files
 from workers.checkpoint import (
+    INDEX_FILE,
     atomic_write,
     explain_os_errors,
+    file_sha256,
     fsync_directory,
     read_header,
     write_safetensors_stream,
@@ -33,7 +41,8 @@ from workers.checkpoint import (
 from workers.contracts import TensorRef
 
 MANIFEST_DIR = "manifest"
-INDEX_NAME = "model.safetensors.index.json"
+_ABOUT = "model.json"
+_MANIFEST_FILES = {"groups.parquet", "slices.parquet", _ABOUT}
 
 
 def payload_shard_name(row: dict[str, Any]) -> str:
@@ -42,7 +51,12 @@ def payload_shard_name(row: dict[str, Any]) -> str:
 
 
 def assemble(
-    source: Source, plan: Plan, rows: Sequence[dict[str, Any]], run_dir: Path, out: Path
+    source: Source,
+    plan: Plan,
+    rows: Sequence[dict[str, Any]],
+    run_dir: Path,
+    out: Path,
+    fingerprint: dict[str, Any],
 ) -> None:
     """Build the compressed model at `out` from the run's finished payloads.
 
@@ -51,46 +65,70 @@ def assemble(
         plan: the run's plan.
         rows: the group row of every task, all finished.
         run_dir: the run directory.
-        out: the model's directory; must not exist, or be empty.
+        out: the model's directory; an earlier model of lestd there is replaced.
+        fingerprint: the run's.
 
     Raises:
-        LestdError: no space left, a source shard changed under the run.
+        LestdError: no space left, a source shard changed under the run, `out` has become
+            somebody else's, or another driver assembles it.
     """
     building = out.with_name(f".{out.name}.assembling")
-    if building.exists():
-        shutil.rmtree(building)
-    building.mkdir(parents=True)
-    with explain_os_errors(building):
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with explain_os_errors(building), _exclusive(building):
         weight_map = _link_payloads(rows, run_dir / "payloads", building)
         weight_map |= _copy_untouched(plan.untouched, building)
         total = sum(row["stored_bytes"] for row in rows) + plan.untouched_bytes
         write_json(
-            building / INDEX_NAME,
+            building / INDEX_FILE,
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
         )
-        _copy_side_files(source.directory, building)
+        copy_side_files(source.directory, building)
         write_json(building / "config.json", compressed_config(source.config_json, rows))
+        card = model_card(source, plan, rows, building)
+        atomic_write(building / "README.md", lambda file: file.write(card.encode()))
         Manifest(run_dir / MANIFEST_DIR).export(
             building / MANIFEST_DIR, [row["task_id"] for row in rows]
         )
-        card = model_card(source, plan, rows, building)
-        atomic_write(building / "README.md", lambda file: file.write(card.encode()))
-        fsync_directory(building / MANIFEST_DIR)
+        write_json(
+            building / MANIFEST_DIR / _ABOUT,
+            {"fingerprint": fingerprint, "files": _describe_files(building)},
+        )
         fsync_directory(building)
+        remove_model(out)
         building.replace(out)
         fsync_directory(out.parent)
+
+
+@contextmanager
+def _exclusive(building: Path) -> Iterator[None]:
+    """An empty directory that no other driver builds in; the lock ends with the process."""
+    building.mkdir(exist_ok=True)
+    handle = os.open(building, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise LestdError(
+                f"another driver assembles its model in {building}; wait for it to end, or choose "
+                "another --out"
+            ) from None
+        for leftover in building.iterdir():
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        yield
+    finally:
+        os.close(handle)
 
 
 def _link_payloads(rows: Iterable[dict[str, Any]], payloads: Path, target: Path) -> dict[str, str]:
     weight_map: dict[str, str] = {}
     for row in rows:
         shard = target / payload_shard_name(row)
+        payload = payloads / row["payload"]
         try:
-            os.link(payloads / row["payload"], shard)
+            os.link(payload, shard)
         except OSError:  # Another file system, or one without links.
-            shutil.copyfile(payloads / row["payload"], shard)
-            with shard.open("rb") as copied:
-                os.fsync(copied.fileno())
+            with payload.open("rb") as original:
+                atomic_write(shard, partial(shutil.copyfileobj, original))
         weight_map |= dict.fromkeys(read_header(shard), shard.name)
     return weight_map
 
@@ -108,12 +146,13 @@ def _copy_untouched(untouched: Sequence[TensorRef], target: Path) -> dict[str, s
     return weight_map
 
 
-def _copy_side_files(directory: Path, target: Path) -> None:
-    """Tokenizer, generation settings, licence: small files that belong to the model."""
-    for path in sorted(directory.iterdir()):
-        if is_side_file(path.name) and path.is_file():
-            with path.open("rb") as original:
-                atomic_write(target / path.name, partial(shutil.copyfileobj, original))
+def _describe_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file but the manifest's own."""
+    return {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(directory.iterdir())
+        if path.is_file()
+    }
 
 
 def compressed_config(
@@ -153,8 +192,6 @@ def model_card(source: Source, plan: Plan, rows: Sequence[dict[str, Any]], direc
 
 def card_metadata(directory: Path) -> dict[str, Any]:
     """Licence and language from the source's model card, if it has one; they bind ours too."""
-    import yaml
-
     card = directory / "README.md"
     if not card.is_file():
         return {}
@@ -171,22 +208,47 @@ def card_metadata(directory: Path) -> dict[str, Any]:
     return {key: metadata[key] for key in kept if key in metadata}
 
 
-def check_output(out: Path) -> bool:
-    """Whether `out` holds a finished compressed model already.
+def about_model(out: Path) -> dict[str, Any] | None:
+    """What ``manifest/model.json`` of a finished compressed model says; None if there is none."""
+    about = out / MANIFEST_DIR / _ABOUT
+    return read_json(about) if about.is_file() else None
+
+
+def check_output(out: Path) -> dict[str, Any] | None:
+    """What is at `out`: nothing (None), or a compressed model (what `about_model` says).
 
     Raises:
-        LestdError: it holds something else, which is nobody's to overwrite.
+        LestdError: it is, or holds, something that lestd did not make and nobody may overwrite.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    config = out / "config.json"
-    if config.is_file() and (out / MANIFEST_DIR / "groups.parquet").is_file():
-        try:
-            data = json.loads(config.read_text(encoding="utf-8"))
-            if data["quantization_config"]["quant_method"] == "lestd":
-                return True
-        except (ValueError, KeyError, TypeError):
-            pass
-    raise LestdError(
-        f"{out} is not empty and was not made by lestd; choose another --out, or empty it yourself"
-    )
+    if out.is_symlink() or os.path.ismount(out) or (out.exists() and not out.is_dir()):
+        raise LestdError(
+            f"{out} is a link, a mount point or a file, and cannot be replaced by a finished "
+            "model; choose a new name for --out"
+        )
+    if not out.exists() or not any(out.iterdir()):
+        return None
+    about = about_model(out)
+    ours = {MANIFEST_DIR} if about is None else {MANIFEST_DIR, *about["files"]}
+    foreign = [entry for entry in out.iterdir() if entry.name not in ours]
+    if (out / MANIFEST_DIR).is_dir():
+        foreign += [e for e in (out / MANIFEST_DIR).iterdir() if e.name not in _MANIFEST_FILES]
+    if foreign:
+        raise LestdError(
+            f"{out} is not empty, and {min(foreign)} was not made by lestd; move it away, or "
+            "choose another --out"
+        )
+    return about
+
+
+def remove_model(out: Path) -> None:
+    """Delete the compressed model at `out`; a crash leaves it whole, or gone from that name.
+
+    Raises:
+        LestdError: it holds something that lestd did not make.
+    """
+    replaced = out.with_name(f".{out.name}.replaced")
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    if check_output(out) is not None:
+        out.replace(replaced)
+        shutil.rmtree(replaced)

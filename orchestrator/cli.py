@@ -7,8 +7,10 @@ Results go to standard output, progress and problems to standard error. Exit cod
 
 from __future__ import annotations
 
-import os
+import signal
+import sys
 from dataclasses import asdict
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +41,7 @@ from orchestrator.options import (
     Threads,
     TypeModeOption,
     Workers,
+    absolute,
 )
 from orchestrator.rundir import RunDirectory, default_run_dir
 
@@ -50,11 +53,19 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except LestdError as error:
-            tables.err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+            _say_error(error)
+            raise typer.Exit(2) from None
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            _say_error(f"{where}{error.strerror or error}; check the path and its permissions")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             tables.err.print("interrupted")
             raise typer.Exit(130) from None
+
+
+def _say_error(message: object) -> None:
+    tables.err.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
 
 
 app = typer.Typer(
@@ -161,7 +172,9 @@ def _print_plan(name: str, planned: dict[str, Any]) -> None:
 
 @app.command()
 def compress(
-    out: Annotated[Path, typer.Option(help="Directory of the compressed model.")],
+    out: Annotated[
+        Path, typer.Option(help="Directory of the compressed model.", callback=absolute)
+    ],
     model: Model = None,
     keep: Keep = None,
     keep_model: KeepModel = None,
@@ -203,7 +216,6 @@ def compress(
         tables.print_json(planned) if json else _print_plan(name, planned)
         return
 
-    out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link at OUT
     run_dir = run_dir or default_run_dir(out)
     source = resolve_source(name, revision)
     make_plan(source, run_config)  # Refuse what is impossible before Ray is started.
@@ -330,11 +342,13 @@ def evaluate(
     window: Annotated[
         int | None,
         typer.Option(
-            help="Tokens per window.", show_default="the smaller of 2048 and the model's positions"
+            min=1,
+            help="Tokens per window.",
+            show_default="the smaller of 2048 and the model's positions",
         ),
     ] = None,
     max_windows: Annotated[
-        int | None, typer.Option(help="Only the first windows.", show_default="all")
+        int | None, typer.Option(min=1, help="Only the first windows.", show_default="all")
     ] = None,
     dtype: Annotated[
         str,
@@ -363,6 +377,11 @@ def evaluate(
 
 def main() -> None:
     """Entry point of the command."""
+    # A batch system ends a job with SIGTERM: end as with Ctrl-C, with all finished work kept.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # For terminals that know only ASCII.
     app(prog_name="lestd")
 
 

@@ -15,24 +15,52 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from lestd_kernels.errors import LestdError
+from lestd_kernels.errors import LestdError, first_line
 from lestd_kernels.methods import METHODS, MethodArgs
 
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Layers = Annotated[
-    str, Field(pattern=r"^\d+(-\d+)?(,\d+(-\d+)?)*$", description='layers, like "0-3,7"')
-]
+MAX_LAYERS = 10_000
+"""No list of layers goes further: a slip of the pen must not fill the memory."""
+
+_RANGE = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
 
 
 def parse_layers(text: str) -> frozenset[int]:
-    """Layer indices named by a list like ``"0-3,7"``; both ends of a range belong to it."""
+    """Layer indices named by a list like ``"0-3,7"``; both ends of a range belong to it.
+
+    Raises:
+        ValueError: it is no such list, or a range runs backwards or beyond `MAX_LAYERS`.
+    """
     layers: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        layers.update(range(int(first), int(last or first) + 1))
+        match = _RANGE.fullmatch(part)
+        if match is None:
+            raise ValueError('expected layers like "0-3,7"')
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f'the range {part} runs backwards; write "{last}-{first}"')
+        if last >= MAX_LAYERS:
+            raise ValueError(f"layer {last} is too high; expected layers below {MAX_LAYERS:,}")
+        layers.update(range(first, last + 1))
     return frozenset(layers)
+
+
+def _check_layers(text: str) -> str:
+    parse_layers(text)
+    return text
+
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Layers = Annotated[str, AfterValidator(_check_layers)]
 
 
 class _Strict(BaseModel):
@@ -82,6 +110,20 @@ class RunConfig(_Strict):
             raise ValueError(f"unknown method {value!r}; known: {', '.join(METHODS)}")
         return value
 
+    @field_validator("layer_keep")
+    @classmethod
+    def _one_keep_per_layer(cls, value: dict[str, float]) -> dict[str, float]:
+        # Which of two would win is not to be left to their order, which the fingerprint ignores.
+        named: dict[int, str] = {}
+        for key in value:
+            for layer in sorted(parse_layers(key)):
+                if layer in named:
+                    raise ValueError(
+                        f"{named[layer]!r} and {key!r} both name layer {layer}; name it in one"
+                    )
+                named[layer] = key
+        return value
+
     @model_validator(mode="after")
     def _one_target(self) -> RunConfig:
         if (self.keep is None) == (self.keep_model is None):
@@ -127,11 +169,9 @@ class RunConfig(_Strict):
         return sorted(chosen)
 
     def keep_of(self, layer: int, keep: float) -> float:
-        """The keep of one layer: its own from `layer_keep` (the last that names it), or `keep`."""
-        for key, value in self.layer_keep.items():
-            if layer in parse_layers(key):
-                keep = value
-        return keep
+        """The keep of one layer: its own from `layer_keep`, or `keep`."""
+        own = (value for key, value in self.layer_keep.items() if layer in parse_layers(key))
+        return next(own, keep)
 
 
 class ClusterConfig(_Strict):
@@ -167,8 +207,14 @@ def load_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise LestdError(f"{path} cannot be read as YAML: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise LestdError(
+            f"{path} is not valid YAML ({error.problem}{where}); correct it"
+        ) from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise LestdError(f"{path} cannot be read as YAML ({first_line(error)})") from error
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -187,7 +233,7 @@ def validated(model: type[ModelT], values: dict[str, Any], origin: str) -> Model
         return model.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"])
+        key = ".".join(str(part) for part in problem["loc"] if part != "[key]")
         if problem["type"] == "extra_forbidden":
             close = difflib.get_close_matches(str(problem["loc"][0]), model.model_fields, n=1)
             hint = (

@@ -3,16 +3,19 @@
 A PyTorch pickle is a program. `torch.load(weights_only=True)` runs only the few steps that build
 tensors and refuses every other; memory-mapped, a shard's tensors stay on disk until they are
 written. The new directory is built beside its name, where finished shards survive an
-interruption, and renamed when it is complete.
+interruption, and renamed when it is complete. A marker in it says what it is made of, is locked
+by the process that builds it, and is removed last.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import pickle
-import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,15 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.errors import LestdError
-from orchestrator.source import download, is_side_file, list_repository, local_directory
+from orchestrator.source import (
+    BIN_FILE,
+    BIN_INDEX_FILE,
+    copy_side_files,
+    download,
+    is_side_file,
+    list_repository,
+    local_directory,
+)
 from workers.checkpoint import (
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -34,8 +45,6 @@ from workers.checkpoint import (
 )
 from workers.headers import DTYPE_NAMES
 
-BIN_FILE = "pytorch_model.bin"
-BIN_INDEX_FILE = "pytorch_model.bin.index.json"
 _MARKER = "lestd-convert.json"
 
 Progress = Callable[[int, int], None]
@@ -59,35 +68,48 @@ def convert(
 
     Raises:
         LestdError: there is nothing to convert, a file is damaged or asks to run code, the index
-            and the shards disagree, `out` is taken, or no space is left.
+            and the shards disagree, `out` is taken, another process converts into it, or no space
+            is left.
     """
     out = out.absolute()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise LestdError(f"{out} exists and is not empty; choose another directory or remove it")
+    if not (out / _MARKER).is_file():
+        _require_free(out)
     source, weight_map = _open_pickled(model, revision)
     bins = sorted(set(weight_map.values())) or [BIN_FILE]
     shards = [f"model-{i + 1:05d}-of-{len(bins):05d}.safetensors" for i in range(len(bins))]
     if len(bins) == 1:
         shards = [WEIGHTS_FILE]
     building = out.with_name(out.name + ".converting")
+    marker = _describe(source, bins)
     with explain_os_errors(building):
-        _prepare(building, source, bins)
-        for done, (bin_name, shard) in enumerate(zip(bins, shards, strict=True), start=1):
-            if not (building / shard).exists():
-                _convert_shard(source / bin_name, bin_name, weight_map, building / shard)
-            if progress is not None:
-                progress(done, len(bins))
-        if len(bins) > 1:
-            _write_index(building, shards)
-        for path in sorted(source.iterdir()):
-            if is_side_file(path.name) and path.is_file():
-                _copy(path, building / path.name)
-        ShardIndex.from_directory(building)
-        (building / _MARKER).unlink()
-        fsync_directory(building)
-        building.replace(out)
-        fsync_directory(building.parent)
+        if not _is_finished(out, marker):
+            _require_free(out)
+            with _claimed(building, marker, out):
+                for done, (bin_name, shard) in enumerate(zip(bins, shards, strict=True), start=1):
+                    if not (building / shard).exists():
+                        _convert_shard(source / bin_name, bin_name, weight_map, building / shard)
+                    if progress is not None:
+                        progress(done, len(bins))
+                if len(bins) > 1:
+                    _write_index(building, shards)
+                copy_side_files(source, building)
+                ShardIndex.from_directory(building)
+                building.replace(out)
+                fsync_directory(out.parent)
+        (out / _MARKER).unlink(missing_ok=True)
+        fsync_directory(out)
     return ShardIndex.from_directory(out)
+
+
+def _require_free(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise LestdError(f"{out} exists and is not empty; choose another directory or remove it")
+
+
+def _is_finished(out: Path, marker: bytes) -> bool:
+    """Whether `out` is this very conversion, cut off when only the marker was left to remove."""
+    path = out / _MARKER
+    return path.is_file() and path.read_bytes() == marker
 
 
 def _open_pickled(model: str, revision: str | None) -> tuple[Path, dict[str, str]]:
@@ -126,8 +148,12 @@ def _bin_weight_map(directory: Path, names: set[str]) -> dict[str, str]:
     return {} if BIN_FILE in names else read_weight_map(directory / BIN_INDEX_FILE)
 
 
-def _prepare(building: Path, source: Path, bins: list[str]) -> None:
-    """Make `building`, or accept the one that an interrupted conversion of these files left."""
+def _describe(source: Path, bins: list[str]) -> bytes:
+    """The marker of a conversion: its files, their sizes and times.
+
+    Raises:
+        LestdError: a file is absent.
+    """
     stats = {}
     for name in bins:
         if not (source / name).is_file():
@@ -137,18 +163,53 @@ def _prepare(building: Path, source: Path, bins: list[str]) -> None:
             )
         stat = (source / name).stat()
         stats[name] = [stat.st_size, stat.st_mtime_ns]
-    marker = json.dumps({"source": str(source), "files": stats}, indent=2).encode()
-    building.mkdir(parents=True, exist_ok=True)
-    if not any(building.iterdir()):
-        atomic_write(building / _MARKER, lambda file: file.write(marker))
+    return json.dumps({"source": str(source), "files": stats}, indent=2).encode()
+
+
+@contextmanager
+def _claimed(building: Path, marker: bytes, out: Path) -> Iterator[None]:
+    """Make `building`, or accept what an interrupted conversion of these files left there.
+
+    No other process can claim it while the context lasts; the lock ends with the process.
+
+    Raises:
+        LestdError: it cannot be made, belongs to something else, or is claimed.
+    """
+    foreign = LestdError(
+        f"{building} was not left by a conversion of these files, or they have changed since; "
+        "remove it and run the command again"
+    )
     path = building / _MARKER
-    if not path.is_file() or path.read_bytes() != marker:
+    try:
+        building.mkdir(parents=True, exist_ok=True)
+        if any(building.iterdir()) and not path.is_file():
+            raise foreign
+        file = path.open("a+b")
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise LestdError(
-            f"{building} was not left by a conversion of these files, or they have changed since; "
-            "remove it and run the command again"
-        )
-    for temp in building.glob(".tmp-*"):
-        temp.unlink()
+            f"{building} cannot be made ({error.strerror}); choose another directory"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise LestdError(
+                f"another process converts into {building} ({error.strerror}); wait for it to "
+                "end, or choose another directory"
+            ) from error
+        _require_free(out)  # By now the other process may have finished, and renamed `building`.
+        file.seek(0)
+        if file.read() != marker:
+            if any(other != path for other in building.iterdir()):
+                raise foreign
+            file.truncate(0)
+            file.write(marker)
+            file.flush()
+            os.fsync(file.fileno())
+            fsync_directory(building)
+        for temp in building.glob(".tmp-*"):
+            temp.unlink()
+        yield
 
 
 def _convert_shard(path: Path, bin_name: str, weight_map: dict[str, str], shard: Path) -> None:
@@ -212,8 +273,3 @@ def _write_index(building: Path, shards: list[str]) -> None:
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     text = json.dumps(index, indent=2) + "\n"
     atomic_write(building / INDEX_FILE, lambda file: file.write(text.encode()))
-
-
-def _copy(path: Path, target: Path) -> None:
-    with path.open("rb") as source:
-        atomic_write(target, lambda file: shutil.copyfileobj(source, file))

@@ -21,12 +21,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lestd_kernels.errors import LestdError
+from lestd_kernels.errors import LestdError, first_line
 from orchestrator.executor import Executor, WorkerSpec
+from orchestrator.source import load_config, read_config_json
 from workers.checkpoint import ShardIndex
 from workers.contracts import EvalRequest, EvalResult, Failure
 from workers.evaluate import EvalWorker
@@ -75,12 +76,71 @@ class Evaluation:
     model_bytes_on_disk: int
 
 
+@dataclass(frozen=True)
+class EvaluationModel:
+    """A model that can be evaluated, as far as this is known before its weights are read.
+
+    Attributes:
+        directory: where it lies.
+        tokenizer: its tokenizer.
+        vocabulary: number of token ids that it knows.
+        window_length: inputs of a full window.
+        bytes_on_disk: bytes of its safetensors files, headers included.
+    """
+
+    directory: Path
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: int
+    window_length: int
+    bytes_on_disk: int
+
+
+def open_model(model_dir: Path, window: int | None = None) -> EvaluationModel:
+    """Find a dense or a compressed model, and what evaluating it takes.
+
+    Args:
+        model_dir: directory of the model, with its tokenizer.
+        window: inputs per window; None for the smaller of 2048 and the model's positions.
+
+    Raises:
+        LestdError: its config, its tokenizer, its index or a shard is missing or damaged, it is no
+            language model, or the window is longer than its positions.
+    """
+    _require_positive("window", window)
+    config_json = read_config_json(model_dir)
+    config = load_config(model_dir)
+    text_config = config.get_text_config()
+    vocabulary = getattr(text_config, "vocab_size", None)
+    if not isinstance(vocabulary, int):
+        raise LestdError(
+            f"{model_dir} is not a language model: its config.json, of model_type "
+            f"{config_json.get('model_type')!r}, has no vocab_size"
+        )
+    # GPT-J's n_positions answers to this name too; some families say -1 where there is no limit.
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        positions = None
+    if window is not None and positions is not None and window > positions:
+        raise LestdError(
+            f"window {window} is longer than the {positions} positions of {model_dir}; "
+            f"use at most {positions}"
+        )
+    default = min(_LONGEST_DEFAULT_WINDOW, positions or _LONGEST_DEFAULT_WINDOW)
+    index = ShardIndex.from_directory(model_dir)
+    return EvaluationModel(
+        directory=model_dir,
+        tokenizer=_load_tokenizer(model_dir),
+        vocabulary=vocabulary,
+        window_length=default if window is None else window,
+        bytes_on_disk=sum((model_dir / shard).stat().st_size for shard in index.shards),
+    )
+
+
 def evaluate(
-    model_dir: Path,
+    model: EvaluationModel,
     text_path: Path,
     executor: Executor,
     *,
-    window: int | None = None,
     max_windows: int | None = None,
     dtype: str = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
@@ -90,10 +150,9 @@ def evaluate(
     """Measure token and word perplexity.
 
     Args:
-        model_dir: directory of a dense or a compressed model, with its tokenizer.
+        model: see `open_model`.
         text_path: UTF-8 text.
         executor: who runs the workers.
-        window: inputs per window; None for the smaller of 2048 and the model's positions.
         max_windows: evaluate the first windows only.
         dtype: one of `DTYPES`.
         device: where workers compute; ``"auto"`` takes GPUs where there are any.
@@ -101,34 +160,28 @@ def evaluate(
         progress: called with ``(windows done, windows in all)``.
 
     Raises:
-        LestdError: the model, its tokenizer or the text is missing or unusable, a window is
-            longer than the model's positions, or a piece failed.
+        LestdError: a setting is impossible, the text is missing or unusable, the tokenizer is
+            another model's, or a piece failed.
     """
     start = time.perf_counter()
-    for name, value in (("window", window), ("max-windows", max_windows)):
-        if value is not None and value < 1:
-            raise LestdError(f"{name} must be at least 1, got {value}")
+    _require_positive("threads", threads)
+    _require_positive("max-windows", max_windows)
     if dtype not in DTYPES:
         raise LestdError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    config = _load_config(model_dir)
-    index = ShardIndex.from_directory(model_dir)
-    model_bytes = sum((model_dir / shard).stat().st_size for shard in index.shards)
-    length = _window_length(config, window, model_dir)
     text = _read_text(text_path)
-    tokenizer = _load_tokenizer(model_dir)
-    token_ids = _tokenize(tokenizer, text, text_path)
-    vocabulary = config.get_text_config().vocab_size
-    if max(token_ids) >= vocabulary:
+    token_ids = _tokenize(model.tokenizer, text, text_path)
+    if max(token_ids) >= model.vocabulary:
         raise LestdError(
-            f"{model_dir}: the tokenizer gives token id {max(token_ids)} but the model's "
-            f"vocab_size is {vocabulary}; the tokenizer files belong to another model"
+            f"{model.directory}: the tokenizer gives token id {max(token_ids)} but the model's "
+            f"vocab_size is {model.vocabulary}; the tokenizer files belong to another model"
         )
 
+    length = model.window_length
     windows = -(-(len(token_ids) - 1) // length)
     if max_windows is not None and max_windows < windows:
         windows = max_windows
         token_ids = token_ids[: windows * length + 1]
-        text = str(tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))
+        text = str(model.tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))
     words = len(text.split())
 
     if device == "auto":
@@ -136,7 +189,7 @@ def evaluate(
     spec = WorkerSpec(
         EvalWorker,
         {
-            "model_dir": str(model_dir.resolve()),
+            "model_dir": str(model.directory.resolve()),
             "dtype": dtype,
             "device": device,
             "threads": threads,
@@ -144,13 +197,13 @@ def evaluate(
         threads=threads,
         # Twice the weights leaves room for 16-bit weights computed in float32; logits are held
         # in the compute dtype and, chunk by chunk, in float32.
-        memory_bytes=_WORKER_BASE_BYTES + 2 * model_bytes + 4 * length * vocabulary,
+        memory_bytes=_WORKER_BASE_BYTES + 2 * model.bytes_on_disk + 4 * length * model.vocabulary,
         device=device,
     )
-    nll = _score(spec, _pieces(token_ids, length), executor, model_dir, progress)
+    nll = _score(spec, _pieces(token_ids, length), executor, model.directory, progress)
     tokens = len(token_ids) - 1
     return Evaluation(
-        model=str(model_dir),
+        model=str(model.directory),
         text=str(text_path),
         token_perplexity=_perplexity(nll, tokens),
         word_perplexity=_perplexity(nll, words),
@@ -162,23 +215,13 @@ def evaluate(
         dtype=dtype,
         device=device,
         seconds=time.perf_counter() - start,
-        model_bytes_on_disk=model_bytes,
+        model_bytes_on_disk=model.bytes_on_disk,
     )
 
 
-def _load_config(model_dir: Path) -> Any:
-    if not (model_dir / "config.json").is_file():
-        raise LestdError(
-            f"{model_dir} is not the directory of a model (it has no config.json); check the path"
-        )
-    try:
-        return AutoConfig.from_pretrained(
-            str(model_dir), local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise LestdError(
-            f"{model_dir / 'config.json'} cannot be used ({_first_line(error)}); fetch it again"
-        ) from error
+def _require_positive(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise LestdError(f"{name} must be at least 1, got {value}")
 
 
 def _load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
@@ -186,29 +229,13 @@ def _load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(model_dir), local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:
+        # Damaged files fail in Transformers wherever they are first used, in many ways.
         raise LestdError(
-            f"{model_dir} has no usable tokenizer ({_first_line(error)}); copy the tokenizer files "
-            "of the source model into it"
+            f"{model_dir} has no usable tokenizer ({type(error).__name__}: {first_line(error)}); "
+            "copy the tokenizer files of the source model into it"
         ) from error
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _window_length(config: Any, window: int | None, model_dir: Path) -> int:
-    # GPT-J's n_positions answers to this name too.
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if window is None:
-        return min(_LONGEST_DEFAULT_WINDOW, positions or _LONGEST_DEFAULT_WINDOW)
-    if positions and window > positions:
-        raise LestdError(
-            f"window {window} is longer than the {positions} positions of {model_dir}; "
-            f"use at most {positions}"
-        )
-    return window
 
 
 def _read_text(path: Path) -> str:
@@ -280,5 +307,5 @@ def _score(
 def _perplexity(nll: float, count: int) -> float:
     try:
         return math.exp(nll / count)
-    except OverflowError:
-        return math.inf
+    except (OverflowError, ZeroDivisionError):
+        return math.inf  # A cut may leave tokens of white space only, and no word.

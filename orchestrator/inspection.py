@@ -5,16 +5,21 @@ Both read files only, need no source and no lock, and work while a run goes on.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lestd_kernels.errors import LestdError
-from orchestrator.assemble import INDEX_NAME, MANIFEST_DIR, payload_shard_name
-from orchestrator.manifest import Manifest, payload_problem, read_json
+from orchestrator.assemble import MANIFEST_DIR, about_model, payload_shard_name
+from orchestrator.manifest import Manifest, payload_problem, read_json, slice_count
 from orchestrator.rundir import RunDirectory
-from workers.checkpoint import read_header
+from workers.checkpoint import INDEX_FILE, read_header, read_weight_map
+
+_PLANNED = {"task_id": str, "layer": int, "group": str, "byte_budget": int}
+_NEEDED = (
+    *("task_id", "layer", "group", "payload", "payload_bytes", "sha256"),
+    *("dense_bytes", "stored_bytes", "byte_budget", "format"),
+)
 
 
 def run_status(run_dir: Path, out: Path) -> dict[str, Any]:
@@ -25,22 +30,22 @@ def run_status(run_dir: Path, out: Path) -> dict[str, Any]:
         state (``done | running | failed | remaining``) and, when done, its figures.
 
     Raises:
-        LestdError: no run was begun at `run_dir`.
+        LestdError: no run was begun at `run_dir`, or its plan is damaged.
     """
     run = RunDirectory(run_dir)
     if not run.exists:
         raise LestdError(f"{run_dir} holds no run; start one with lestd compress")
-    plan = read_json(run_dir / "plan.json")
+    planned_layers = _read_plan(run_dir / "plan.json")
     locked = run.is_locked()
     done = {row["task_id"]: row for row in run.manifest.groups().to_pylist()}
     last_event = {row["task_id"]: row for row in run.manifest.events().to_pylist()}
 
     layers = []
-    for planned in plan["layers"]:
+    for planned in planned_layers:
         task_id = planned["task_id"]
         event = last_event.get(task_id, {})
         row = done.get(task_id)
-        entry = {key: planned[key] for key in ("task_id", "layer", "group", "byte_budget")}
+        entry = {key: planned[key] for key in _PLANNED}
         if row is not None:
             figures = ("R1", "R2", "R3", "nnz", "density", "codec", "dense_bytes", "stored_bytes")
             entry |= {"state": "done"} | {key: row[key] for key in figures}
@@ -57,9 +62,26 @@ def run_status(run_dir: Path, out: Path) -> dict[str, Any]:
         state: sum(entry["state"] == state for entry in layers)
         for state in ("done", "running", "failed", "remaining")
     }
-    complete = counts["done"] == len(layers) and (out / INDEX_NAME).is_file()
+    complete = counts["done"] == len(layers) and (out / INDEX_FILE).is_file()
     state = "running" if locked else "complete" if complete else "stopped"
     return {"run_dir": str(run_dir), "out": str(out), "state": state} | counts | {"layers": layers}
+
+
+def _read_plan(path: Path) -> list[dict[str, Any]]:
+    """The layers of a run's plan, each with the keys of `_PLANNED`."""
+    layers = read_json(path).get("layers")
+    if not isinstance(layers, list) or not all(map(_is_planned, layers)):
+        raise LestdError(
+            f"{path} is damaged: expected layers with {', '.join(_PLANNED)}; run the same lestd "
+            "compress again, which writes it anew"
+        )
+    return layers
+
+
+def _is_planned(layer: Any) -> bool:
+    return isinstance(layer, dict) and all(
+        isinstance(layer.get(key), kind) for key, kind in _PLANNED.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -71,10 +93,11 @@ class Verification:
 
 
 def verify(out: Path, run_dir: Path) -> Verification:
-    """Check every payload, and every shard made of one, against the manifest.
+    """Check every payload, and every file of the model, against the manifest.
 
     Looks at the run directory, at the compressed model, or at both: sizes, sha256, the tensors
-    and their stored bytes, and that the model's index names only tensors that are there.
+    and their stored bytes, that every group has the rows of its slices, and that the model's
+    index names the tensors that are there.
 
     Raises:
         LestdError: neither is there.
@@ -83,20 +106,43 @@ def verify(out: Path, run_dir: Path) -> Verification:
     checked = 0
     run = RunDirectory(run_dir)
     if run.exists:
-        problems += [f"{d.path} is damaged: {d.reason}" for d in run.manifest.damaged()]
-        for row in run.manifest.groups().to_pylist():
+        rows, found = _check_manifest(run.manifest)
+        problems += found
+        for row in rows:
             checked += 1
             problems += _check_payload(row, run.payloads)
-    if (out / "config.json").is_file():
-        manifest = Manifest(out / MANIFEST_DIR)
-        problems += [f"{d.path} is damaged: {d.reason}" for d in manifest.damaged()]
-        for row in manifest.groups().to_pylist():
+    if (out / MANIFEST_DIR).is_dir():
+        rows, found = _check_manifest(Manifest(out / MANIFEST_DIR))
+        problems += found
+        for row in rows:
             checked += 1
             problems += _check_payload(row | {"payload": payload_shard_name(row)}, out)
+        problems += _check_files(out, {payload_shard_name(row) for row in rows})
         problems += _check_index(out)
+    elif run.exists and (out / "config.json").is_file():
+        problems.append(f"{out} has no {MANIFEST_DIR} to check it against")
     if not checked and not problems:
         raise LestdError(f"neither {out} nor {run_dir} holds anything that lestd made")
     return Verification(checked, tuple(problems))
+
+
+def _check_manifest(manifest: Manifest) -> tuple[list[dict[str, Any]], list[str]]:
+    """The group rows that can be checked further, and what is wrong with the manifest itself."""
+    problems = [f"{d.path} is damaged: {d.reason}" for d in manifest.damaged()]
+    slices = manifest.slice_counts()
+    rows = []
+    for row in manifest.groups().to_pylist():
+        if absent := [column for column in _NEEDED if row[column] is None]:
+            problems.append(f"{manifest.directory} has a group without {', '.join(absent)}")
+            continue
+        rows.append(row)
+        found, expected = slices[row["task_id"]], slice_count(row)
+        if found != expected:
+            problems.append(
+                f"{manifest.directory} has {found} rows in slices for task {row['task_id']} "
+                f"({row['group']}), which has {expected} slices"
+            )
+    return rows, problems
 
 
 def _check_payload(row: dict[str, Any], directory: Path) -> list[str]:
@@ -111,12 +157,35 @@ def _check_payload(row: dict[str, Any], directory: Path) -> list[str]:
     return []
 
 
-def _check_index(out: Path) -> list[str]:
-    index = out / INDEX_NAME
+def _check_files(out: Path, checked: set[str]) -> list[str]:
+    """Compare the files that are not checked yet with what the model says of itself."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError) as error:
-        return [f"{index} cannot be read ({error})"]
+        about = about_model(out)
+    except LestdError as error:
+        return [str(error)]
+    files = {} if about is None else about.get("files")
+    if not isinstance(files, dict) or not all(map(_is_described, files.values())) or not files:
+        return [f"{out / MANIFEST_DIR} does not say what files the model has"]
+    problems = (
+        payload_problem(
+            {"payload": name, "payload_bytes": stated["bytes"], "sha256": stated["sha256"]}, out
+        )
+        for name, stated in sorted(files.items())
+        if name not in checked
+    )
+    return [problem for problem in problems if problem is not None]
+
+
+def _is_described(stated: Any) -> bool:
+    return isinstance(stated, dict) and {"bytes", "sha256"} <= stated.keys()
+
+
+def _check_index(out: Path) -> list[str]:
+    index = out / INDEX_FILE
+    try:
+        weight_map = read_weight_map(index)
+    except LestdError as error:
+        return [str(error)]
     problems = []
     for shard in sorted(set(weight_map.values())):
         named = {name for name, where in weight_map.items() if where == shard}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -218,14 +219,22 @@ class Manifest:
     def completed(self, task_ids: Iterable[str], payload_dir: Path) -> dict[str, dict[str, Any]]:
         """Group rows of those tasks that are done, by task id.
 
-        A row is trusted only if its payload is there with the size and sha256 that it states.
+        A row is trusted only if its payload is there with the size and sha256 that it states, and
+        so are the rows of its slices.
         """
         wanted = set(task_ids)
-        done = {}
-        for row in self.groups().to_pylist():
-            if row["task_id"] in wanted and payload_problem(row, payload_dir) is None:
-                done[row["task_id"]] = row
-        return done
+        slices = self.slice_counts()
+        return {
+            row["task_id"]: row
+            for row in self.groups().to_pylist()
+            if row["task_id"] in wanted
+            and slices[row["task_id"]] == slice_count(row)
+            and payload_problem(row, payload_dir) is None
+        }
+
+    def slice_counts(self) -> Counter[str]:
+        """Number of rows in `slices` of each task."""
+        return Counter(self.slices()["task_id"].to_pylist())
 
     def export(self, target: Path, task_ids: Iterable[str]) -> None:
         """Write the rows of these tasks as ``groups.parquet`` and ``slices.parquet``."""
@@ -254,6 +263,11 @@ def _read_part(path: Path, schema: pa.Schema) -> pa.Table | Damaged:
         )
     except (pa.ArrowException, OSError, ValueError) as error:
         return Damaged(path, str(error).splitlines()[0])
+
+
+def slice_count(row: dict[str, Any]) -> int:
+    """Number of slices of a group, by its row's format."""
+    return sum(module["slices"] for module in json.loads(row["format"])["modules"].values())
 
 
 def payload_problem(row: dict[str, Any], payload_dir: Path) -> str | None:

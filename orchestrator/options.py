@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -37,12 +38,21 @@ class TypeMode(StrEnum):
     learned = "learned"
 
 
+def absolute(path: Path | None) -> Path | None:
+    """An absolute path without ``..``; unlike `Path.resolve`, a link at its end is kept."""
+    return path and Path(os.path.abspath(path))  # noqa: PTH100
+
+
 Model = Annotated[
     str | None, typer.Argument(help="Directory of a checkpoint, or a Hub id such as org/name.")
 ]
-Out = Annotated[Path, typer.Argument(help="The compressed model's directory, given as --out.")]
+Out = Annotated[
+    Path,
+    typer.Argument(help="The compressed model's directory, given as --out.", callback=absolute),
+]
 RunDir = Annotated[
-    Path | None, typer.Option(help="Run directory.", show_default="OUT.run, beside the output")
+    Path | None,
+    typer.Option(help="Run directory.", show_default="OUT.run, beside OUT", callback=absolute),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Keep = Annotated[
@@ -75,7 +85,7 @@ DeviceOption = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(help="CPU threads of a worker; decides the last bit.", show_default="1"),
+    typer.Option(min=1, help="CPU threads of a worker; decides the last bit.", show_default="1"),
 ]
 ConfigFile = Annotated[
     Path | None,
@@ -94,6 +104,6 @@ Address = Annotated[
 ]
 Workers = Annotated[
     int | None,
-    typer.Option(help="Workers.", show_default="one per GPU, or what CPUs and memory allow"),
+    typer.Option(min=1, help="Workers.", show_default="one per GPU, or what CPUs and memory allow"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]

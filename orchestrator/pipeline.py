@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from lestd_kernels.errors import LestdError, OutOfSpaceError
-from orchestrator.assemble import assemble, check_output
+from orchestrator.assemble import MANIFEST_DIR, assemble, check_output, remove_model
 from orchestrator.config import RunConfig
 from orchestrator.executor import Event, Executor, Listener, WorkerSpec
+from orchestrator.manifest import Manifest
 from orchestrator.plan import Plan, make_plan
-from orchestrator.rundir import RunDirectory
+from orchestrator.rundir import RunDirectory, fingerprint, require_same
 from orchestrator.source import Source
+from orchestrator.tables import size
 from workers.contracts import Failure, Result, Task
 from workers.decompose import DecomposeWorker
 
@@ -78,66 +80,73 @@ def compress_model(
         Outcome: with failures instead of a model, if any task failed.
 
     Raises:
-        LestdError: bad input, an impossible budget, a foreign output directory, another driver,
-            a run with another configuration, too little disk.
+        LestdError: bad input, an impossible budget, directories that are not ours or lie in one
+            another, another driver, a run with another configuration, too little disk.
     """
     began = time.monotonic()
     plan = make_plan(source, config)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if executor.has_cuda() else "cpu"
+    tasks = {planned.task.task_id: planned.task for planned in plan.tasks}
     run = RunDirectory(run_dir)
+    _require_apart(source.directory, out, run_dir)
     run.check_usable()
-    finished_model = check_output(out)
+    model = check_output(out)
     with run.locked():
         if fresh:
+            _require_disk(plan, out, run_dir, reclaimed=_file_bytes(out, run_dir))
+            remove_model(out)
             run.remove_contents()
-            if finished_model:
-                shutil.rmtree(out)
-        elif finished_model and not run.exists:
-            raise LestdError(
-                f"{out} holds a compressed model whose run directory {run_dir} is gone; choose "
-                "another --out, or start over with --fresh"
-            )
-        run.begin(source, config, device, plan)
+            model = None
+        recorded = run.fingerprint() or (model and model["fingerprint"])
+        current = fingerprint(source, config, _device(config, recorded, executor))
+        if model is not None:
+            require_same(model["fingerprint"], current, out)
+            if not run.exists:  # `lestd clean` has dropped it, and nothing is left to do.
+                rows = Manifest(out / MANIFEST_DIR).groups().to_pylist()
+                return Outcome(plan, tuple(rows), (), len(rows), time.monotonic() - began)
+        run.begin(source, current, plan)
 
-        tasks = {planned.task.task_id: planned.task for planned in plan.tasks}
         done = run.manifest.completed(tasks, run.payloads)
         skipped = len(done)
+        todo = [task for task in tasks.values() if task.task_id not in done]
         if on_start is not None:
             on_start(plan, set(done))
-        todo = [task for task in tasks.values() if task.task_id not in done]
-        if todo:
-            _require_disk(plan, run_dir)
-
-        spec = WorkerSpec(
-            DecomposeWorker,
-            {
-                "payload_dir": str(run.payloads.resolve()),
-                "device": device,
-                "threads": config.threads,
-            },
-            threads=config.threads,
-            memory_bytes=plan.worker_memory_bytes,
-            device=device,
-        )
-        finished = len(done)
         failures = []
-        for outcome in _run_and_commit(executor, spec, todo, run, on_event):
-            if isinstance(outcome, Failure):
-                failures.append(outcome)
-            else:
-                finished += 1
-            if on_progress is not None:
-                on_progress(outcome, finished, len(tasks))
+        if todo:
+            _require_disk(plan, out, run_dir, reclaimed=0)
+            spec = _worker_spec(plan, config, current["config"]["device"], run)
+            finished = skipped
+            for outcome in _run_and_commit(executor, spec, todo, run, on_event):
+                if isinstance(outcome, Failure):
+                    failures.append(outcome)
+                else:
+                    finished += 1
+                if on_progress is not None:
+                    on_progress(outcome, finished, len(tasks))
+            done = run.manifest.completed(tasks, run.payloads)
+        rows = [done[task_id] for task_id in tasks if task_id in done]
+        if len(rows) == len(tasks) and (todo or model is None):
+            assemble(source, plan, rows, run_dir, out, current)
+    return Outcome(plan, tuple(rows), tuple(failures), skipped, time.monotonic() - began)
 
-        done = run.manifest.completed(tasks, run.payloads)
-        rows = tuple(done[task_id] for task_id in tasks if task_id in done)
-        if len(done) == len(tasks) and (fresh or not finished_model or todo):
-            if out.exists() and any(out.iterdir()):
-                shutil.rmtree(out)
-            assemble(source, plan, rows, run_dir, out)
-    return Outcome(plan, rows, tuple(failures), skipped, time.monotonic() - began)
+
+def _device(config: RunConfig, recorded: dict[str, Any] | None, executor: Executor) -> str:
+    """The device class: what is asked for; for ``auto`` what the run began with, or the best."""
+    if config.device != "auto":
+        return config.device
+    if recorded is not None:
+        return str(recorded["config"]["device"])
+    return "cuda" if executor.has_cuda() else "cpu"
+
+
+def _worker_spec(plan: Plan, config: RunConfig, device: str, run: RunDirectory) -> WorkerSpec:
+    payload_dir = str(run.payloads.resolve())
+    return WorkerSpec(
+        DecomposeWorker,
+        {"payload_dir": payload_dir, "device": device, "threads": config.threads},
+        threads=config.threads,
+        memory_bytes=plan.worker_memory_bytes,
+        device=device,
+    )
 
 
 def _run_and_commit(
@@ -157,7 +166,7 @@ def _run_and_commit(
             on_event(event)
 
     for outcome in executor.map(spec, todo, listen):
-        outcome = replace(outcome, attempt=attempts[outcome.task_id])
+        outcome = replace(outcome, attempt=attempts.get(outcome.task_id, 1))
         if isinstance(outcome, Failure):
             run.manifest.record_failure(outcome)
         else:
@@ -167,12 +176,42 @@ def _run_and_commit(
             return  # No other task would fare better.
 
 
-def _require_disk(plan: Plan, run_dir: Path) -> None:
-    free = shutil.disk_usage(run_dir).free
-    present = sum(p.stat().st_size for p in (run_dir / "payloads").iterdir())
-    needed = plan.disk_bytes - present
-    if free < needed:
-        raise LestdError(
-            f"the disk of {run_dir} has {free / 2**30:.2f} GiB free, the run needs "
-            f"{needed / 2**30:.2f} GiB; free some, or choose another --out"
-        )
+def _require_apart(source: Path, out: Path, run_dir: Path) -> None:
+    """Refuse directories that lie in one another, where replacing one would delete another."""
+    source, out, run_dir = (path.resolve() for path in (source, out, run_dir))
+    for inner, outer in ((run_dir, out), (out, run_dir), (source, out), (source, run_dir)):
+        if inner.is_relative_to(outer):
+            raise LestdError(
+                f"{inner} lies in {outer}; the model, --out and --run-dir must be directories of "
+                "their own"
+            )
+
+
+def _require_disk(plan: Plan, out: Path, run_dir: Path, reclaimed: int) -> None:
+    """Refuse a run that its disks cannot hold; `reclaimed` bytes are about to be deleted."""
+    payloads = run_dir / "payloads"
+    present = sum(p.stat().st_size for p in payloads.iterdir()) if payloads.is_dir() else 0
+    run_disk, out_disk = _existing(run_dir), _existing(out)
+    run_needs, out_needs = max(plan.run_disk_bytes - present, 0), plan.out_disk_bytes
+    if run_disk.stat().st_dev == out_disk.stat().st_dev:
+        needs = [(run_disk, run_needs + out_needs)]
+    else:  # Payloads cannot be linked into the model, and are copied.
+        needs = [(run_disk, run_needs), (out_disk, out_needs + plan.run_disk_bytes)]
+    for disk, needed in needs:
+        free = shutil.disk_usage(disk).free + reclaimed
+        if free < needed:
+            raise LestdError(
+                f"the disk of {disk} has {size(free)} free, but the run needs {size(needed)} "
+                "there; free some, or choose another --out and --run-dir"
+            )
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest directory above it that exists."""
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def _file_bytes(*directories: Path) -> int:
+    """Bytes of all files below directories; one with several links counts once."""
+    stats = [p.lstat() for d in directories for p in d.rglob("*") if p.is_file()]
+    return sum({stat.st_ino: stat.st_size for stat in stats}.values())

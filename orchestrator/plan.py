@@ -20,6 +20,10 @@ from orchestrator.source import Source
 from workers.contracts import Task, TensorRef
 from workers.headers import DTYPES
 
+# A payload's header, its rows and events; the tokenizer and other small files of a model.
+_FILES_OF_A_TASK_BYTES = 64 * 2**10
+_SIDE_FILES_BYTES = 2**20
+
 WORKER_BASE_BYTES = 600 * 2**20
 """Resident memory of a worker before its first task: the interpreter, torch and Ray."""
 
@@ -70,9 +74,19 @@ class Plan:
         return max(planned.task.predicted_memory_bytes for planned in self.tasks)
 
     @property
+    def run_disk_bytes(self) -> int:
+        """Predicted disk use of the run directory."""
+        return self.budget_bytes + (len(self.tasks) + 1) * _FILES_OF_A_TASK_BYTES
+
+    @property
+    def out_disk_bytes(self) -> int:
+        """Predicted disk use of the result, whose payloads are links into the run directory."""
+        return self.untouched_bytes + _SIDE_FILES_BYTES
+
+    @property
     def disk_bytes(self) -> int:
-        """Predicted disk use of run directory and result; payloads become shards by hard link."""
-        return self.budget_bytes + self.untouched_bytes + (len(self.tasks) + 8) * 2**16
+        """Predicted disk use of both, on one disk."""
+        return self.run_disk_bytes + self.out_disk_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``plan --json`` and ``plan.json``."""

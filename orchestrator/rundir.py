@@ -1,20 +1,22 @@
 """The run directory: everything a run knows, and the right of one driver to write it.
 
 OUT.run/
-    run.json      fingerprint: configuration, source, software; written first
+    lock          held by the driver while it runs
+    run.json      fingerprint: configuration, source, software
     plan.json     what is to be done
     payloads/     <task_id>-<sha256>.safetensors, one per finished task
     manifest/     see orchestrator.manifest
-    lock          held by the driver while it runs
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,12 +28,23 @@ from orchestrator.config import RunConfig
 from orchestrator.manifest import MANIFEST_FORMAT, Manifest, read_json, write_json
 from orchestrator.plan import Plan
 from orchestrator.source import Source
-from workers.checkpoint import explain_os_errors, sample_digests
+from workers.checkpoint import explain_os_errors, read_tensor, sample_digests
 from workers.decompose import software_versions
+
+_OURS = {"lock", "run.json", "plan.json", "payloads", "manifest"}
+_TEMPORARY = ".tmp-"
+# `lestd status` takes the lock for a moment to see whether it is free.
+_LOCK_PATIENCE_SECONDS = 1.0
 
 
 def default_run_dir(out: Path) -> Path:
-    """``OUT.run``, beside the output."""
+    """``OUT.run``, beside the output.
+
+    Raises:
+        LestdError: `out` is the root directory.
+    """
+    if not out.name:
+        raise LestdError(f"{out} cannot be the directory of a model; name one inside it")
     return out.with_name(out.name + ".run")
 
 
@@ -41,16 +54,29 @@ def fingerprint(source: Source, config: RunConfig, device: str) -> dict[str, Any
     Not in it: paths, the executor, the number of workers. `device` is the class that ``auto``
     came to mean.
     """
-    return {
+    fields = {
         "format_version": FORMAT_VERSION,
         "manifest_format": MANIFEST_FORMAT,
         "config": config.model_dump(mode="json") | {"device": device},
-        "source": {
-            "config.json": source.config_json,
-            "shards": sample_digests(source.index),
-        },
+        "source": {"config.json": source.config_json, "shards": sample_digests(source.index)},
         "versions": software_versions(),
     }
+    # As it will be read back: tuples become lists, keys become strings.
+    result: dict[str, Any] = json.loads(json.dumps(fields))
+    return result
+
+
+def require_same(recorded: dict[str, Any], current: dict[str, Any], where: Path) -> None:
+    """Refuse to go on with another configuration or source.
+
+    Raises:
+        LestdError: the fingerprints differ; the sentence names the fields.
+    """
+    if changes := _differences(recorded, current):
+        raise LestdError(
+            f"{where} belongs to a run that differs in: {'; '.join(changes)}; undo the change to "
+            "continue it, choose another --out, or start over with --fresh"
+        )
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -60,9 +86,7 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
         for key in sorted(old.keys() | new.keys()):
             found += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
         return found
-    if old == new:
-        return []
-    return [f"{path} (was {_short(old)}, is {_short(new)})"]
+    return [] if old == new else [f"{path} (was {_short(old)}, is {_short(new)})"]
 
 
 def _short(value: Any) -> str:
@@ -83,19 +107,39 @@ class RunDirectory:
         """Whether a run was begun here."""
         return (self.path / "run.json").is_file()
 
-    def check_usable(self) -> None:
-        """Refuse a directory that holds something else.
+    def fingerprint(self) -> dict[str, Any] | None:
+        """The fingerprint of the run that was begun here; None if none was.
 
         Raises:
-            LestdError: the path is a file, or a non-empty directory without a run.
+            LestdError: run.json is damaged, or not of lestd.
         """
-        if self.exists or not self.path.exists():
-            return
-        # A crash before run.json leaves the lock alone.
-        if not self.path.is_dir() or any(p.name != "lock" for p in self.path.iterdir()):
+        return self._about("fingerprint") if self.exists else None
+
+    def _about(self, key: str) -> dict[str, Any]:
+        value = read_json(self.path / "run.json").get(key)
+        if not isinstance(value, dict):
             raise LestdError(
-                f"{self.path} is not empty and holds no run of lestd; choose another --run-dir"
+                f"{self.path} holds a run.json that is not of lestd; choose another --run-dir"
             )
+        return value
+
+    def check_usable(self) -> None:
+        """Refuse a directory that holds anything that is not ours.
+
+        Raises:
+            LestdError: the path is a file, or holds files that a run does not make.
+        """
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise LestdError(f"{self.path} is a file; choose another --run-dir")
+        for entry in sorted(self.path.iterdir()):
+            if entry.name not in _OURS and not entry.name.startswith(_TEMPORARY):
+                raise LestdError(
+                    f"{self.path} is not empty and holds {entry.name}, which no run of lestd "
+                    "makes; choose another --run-dir"
+                )
+        self.fingerprint()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -108,14 +152,15 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "unknown"
-                raise LestdError(
-                    f"another driver ({holder}) works on {self.path}; wait for it to end, or stop "
-                    "it, then run the same command again"
-                ) from None
+            patience = time.monotonic() + _LOCK_PATIENCE_SECONDS
+            while not _try_lock(handle):
+                if time.monotonic() > patience:
+                    holder = os.pread(handle, 200, 0).decode(errors="replace").strip()
+                    raise LestdError(
+                        f"another driver ({holder or 'unknown'}) works on {self.path}; wait for it "
+                        "to end, or stop it, then run the same command again"
+                    )
+                time.sleep(0.02)
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
             yield
@@ -129,46 +174,54 @@ class RunDirectory:
         except OSError:
             return False
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
+            return not _try_lock(handle)
         finally:
             os.close(handle)
-        return False
 
-    def begin(self, source: Source, config: RunConfig, device: str, plan: Plan) -> None:
-        """Start the run, or continue it if it is the same.
+    def begin(self, source: Source, fingerprint: dict[str, Any], plan: Plan) -> None:
+        """Start the run, or continue it.
 
         Raises:
-            LestdError: the directory belongs to a run with another configuration or source; the
-                sentence names the fields.
+            LestdError: the directory belongs to a run with another configuration or source, or a
+                source tensor that a finished task has read was changed since.
         """
-        current = json.loads(json.dumps(fingerprint(source, config, device)))
-        if self.exists:
-            recorded = read_json(self.path / "run.json")["fingerprint"]
-            if changes := _differences(recorded, current):
-                raise LestdError(
-                    f"{self.path} belongs to a run that differs in: {'; '.join(changes)}; "
-                    "undo the change to continue it, choose another --out, or start over "
-                    "with --fresh"
-                )
-            for leftover in self.path.rglob(".tmp-*"):
+        recorded = self.fingerprint()
+        if recorded is not None:
+            require_same(recorded, fingerprint, self.path)
+            for leftover in self.path.rglob(f"{_TEMPORARY}*"):
                 leftover.unlink(missing_ok=True)
-            return
-        self.payloads.mkdir(parents=True, exist_ok=True)
+        stats = _shard_stats(source)
+        if recorded is not None and self._about("shard_stats") != stats:
+            self._require_same_contents(source)
+        if recorded is None or self._about("shard_stats") != stats:
+            about = {"model": source.model, "revision": source.revision}
+            run = {"fingerprint": fingerprint, "source": about, "shard_stats": stats}
+            write_json(self.path / "run.json", run)
+        self.payloads.mkdir(exist_ok=True)
         write_json(self.path / "plan.json", plan.to_dict())
-        about = {"model": source.model, "revision": source.revision}
-        write_json(self.path / "run.json", {"fingerprint": current, "source": about})
+
+    def _require_same_contents(self, source: Source) -> None:
+        """A shard was touched: compare all that finished tasks have read of the source.
+
+        The fingerprint samples each tensor; this reads them to the last byte.
+        """
+        for row in self.manifest.groups().to_pylist():
+            digest = hashlib.sha256()
+            for name in row["tensors"]:
+                read_tensor(source.index.tensors[name], digest)
+            if digest.hexdigest() != row["source_sha256"]:
+                raise LestdError(
+                    f"{self.path} holds the result of {row['group']}, but its tensors "
+                    f"({', '.join(row['tensors'])}) in {source.directory} have changed since; "
+                    "restore them to continue, or start over with --fresh"
+                )
 
     def remove_contents(self) -> None:
-        """Delete the run, run.json last, but keep the lock that the caller holds."""
-        for entry in sorted(self.path.iterdir(), key=lambda path: path.name == "run.json"):
-            if entry.name == "lock":
-                continue
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+        """Delete what a run makes, run.json last, but keep the lock that the caller holds."""
+        shutil.rmtree(self.payloads, ignore_errors=True)
+        shutil.rmtree(self.manifest.directory, ignore_errors=True)
+        for name in ("plan.json", "run.json"):
+            (self.path / name).unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Delete the directory.
@@ -180,3 +233,17 @@ class RunDirectory:
         with self.locked():
             self.remove_contents()
             shutil.rmtree(self.path)
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _shard_stats(source: Source) -> dict[str, list[int]]:
+    """Size and time of change of every shard: cheap to compare, and no part of the identity."""
+    stats = {shard: (source.index.directory / shard).stat() for shard in source.index.shards}
+    return {shard: [stat.st_size, stat.st_mtime_ns] for shard, stat in stats.items()}

@@ -10,9 +10,11 @@ from __future__ import annotations
 import glob
 import json
 import shlex
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +37,19 @@ from transformers import AutoConfig, PretrainedConfig
 
 from lestd_kernels.errors import LestdError
 from orchestrator.architectures import check_family
-from workers.checkpoint import INDEX_FILE, WEIGHTS_FILE, ShardIndex, read_weight_map
+from workers.checkpoint import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    ShardIndex,
+    atomic_write,
+    read_weight_map,
+)
 from workers.contracts import TensorRef
 from workers.headers import LENGTH_BYTES, header_length, parse_header
 
 CONFIG_FILE = "config.json"
+BIN_FILE = "pytorch_model.bin"
+BIN_INDEX_FILE = "pytorch_model.bin.index.json"
 _SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm"}
 _SIDE_PREFIXES = ("LICENSE", "NOTICE", "README")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
@@ -75,17 +85,7 @@ def resolve_source(model: str, revision: str | None = None) -> Source:
         LestdError: it cannot be found, is pickled, is quantized already, is damaged, or belongs
             to an unknown family.
     """
-    local = local_directory(model, revision)
-    if local is not None:
-        return _open_directory(model, None, local)
-    names = list_repository(model, revision)
-    if names is None:
-        return _open_cached(model, revision)
-    directory = _fetch_config(model, revision, names)
-    commit = directory.name
-    shards = {WEIGHTS_FILE} & names or set(read_weight_map(directory / INDEX_FILE).values())
-    wanted = {name for name in names if is_side_file(name)} | shards
-    return _open_directory(model, commit, download(model, commit, wanted))
+    return _open(model, revision, headers_only=False)
 
 
 def open_headers(model: str, revision: str | None = None) -> Source:
@@ -96,6 +96,10 @@ def open_headers(model: str, revision: str | None = None) -> Source:
     Raises:
         LestdError: as `resolve_source`.
     """
+    return _open(model, revision, headers_only=True)
+
+
+def _open(model: str, revision: str | None, headers_only: bool) -> Source:
     local = local_directory(model, revision)
     if local is not None:
         return _open_directory(model, None, local)
@@ -105,17 +109,19 @@ def open_headers(model: str, revision: str | None = None) -> Source:
     directory = _fetch_config(model, revision, names)
     commit = directory.name
     weight_map = {} if WEIGHTS_FILE in names else read_weight_map(directory / INDEX_FILE)
-    headers = {}
-    for shard in sorted(set(weight_map.values()) or {WEIGHTS_FILE}):
-        if shard not in names:
-            raise LestdError(
-                f"{model} has no file {shard}, but its {INDEX_FILE} names it; tell its publisher, "
-                "or choose another --revision"
-            )
-        headers[shard] = _fetch_header(model, commit, shard)
+    shards = {WEIGHTS_FILE} if WEIGHTS_FILE in names else set(weight_map.values())
+    if absent := sorted(shards - names):
+        raise LestdError(
+            f"{model} has no file {absent[0]}, but its {INDEX_FILE} names it; tell its publisher, "
+            "or choose another --revision"
+        )
+    if not headers_only:
+        side_files = {name for name in names if is_side_file(name)}
+        return _open_directory(model, commit, download(model, commit, side_files | shards))
+    headers = {shard: _fetch_header(model, commit, shard) for shard in sorted(shards)}
     index = ShardIndex.from_headers(directory, headers, weight_map)
     config_json = read_config_json(directory)
-    return Source(model, commit, directory, index, _load_config(directory), config_json)
+    return Source(model, commit, directory, index, load_config(directory), config_json)
 
 
 def is_side_file(name: str) -> bool:
@@ -126,6 +132,18 @@ def is_side_file(name: str) -> bool:
     if "/" in name or name.endswith(".index.json"):
         return False
     return Path(name).suffix in _SIDE_SUFFIXES or name.startswith(_SIDE_PREFIXES)
+
+
+def copy_side_files(source_dir: Path, target_dir: Path) -> None:
+    """Copy the files that belong to a model beside its weights: see `is_side_file`.
+
+    Raises:
+        OutOfSpaceError: no space left.
+    """
+    for path in sorted(source_dir.iterdir()):
+        if is_side_file(path.name) and path.is_file():
+            with path.open("rb") as original:
+                atomic_write(target_dir / path.name, partial(shutil.copyfileobj, original))
 
 
 def local_directory(model: str, revision: str | None) -> Path | None:
@@ -231,7 +249,7 @@ def _open_directory(model: str, commit: str | None, directory: Path) -> Source:
     config_json = read_config_json(directory)
     _check_config(model, config_json)
     check_not_pickled(model, {path.name for path in directory.iterdir()})
-    config = _load_config(directory)
+    config = load_config(directory)
     return Source(
         model, commit, directory, ShardIndex.from_directory(directory), config, config_json
     )
@@ -258,13 +276,18 @@ def check_not_pickled(model: str, names: set[str]) -> None:
     """
     if {WEIGHTS_FILE, INDEX_FILE} & names:
         return
-    pickled = sorted(name for name in names if name.endswith(_PICKLE_SUFFIXES))
-    if pickled:
+    if convertible := sorted({BIN_FILE, BIN_INDEX_FILE} & names):
         out = Path(model).name + "-safetensors"
         raise LestdError(
-            f"{model} has only pickled weights ({pickled[0]}), which could run code when loaded; "
-            f"rewrite them first, without running any: "
+            f"{model} has only pickled weights ({convertible[0]}), which could run code when "
+            "loaded; rewrite them first, without running any: "
             f"lestd convert {shlex.quote(model)} {shlex.quote(out)}"
+        )
+    if pickled := sorted(name for name in names if name.endswith(_PICKLE_SUFFIXES)):
+        raise LestdError(
+            f"{model} has no safetensors weights, only pickled files ({pickled[0]}), which are "
+            f"never loaded and which lestd convert cannot rewrite (it reads {BIN_FILE}, or "
+            f"{BIN_INDEX_FILE} and its shards); get the model as safetensors"
         )
     raise LestdError(
         f"{model} has no weights: expected {WEIGHTS_FILE}, or {INDEX_FILE} and the shards it names"
@@ -280,11 +303,15 @@ def read_config_json(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_FILE
     try:
         config = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise LestdError(
             f"{directory} has no {CONFIG_FILE}; expected the directory of a Transformers model"
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise LestdError(
+            f"{path} cannot be read ({error.strerror}); check its permissions"
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise LestdError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(config, dict):
         raise LestdError(f"{path} must hold a JSON object; download it again")
@@ -304,7 +331,12 @@ def _check_config(model: str, config_json: dict[str, Any]) -> None:
     check_family(config_json.get("model_type"))
 
 
-def _load_config(directory: Path) -> PretrainedConfig:
+def load_config(directory: Path) -> PretrainedConfig:
+    """Read config.json as Transformers understands it; no code of the model is run.
+
+    Raises:
+        LestdError: Transformers does not accept it.
+    """
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:

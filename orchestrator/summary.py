@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import tables
-from orchestrator.evaluation import Evaluation, evaluate
+from orchestrator.evaluation import Evaluation, evaluate, open_model
 from orchestrator.executor import Event, Executor
 from orchestrator.inspection import stored_scope_bytes
 from orchestrator.pipeline import Outcome
@@ -125,22 +125,29 @@ def print_outcome(outcome: Outcome, out: Path, run_dir: Path, json: bool) -> Non
 def evaluate_models(
     models: list[Path], text: Path, executor: Executor, settings: dict[str, Any]
 ) -> list[Evaluation]:
-    """Evaluate models one after the other, with progress."""
+    """Evaluate models one after the other, with progress; all are opened before the first.
+
+    `settings` has ``window``, for `open_model`, and what `evaluate` takes by keyword.
+    """
+    opened = [open_model(model, settings["window"]) for model in models]
+    options = {name: value for name, value in settings.items() if name != "window"}
     evaluations = []
-    for model in models:
-        with tables.Meter(f"evaluate {model.name}", "windows") as meter:
-            evaluations.append(evaluate(model, text, executor, progress=meter.update, **settings))
+    for model in opened:
+        with tables.Meter(f"evaluate {model.directory.name}", "windows") as meter:
+            evaluations.append(evaluate(model, text, executor, progress=meter.update, **options))
     return evaluations
 
 
 def print_evaluations(evaluations: list[Evaluation], json: bool) -> None:
     """One table, a row per model; the sizes are counted from the files."""
+    text = evaluations[0].text
     entries = []
     for one in evaluations:
-        scope = stored_scope_bytes(Path(one.model))
-        entries.append(asdict(one) | {"weights_in_scope": scope})
+        entry = asdict(one) | {"weights_in_scope": stored_scope_bytes(Path(one.model))}
+        del entry["text"]  # It is the same for all.
+        entries.append(entry)
     if json:
-        tables.print_json(entries)
+        tables.print_json({"text": text, "models": entries})
         return
     scopes = [entry["weights_in_scope"] for entry in entries if entry["weights_in_scope"]]
     rows = []
@@ -162,5 +169,5 @@ def print_evaluations(evaluations: list[Evaluation], json: bool) -> None:
         )
     columns = ("model", "weights in scope (keep)", "files on disk", "token ppl", "word ppl")
     one = evaluations[0]
-    title = f"{one.text}: {one.windows} windows of {one.window_length}, {one.tokens:,} tokens"
+    title = f"{text}: {one.windows} windows of {one.window_length}, {one.tokens:,} tokens"
     tables.out.print(tables.table(title, columns, rows))

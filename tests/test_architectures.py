@@ -250,6 +250,15 @@ def test_impossible_head_counts(change: dict[str, int], tiny_models: dict[str, P
         find_architecture(config).layout(config)
 
 
+@pytest.mark.parametrize("layers", [0, -1])
+def test_a_config_without_layers(layers: int, tiny_models: dict[str, Path]) -> None:
+    config = AutoConfig.from_pretrained(tiny_models["llama"])
+    config.num_hidden_layers = layers
+    index = ShardIndex.from_directory(tiny_models["llama"])
+    with pytest.raises(LestdError, match=rf"num_hidden_layers {layers}; expected at least 1"):
+        find_architecture(config).attention_groups(config, index)
+
+
 def test_a_fused_module_needs_equal_head_counts(tiny_models: dict[str, Path]) -> None:
     config = AutoConfig.from_pretrained(tiny_models["gpt_neox"])
     config.num_key_value_heads = 2

@@ -238,6 +238,11 @@ def test_an_impossible_request_is_refused_before_any_work(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
+def test_a_cluster_that_does_not_answer_is_named(model: Path, tmp_path: Path) -> None:
+    command = ("compress", model, "--out", tmp_path / "out", "--keep", 0.5)
+    refused(run_lestd(*command, "--address", "127.0.0.1:1"), "127.0.0.1:1", "does not answer")
+
+
 def test_learned_types_need_as_many_key_as_query_heads(tmp_path: Path) -> None:
     model = save_tiny("llama-gqa", tmp_path / "model")
     refused(lestd("plan", model, "--keep", 0.5, "--type-mode", "learned"), "learned", "identity")
@@ -306,10 +311,10 @@ def test_a_changed_configuration_or_source_is_named(model: Path, tmp_path: Path)
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with 8 MiB."""
+    """A file system of its own with 10 MiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", str(disk)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("needs the right to mount a file system")
     yield disk
@@ -317,7 +322,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_refused_before_the_first_task(tiny_llama: Path, small_disk: Path) -> None:
-    (small_disk / "ballast").write_bytes(bytes(7 * 2**20))
+    (small_disk / "ballast").write_bytes(bytes(8 * 2**20))
     result = lestd("compress", tiny_llama, "--out", small_disk / "out", *SERIAL)
     refused(result, "free", "needs", str(small_disk))
 
@@ -374,7 +379,11 @@ def test_a_file_size_limit_is_a_full_disk_too(tiny_llama: Path, tmp_path: Path) 
     assert len(list(groups.iterdir())) == 4
 
 
-def test_ctrl_c_keeps_what_is_done(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.ray
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_keeps_what_is_done(
+    tiny_llama: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     out = tmp_path / "out"
     command = ("compress", tiny_llama, "--out", out, "--keep", 0.5, "--workers", 1)
     process = start_lestd(*command, start_new_session=True)
@@ -382,7 +391,7 @@ def test_ctrl_c_keeps_what_is_done(tiny_llama: Path, tmp_path: Path) -> None:
     while process.poll() is None and not list(events.glob("*.parquet")):
         time.sleep(0.002)
     # To the whole group, as a terminal does: Ray's processes get it too.
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     out_text, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "run the same command again" in err

@@ -1,8 +1,12 @@
 import itertools
+from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from groups import fused, gqa, mha, unfolding
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lestd_kernels.budget import (
     GroupShape,
@@ -14,8 +18,10 @@ from lestd_kernels.budget import (
     search_dense,
     search_sparse,
 )
+from lestd_kernels.codecs import CODECS
 from lestd_kernels.decomposition import CORE_NAME, EncodedCore, SharedTucker
 from lestd_kernels.errors import LestdError
+from lestd_kernels.methods import METHODS, MethodArgs
 from lestd_kernels.stage1 import Ranks, hosvd
 from lestd_kernels.stage2 import select_largest
 
@@ -167,3 +173,56 @@ def test_infeasible_limits_are_refused():
         require_feasible(shape, Limits(999, None, 8), smallest, 1000)
     with pytest.raises(LestdError, match=r"max_flops is 0\.1.*raise max_flops"):
         require_feasible(shape, Limits(1000, 0.1, 8), smallest, 1000)
+
+
+@cache
+def core_bytes(rows, columns, value_bytes):
+    """Bytes of a core by its number of non-zeros, each in its cheapest codec."""
+    return np.array(
+        [
+            min(codec.stored_bytes(rows, columns, nnz, value_bytes) for codec in CODECS.values())
+            for nnz in range(rows * columns + 1)
+        ]
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.floats(0.01, 1.2), st.sampled_from([torch.bfloat16, torch.float32]), st.booleans())
+def test_the_bound_of_the_non_zeros_is_that_of_an_exhaustive_search(keep, dtype, wide):
+    layout = fused(9, 3, 16) if wide else fused(12, 5, 2)  # wide: csr is cheapest somewhere
+    shape, args = GroupShape(layout, False, dtype.itemsize), MethodArgs(rank_step=4)
+    limits = Limits(int(keep * layout.elements * dtype.itemsize), None, 4)
+    most = 0
+    for ranks in candidates(shape, 4):
+        first, second = (core_bytes(*shape.core_shape(ranks, c), dtype.itemsize) for c in (0, 1))
+        stored = shape.factor_bytes(ranks) + first[:, None] + second
+        nnz = np.add.outer(np.arange(len(first)), np.arange(len(second)))
+        most = max(most, int(np.where(stored <= limits.byte_budget, nnz, 0).max()))
+    try:
+        bounds = METHODS["lestd"].bounds(layout, limits.byte_budget, dtype, args)
+    except LestdError:
+        assert most == 0
+    else:
+        assert bounds.max_nnz == most > 0
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from([gqa(37, 9, 4, 2), mha(40, 12, 3), fused(33, 10, 3)]),
+    st.floats(0.08, 0.9),
+    st.lists(st.floats(-4, 0), min_size=4, max_size=4),
+    st.sampled_from([torch.bfloat16, torch.float32]),
+    st.sampled_from(list(METHODS)),
+)
+def test_no_decomposition_exceeds_its_bounds(layout, keep, exponents, dtype, method):
+    """Projections of unequal magnitude have unequally dense cores, in different codecs."""
+    scales = dict(zip("qkvo", exponents, strict=True))
+    factors = torch.tensor([10 ** scales[projection] for projection, _ in layout.slices])
+    W = unfolding(layout).view(layout.width, -1, layout.head_dim) * factors[:, None]
+    budget, args = int(keep * layout.elements * dtype.itemsize), MethodArgs(rank_step=4)
+    bounds = METHODS[method].bounds(layout, budget, dtype, args)
+    stored = METHODS[method].decompose(W.flatten(1), layout, budget, dtype, args).decomposition
+    assert stored.nnz <= bounds.max_nnz
+    assert stored.ranks["R1"] <= bounds.max_R1
+    assert stored.ranks["R2"] <= bounds.max_R2
+    assert stored.stored_bytes <= budget

@@ -10,23 +10,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
+from cli import lestd
 from conftest import EXAMPLE
 from families import FAMILIES, VOCABULARY, save_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, ViTConfig
 
 from lestd_kernels.errors import LestdError
-from orchestrator.evaluation import _pieces, evaluate
-from orchestrator.executor import Listener, RayExecutor, SerialExecutor, WorkerSpec
+from orchestrator import evaluation
+from orchestrator.config import ClusterConfig
+from orchestrator.evaluation import Evaluation, _pieces, open_model
+from orchestrator.executor import Executor, Listener, SerialExecutor, WorkerSpec, open_executor
 from workers.contracts import EvalRequest, EvalResult, Failure
 from workers.evaluate import EvalWorker, window_nll
 
 MODEL = EXAMPLE / "model"
 TEXT = EXAMPLE / "wikitext-2-test.txt"
+
+
+def evaluate(
+    model_dir: Path, text: Path, executor: Executor, window: int | None = None, **options: Any
+) -> Evaluation:
+    return evaluation.evaluate(open_model(model_dir, window), text, executor, **options)
 
 
 def plain_nll(model_dir: Path, token_ids: Sequence[int], length: int) -> list[float]:
@@ -155,6 +163,20 @@ def test_default_window_is_the_models_positions_whatever_their_name(
     assert evaluate(tmp_path, text_file, SerialExecutor(), max_windows=2).window_length == 48
 
 
+def test_a_cut_before_the_first_word_has_no_finite_word_perplexity(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n \n\n \n\n words at last")
+    found = evaluate(MODEL, path, SerialExecutor(), window=1, max_windows=1)
+    assert (found.words, found.word_perplexity) == (0, math.inf)
+    assert math.isfinite(found.token_perplexity)
+
+
+def test_positions_of_minus_one_are_no_limit(copied_model: Path, text_file: Path) -> None:
+    edit_json(copied_model / "config.json", max_position_embeddings=-1)
+    assert open_model(copied_model).window_length == 2048
+    assert open_model(copied_model, 5000).window_length == 5000
+
+
 class LastFirstExecutor(SerialExecutor):
     """Finishes the last piece first, as a pool may."""
 
@@ -178,21 +200,12 @@ def test_order_of_completion_changes_no_bit_and_progress_counts_windows(text_fil
 @pytest.mark.ray
 def test_any_pool_size_gives_the_same_bits(text_file: Path) -> None:
     serial = evaluate(MODEL, text_file, SerialExecutor(), window=40)
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=80 * 2**20,
-    )
-    try:
-        for workers in (1, 2):
-            pooled = evaluate(MODEL, text_file, RayExecutor(workers), window=40)
-            assert pooled.nll == serial.nll
-            assert pooled.token_perplexity == serial.token_perplexity
-            assert pooled.word_perplexity == serial.word_perplexity
-    finally:
-        ray.shutdown()
+    for workers in (1, 2):
+        with open_executor(ClusterConfig(workers=workers)) as pool:
+            pooled = evaluate(MODEL, text_file, pool, window=40)
+        assert pooled.nll == serial.nll
+        assert pooled.token_perplexity == serial.token_perplexity
+        assert pooled.word_perplexity == serial.word_perplexity
 
 
 # -- bad input ------------------------------------------------------------------------------------
@@ -223,6 +236,8 @@ def test_unusable_text_is_refused(content: bytes | None, message: str, tmp_path:
         ({"window": 513}, "window 513 is longer than the 512 positions"),
         ({"window": 0}, "window must be at least 1"),
         ({"max_windows": 0}, "max-windows must be at least 1"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"threads": -2}, "threads must be at least 1, got -2"),
         ({"dtype": "float8"}, "dtype must be one of auto, .*, got 'float8'"),
     ],
 )
@@ -236,6 +251,55 @@ def test_impossible_settings_are_refused(
 @pytest.fixture
 def copied_model(tmp_path: Path) -> Path:
     return Path(shutil.copytree(MODEL, tmp_path / "model"))
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["[]", "3", "{", "\xff", '{"model": {}}'])
+def test_damaged_tokenizer_is_refused(copied_model: Path, name: str, content: str) -> None:
+    (copied_model / name).write_text(content, encoding="latin-1")
+    if (name, content) == ("tokenizer_config.json", '{"model": {}}'):
+        assert open_model(copied_model).vocabulary == 4096  # A key that nobody knows does no harm.
+        return
+    with pytest.raises(LestdError, match="has no usable tokenizer") as caught:
+        open_model(copied_model)
+    assert str(caught.value).startswith(str(copied_model))
+    assert "\n" not in str(caught.value)
+
+
+def test_empty_tokenizer_is_refused(copied_model: Path) -> None:
+    (copied_model / "tokenizer.json").write_text("{}")
+    with pytest.raises(LestdError, match=r"has no usable tokenizer \(KeyError"):
+        open_model(copied_model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_attention_heads": "4"},
+        {"num_attention_heads": 0},
+        {"quantization_config": "abc"},
+        {"model_type": ["llama"]},
+        {"model_type": {}},
+        {"vocab_size": None},
+        {"dtype": "foo"},
+    ],
+)
+def test_config_of_wrong_types_is_refused(copied_model: Path, change: dict[str, Any]) -> None:
+    edit_json(copied_model / "config.json", **change)
+    with pytest.raises(LestdError, match=r"config\.json is not a config that") as caught:
+        open_model(copied_model)
+    assert str(caught.value).startswith(str(copied_model))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_language_model_is_refused(copied_model: Path) -> None:
+    ViTConfig().save_pretrained(copied_model)
+    with pytest.raises(LestdError, match=r"is not a language model: .* 'vit', has no vocab_size"):
+        open_model(copied_model)
 
 
 def test_model_without_tokenizer_is_refused(copied_model: Path, text_file: Path) -> None:
@@ -255,9 +319,10 @@ def test_tokenizer_of_another_model_is_refused(copied_model: Path, text_file: Pa
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (None, "is not the directory of a model"),
-        ("{", "config.json cannot be used"),
-        ('{"model_type": "no-such-family"}', "config.json cannot be used .*no-such-family"),
+        (None, "has no config.json; expected the directory of a Transformers model"),
+        ("{", "config.json is not valid JSON"),
+        ("[]", "config.json must hold a JSON object"),
+        ('{"model_type": "no-such-family"}', "config.json is not a config .*no-such-family"),
     ],
 )
 def test_directory_without_usable_config_is_refused(
@@ -301,3 +366,50 @@ def test_what_goes_wrong_in_a_worker_is_a_failure_not_an_exception(tmp_path: Pat
     assert isinstance(failure, Failure)
     assert (failure.task_id, failure.kind) == ("piece", "application")
     assert str(tmp_path) in failure.message
+
+
+class BrokenWorker(EvalWorker):
+    def _score(self, request: EvalRequest) -> EvalResult:
+        raise RuntimeError("\nthe kernel is missing\nand here follows a page of advice")
+
+
+def test_an_error_of_many_lines_is_told_in_one() -> None:
+    failure = BrokenWorker(str(MODEL)).run(EvalRequest("piece", (0,), ((1, 2),)))
+    assert isinstance(failure, Failure)
+    assert failure.message == "RuntimeError: the kernel is missing"
+    assert "a page of advice" in failure.traceback
+
+
+# -- two models, by the command -------------------------------------------------------------------
+
+
+def test_json_of_two_models_is_one_object(text_file: Path, copied_model: Path) -> None:
+    options = ("--text", text_file, "--window", 100, "--executor", "serial", "--json")
+    result = lestd("evaluate", copied_model, "--against", MODEL, *options)
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    assert found.keys() == {"text", "models"}
+    assert found["text"] == str(text_file)
+    expected = evaluate(MODEL, text_file, SerialExecutor(), window=100)
+    assert [one["model"] for one in found["models"]] == [str(MODEL), str(copied_model)]
+    for one in found["models"]:
+        assert one["nll"] == expected.nll
+        assert one["window_length"] == 100
+        assert one["weights_in_scope"] is None
+
+
+@pytest.mark.parametrize("absent", ["config.json", "tokenizer.json", "model.safetensors", "window"])
+def test_a_second_model_is_looked_at_before_the_first_is_judged(
+    absent: str, copied_model: Path, text_file: Path
+) -> None:
+    if absent == "window":
+        edit_json(copied_model / "config.json", max_position_embeddings=50)
+    else:
+        (copied_model / absent).unlink()
+    if absent == "tokenizer.json":
+        (copied_model / "tokenizer_config.json").unlink()
+    options = ("--text", text_file, "--window", 100, "--executor", "serial", "--json")
+    result = lestd("evaluate", copied_model, "--against", MODEL, *options)
+    assert (result.code, result.out) == (2, "")
+    assert str(copied_model) in result.err
+    assert "%" not in result.err  # No progress: nothing was begun.

@@ -11,7 +11,13 @@ import torch
 
 from lestd_kernels.errors import LestdError
 from orchestrator.config import ClusterConfig
-from orchestrator.executor import Event, Executor, SerialExecutor, WorkerSpec, open_executor
+from orchestrator.executor import (
+    Event,
+    Executor,
+    SerialExecutor,
+    WorkerSpec,
+    open_executor,
+)
 from workers.contracts import Failure
 
 
@@ -74,7 +80,9 @@ def test_serial_runs_in_order_and_leaves_the_threads_as_they_were(tmp_path: Path
 
 @pytest.fixture(scope="module")
 def ray_executor() -> Iterator[Executor]:
-    with open_executor(ClusterConfig(workers=2, max_attempts=3)) as executor:
+    # More workers than there is room for, in every test.
+    workers = (os.cpu_count() or 1) + 3
+    with open_executor(ClusterConfig(workers=workers, max_attempts=3)) as executor:
         yield executor
 
 
@@ -120,9 +128,22 @@ def test_no_items_need_no_workers(ray_executor: Executor, tmp_path: Path) -> Non
 
 
 @pytest.mark.ray
-def test_a_cluster_that_does_not_answer_is_named() -> None:
-    with (
-        pytest.raises(LestdError, match=r"127\.0\.0\.1:1 .*does not answer"),
-        open_executor(ClusterConfig(address="127.0.0.1:1")),
-    ):
-        pass
+def test_workers_that_have_no_room_hold_no_work(ray_executor: Executor, tmp_path: Path) -> None:
+    """More actors than CPUs, and more threads than any node has: what fits does all the work."""
+    cpus = os.cpu_count() or 1
+    jobs = [Job(str(i), number=i) for i in range(2 * cpus + 6)]
+    for threads in (1, cpus + 1):
+        spec = WorkerSpec(Squarer, {"memory": str(tmp_path), "threads": threads}, threads=threads)
+        results = list(ray_executor.map(spec, jobs))
+        assert sorted(r.number for r in results) == [i * i for i in range(len(jobs))]
+        assert {r.threads for r in results} == {threads}
+
+
+@pytest.mark.ray
+def test_a_gpu_that_is_not_there_is_missed_at_once(ray_executor: Executor) -> None:
+    if torch.cuda.is_available():
+        assert ray_executor.has_cuda()
+        return
+    assert not ray_executor.has_cuda()
+    with pytest.raises(LestdError, match="no node of the Ray cluster has a GPU"):
+        list(ray_executor.map(WorkerSpec(Squarer, {}, device="cuda"), [Job("a")]))

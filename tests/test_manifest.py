@@ -6,9 +6,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from lestd_kernels.methods import SliceStats
 from orchestrator.executor import Event
 from orchestrator.manifest import Manifest, payload_problem
-from workers.contracts import Failure, Result, SliceResult
+from workers.contracts import Failure, Result
 
 
 def result(payloads: Path, task_id: str, layer: int) -> Result:
@@ -17,7 +18,7 @@ def result(payloads: Path, task_id: str, layer: int) -> Result:
     payload = f"{task_id}-{sha256}.safetensors"
     (payloads / payload).write_bytes(content)
     slices = tuple(
-        SliceResult(projection, head, 10 * head, 0.5, 12.5, 0.1, 4.0, 3.5)
+        SliceStats(projection, head, 10 * head, 0.5, 12.5, 0.1, 4.0, 3.5)
         for projection in "qkvo"
         for head in (0, 1)
     )
@@ -31,7 +32,7 @@ def result(payloads: Path, task_id: str, layer: int) -> Result:
         sha256=sha256,
         payload_bytes=len(content),
         source_sha256="ab" * 32,
-        format={"path": "p", "ranks": {"R1": 8}},
+        format={"path": "p", "modules": {"qkv": {"slices": 6}, "o": {"slices": 2}}},
         ranks={"R1": 8, "R2": 4},
         nnz=123,
         density=0.25,
@@ -97,6 +98,17 @@ def test_only_a_row_with_its_payload_intact_is_completed(tmp_path: Path, payload
         assert problem is not None
         assert word in problem
         assert str(path[name]) in problem
+
+
+def test_a_group_without_its_slice_rows_is_not_completed(tmp_path: Path, payloads: Path) -> None:
+    manifest = Manifest(tmp_path / "manifest")
+    for layer in range(3):
+        manifest.commit(result(payloads, f"task{layer}", layer))
+    slices = tmp_path / "manifest" / "slices"
+    (slices / "task0.parquet").unlink()
+    part = pq.read_table(slices / "task1.parquet", partitioning=None)
+    pq.write_table(part.slice(0, 7), slices / "task1.parquet")
+    assert set(manifest.completed(["task0", "task1", "task2"], payloads)) == {"task2"}
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "empty"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ from hub import call_with_hub, serve_hub
 from safetensors.torch import load_file, save_file
 
 from lestd_kernels.errors import LestdError
-from orchestrator.source import is_side_file, open_headers, resolve_source
+from orchestrator.convert import convert
+from orchestrator.source import (
+    BIN_FILE,
+    BIN_INDEX_FILE,
+    copy_side_files,
+    is_side_file,
+    open_headers,
+    resolve_source,
+)
 from workers.checkpoint import INDEX_FILE, WEIGHTS_FILE, ShardIndex
 
 
@@ -88,7 +97,16 @@ def test_config_that_is_no_json_object(model: Path, text: str) -> None:
     refused(model, r"config\.json (is not valid JSON|must hold a JSON object)")
 
 
-@pytest.mark.parametrize("change", [{"num_hidden_layers": "two"}, {"hidden_size": [1]}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": "two"},
+        {"hidden_size": [1]},
+        {"num_attention_heads": "4"},
+        {"num_attention_heads": 0},
+        {"dtype": "foo"},
+    ],
+)
 def test_config_that_transformers_refuses(model: Path, change: dict[str, Any]) -> None:
     edit_config(model, **change)
     refused(model, r"config\.json is not a config that Transformers accepts")
@@ -102,15 +120,28 @@ def test_no_weights(model: Path) -> None:
     refused(model, "has no weights: expected model.safetensors")
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "weights.pt"])
+@pytest.mark.parametrize("name", [BIN_FILE, BIN_INDEX_FILE])
 def test_pickled_weights_name_the_command(tmp_path: Path, name: str) -> None:
     model = save_tiny("gptj", tmp_path / "my model")
     for path in model.glob("*.safetensors*"):
         path.unlink()
     (model / name).write_bytes(b"never read")
+    (model / "a.pth").write_bytes(b"never read")
     message = refused(model, "has only pickled weights")
     assert name in message
     assert message.endswith(f"lestd convert '{model}' 'my model-safetensors'")
+
+
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "weights.pt", "training_args.bin"])
+def test_other_pickles_are_not_said_to_be_convertible(model: Path, name: str) -> None:
+    for path in model.glob("*.safetensors*"):
+        path.unlink()
+    (model / name).write_bytes(b"never read")
+    message = refused(model, "has no safetensors weights, only pickled files")
+    assert name in message
+    assert "lestd convert cannot rewrite" in message
+    with pytest.raises(LestdError, match="has no pickled weights: expected"):
+        convert(str(model), model.with_name("out"))
 
 
 def test_pickles_beside_safetensors_do_not_matter(model: Path) -> None:
@@ -125,17 +156,20 @@ def test_pickles_beside_safetensors_do_not_matter(model: Path) -> None:
         ({"quant_method": "gptq", "bits": 4}, "is already quantized .quant_method 'gptq'"),
         ({"bits": 4}, "is already quantized .quant_method None"),
         ({"quant_method": "lestd"}, "is already compressed by LeSTD"),
+        ("abc", "is already quantized .quant_method None"),
     ],
 )
-def test_quantized_sources(model: Path, quantization: dict[str, Any], message: str) -> None:
+def test_quantized_sources(model: Path, quantization: Any, message: str) -> None:
     edit_config(model, quantization_config=quantization)
     refused(model, message)
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "no-such-family", None])
-def test_unknown_families(model: Path, model_type: str | None) -> None:
+@pytest.mark.parametrize(
+    "model_type", ["bloom", "no-such-family", None, 3, ["llama"], {"llama": 1}, {}]
+)
+def test_unknown_families(model: Path, model_type: Any) -> None:
     edit_config(model, model_type=model_type)
-    message = refused(model, f"model family {model_type!r} is unknown")
+    message = refused(model, re.escape(f"model family {model_type!r} is unknown"))
     assert "gpt_neox, gptj, llama, mistral, opt, qwen2, qwen3" in message
 
 
@@ -161,6 +195,22 @@ def test_side_files() -> None:
           "pytorch_model.bin.index.json", "rust_model.ot", "model.pt", "script.sh"]  # fmt: skip
     assert all(map(is_side_file, yes))
     assert not any(map(is_side_file, no))
+
+
+def test_side_files_are_copied_and_links_followed(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "folder.json").mkdir(parents=True)
+    target.mkdir()
+    (tmp_path / "blob").write_bytes(b"linked")
+    (source / "vocab.json").symlink_to(tmp_path / "blob")
+    (source / "LICENSE").write_bytes(b"terms")
+    (source / "modeling.py").write_bytes(b"code")
+    copy_side_files(source, target)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == {
+        "vocab.json": b"linked",
+        "LICENSE": b"terms",
+    }
+    assert not (target / "vocab.json").is_symlink()
 
 
 # The Hub.

@@ -210,3 +210,19 @@ def test_errors_grow_as_elements_go():
     ]
     assert all(a < b for a, b in pairwise(errors))
     assert errors[-1] == pytest.approx(float(W.double().square().sum()))
+
+
+@pytest.mark.parametrize("exponent", [70, -70, -100, -140])
+def test_refit_of_values_whose_squares_leave_float32(exponent):
+    """Gains as much as at an ordinary scale; and where values themselves underflow, no harm."""
+    W, factors, targets = problem(noise=0.1)
+    grams, masks = gram_factors(factors), select_largest(targets, at_most(40))
+    ordinary = refit(targets, masks, targets, grams)
+    scaled = [core * 2.0**exponent for core in targets]
+    cores = [core.double() / 2.0**exponent for core in refit(scaled, masks, scaled, grams)]
+    if exponent > -140:
+        for ours, expected in zip(cores, ordinary, strict=True):
+            torch.testing.assert_close(ours.float(), expected, rtol=1e-4, atol=1e-5)
+    start = [core * mask for core, mask in zip(targets, masks, strict=True)]
+    assert squared_error(W, factors, cores) <= squared_error(W, factors, start) * (1 + 1e-2)
+    assert all(bool(core.isfinite().all()) for core in cores)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lestd_kernels.methods import SliceStats
 from lestd_kernels.tensorize import GroupLayout
 
 
@@ -74,26 +75,14 @@ class Task:
 
 
 @dataclass(frozen=True)
-class SliceResult:
-    """Statistics of one slice (one head of one projection); the manifest's table `slices`."""
-
-    projection: str
-    head: int
-    nnz: int
-    density: float
-    core_bytes: float
-    relative_error: float
-    squared_norm: float
-    squared_energy: float
-
-
-@dataclass(frozen=True)
 class Result:
     """What a finished task left behind; the manifest's table `groups` has these fields.
 
     Energies and errors are squared Frobenius norms in the units of the weights;
     `relative_error` is not squared, and is recomputed from the tensors as stored.
-    `seconds` has one entry per stage; `started_at` is seconds since the epoch.
+    `seconds` has one entry per stage; `started_at` is seconds since the epoch. `slices` is the
+    manifest's table of that name. `device` names the hardware: the GPU, or the machine and the
+    vector instructions of its CPU.
     """
 
     task_id: str
@@ -127,7 +116,7 @@ class Result:
     worker: str
     node: str
     versions: dict[str, str]
-    slices: tuple[SliceResult, ...]
+    slices: tuple[SliceStats, ...]
     attempt: int = 1
 
 

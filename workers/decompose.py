@@ -13,8 +13,7 @@ import resource
 import socket
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import torch
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import METHODS, MethodArgs
+from lestd_kernels.methods.steps import Stopwatch
 from lestd_kernels.tensorize import unfold_weights
 from workers.checkpoint import (
     atomic_write,
@@ -29,7 +29,7 @@ from workers.checkpoint import (
     read_tensor,
     serialize_safetensors,
 )
-from workers.contracts import Failure, Result, SliceResult, Task
+from workers.contracts import Failure, Result, Task
 
 
 def payload_name(task_id: str, sha256: str) -> str:
@@ -50,9 +50,17 @@ class DecomposeWorker:
         device: ``"cpu"`` or ``"cuda"``.
         threads: CPU threads to compute with. Part of the run's configuration, because the order
             of a reduction, and so the last bit of a result, depends on it.
+
+    Raises:
+        LestdError: device ``"cuda"`` where there is no GPU.
     """
 
     def __init__(self, payload_dir: str, device: str = "cpu", threads: int = 1) -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise LestdError(
+                f"device cuda asked for, but this worker on {socket.gethostname()} sees no GPU; "
+                "use --device cpu, or run where PyTorch sees one"
+            )
         torch.set_num_threads(threads)
         # TF32 keeps 10 bits of mantissa: too few for factors that are to be orthonormal.
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -76,9 +84,9 @@ class DecomposeWorker:
     def _decompose(self, task: Task) -> Result:
         started_at = time.time()
         _reset_peak_memory(self._device)
-        seconds: dict[str, float] = {}
+        clock = Stopwatch(self._device)
 
-        with _timed(seconds, "read"):
+        with clock("read"):
             digest = hashlib.sha256()
             weights = {}
             for module, ref in task.tensors.items():
@@ -98,10 +106,9 @@ class DecomposeWorker:
             )
         except LestdError as error:
             raise LestdError(f"{task.group}: {error}") from error
-        seconds |= done.seconds
         decomposition = done.decomposition
 
-        with _timed(seconds, "write"):
+        with clock("write"):
             content = serialize_safetensors(
                 {k: t.cpu() for k, t in decomposition.named_tensors(task.tensor_prefix).items()}
             )
@@ -135,22 +142,15 @@ class DecomposeWorker:
             squared_energy_stage2=done.squared_energy_stage2,
             threshold=done.threshold,
             hooi_iterations=done.hooi_iterations,
-            seconds=seconds,
+            seconds=clock.seconds | done.seconds,
             started_at=started_at,
             peak_memory_bytes=_peak_memory_bytes(self._device),
             device=_device_name(self._device),
             worker=self._name,
             node=socket.gethostname(),
             versions=software_versions(),
-            slices=tuple(SliceResult(**vars(s)) for s in done.slices),
+            slices=done.slices,
         )
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[stage] = time.perf_counter() - start
 
 
 def _device_name(device: torch.device) -> str:

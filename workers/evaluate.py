@@ -23,7 +23,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from lestd_kernels.errors import LestdError
+from lestd_kernels.errors import LestdError, first_line
 from workers.contracts import EvalRequest, EvalResult, Failure
 
 # Positions whose log-softmax is taken at once, in float32: with V = 150,000 that is 150 MB,
@@ -96,7 +96,7 @@ class EvalWorker:
         except LestdError as error:
             return Failure(request.task_id, "application", type(error).__name__, str(error))
         except Exception as error:
-            text = f"{type(error).__name__}: {error}"
+            text = f"{type(error).__name__}: {first_line(error)}"
             return Failure(
                 request.task_id, "application", type(error).__name__, text, traceback.format_exc()
             )

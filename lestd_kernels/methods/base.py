@@ -44,14 +44,12 @@ class Bounds:
     """What is known of a decomposition from shapes alone.
 
     Attributes:
-        minimum_bytes: stored bytes at the smallest ranks with one non-zero.
         max_R1: the largest R1 that fits, beside the smallest other ranks.
         max_R2: the largest R2 that fits, beside the smallest other ranks.
-        max_nnz: the most non-zeros that fit at any ranks, with equally dense cores.
+        max_nnz: the most non-zeros that fit at any ranks, however they spread over the cores.
         workspace_bytes: peak memory of `Method.decompose` beside the unfolding.
     """
 
-    minimum_bytes: int
     max_R1: int  # noqa: N815
     max_R2: int  # noqa: N815
     max_nnz: int
@@ -120,9 +118,10 @@ class Method:
     Attributes:
         name: how configuration and manifest call it.
         decompose: ``(unfolding (d, S p) float32, layout, byte_budget, value_dtype, args)``; the
-            result stores at most `byte_budget` bytes. Deterministic for a fixed device and number
-            of threads. Raises LestdError as `bounds` does, and where a core value does not fit
-            the value dtype.
+            result stores at most `byte_budget` bytes. The unfolding is used up: it is scaled in
+            place, since a copy would double the memory. Deterministic for a fixed device and
+            number of threads. Raises LestdError as `bounds` does, and where a core value does
+            not fit the value dtype.
         bounds: ``(layout, byte_budget, value_dtype, args)``; reads no weights. Raises LestdError
             where the smallest ranks exceed the budget or `max_flops`, or where a learned type
             mode meets projections with different numbers of heads.

@@ -5,6 +5,7 @@ Reference: "LeSTD: LLM Compression via Learning-based Sparse Tensor Decompositio
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import cache
 
@@ -81,7 +82,8 @@ def bounds(
     grid1, grid2 = (rank_grid(m, args.rank_step) for m in (layout.width, layout.head_dim))
 
     def feasible(ranks: Ranks) -> bool:
-        fits = _least_bytes(shape, ranks) <= byte_budget
+        empty = [0] * len(shape.core_slices)
+        fits = shape.stored_bytes(ranks, empty) <= byte_budget
         return fits and limits.allows_flops(shape, ranks)
 
     max_R1 = max(R1 for R1 in grid1 if feasible(smallest._replace(R1=R1)))
@@ -94,23 +96,45 @@ def bounds(
     ]
     allowed = [ranks for ranks in candidates if limits.allows_flops(shape, ranks)]
     return Bounds(
-        minimum_bytes=_least_bytes(shape, smallest),
         max_R1=max_R1,
         max_R2=max_R2,
-        max_nnz=max(1, *(_most_nonzeros(shape, limits, ranks) for ranks in allowed)),
+        max_nnz=_most_nonzeros(shape, byte_budget, allowed),
         workspace_bytes=workspace_bytes(shape, max_R1 * max_R2 * len(layout.slices)),
     )
 
 
-def _most_nonzeros(shape: GroupShape, limits: Limits, ranks: Ranks) -> int:
-    """The most non-zeros that fit the byte budget with all cores in one codec."""
-    elements, most = shape.core_elements(ranks), 0
-    lines_of_cores = [shape.codec_lines(ranks, core) for core in range(len(shape.core_slices))]
-    for lines in zip(*lines_of_cores, strict=True):
-        left = limits.byte_budget - shape.factor_bytes(ranks) - sum(fixed for fixed, _ in lines)
-        if left >= 0:
-            per_nonzero = lines[0][1]  # 0 for the dense codec: any number fits
-            most = max(most, min(elements, left // per_nonzero) if per_nonzero else elements)
+def _most_nonzeros(shape: GroupShape, byte_budget: int, candidates: Sequence[Ranks]) -> int:
+    """The most non-zeros that fit the byte budget at any of the ranks."""
+
+    def ceiling(ranks: Ranks) -> int:
+        """No codec stores a non-zero in fewer bytes than its value."""
+        values = (byte_budget - shape.factor_bytes(ranks)) // shape.value_bytes
+        return min(shape.core_elements(ranks), values)
+
+    most = 0
+    for ranks in sorted(candidates, key=ceiling, reverse=True):
+        if ceiling(ranks) <= most:
+            break
+        most = max(most, _most_nonzeros_at(shape, byte_budget, ranks))
+    return most
+
+
+def _most_nonzeros_at(shape: GroupShape, byte_budget: int, ranks: Ranks) -> int:
+    """The most non-zeros that fit with each core in any codec; exact."""
+    cores = range(len(shape.core_slices))
+    sizes = [rows * columns for rows, columns in (shape.core_shape(ranks, c) for c in cores)]
+    most = 0
+    for codecs in itertools.product(*(shape.codec_lines(ranks, core) for core in cores)):
+        left = byte_budget - shape.factor_bytes(ranks) - sum(fixed for fixed, _ in codecs)
+        if left < 0:
+            continue
+        total = 0
+        for per_nonzero, size in sorted((o, s) for (_, o), s in zip(codecs, sizes, strict=True)):
+            # The dense codec stores every element at the same bytes.
+            count = min(size, left // per_nonzero) if per_nonzero else size
+            total += count
+            left -= count * per_nonzero
+        most = max(most, total)
     return most
 
 

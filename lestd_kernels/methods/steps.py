@@ -1,6 +1,10 @@
 """The steps that the shared-basis methods have in common: from an unfolding to cores, and back.
 
 Shapes: see lestd_kernels.tensorize, stage1 and decomposition.
+
+Gram matrices hold squares, which leave the range of float32 where the weights only come near its
+square root. So the arithmetic is done on ``W / scale`` with the power of two that brings the
+largest weight to about one: exact, and the same bits for the same weights at any scale.
 """
 
 from __future__ import annotations
@@ -89,13 +93,30 @@ class SharedBasis:
 
     Attributes:
         factors: in the value dtype.
-        squared_energy: ``||G||^2`` of the orthonormal float32 factors.
+        squared_energy: ``||G||^2`` of the orthonormal float32 factors, in units of scale^2.
         hooi_iterations: sweeps after the HOSVD.
+        scale: what the unfolding was divided by, and the cores are to be multiplied by.
     """
 
     factors: Factors
     squared_energy: float
     hooi_iterations: int
+    scale: float
+
+
+def scale_to_one(unfolding: Tensor) -> float:
+    """Divide in place by the power of two that brings ``max |W|`` into [1, 2).
+
+    Returns:
+        The power of two. Its exponent is at most 126 in magnitude, so that it and its reciprocal
+        are normal float32 numbers: weights beyond 2^127 or below 2^-126 only come near one.
+    """
+    # aminmax reads without a copy; abs() would make one of the unfolding.
+    largest = max(abs(float(end)) for end in torch.aminmax(unfolding))
+    exponent = math.frexp(largest)[1] - 1 if largest else 0
+    scale = math.ldexp(1.0, min(max(exponent, -126), 126))
+    unfolding.mul_(1 / scale)
+    return scale
 
 
 def shared_basis(
@@ -109,12 +130,22 @@ def shared_basis(
 ) -> tuple[SharedBasis, list[Tensor]]:
     """HOSVD, rank search, HOOI at the chosen ranks, and the cores for the factors as stored.
 
+    Args:
+        unfolding: ``(d, S p)``, float32; divided in place by the basis' scale.
+        shape: sizes of the group.
+        limits: of the ranks.
+        search: chooses the ranks.
+        value_dtype: of the stored tensors.
+        args: of the method.
+        clock: gets the stages ``"stage1"``, ``"rank_search"`` and ``"stage2"``.
+
     Returns:
-        The basis, and its least-squares cores ``(R1, R3, n_c, R2)``, float32; elements that the
-        value dtype rounds to zero are zero.
+        The basis, and its least-squares cores ``(R1, R3, n_c, R2)``, float32, divided by the
+        scale; elements that the value dtype rounds to zero are zero.
     """
-    W = type_major(unfolding, shape)
     with clock("stage1"):
+        scale = scale_to_one(unfolding)
+        W = type_major(unfolding, shape)
         bases = hosvd(W)
     with clock("rank_search"):
         ranks = search(W, bases, shape, limits)
@@ -129,8 +160,8 @@ def shared_basis(
         core = fit_core(W, factors)
         cores = [part.contiguous() for part in torch.split(core, list(shape.core_slices), dim=2)]
         for core in cores:
-            core.masked_fill_(core.to(value_dtype) == 0, 0)
-    return SharedBasis(factors, energy, iterations), cores
+            core.masked_fill_((core * scale).to(value_dtype) == 0, 0)
+    return SharedBasis(factors, energy, iterations, scale), cores
 
 
 def finish(
@@ -143,10 +174,10 @@ def finish(
     """Round the cores to the value dtype, encode them, and measure what was stored.
 
     Args:
-        unfolding: ``(d, S p)``, float32, what the cores were fitted to.
+        unfolding: ``(d, S p)``, float32, what the cores were fitted to: divided by the scale.
         shape: sizes of the group.
         basis: the shared basis.
-        cores: what to store in it, float32, ``(R1, R3, n_c, R2)`` each.
+        cores: what to store in it, float32, ``(R1, R3, n_c, R2)`` each, divided by the scale.
         clock: gets the stages ``"stage2"`` (encoding) and ``"error"``.
 
     Raises:
@@ -156,7 +187,7 @@ def finish(
     names = [CORE_NAME] if shape.learned else [module.name for module in layout.modules]
     with clock("stage2"):
         encoded = {
-            name: EncodedCore.encode(_round_core(core, factors.U1.dtype, name))
+            name: EncodedCore.encode(_round_core(core, basis.scale, factors.U1.dtype, name))
             for name, core in zip(names, cores, strict=True)
         }
         stored = SharedTucker(
@@ -164,13 +195,13 @@ def finish(
         )
         kept = [v[v != 0] for v in (core.tensors["values"] for core in encoded.values())]
     with clock("error"):
-        slices, squared_norm, squared_error = _slice_stats(unfolding, stored)
+        slices, squared_norm, squared_error = _slice_stats(unfolding, basis.scale, stored)
     return Decomposed(
         decomposition=stored,
         squared_norm=squared_norm,
         squared_error=squared_error,
         relative_error=relative(squared_error, squared_norm),
-        squared_energy_stage1=basis.squared_energy,
+        squared_energy_stage1=basis.squared_energy * basis.scale**2,
         squared_energy_stage2=sum(squared_sum(values) for values in kept),
         threshold=min((float(v.abs().min()) for v in kept if v.numel()), default=0.0),
         hooi_iterations=basis.hooi_iterations,
@@ -179,13 +210,18 @@ def finish(
     )
 
 
-def _round_core(core: Tensor, value_dtype: torch.dtype, name: str) -> Tensor:
-    matrix = core.flatten(1).to(value_dtype)
+def _round_core(core: Tensor, scale: float, value_dtype: torch.dtype, name: str) -> Tensor:
+    matrix = (core.flatten(1) * scale).to(value_dtype)
     if not bool(matrix.isfinite().all()):
         limit = torch.finfo(value_dtype).max
+        advice = (
+            "convert the checkpoint to bfloat16"
+            if value_dtype == torch.float16
+            else "weights this large are most likely damaged: check the checkpoint"
+        )
         raise LestdError(
-            f"the core of {name} has a value of magnitude {float(core.abs().max()):.4g}, which "
-            f"does not fit {value_dtype} (at most {limit:.4g}); convert the checkpoint to bfloat16"
+            f"the core of {name} has a value of magnitude {float(core.abs().max()) * scale:.4g}, "
+            f"which does not fit {value_dtype} (at most {limit:.4g}); {advice}"
         )
     return matrix
 
@@ -197,8 +233,13 @@ def relative(squared_error: float, squared_norm: float) -> float:
     return math.sqrt(squared_error / squared_norm) if squared_norm else math.inf
 
 
-def _slice_stats(unfolding: Tensor, stored: SharedTucker) -> tuple[list[SliceStats], float, float]:
-    """Statistics per slice, and ``||W||^2`` and ``||W - W_hat||^2`` summed over them."""
+def _slice_stats(
+    unfolding: Tensor, scale: float, stored: SharedTucker
+) -> tuple[list[SliceStats], float, float]:
+    """Statistics per slice, and ``||W||^2`` and ``||W - W_hat||^2`` summed over them.
+
+    The unfolding is divided by `scale`; the figures are in the units of the weights.
+    """
     layout = stored.layout
     U1, U2 = stored.U1.float(), stored.U2.float()
     d, p, R1, R2 = layout.width, layout.head_dim, U1.shape[1], U2.shape[1]
@@ -208,15 +249,19 @@ def _slice_stats(unfolding: Tensor, stored: SharedTucker) -> tuple[list[SliceSta
     slices: list[SliceStats] = []
     total_norm = total_error = 0.0
     for core in stored.module_cores():
-        for M in torch.split(core.view(R1, -1, R2), per_chunk, dim=1):
+        for part in torch.split(core.view(R1, -1, R2), per_chunk, dim=1):
+            M = part / scale
             first, count = len(slices), M.shape[1]
             chunk = W[:, first : first + count]
             residual = chunk - (U1 @ (M @ U2.T).flatten(1)).view_as(chunk)
             norms, errors, energies = (
-                torch.linalg.vector_norm(x, dim=(0, 2), dtype=torch.float64).square().tolist()
+                torch.linalg.vector_norm(x, dim=(0, 2), dtype=torch.float64)
+                .square()
+                .mul(scale**2)
+                .tolist()
                 for x in (chunk, residual, M)
             )
-            counts = M.count_nonzero(dim=(0, 2)).tolist()
+            counts = part.count_nonzero(dim=(0, 2)).tolist()
             for i, (projection, head) in enumerate(layout.slices[first : first + count]):
                 slices.append(
                     SliceStats(

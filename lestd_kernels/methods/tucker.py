@@ -35,13 +35,12 @@ from lestd_kernels.tensorize import GroupLayout
 
 def _checked(
     layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
-) -> tuple[GroupShape, Limits, int]:
-    """The group's sizes, the limits, and the bytes at the smallest ranks (R1 is any integer)."""
+) -> tuple[GroupShape, Limits]:
+    """The group's sizes, and limits that the smallest ranks respect (R1 is any integer)."""
     shape, limits = group_shape(layout, value_dtype, args), limits_of(byte_budget, args)
     smallest = Ranks(1, rank_grid(layout.head_dim, args.rank_step)[0], 1)
-    least = dense_bytes(shape, smallest)
-    require_feasible(shape, limits, smallest, least)
-    return shape, limits, least
+    require_feasible(shape, limits, smallest, dense_bytes(shape, smallest))
+    return shape, limits
 
 
 def decompose(
@@ -52,7 +51,7 @@ def decompose(
     args: MethodArgs,
 ) -> Decomposed:
     """Decompose a slice group with dense cores; see `Method.decompose`."""
-    shape, limits, _ = _checked(layout, byte_budget, value_dtype, args)
+    shape, limits = _checked(layout, byte_budget, value_dtype, args)
     clock = Stopwatch(unfolding.device)
     basis, cores = shared_basis(unfolding, shape, limits, search_dense, value_dtype, args, clock)
     return finish(unfolding, shape, basis, cores, clock)
@@ -63,7 +62,7 @@ def bounds(
     layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
 ) -> Bounds:
     """Sizes of a Tucker decomposition from shapes alone; see `Method.bounds`."""
-    shape, limits, least = _checked(layout, byte_budget, value_dtype, args)
+    shape, limits = _checked(layout, byte_budget, value_dtype, args)
     grid2 = rank_grid(layout.head_dim, args.rank_step)
     fitting = [
         Ranks(R1, R2, R3)
@@ -73,7 +72,6 @@ def bounds(
     ]
     max_nnz = max(shape.core_elements(ranks) for ranks in fitting)
     return Bounds(
-        minimum_bytes=least,
         max_R1=max(ranks.R1 for ranks in fitting),
         max_R2=max(ranks.R2 for ranks in fitting),
         max_nnz=max_nnz,

@@ -114,9 +114,14 @@ class Architecture(BaseModel):
         """The attention block of every layer, found in the checkpoint and checked.
 
         Raises:
-            LestdError: a weight is absent, its shape is not what config.json says, or its dtype
-                is not one that can be compressed, or differs within a block.
+            LestdError: there is no layer, a weight is absent, its shape is not what config.json
+                says, or its dtype is not one that can be compressed, or differs within a block.
         """
+        if config.num_hidden_layers < 1:
+            raise LestdError(
+                f"config.json has num_hidden_layers {config.num_hidden_layers}; expected at least "
+                "1; use the config.json that belongs to the weights"
+            )
         layout = self.layout(config)
         prefix = self._checkpoint_prefix(index)
         groups = []
@@ -226,7 +231,8 @@ def check_family(model_type: object) -> None:
         LestdError: the family is unknown; lists those known and says how to add one.
     """
     known = architectures()
-    if model_type not in known:
+    # Of a config.json that is no model's it may be of any type, hashable or not.
+    if not isinstance(model_type, str) or model_type not in known:
         raise LestdError(
             f"model family {model_type!r} is unknown; known are {', '.join(known)}; to add one, "
             "put a JSON file like llama.json into orchestrator/architectures with its family, "
