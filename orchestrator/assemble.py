@@ -209,9 +209,18 @@ def card_metadata(directory: Path) -> dict[str, Any]:
 
 
 def about_model(out: Path) -> dict[str, Any] | None:
-    """What ``manifest/model.json`` of a finished compressed model says; None if there is none."""
-    about = out / MANIFEST_DIR / _ABOUT
-    return read_json(about) if about.is_file() else None
+    """What ``manifest/model.json`` of a finished compressed model says; None if there is none.
+
+    Raises:
+        LestdError: the file is damaged.
+    """
+    path = out / MANIFEST_DIR / _ABOUT
+    if not path.is_file():
+        return None
+    about = read_json(path)
+    if not all(isinstance(about.get(key), dict) for key in ("fingerprint", "files")):
+        raise LestdError(f"{path} is damaged: expected fingerprint and files; move {out} away")
+    return about
 
 
 def check_output(out: Path) -> dict[str, Any] | None:

@@ -322,12 +322,13 @@ def clean(
     from orchestrator.inspection import run_status
 
     run_dir = run_dir or default_run_dir(out)
-    state = run_status(run_dir, out)
-    if state["state"] != "complete" and not force:
-        raise LestdError(
-            f"{out} is not complete ({state['done']} of {len(state['layers'])} tasks done); "
-            "finish it with the same lestd compress, or delete the work with --force"
-        )
+    if not force:
+        state = run_status(run_dir, out)
+        if state["state"] != "complete":
+            raise LestdError(
+                f"{out} is not complete ({state['done']} of {len(state['layers'])} tasks done); "
+                "finish it with the same lestd compress, or delete the work with --force"
+            )
     RunDirectory(run_dir).remove()
     tables.out.print(f"removed {run_dir}", soft_wrap=True)
 
@@ -369,7 +370,7 @@ def evaluate(
     cluster_config = _cluster_config(cluster, executor=executor, workers=workers, address=address)
     models = [model] if against is None else [against, model]
     settings = {"window": window, "max_windows": max_windows, "dtype": dtype}
-    settings |= {"device": device or "auto", "threads": threads or 1}
+    settings |= {"device": device or "auto", "threads": 1 if threads is None else threads}
     with open_executor(cluster_config) as runner:
         evaluations = evaluate_models(models, text, runner, settings)
     print_evaluations(evaluations, json)

@@ -16,10 +16,6 @@ from orchestrator.rundir import RunDirectory
 from workers.checkpoint import INDEX_FILE, read_header, read_weight_map
 
 _PLANNED = {"task_id": str, "layer": int, "group": str, "byte_budget": int}
-_NEEDED = (
-    *("task_id", "layer", "group", "payload", "payload_bytes", "sha256"),
-    *("dense_bytes", "stored_bytes", "byte_budget", "format"),
-)
 
 
 def run_status(run_dir: Path, out: Path) -> dict[str, Any]:
@@ -127,15 +123,11 @@ def verify(out: Path, run_dir: Path) -> Verification:
 
 
 def _check_manifest(manifest: Manifest) -> tuple[list[dict[str, Any]], list[str]]:
-    """The group rows that can be checked further, and what is wrong with the manifest itself."""
+    """The group rows, and what is wrong with the manifest itself."""
     problems = [f"{d.path} is damaged: {d.reason}" for d in manifest.damaged()]
     slices = manifest.slice_counts()
-    rows = []
-    for row in manifest.groups().to_pylist():
-        if absent := [column for column in _NEEDED if row[column] is None]:
-            problems.append(f"{manifest.directory} has a group without {', '.join(absent)}")
-            continue
-        rows.append(row)
+    rows = manifest.groups().to_pylist()
+    for row in rows:
         found, expected = slices[row["task_id"]], slice_count(row)
         if found != expected:
             problems.append(

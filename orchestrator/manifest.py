@@ -104,6 +104,13 @@ EVENTS = _schema(
 )
 
 
+_KEYS = {
+    *("task_id", "layer", "group", "payload", "payload_bytes", "sha256", "format"),
+    *("dense_bytes", "stored_bytes", "byte_budget", "kind"),
+}
+"""Columns that no row can do without; others may be null, where a version did not know them."""
+
+
 def _microseconds(seconds: float) -> int:
     return round(seconds * 1_000_000)
 
@@ -251,6 +258,9 @@ class Manifest:
 def _read_part(path: Path, schema: pa.Schema) -> pa.Table | Damaged:
     try:
         table = pq.read_table(path, partitioning=None)
+        for key in sorted(_KEYS & set(schema.names)):
+            if key not in table.column_names or table[key].null_count:
+                return Damaged(path, f"it has rows without {key}")
         # Columns that a newer version added are dropped, those of a later one are null.
         return pa.Table.from_pydict(
             {
@@ -290,7 +300,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LestdError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(data, dict):
         raise LestdError(f"{path} must hold a JSON object")

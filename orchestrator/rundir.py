@@ -229,6 +229,8 @@ class RunDirectory:
         Raises:
             LestdError: it holds no run, or a driver is at work in it.
         """
+        if not self.path.exists():
+            raise LestdError(f"{self.path} does not exist; there is nothing to delete")
         self.check_usable()
         with self.locked():
             self.remove_contents()

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from cli import lestd
 from conftest import EXAMPLE
 from families import FAMILIES, VOCABULARY, save_tiny
 from hypothesis import given, settings
@@ -378,38 +377,3 @@ def test_an_error_of_many_lines_is_told_in_one() -> None:
     assert isinstance(failure, Failure)
     assert failure.message == "RuntimeError: the kernel is missing"
     assert "a page of advice" in failure.traceback
-
-
-# -- two models, by the command -------------------------------------------------------------------
-
-
-def test_json_of_two_models_is_one_object(text_file: Path, copied_model: Path) -> None:
-    options = ("--text", text_file, "--window", 100, "--executor", "serial", "--json")
-    result = lestd("evaluate", copied_model, "--against", MODEL, *options)
-    assert result.code == 0, result.err
-    found = json.loads(result.out)
-    assert found.keys() == {"text", "models"}
-    assert found["text"] == str(text_file)
-    expected = evaluate(MODEL, text_file, SerialExecutor(), window=100)
-    assert [one["model"] for one in found["models"]] == [str(MODEL), str(copied_model)]
-    for one in found["models"]:
-        assert one["nll"] == expected.nll
-        assert one["window_length"] == 100
-        assert one["weights_in_scope"] is None
-
-
-@pytest.mark.parametrize("absent", ["config.json", "tokenizer.json", "model.safetensors", "window"])
-def test_a_second_model_is_looked_at_before_the_first_is_judged(
-    absent: str, copied_model: Path, text_file: Path
-) -> None:
-    if absent == "window":
-        edit_json(copied_model / "config.json", max_position_embeddings=50)
-    else:
-        (copied_model / absent).unlink()
-    if absent == "tokenizer.json":
-        (copied_model / "tokenizer_config.json").unlink()
-    options = ("--text", text_file, "--window", 100, "--executor", "serial", "--json")
-    result = lestd("evaluate", copied_model, "--against", MODEL, *options)
-    assert (result.code, result.out) == (2, "")
-    assert str(copied_model) in result.err
-    assert "%" not in result.err  # No progress: nothing was begun.

@@ -88,7 +88,7 @@ def test_a_group_row_without_what_it_needs(out: Path, column: str) -> None:
     path = first(out.with_name("out.run") / "manifest" / "groups")
     table = pq.read_table(path, partitioning=None)
     pq.write_table(table.drop_columns([column]), path)
-    assert f"has a group without {column}" in " ".join(problems(out))
+    assert f"it has rows without {column}" in " ".join(problems(out))
 
 
 @pytest.mark.parametrize("name", ["config.json", "README.md", "dense-*.safetensors"])
