@@ -313,7 +313,8 @@ def test_serial_and_ray_give_the_same_bytes(tiny_llama: Path, tmp_path: Path) ->
         )
         assert result.code == 0, result.err
         assert digest_tree(out) == digest_tree(serial)
-        assert len({row["worker"] for row in groups(out)}) == workers
+        # How many of them get a task is for the machine's load to decide.
+        assert 1 <= len({row["worker"] for row in groups(out)}) <= workers
 
 
 def test_status_verify_and_clean(tiny_llama: Path, tmp_path: Path) -> None:
