@@ -60,4 +60,4 @@ check: .venv/installed-dev ## Lint, format and types
 	$(BIN)/mypy
 
 clean: ## Remove the demo's output and the caches; .venv stays
-	rm -rf demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf demo-out build .pytest_cache .mypy_cache .ruff_cache .hypothesis

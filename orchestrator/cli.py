@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import sys
 from dataclasses import asdict
+from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,6 +45,12 @@ from orchestrator.options import (
     absolute,
 )
 from orchestrator.rundir import RunDirectory, default_run_dir
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        tables.out.print(f"lestd {version('lestd')}")
+        raise typer.Exit
 
 
 class _Group(TyperGroup):
@@ -115,6 +122,15 @@ def _cluster_config(cluster: Path | None, **options: Any) -> ClusterConfig:
     return validated(ClusterConfig, values, str(cluster or "options"))
 
 
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def plan(
     model: Model = None,
@@ -133,6 +149,7 @@ def plan(
     """Show what a compression would do: reads headers only, writes nothing."""
     from orchestrator.plan import make_plan
     from orchestrator.source import open_headers
+    from orchestrator.summary import print_plan
 
     options = {k: v for k, v in locals().items() if k in RunFile.model_fields and k != "model"}
     name, revision, run_config = _run_config(model, config, options)
@@ -140,34 +157,7 @@ def plan(
     if json:
         tables.print_json(planned)
         return
-    _print_plan(name, planned)
-
-
-def _print_plan(name: str, planned: dict[str, Any]) -> None:
-    rows = [
-        (
-            str(layer["layer"]),
-            str(len(layer["tensors"])),
-            tables.size(layer["dense_bytes"]),
-            f"{layer['keep']:.3f}",
-            tables.size(layer["byte_budget"]),
-            f"R1 ≤ {layer['max_R1']}, R2 ≤ {layer['max_R2']}",
-            f"≤ {layer['max_nnz']:,}",
-            tables.size(layer["predicted_memory_bytes"]),
-        )
-        for layer in planned["layers"]
-    ]
-    columns = ("layer", "tensors", "dense", "keep", "target", "ranks", "nnz", "worker memory")
-    tables.out.print(tables.table(f"{name} ({planned['family']})", columns, rows))
-    total = planned["total"]
-    tables.out.print(
-        f"{total['tasks']} tasks; weights in scope {tables.size(total['dense_bytes'])} -> at most "
-        f"{tables.size(total['byte_budget'])}; whole model {tables.size(total['model_bytes'])} -> "
-        f"{tables.size(total['untouched_bytes'] + total['byte_budget'])} "
-        f"(keep {total['keep_of_model']:.3f})\n"
-        f"a worker needs about {tables.size(total['worker_memory_bytes'])} of memory, the run "
-        f"about {tables.size(total['disk_bytes'])} of disk"
-    )
+    print_plan(name, planned)
 
 
 @app.command()
@@ -206,14 +196,14 @@ def compress(
     from orchestrator.pipeline import compress_model
     from orchestrator.plan import make_plan
     from orchestrator.source import open_headers, resolve_source
-    from orchestrator.summary import CompressionProgress, print_outcome
+    from orchestrator.summary import CompressionProgress, print_outcome, print_plan
 
     options = {k: v for k, v in locals().items() if k in RunFile.model_fields and k != "model"}
     name, revision, run_config = _run_config(model, config, options)
     cluster_config = _cluster_config(cluster, executor=executor, workers=workers, address=address)
     if dry_run:
         planned = make_plan(open_headers(name, revision), run_config).to_dict()
-        tables.print_json(planned) if json else _print_plan(name, planned)
+        tables.print_json(planned) if json else print_plan(name, planned)
         return
 
     run_dir = run_dir or default_run_dir(out)
@@ -235,10 +225,11 @@ def compress(
             )
     except KeyboardInterrupt:
         run = RunDirectory(run_dir)
-        done = len(run.manifest.groups()) if run.exists else 0
+        kept = f"{len(run.manifest.groups())} tasks are done and kept in {run_dir}"
         tables.err.print(
-            f"interrupted; {done} tasks are done and kept in {run_dir}: "
-            "run the same command again to continue"
+            f"interrupted; {kept if run.exists else 'no task was done yet'}: "
+            "run the same command again to continue",
+            soft_wrap=True,
         )
         raise typer.Exit(130) from None
     print_outcome(outcome, out, run_dir, json)
@@ -289,7 +280,7 @@ def status(out: Out, run_dir: RunDir = None, json: Json = False) -> None:
             )
         )
     columns = ("layer", "state", "target", "stored", "ranks", "density", "codec", "relative error")
-    tables.out.print(tables.table(state["run_dir"], columns, rows))
+    tables.print_table(state["run_dir"], columns, rows)
     counts = ", ".join(f"{state[k]} {k}" for k in ("done", "running", "failed", "remaining"))
     tables.out.print(f"{state['state']}: {counts}")
 
@@ -305,7 +296,9 @@ def verify(out: Out, run_dir: RunDir = None, json: Json = False) -> None:
     else:
         for problem in result.problems:
             tables.out.print(problem, style="red", markup=False, soft_wrap=True)
-        tables.out.print(f"{result.checked} payloads checked, {len(result.problems)} problems")
+        tables.out.print(
+            f"{result.checked} payloads and shards checked; problems: {len(result.problems)}"
+        )
     if result.problems:
         raise typer.Exit(1)
 
@@ -384,7 +377,3 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # For terminals that know only ASCII.
     app(prog_name="lestd")
-
-
-if __name__ == "__main__":
-    main()

@@ -242,7 +242,8 @@ def validated(model: type[ModelT], values: dict[str, Any], origin: str) -> Model
             raise LestdError(f"{origin}: unknown key {key!r}; {hint}") from None
         message = re.sub(r"^Value error, ", "", problem["msg"])
         given = problem.get("input")
-        shown = "" if isinstance(given, (BaseModel, dict)) else f", got {given!r}"
+        ours = problem["type"] == "value_error"  # Our own validators say what they got.
+        shown = "" if ours or isinstance(given, (BaseModel, dict)) else f", got {given!r}"
         raise LestdError(f"{origin}: {key + ': ' if key else ''}{message}{shown}") from None
 
 

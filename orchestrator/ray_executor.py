@@ -14,6 +14,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lestd_kernels.errors import LestdError, first_line
@@ -271,19 +272,15 @@ def _failure(item: Any, kind: Any, error: BaseException, attempt: int) -> Failur
 
 def _join_or_start(ray: Any, address: str | None) -> None:
     quiet = {"log_to_driver": False, "logging_level": "error"}
+    if address is None:
+        address = _running_here()
     if address is not None and address != "local":
-        host, _, port = address.rpartition(":")
-        if host and port.isdecimal() and "/" not in host:
+        host, port = _host_and_port(address)
+        if port is not None:
             # Ray would try for minutes; whoever does not answer this will not answer Ray.
-            socket.create_connection((host, int(port)), timeout=10).close()
+            socket.create_connection((host, port), timeout=10).close()
         ray.init(address=address, **quiet)
         return
-    if address is None:
-        try:
-            ray.init(address="auto", **quiet)
-            return
-        except ConnectionError:
-            pass  # No cluster on this machine: start one.
     # A token for this cluster alone; left to itself, Ray writes one into the home directory, where
     # it changes what other clusters of this user ask for.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -293,3 +290,29 @@ def _join_or_start(ray: Any, address: str | None) -> None:
         object_store_memory=_OBJECT_STORE_BYTES,
         **quiet,
     )
+
+
+def _running_here() -> str | None:
+    """Address of the cluster that runs on this machine, if one does.
+
+    ``ray start`` leaves its address in a file, where it stays when the cluster dies; so whether
+    anybody listens there is asked first.
+    """
+    file = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    try:
+        address = file.read_text(encoding="utf-8").strip()
+        host, port = _host_and_port(address)
+        if port is None:
+            return None
+        socket.create_connection((host, port), timeout=2).close()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return address
+
+
+def _host_and_port(address: str) -> tuple[str, int | None]:
+    """Parts of ``HOST:PORT``; no port for another kind of address, such as ``ray://...``."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        return address, None
+    return host, int(port)

@@ -18,7 +18,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -148,24 +148,40 @@ class RunDirectory:
         Raises:
             LestdError: another driver holds the lock.
         """
-        with explain_os_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        patience = time.monotonic() + _LOCK_PATIENCE_SECONDS
+        while (handle := self._open_locked()) is None:
+            if time.monotonic() > patience:
+                holder = _read_holder(self.path / "lock")
+                raise LestdError(
+                    f"another driver ({holder}) works on {self.path}; wait for it to end, or stop "
+                    "it, then run the same command again"
+                )
+            time.sleep(0.02)
         try:
-            patience = time.monotonic() + _LOCK_PATIENCE_SECONDS
-            while not _try_lock(handle):
-                if time.monotonic() > patience:
-                    holder = os.pread(handle, 200, 0).decode(errors="replace").strip()
-                    raise LestdError(
-                        f"another driver ({holder or 'unknown'}) works on {self.path}; wait for it "
-                        "to end, or stop it, then run the same command again"
-                    )
-                time.sleep(0.02)
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
             yield
         finally:
+            if not self.exists:  # Nothing was begun: leave nothing behind.
+                with suppress(OSError):
+                    (self.path / "lock").unlink()
+                    self.path.rmdir()
             os.close(handle)
+
+    def _open_locked(self) -> int | None:
+        """An open descriptor of the lock file that holds the lock; None if another has it."""
+        lock = self.path / "lock"
+        with explain_os_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            # A driver that began nothing removes its lock file: one that is gone locks nothing.
+            if _try_lock(handle) and os.fstat(handle).st_ino == lock.stat().st_ino:
+                return handle
+        except FileNotFoundError:
+            pass
+        os.close(handle)
+        return None
 
     def is_locked(self) -> bool:
         """Whether a driver runs on this directory now."""
@@ -235,6 +251,13 @@ class RunDirectory:
         with self.locked():
             self.remove_contents()
             shutil.rmtree(self.path)
+
+
+def _read_holder(lock: Path) -> str:
+    try:
+        return lock.read_text(encoding="utf-8", errors="replace").strip() or "unknown"
+    except OSError:
+        return "unknown"
 
 
 def _try_lock(handle: int) -> bool:

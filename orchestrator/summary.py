@@ -1,4 +1,4 @@
-"""What `lestd compress` and `lestd evaluate` show while they work and when they are done."""
+"""What `lestd plan`, `compress` and `evaluate` show while they work and when they are done."""
 
 from __future__ import annotations
 
@@ -13,6 +13,34 @@ from orchestrator.inspection import stored_scope_bytes
 from orchestrator.pipeline import Outcome
 from orchestrator.plan import Plan
 from workers.contracts import Failure, Result
+
+
+def print_plan(name: str, planned: dict[str, Any]) -> None:
+    """Print a plan, as `Plan.to_dict` gives it."""
+    rows = [
+        (
+            str(layer["layer"]),
+            str(len(layer["tensors"])),
+            tables.size(layer["dense_bytes"]),
+            f"{layer['keep']:.3f}",
+            tables.size(layer["byte_budget"]),
+            f"R1 ≤ {layer['max_R1']}, R2 ≤ {layer['max_R2']}",
+            f"≤ {layer['max_nnz']:,}",
+            tables.size(layer["predicted_memory_bytes"]),
+        )
+        for layer in planned["layers"]
+    ]
+    columns = ("layer", "tensors", "dense", "keep", "target", "ranks", "nnz", "worker memory")
+    tables.print_table(f"{name} ({planned['family']})", columns, rows)
+    total = planned["total"]
+    tables.out.print(
+        f"{total['tasks']} tasks; weights in scope {tables.size(total['dense_bytes'])} -> at most "
+        f"{tables.size(total['byte_budget'])}; whole model {tables.size(total['model_bytes'])} -> "
+        f"{tables.size(total['untouched_bytes'] + total['byte_budget'])} "
+        f"(keep {total['keep_of_model']:.3f})\n"
+        f"a worker needs about {tables.size(total['worker_memory_bytes'])} of memory, the run "
+        f"about {tables.size(total['disk_bytes'])} of disk"
+    )
 
 
 class CompressionProgress:
@@ -113,13 +141,17 @@ def print_outcome(outcome: Outcome, out: Path, run_dir: Path, json: bool) -> Non
         ),
     ]
     done = "already complete" if figures["finished_before"] == figures["tasks"] else "complete"
-    tables.out.print(tables.table(f"{done}: {out}", ("", "dense", "stored", "keep"), rows))
+    tables.print_table(f"{done}: {out}", ("", "dense", "stored", "keep"), rows)
     tables.out.print(
         f"relative error {figures['relative_error']:.4f} over {figures['tasks']} layers, "
         f"{figures['finished_before']} of them finished before; {figures['seconds']:.1f} s\n"
-        f"model {out}\nrun   {run_dir} (payloads and manifest; lestd clean drops it)",
+        f"model {out}",
         soft_wrap=True,
     )
+    if run_dir.exists():
+        tables.out.print(
+            f"run   {run_dir} (payloads and manifest; lestd clean drops it)", soft_wrap=True
+        )
 
 
 def evaluate_models(
@@ -170,4 +202,4 @@ def print_evaluations(evaluations: list[Evaluation], json: bool) -> None:
     columns = ("model", "weights in scope (keep)", "files on disk", "token ppl", "word ppl")
     one = evaluations[0]
     title = f"{text}: {one.windows} windows of {one.window_length}, {one.tokens:,} tokens"
-    tables.out.print(tables.table(title, columns, rows))
+    tables.print_table(title, columns, rows)

@@ -59,14 +59,16 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table whose first column stands left and whose others stand right."""
-    result = Table(title=title, title_justify="left", title_style="bold")
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a title, and a table whose first column stands left and whose others stand right."""
+    result = Table()
     for number, column in enumerate(columns):
         result.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
         result.add_row(*row)
-    return result
+    # Not as the table's own title: that would be wrapped to the table's width.
+    out.print(title, style="bold", markup=False, soft_wrap=True)
+    out.print(result)
 
 
 def ranks(row: dict[str, Any]) -> str:

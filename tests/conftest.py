@@ -14,7 +14,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+LAYERS = 64
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-llama-wikitext2"
 
 
@@ -28,6 +30,24 @@ def tiny_llama() -> Path:
 def wikitext() -> Path:
     """The WikiText-2 test text."""
     return EXAMPLE / "wikitext-2-test.txt"
+
+
+@pytest.fixture(scope="session")
+def many_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of so many layers that a run can be caught in the middle."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=320,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=10,
+        num_key_value_heads=5,
+        vocab_size=64,
+        max_position_embeddings=64,
+    )
+    directory = tmp_path_factory.mktemp("many-layers")
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory, max_shard_size="2MB")
+    return directory
 
 
 @pytest.fixture(autouse=True)

@@ -151,6 +151,7 @@ def test_after_clean_the_same_command_finds_the_model_complete(model: Path, out:
     assert again.code == 0
     assert "already complete" in again.out
     refused(compress(model, out, "--keep", 0.4), "config.keep")
+    assert not out.with_name("out.run").exists()
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "dangling link"])

@@ -9,39 +9,19 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from cli import digest_tree, lestd, run_lestd, start_lestd
-from transformers import LlamaConfig, LlamaForCausalLM
+from conftest import LAYERS
 
 from orchestrator.manifest import Manifest
 
-LAYERS = 64
 KEEP = ("--keep", 0.5)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of many layers, each of which takes long enough to be killed in."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=320,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=10,
-        num_key_value_heads=5,
-        vocab_size=64,
-        max_position_embeddings=64,
-    )
-    directory = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory, max_shard_size="2MB")
-    return directory
-
-
-@pytest.fixture(scope="module")
-def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def undisturbed(many_layers: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The bytes of a run that nobody disturbs."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    result = lestd("compress", model, "--out", out, *KEEP, "--executor", "serial")
+    result = lestd("compress", many_layers, "--out", out, *KEEP, "--executor", "serial")
     assert result.code == 0, result.err
     return digest_tree(out)
 
@@ -126,9 +106,9 @@ def kill_and_resume(model: Path, out: Path, kills: int, seed: int) -> dict[str, 
     "kills", [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
 )
 def test_kills_change_no_byte_and_repeat_no_finished_task(
-    model: Path, undisturbed: dict[str, str], tmp_path: Path, kills: int
+    many_layers: Path, undisturbed: dict[str, str], tmp_path: Path, kills: int
 ) -> None:
-    done = kill_and_resume(model, tmp_path / "out", kills, seed=kills)
+    done = kill_and_resume(many_layers, tmp_path / "out", kills, seed=kills)
     assert sum(done.values()) == kills
     assert min(done.values()) >= 1
     assert digest_tree(tmp_path / "out") == undisturbed
@@ -138,10 +118,10 @@ def test_kills_change_no_byte_and_repeat_no_finished_task(
 
 
 def test_a_finished_run_is_left_as_it_is(
-    model: Path, undisturbed: dict[str, str], tmp_path: Path
+    many_layers: Path, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    command = ("compress", model, "--out", out, *KEEP, "--executor", "serial")
+    command = ("compress", many_layers, "--out", out, *KEEP, "--executor", "serial")
     assert lestd(*command).code == 0
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     again = lestd(*command)
@@ -152,10 +132,10 @@ def test_a_finished_run_is_left_as_it_is(
 
 
 def test_a_damaged_payload_is_made_again_and_nothing_else(
-    model: Path, undisturbed: dict[str, str], tmp_path: Path
+    many_layers: Path, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
     out, run_dir = tmp_path / "out", tmp_path / "out.run"
-    command = ("compress", model, "--out", out, *KEEP, "--executor", "serial")
+    command = ("compress", many_layers, "--out", out, *KEEP, "--executor", "serial")
     assert lestd(*command).code == 0
     rows = Manifest(run_dir / "manifest").groups().to_pylist()
     payload = run_dir / "payloads" / rows[3]["payload"]
@@ -170,16 +150,16 @@ def test_a_damaged_payload_is_made_again_and_nothing_else(
 
 
 def test_a_run_begun_serially_is_finished_on_ray(
-    model: Path, undisturbed: dict[str, str], tmp_path: Path
+    many_layers: Path, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    process = start_lestd("compress", model, "--out", out, *KEEP, "--executor", "serial")
+    process = start_lestd("compress", many_layers, "--out", out, *KEEP, "--executor", "serial")
     wait_for_progress(process, tmp_path / "out.run", more=5)
     process.kill()
     process.communicate()
     finished = committed(tmp_path / "out.run")
     assert 5 <= len(finished) < LAYERS
-    result = run_lestd("compress", model, "--out", out, *KEEP)
+    result = run_lestd("compress", many_layers, "--out", out, *KEEP)
     assert result.code == 0, result.err
     assert f"{len(finished)} of {LAYERS} tasks were finished before" in result.err
     assert finished.items() <= committed(tmp_path / "out.run").items()
