@@ -107,7 +107,7 @@ class RunConfig(_Strict):
     @classmethod
     def _known_method(cls, value: str) -> str:
         if value not in METHODS:
-            raise ValueError(f"unknown method {value!r}; known: {', '.join(METHODS)}")
+            raise ValueError(f"expected one of {', '.join(METHODS)}")
         return value
 
     @field_validator("layer_keep")
@@ -242,8 +242,7 @@ def validated(model: type[ModelT], values: dict[str, Any], origin: str) -> Model
             raise LestdError(f"{origin}: unknown key {key!r}; {hint}") from None
         message = re.sub(r"^Value error, ", "", problem["msg"])
         given = problem.get("input")
-        ours = problem["type"] == "value_error"  # Our own validators say what they got.
-        shown = "" if ours or isinstance(given, (BaseModel, dict)) else f", got {given!r}"
+        shown = "" if isinstance(given, (BaseModel, dict)) else f", got {given!r}"
         raise LestdError(f"{origin}: {key + ': ' if key else ''}{message}{shown}") from None
 
 

@@ -400,7 +400,12 @@ def test_ctrl_c_keeps_what_is_done(
 ) -> None:
     out = tmp_path / "out"
     command = ("compress", many_layers, "--out", out, "--keep", 0.5, "--workers", 1)
-    process = start_lestd(*command, start_new_session=True)
+    process = start_lestd(
+        *command,
+        start_new_session=True,
+        # A shell starts what it runs in the background deaf to SIGINT; this run is not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     events = tmp_path / "out.run" / "manifest" / "events"
     while process.poll() is None and not list(events.glob("*.parquet")):
         time.sleep(0.002)
