@@ -1,4 +1,4 @@
-"""What `lestd compress` and `lestd evaluate` show while they work and when they are done."""
+"""What commands show while they work and when they are done."""
 
 from __future__ import annotations
 
@@ -9,10 +9,42 @@ from typing import Any
 from orchestrator import tables
 from orchestrator.evaluation import Evaluation, evaluate, open_model
 from orchestrator.executor import Event, Executor
+from orchestrator.export import Export
 from orchestrator.inspection import stored_scope_bytes
 from orchestrator.pipeline import Outcome
 from orchestrator.plan import Plan
 from workers.contracts import Failure, Result
+
+
+def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
+    """Print what a compression would do: the plan of `Plan.to_dict`."""
+    if json:
+        tables.print_json(planned)
+        return
+    rows = [
+        (
+            str(layer["layer"]),
+            str(len(layer["tensors"])),
+            tables.size(layer["dense_bytes"]),
+            f"{layer['keep']:.3f}",
+            tables.size(layer["byte_budget"]),
+            f"R1 ≤ {layer['max_R1']}, R2 ≤ {layer['max_R2']}",
+            f"≤ {layer['max_nnz']:,}",
+            tables.size(layer["predicted_memory_bytes"]),
+        )
+        for layer in planned["layers"]
+    ]
+    columns = ("layer", "tensors", "dense", "keep", "target", "ranks", "nnz", "worker memory")
+    tables.out.print(tables.table(f"{name} ({planned['family']})", columns, rows))
+    total = planned["total"]
+    tables.out.print(
+        f"{total['tasks']} tasks; weights in scope {tables.size(total['dense_bytes'])} -> at most "
+        f"{tables.size(total['byte_budget'])}; whole model {tables.size(total['model_bytes'])} -> "
+        f"{tables.size(total['untouched_bytes'] + total['byte_budget'])} "
+        f"(keep {total['keep_of_model']:.3f})\n"
+        f"a worker needs about {tables.size(total['worker_memory_bytes'])} of memory, the run "
+        f"about {tables.size(total['disk_bytes'])} of disk"
+    )
 
 
 class CompressionProgress:
@@ -118,6 +150,46 @@ def print_outcome(outcome: Outcome, out: Path, run_dir: Path, json: bool) -> Non
         f"relative error {figures['relative_error']:.4f} over {figures['tasks']} layers, "
         f"{figures['finished_before']} of them finished before; {figures['seconds']:.1f} s\n"
         f"model {out}\nrun   {run_dir} (payloads and manifest; lestd clean drops it)",
+        soft_wrap=True,
+    )
+
+
+def print_status(state: dict[str, Any], json: bool) -> None:
+    """Print how a run stands: what `run_status` found."""
+    if json:
+        tables.print_json(state)
+        return
+    rows = []
+    for layer in state["layers"]:
+        done = layer["state"] == "done"
+        rows.append(
+            (
+                str(layer["layer"]),
+                layer["state"],
+                tables.size(layer["byte_budget"]),
+                tables.size(layer["stored_bytes"]) if done else "",
+                tables.ranks(layer),
+                f"{layer['density']:.4f}" if done else "",
+                layer.get("codec", ""),
+                f"{layer['relative_error']:.4f}" if done else layer.get("message", ""),
+            )
+        )
+    columns = ("layer", "state", "target", "stored", "ranks", "density", "codec", "relative error")
+    tables.out.print(tables.table(state["run_dir"], columns, rows))
+    counts = ", ".join(f"{state[k]} {k}" for k in ("done", "running", "failed", "remaining"))
+    tables.out.print(f"{state['state']}: {counts}")
+
+
+def print_export(export: Export, json: bool) -> None:
+    """Print what an export wrote."""
+    if json:
+        tables.print_json(asdict(export))
+        return
+    tables.out.print(
+        f"{export.out}: {export.tensors} tensors in {export.shards} shards, "
+        f"{tables.size(export.untouched_bytes + export.dense_bytes)}; {export.groups} groups "
+        f"{tables.size(export.stored_bytes)} -> {tables.size(export.dense_bytes)} in "
+        f"{' and '.join(export.dtypes)}; {export.seconds:.1f} s",
         soft_wrap=True,
     )
 
