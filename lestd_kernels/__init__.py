@@ -6,8 +6,9 @@ Importing this package registers the format with Transformers, so that
 
 from lestd_kernels import transformers_plugin
 from lestd_kernels.errors import LestdError
+from lestd_kernels.linear import set_backend
 from lestd_kernels.transformers_plugin import LestdConfig
 
-__all__ = ["LestdConfig", "LestdError"]
+__all__ = ["LestdConfig", "LestdError", "set_backend"]
 
 transformers_plugin.register()

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lestd_kernels.codecs import CODECS, cheapest_codec
+from lestd_kernels.codecs import CODECS, TensorSpec, cheapest_codec
 from lestd_kernels.tensorize import PROJECTIONS, GroupLayout, ModuleLayout, fold_weights
 
 FORMAT_VERSION = 1
@@ -68,10 +68,7 @@ class EncodedCore:
 
     def named_tensors(self, prefix: str) -> dict[str, Tensor]:
         """The tensors under their names on disk; values are called ``weight`` there."""
-        return {
-            f"{prefix}.{'weight' if name == 'values' else name}": tensor
-            for name, tensor in self.tensors.items()
-        }
+        return {f"{prefix}.{_disk_name(name)}": tensor for name, tensor in self.tensors.items()}
 
     def describe(self) -> dict[str, Any]:
         """What a loader must know before it sees the tensors."""
@@ -183,6 +180,50 @@ class SharedTucker:
                 tensors[f"{dot}{module.name}.weight"] = rows.reshape(-1)
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
+    @classmethod
+    def from_named_tensors(
+        cls, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> SharedTucker:
+        """Invert `named_tensors` and `describe`.
+
+        Args:
+            entry: the group's entry, as `describe` wrote it.
+            tensors: tensor name on disk -> tensor; read for each name of `stored_specs`, others
+                are left alone.
+
+        Returns:
+            The group. An identity type mode does not say which projection a slice belongs to:
+            slice i of module m is then called ``(m, i)``.
+
+        Raises:
+            KeyError: the entry lacks a key, or `tensors` a tensor.
+        """
+        path, ranks, modules = entry["path"], entry["ranks"], entry["modules"]
+        U1 = tensors[f"{entry['factors']['U1']}.weight"]
+        U2 = tensors[f"{entry['factors']['U2']}.weight"]
+        layout = GroupLayout(
+            entry["width"],
+            entry["head_dim"],
+            tuple(
+                ModuleLayout(name, module["basis_side"], _slices(name, module))
+                for name, module in modules.items()
+            ),
+        )
+        if "core" not in entry:
+            cores = {
+                name: _stored_core(
+                    f"{path}.{name}", module, ranks["R1"], module["slices"] * ranks["R2"], tensors
+                )
+                for name, module in modules.items()
+            }
+            return cls(layout, U1, U2, cores)
+        core = entry["core"]
+        shared = _stored_core(core["path"], core, ranks["R1"], core["columns"], tensors)
+        U3 = U1.new_zeros(len(PROJECTIONS), ranks["R3"])
+        for name, module in modules.items():
+            U3[module["types"]] = tensors[f"{path}.{name}.weight"].reshape(-1, ranks["R3"])
+        return cls(layout, U1, U2, {CORE_NAME: shared}, U3)
+
     def describe(self, group: str) -> dict[str, Any]:
         """The group's entry in ``quantization_config["groups"]`` of the compressed model.
 
@@ -216,3 +257,58 @@ class SharedTucker:
             description["core"] = {"path": f"{group}.{CORE_NAME}", "columns": core.columns}
             description["core"] |= core.describe()
         return description
+
+
+def stored_specs(entry: Mapping[str, Any]) -> dict[str, TensorSpec]:
+    """Name on disk, shape and dtype of every tensor that a group's entry needs, without data.
+
+    Args:
+        entry: as `SharedTucker.describe` wrote it.
+
+    Raises:
+        KeyError: the entry lacks a key, or names a codec that does not exist.
+    """
+    path, ranks, modules = entry["path"], entry["ranks"], entry["modules"]
+    specs: dict[str, TensorSpec] = {
+        f"{entry['factors']['U1']}.weight": ((entry["width"], ranks["R1"]), None),
+        f"{entry['factors']['U2']}.weight": ((entry["head_dim"], ranks["R2"]), None),
+    }
+    if "core" in entry:
+        core = entry["core"]
+        specs |= _core_specs(core["path"], core, ranks["R1"], core["columns"])
+        for name, module in modules.items():
+            specs[f"{path}.{name}.weight"] = ((len(module["types"]) * ranks["R3"],), None)
+        return specs
+    for name, module in modules.items():
+        columns = module["slices"] * ranks["R2"]
+        specs |= _core_specs(f"{path}.{name}", module, ranks["R1"], columns)
+    return specs
+
+
+def _core_specs(
+    path: str, entry: Mapping[str, Any], rows: int, columns: int
+) -> dict[str, TensorSpec]:
+    specs = CODECS[entry["codec"]].tensor_specs(rows, columns, entry["nnz"])
+    return {f"{path}.{_disk_name(name)}": spec for name, spec in specs.items()}
+
+
+def _stored_core(
+    path: str, entry: Mapping[str, Any], rows: int, columns: int, tensors: Mapping[str, Tensor]
+) -> EncodedCore:
+    names = CODECS[entry["codec"]].tensor_specs(rows, columns, entry["nnz"])
+    parts = {name: tensors[f"{path}.{_disk_name(name)}"] for name in names}
+    return EncodedCore(entry["codec"], rows, columns, entry["nnz"], parts)
+
+
+def _disk_name(name: str) -> str:
+    """What a codec's tensor is called below its module."""
+    return "weight" if name == "values" else name
+
+
+def _slices(name: str, module: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
+    """Slices of a module from its entry; regular over heads and types where it states types."""
+    if "types" not in module:
+        return tuple((name, i) for i in range(module["slices"]))
+    types = module["types"]
+    heads = module["slices"] // len(types)
+    return tuple((PROJECTIONS[t], i) for i in range(heads) for t in types)

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lestd_kernels.backends import BACKENDS
+from lestd_kernels import backends
 from lestd_kernels.codecs import CODECS, TensorSpec
 from lestd_kernels.decomposition import EncodedCore, mix_types
+from lestd_kernels.errors import LestdError
 from lestd_kernels.tensorize import BasisSide
 
 
@@ -35,10 +36,14 @@ class Factor(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, rank, dtype=dtype, device=device))
+        self.backend: str | None = None
 
     def forward(self, x: Tensor, transposed: bool = False) -> Tensor:
         """``x @ U`` for x ``(..., rows)``, or with `transposed` ``x @ U.T`` for ``(..., rank)``."""
-        return x @ (self.weight.T if transposed else self.weight)
+        rows, rank = self.weight.shape
+        values = {"values": self.weight.reshape(-1)}
+        core = EncodedCore("dense", rows, rank, rows * rank, values)
+        return backends.apply_core(x, core, transposed, self.backend)
 
     def extra_repr(self) -> str:
         """Rows and rank, for ``print(model)``."""
@@ -135,11 +140,12 @@ class SharedCore(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
+        self.backend: str | None = None
         _register_core(self, spec, dtype, device)
 
     def forward(self) -> Tensor:
         """G ``(R1, R3 h R2)``, dense."""
-        return _packed_core(self, self.spec).decode()
+        return backends.expand(_packed_core(self, self.spec), self.backend)
 
     def extra_repr(self) -> str:
         """The packed core, for ``print(model)``."""
@@ -183,7 +189,7 @@ class CompressedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.basis_side, self.slices, self.types = basis_side, slices, types
-        self.backend = "eager"
+        self.backend: str | None = None
         # A tuple, since nn.Module registers modules only where they are attributes themselves.
         self._shared: tuple[Factor, Factor, SharedCore | None]
         if isinstance(core, SharedCore):
@@ -214,15 +220,15 @@ class CompressedLinear(nn.Module):
         """``x (..., in_features) -> (..., out_features)``, in the dtype of the operands."""
         U1, U2, _ = self._shared
         p, R2 = U2.weight.shape
-        apply_core = BACKENDS[self.backend]
         out: Tensor
         if self.basis_side == "input":
-            Z = apply_core(_shared_product(U1, x), self._core(), False)
+            Z = backends.apply_core(_shared_product(U1, x), self._core(), False, self.backend)
             Z = Z.reshape(*x.shape[:-1], self.slices, R2)
             out = U2(Z, transposed=True).flatten(-2)
         else:
             Z = U2(x.reshape(*x.shape[:-1], self.slices, p)).flatten(-2)
-            out = U1(apply_core(Z, self._core(), True), transposed=True)
+            Z = backends.apply_core(Z, self._core(), True, self.backend)
+            out = U1(Z, transposed=True)
         # Under autocast `out` is narrower than the bias; the sum keeps its dtype, as nn.Linear's.
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
@@ -231,3 +237,21 @@ class CompressedLinear(nn.Module):
         core = f"types={self.types}" if self.spec is None else f"{self.spec}"
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, slices={self.slices}, bias={self.bias is not None}, {core}"
+
+
+def set_backend(model: nn.Module, backend: str | None) -> None:
+    """Have one backend multiply throughout `model`, or with None the one chosen per product.
+
+    Where a backend cannot run (another device or codec, autograd, autocast), `eager` does.
+
+    Raises:
+        LestdError: there is no such backend.
+    """
+    if backend is not None and backend not in backends.BACKENDS:
+        raise LestdError(
+            f"there is no backend {backend!r}, expected {', '.join(backends.BACKENDS)} or None"
+        )
+    for module in model.modules():
+        if isinstance(module, Factor | SharedCore | CompressedLinear):
+            module.backend = backend
+            backends.release(module.get_parameter("weight"))

@@ -23,24 +23,34 @@ from orchestrator import tables
 from orchestrator.config import ClusterConfig, RunConfig, RunFile, load_yaml, validated
 from orchestrator.options import (
     Address,
+    Batch,
+    BenchThreads,
     ClusterFile,
+    ComputeDtype,
     ConfigFile,
     DeviceOption,
     Exclude,
     ExecutorOption,
+    ExportDtype,
     Include,
     Json,
     Keep,
     KeepModel,
     MaxFlops,
+    MaxWindows,
     MethodOption,
     Model,
+    NewTokens,
     Out,
+    Plot,
+    PromptTokens,
+    Repeats,
     Revision,
     RunDir,
     ScopeOption,
     Threads,
     TypeModeOption,
+    Window,
     Workers,
     absolute,
 )
@@ -154,10 +164,7 @@ def plan(
     options = {k: v for k, v in locals().items() if k in RunFile.model_fields and k != "model"}
     name, revision, run_config = _run_config(model, config, options)
     planned = make_plan(open_headers(name, revision), run_config).to_dict()
-    if json:
-        tables.print_json(planned)
-        return
-    print_plan(name, planned)
+    print_plan(name, planned, json)
 
 
 @app.command()
@@ -203,7 +210,7 @@ def compress(
     cluster_config = _cluster_config(cluster, executor=executor, workers=workers, address=address)
     if dry_run:
         planned = make_plan(open_headers(name, revision), run_config).to_dict()
-        tables.print_json(planned) if json else print_plan(name, planned)
+        print_plan(name, planned, json)
         return
 
     run_dir = run_dir or default_run_dir(out)
@@ -256,33 +263,43 @@ def convert(
 
 
 @app.command()
+def export(
+    model: Annotated[
+        Path, typer.Argument(help="The compressed model's directory.", callback=absolute)
+    ],
+    dense: Annotated[
+        Path,
+        typer.Option(
+            help="Directory of the dense checkpoint to write; must not exist, or be empty.",
+            callback=absolute,
+        ),
+    ],
+    dtype: Annotated[
+        ExportDtype,
+        typer.Option(help="Of the reconstructed weights; auto: as the values are stored."),
+    ] = ExportDtype.auto,
+    json: Json = False,
+) -> None:
+    """Write a compressed model as an ordinary dense checkpoint, for tools without the format."""
+    import torch
+
+    from orchestrator.export import export_dense
+    from orchestrator.summary import print_export
+
+    chosen = torch.float32 if dtype is ExportDtype.float32 else None
+    with tables.Meter("export", "bytes") as meter:
+        exported = export_dense(model, dense, chosen, meter.update)
+    print_export(exported, json)
+
+
+@app.command()
 def status(out: Out, run_dir: RunDir = None, json: Json = False) -> None:
     """Show what is done, running, failed and remaining; works during a run and after it."""
     from orchestrator.inspection import run_status
+    from orchestrator.summary import print_status
 
     state = run_status(run_dir or default_run_dir(out), out)
-    if json:
-        tables.print_json(state)
-        return
-    rows = []
-    for layer in state["layers"]:
-        done = layer["state"] == "done"
-        rows.append(
-            (
-                str(layer["layer"]),
-                layer["state"],
-                tables.size(layer["byte_budget"]),
-                tables.size(layer["stored_bytes"]) if done else "",
-                tables.ranks(layer),
-                f"{layer['density']:.4f}" if done else "",
-                layer.get("codec", ""),
-                f"{layer['relative_error']:.4f}" if done else layer.get("message", ""),
-            )
-        )
-    columns = ("layer", "state", "target", "stored", "ranks", "density", "codec", "relative error")
-    tables.print_table(state["run_dir"], columns, rows)
-    counts = ", ".join(f"{state[k]} {k}" for k in ("done", "running", "failed", "remaining"))
-    tables.out.print(f"{state['state']}: {counts}")
+    print_status(state, json)
 
 
 @app.command()
@@ -333,21 +350,9 @@ def evaluate(
     against: Annotated[
         Path | None, typer.Option(help="A second model, usually the dense one, to compare with.")
     ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Tokens per window.",
-            show_default="the smaller of 2048 and the model's positions",
-        ),
-    ] = None,
-    max_windows: Annotated[
-        int | None, typer.Option(min=1, help="Only the first windows.", show_default="all")
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(help="Compute dtype: auto (the checkpoint's), float32, bfloat16, float16."),
-    ] = "auto",
+    window: Window = None,
+    max_windows: MaxWindows = None,
+    dtype: ComputeDtype = "auto",
     device: DeviceOption = None,
     threads: Threads = None,
     executor: ExecutorOption = None,
@@ -367,6 +372,34 @@ def evaluate(
     with open_executor(cluster_config) as runner:
         evaluations = evaluate_models(models, text, runner, settings)
     print_evaluations(evaluations, json)
+
+
+@app.command()
+def bench(
+    dense: Annotated[Path, typer.Argument(help="Directory of the dense model.")],
+    compressed: Annotated[Path, typer.Argument(help="Directory of the compressed model.")],
+    prompt_tokens: PromptTokens = 128,
+    new_tokens: NewTokens = 64,
+    batch: Batch = 1,
+    repeats: Repeats = 5,
+    dtype: ComputeDtype = "auto",
+    device: DeviceOption = None,
+    threads: BenchThreads = None,
+    plot: Plot = None,
+    json: Json = False,
+) -> None:
+    """Time two models in turn: prefill, decoding, time to first token, peak memory."""
+    from orchestrator.bench import check_plot, compare, print_comparison, save_plot
+    from workers.bench import BenchSettings
+
+    if plot is not None:
+        check_plot(plot)
+    settings = BenchSettings(prompt_tokens, new_tokens, batch, dtype, device or "auto", threads)
+    with tables.Meter("bench", "repetitions") as meter:
+        comparison = compare(dense, compressed, settings, repeats, meter.update)
+    if plot is not None:
+        save_plot(comparison, plot)
+    print_comparison(comparison, json)
 
 
 def main() -> None:

@@ -38,6 +38,13 @@ class TypeMode(StrEnum):
     learned = "learned"
 
 
+class ExportDtype(StrEnum):
+    """Dtype of reconstructed weights."""
+
+    auto = "auto"
+    float32 = "float32"
+
+
 def absolute(path: Path | None) -> Path | None:
     """An absolute path without ``..``; unlike `Path.resolve`, a link at its end is kept."""
     return path and Path(os.path.abspath(path))  # noqa: PTH100
@@ -105,5 +112,33 @@ Address = Annotated[
 Workers = Annotated[
     int | None,
     typer.Option(min=1, help="Workers.", show_default="one per GPU, or what CPUs and memory allow"),
+]
+ComputeDtype = Annotated[
+    str, typer.Option(help="Compute dtype: auto (the checkpoint's), float32, bfloat16, float16.")
+]
+Window = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Tokens per window.",
+        show_default="the smaller of 2048 and the model's positions",
+    ),
+]
+MaxWindows = Annotated[
+    int | None, typer.Option(min=1, help="Only the first windows.", show_default="all")
+]
+PromptTokens = Annotated[int, typer.Option(min=1, help="Tokens of a prompt; random.")]
+NewTokens = Annotated[
+    int, typer.Option(min=2, help="Tokens to decode, the one of the prefill included.")
+]
+Batch = Annotated[int, typer.Option(min=1, help="Sequences at once.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Repetitions that count, of each model.")]
+BenchThreads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="CPU threads of a model.", show_default="torch's own"),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option(help="Draw the figures too: FILE.png or FILE.svg; needs lestd[report]."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]

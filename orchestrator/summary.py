@@ -1,4 +1,4 @@
-"""What `lestd plan`, `compress` and `evaluate` show while they work and when they are done."""
+"""What commands show while they work and when they are done."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from typing import Any
 from orchestrator import tables
 from orchestrator.evaluation import Evaluation, evaluate, open_model
 from orchestrator.executor import Event, Executor
+from orchestrator.export import Export
 from orchestrator.inspection import stored_scope_bytes
 from orchestrator.pipeline import Outcome
 from orchestrator.plan import Plan
 from workers.contracts import Failure, Result
 
 
-def print_plan(name: str, planned: dict[str, Any]) -> None:
-    """Print a plan, as `Plan.to_dict` gives it."""
+def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
+    """Print what a compression would do: the plan of `Plan.to_dict`."""
+    if json:
+        tables.print_json(planned)
+        return
     rows = [
         (
             str(layer["layer"]),
@@ -152,6 +156,46 @@ def print_outcome(outcome: Outcome, out: Path, run_dir: Path, json: bool) -> Non
         tables.out.print(
             f"run   {run_dir} (payloads and manifest; lestd clean drops it)", soft_wrap=True
         )
+
+
+def print_status(state: dict[str, Any], json: bool) -> None:
+    """Print how a run stands: what `run_status` found."""
+    if json:
+        tables.print_json(state)
+        return
+    rows = []
+    for layer in state["layers"]:
+        done = layer["state"] == "done"
+        rows.append(
+            (
+                str(layer["layer"]),
+                layer["state"],
+                tables.size(layer["byte_budget"]),
+                tables.size(layer["stored_bytes"]) if done else "",
+                tables.ranks(layer),
+                f"{layer['density']:.4f}" if done else "",
+                layer.get("codec", ""),
+                f"{layer['relative_error']:.4f}" if done else layer.get("message", ""),
+            )
+        )
+    columns = ("layer", "state", "target", "stored", "ranks", "density", "codec", "relative error")
+    tables.print_table(state["run_dir"], columns, rows)
+    counts = ", ".join(f"{state[k]} {k}" for k in ("done", "running", "failed", "remaining"))
+    tables.out.print(f"{state['state']}: {counts}")
+
+
+def print_export(export: Export, json: bool) -> None:
+    """Print what an export wrote."""
+    if json:
+        tables.print_json(asdict(export))
+        return
+    tables.out.print(
+        f"{export.out}: {export.tensors} tensors in {export.shards} shards, "
+        f"{tables.size(export.untouched_bytes + export.dense_bytes)}; {export.groups} groups "
+        f"{tables.size(export.stored_bytes)} -> {tables.size(export.dense_bytes)} in "
+        f"{' and '.join(export.dtypes)}; {export.seconds:.1f} s",
+        soft_wrap=True,
+    )
 
 
 def evaluate_models(

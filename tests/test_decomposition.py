@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,7 +8,13 @@ import torch
 from groups import fused, gqa, mha
 
 from lestd_kernels.codecs import CODECS
-from lestd_kernels.decomposition import CORE_NAME, EncodedCore, SharedTucker, module_types
+from lestd_kernels.decomposition import (
+    CORE_NAME,
+    EncodedCore,
+    SharedTucker,
+    module_types,
+    stored_specs,
+)
 from lestd_kernels.tensorize import PROJECTIONS, ModuleLayout
 
 
@@ -119,6 +126,85 @@ def test_the_description_decodes_the_tensors():
         core = CODECS[entry["codec"]].decode(parts, 6, entry["slices"] * 3)
         assert torch.equal(core, stored.cores[name].decode())
         assert entry["nnz"] == int(core.count_nonzero())
+
+
+def round_trip(stored):
+    """What a reader makes of the tensors and the entry, which is JSON on its way."""
+    entry = json.loads(json.dumps(stored.describe("model.block")))
+    tensors = stored.named_tensors("model.block")
+    return SharedTucker.from_named_tensors(entry, tensors | {"other": torch.ones(1)})
+
+
+def recode(core, codec):
+    matrix = core.decode()
+    return EncodedCore(codec, core.rows, core.columns, core.nnz, CODECS[codec].encode(matrix))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("layout", "R3"),
+    [
+        (mha(11, 5, 3), None),
+        (gqa(8, 3, 4, 2), None),
+        (gqa(9, 4, 6, 1), None),
+        (fused(7, 4, 3), None),
+        (mha(11, 5, 3), 2),
+        (mha(5, 3, 1), 4),
+        (fused(7, 4, 3), 3),
+        (fused(7, 4, 3), 1),
+    ],
+)
+def test_named_tensors_and_entry_give_the_group_back(layout, R3, dtype, codec):
+    make = identity_tucker if R3 is None else learned_tucker
+    ranks = (6, 3) if R3 is None else (6, 3, R3)
+    stored = make(layout, *ranks, dtype)
+    stored = replace(stored, cores={n: recode(c, codec) for n, c in stored.cores.items()})
+    again = round_trip(stored)
+    assert again.describe("model.block") == stored.describe("model.block")
+    expected, found = (g.named_tensors("model.block") for g in (stored, again))
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    weights = again.to_dense()
+    assert weights.keys() == stored.to_dense().keys()
+    assert all(torch.equal(w, weights[name]) for name, w in stored.to_dense().items())
+    assert (again.nnz, again.stored_bytes) == (stored.nnz, stored.stored_bytes)
+    if R3 is not None:
+        assert again.layout == layout
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("R3", [None, 2])
+def test_the_stored_specs_are_those_of_the_tensors(codec, R3):
+    layout = gqa(8, 3, 4, 2) if R3 is None else mha(8, 3, 4)
+    make = identity_tucker if R3 is None else learned_tucker
+    stored = make(layout, *((5, 2) if R3 is None else (5, 2, R3)), torch.bfloat16)
+    stored = replace(stored, cores={n: recode(c, codec) for n, c in stored.cores.items()})
+    specs = stored_specs(stored.describe("block"))
+    tensors = stored.named_tensors("block")
+    assert specs.keys() == tensors.keys()
+    for name, (shape, dtype) in specs.items():
+        assert tuple(tensors[name].shape) == shape
+        assert tensors[name].dtype == (dtype or torch.bfloat16)
+    assert next(iter(specs)) == "block.lestd_u1.weight"
+
+
+def test_shared_factors_are_read_where_the_entry_says():
+    first, second = (identity_tucker(mha(8, 3, 2), 5, 2, torch.float32) for _ in range(2))
+    entry = second.describe("b")
+    entry["factors"] = first.describe("a")["factors"]
+    tensors = first.named_tensors("a") | second.named_tensors("b")
+    del tensors["b.lestd_u1.weight"], tensors["b.lestd_u2.weight"]
+    assert stored_specs(entry).keys() <= tensors.keys()
+    found = SharedTucker.from_named_tensors(entry, tensors)
+    expected = replace(second, U1=first.U1, U2=first.U2)
+    assert torch.equal(found.reconstruct(), expected.reconstruct())
+    with pytest.raises(KeyError, match=r"a\.lestd_u2"):
+        SharedTucker.from_named_tensors(
+            entry, second.named_tensors("b") | {"a.lestd_u1.weight": first.U1}
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,77 @@
 """How a packed core is multiplied: one file per backend, one line in `BACKENDS`.
 
-A backend is one function ``apply_core(x, core, transposed)``: with M ``(rows, columns)`` the
-unfolding that `core` packs, it returns ``x @ M`` for x ``(..., rows)``, or ``x @ M.T`` for x
-``(..., columns)``. It must agree with `eager`, which is the specification, for every codec.
+Every backend agrees with `eager`, the specification, and is used where it can run (`Backend.runs`);
+where it cannot, `eager` is. `choose` holds the rule for those whom nobody asked for one by name;
+benchmarks/backends.py is what it rests on.
+
+    backend      cores               where        reads per token
+    eager        any                 anywhere     the packed core, and M, written and read
+    dense_core   bitmask, csr        anywhere     M; on demand only, since M stays in memory
+    csr          csr                 CPU, MKL     the packed core
+    bitmask      bitmask, dense      CPU          the packed core
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-from lestd_kernels.backends import eager
+from lestd_kernels.backends import bitmask, csr, dense_core, eager
+from lestd_kernels.backends.base import Backend, token_count
 from lestd_kernels.decomposition import EncodedCore
 
-ApplyCore = Callable[[Tensor, EncodedCore, bool], Tensor]
+BACKENDS: dict[str, Backend] = {
+    "eager": eager.BACKEND,
+    "dense_core": dense_core.BACKEND,
+    "csr": csr.BACKEND,
+    "bitmask": bitmask.BACKEND,
+}
 
-BACKENDS: dict[str, ApplyCore] = {"eager": eager.apply_core}
+# A dense core, or factor, is read row by row here, which PyTorch's product with a transposed
+# 16-bit matrix does not do well for so few tokens.
+_FEW_TOKENS_DENSE = 4
+# Beyond, expanding a csr core is no slower than MKL's sparse product, which transposes it for x M.
+_FEW_TOKENS_CSR, _FEW_TOKENS_CSR_TRANSPOSED = 8, 64
+
+
+def choose(x: Tensor, core: EncodedCore, transposed: bool) -> str:
+    """Name of the fastest backend for this product that keeps nothing in memory.
+
+    - ``bitmask`` cores on CPU: the kernel, for any number of tokens (it expands M in a fraction of
+      the time that `eager` takes).
+    - ``csr`` cores on CPU: `torch.sparse` for few tokens, else `eager`.
+    - ``dense`` cores: the kernel for ``x @ M`` of few tokens in 16 bits, else `eager`.
+    """
+    if core.codec == "bitmask" and bitmask.runs(x, core):
+        return "bitmask"
+    few = _FEW_TOKENS_CSR_TRANSPOSED if transposed else _FEW_TOKENS_CSR
+    if core.codec == "csr" and csr.runs(x, core) and token_count(x) <= few:
+        return "csr"
+    if (
+        core.codec == "dense"
+        and not transposed
+        and x.dtype.itemsize == 2
+        and bitmask.runs(x, core)
+        and token_count(x) <= _FEW_TOKENS_DENSE
+        and bitmask.is_fast()
+    ):
+        return "bitmask"
+    return "eager"
+
+
+def apply_core(x: Tensor, core: EncodedCore, transposed: bool, backend: str | None) -> Tensor:
+    """``x @ M``, or with `transposed` ``x @ M.T``, by `backend`, or by the one that is chosen."""
+    name = backend or choose(x, core, transposed)
+    used = BACKENDS[name if BACKENDS[name].runs(x, core) else "eager"]
+    return used.apply_core(x, core, transposed)
+
+
+def expand(core: EncodedCore, backend: str | None) -> Tensor:
+    """M ``(rows, columns)``, dense, by `backend`, or by the fastest that keeps nothing."""
+    used = BACKENDS[backend or ("bitmask" if core.codec == "bitmask" else "eager")]
+    values = core.tensors["values"]
+    return (used if used.runs(values, core) else BACKENDS["eager"]).expand(core)
+
+
+def release(values: Tensor) -> None:
+    """Drop what a backend keeps for the core whose values these are."""
+    dense_core.release(values)

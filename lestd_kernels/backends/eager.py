@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lestd_kernels.backends.base import Backend
 from lestd_kernels.decomposition import EncodedCore
 
 
@@ -14,3 +15,11 @@ def apply_core(x: Tensor, core: EncodedCore, transposed: bool) -> Tensor:
     """
     M = core.decode()
     return x @ (M.T if transposed else M)
+
+
+def runs(x: Tensor, core: EncodedCore) -> bool:
+    """Always."""
+    return True
+
+
+BACKEND = Backend(runs, apply_core, EncodedCore.decode)

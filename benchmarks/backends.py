@@ -1,0 +1,201 @@
+"""Speed of the backends on CPU: attention projections of Llama-2-13B's shape against nn.Linear.
+
+    python benchmarks/backends.py            prints the table of README.md, in Markdown
+
+One row is Q, K, V and O of one layer (d 5120, 40 heads of 128) for some tokens, dense or
+compressed. Candidates take turns; before each call caches are emptied, as the other layers of a
+model do. A row says the median, its ratio to the dense layer, and the floor: the bytes that must
+be read over the measured bandwidth of a copy, or the multiply-adds over the rate of a measured
+matrix product, whichever takes longer.
+
+Weights are random. R1 is the share of d that LeSTD's rank search takes at each keep on the model
+in examples/, R2 is the head width, and the density is what then fits the bytes. The csr row has
+a core of density 0.05, for which that codec is the smallest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lestd_kernels import set_backend
+from lestd_kernels.codecs import CODECS
+from lestd_kernels.linear import CompressedLinear, CoreSpec, Factor, share_products
+
+WIDTH, HEADS, HEAD_DIM = 5120, 40, 128
+PROJECTIONS = ("q", "k", "v", "o")
+R1_SHARE = {0.2: 0.30, 0.4: 0.55, 0.6: 0.77, 0.8: 0.95}
+CSR_KEEP, CSR_DENSITY = 0.2, 0.05
+COPY_BYTES = 2**28
+PRODUCT_TOKENS = 512
+CACHE_BYTES = 600 * 2**20  # more than the largest last-level cache of a server CPU today
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of a compressed layer: one core density for all four projections."""
+
+    keep: float
+    codec: str
+    R1: int
+    density: float
+
+
+def shapes(keep: float, value_bytes: int) -> list[Shape]:
+    """The layers to measure at one keep."""
+    elements = WIDTH * HEADS * HEAD_DIM
+    budget = keep * 4 * elements * value_bytes
+    R1 = round(R1_SHARE[keep] * WIDTH / 8) * 8
+    core = 4 * R1 * HEADS * HEAD_DIM
+    density = (budget - WIDTH * R1 * value_bytes - core / 8) / (core * value_bytes)
+    found = [Shape(keep, "bitmask", R1, density)]
+    if keep == CSR_KEEP:
+        per_rank = WIDTH * value_bytes + 4 * HEADS * HEAD_DIM * CSR_DENSITY * (value_bytes + 2)
+        found.append(Shape(keep, "csr", int(budget / per_rank / 8) * 8, CSR_DENSITY))
+    return found
+
+
+class Projections(nn.Module):
+    """Q, K, V and O of one layer, without the attention between them."""
+
+    def __init__(self, linears: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.linears = nn.ModuleDict(linears)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sum of Q, K and V, through O."""
+        q, k, v, o = (self.linears[p] for p in PROJECTIONS)
+        out: Tensor = o(q(x) + k(x) + v(x))
+        return out
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of parameters and buffers."""
+        return sum(t.nbytes for t in self.state_dict().values())
+
+
+def dense_layer(dtype: torch.dtype) -> Projections:
+    """Four nn.Linear."""
+    sizes = dict.fromkeys("qkv", (WIDTH, HEADS * HEAD_DIM)) | {"o": (HEADS * HEAD_DIM, WIDTH)}
+    return Projections({p: nn.Linear(*s, bias=False, dtype=dtype) for p, s in sizes.items()})
+
+
+def compressed_layer(shape: Shape, dtype: torch.dtype) -> Projections:
+    """The same four, compressed, with random weights."""
+    columns = HEADS * HEAD_DIM
+    U1, U2 = Factor(WIDTH, shape.R1, dtype), Factor(HEAD_DIM, HEAD_DIM, dtype)
+    nn.init.normal_(U1.weight, std=WIDTH**-0.5)
+    nn.init.normal_(U2.weight, std=HEAD_DIM**-0.5)
+    linears: dict[str, nn.Module] = {}
+    for projection in PROJECTIONS:
+        M = torch.randn(shape.R1, columns) * (torch.rand(shape.R1, columns) < shape.density)
+        packed = CODECS[shape.codec].encode((M * shape.R1**-0.5).to(dtype))
+        linear = CompressedLinear(
+            WIDTH if projection != "o" else columns,
+            columns if projection != "o" else WIDTH,
+            "output" if projection == "o" else "input",
+            HEADS,
+            (U1, U2),
+            CoreSpec(shape.codec, shape.R1, columns, packed["values"].numel()),
+            bias=False,
+            dtype=dtype,
+        )
+        values = {"weight" if n == "values" else n: tensor for n, tensor in packed.items()}
+        linear.load_state_dict(values)
+        linears[projection] = linear
+    layer = Projections(linears)
+    layer.factors = nn.ModuleList([U1, U2])
+    share_products(layer)
+    return layer
+
+
+def compressed_layers(shape: Shape, dtype: torch.dtype) -> dict[str, Projections]:
+    """The same layer by each backend that has its codec, and with the choice left open."""
+    layer = compressed_layer(shape, dtype)
+    layers = {"chosen": layer}
+    for name in (shape.codec, "dense_core", "eager"):
+        layers[name] = copy.deepcopy(layer)
+        set_backend(layers[name], name)
+    return layers
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor, repeats: int
+) -> dict[str, float]:
+    """Median seconds of each call on x, all in turn, each with empty caches."""
+    cache = torch.zeros(CACHE_BYTES // 4)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            cache.add_(1)
+            start = time.perf_counter()
+            call(x)
+            if turn:  # the first one compiles, and fills what is kept
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def machine_calls(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
+    """A copy of `COPY_BYTES` and a product of `PRODUCT_TOKENS`, whose speed sets the floors."""
+    source = torch.zeros(COPY_BYTES // 4)
+    target = torch.empty_like(source)
+    x, W = (torch.randn(n, WIDTH).to(dtype) for n in (PRODUCT_TOKENS, WIDTH))
+    return {"copy": lambda _: target.copy_(source), "product": lambda _: x @ W.T}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--keeps", type=float, nargs="+", default=sorted(R1_SHARE))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 512], help="e.g. 1 4096")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--quick", action="store_true", help="keep 0.4 in bfloat16, 3 repeats")
+    options = parser.parse_args()
+    if options.quick:
+        options.keeps, options.dtypes, options.repeats = [0.4], ["bfloat16"], 3
+    torch.manual_seed(0)
+
+    print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, medians of ", end="")
+    print(f"{options.repeats}, torch {torch.__version__}")
+    for dtype in (getattr(torch, name) for name in options.dtypes):
+        print(f"\n{dtype}\n")
+        print("| keep | R1 | density | tokens | backend | ms | x dense | floor x dense | x floor |")
+        print("|---|---|---|---|---|---|---|---|---|", flush=True)
+        dense, machine = dense_layer(dtype), machine_calls(dtype)
+        for shape in (shape for keep in options.keeps for shape in shapes(keep, dtype.itemsize)):
+            layers = {"dense": dense} | compressed_layers(shape, dtype)
+            factor = WIDTH * shape.R1 * dtype.itemsize
+            unpacked = 4 * shape.R1 * HEADS * HEAD_DIM * dtype.itemsize
+            products = 2 * WIDTH * shape.R1 + 4 * HEADS * HEAD_DIM * (shape.R1 + HEAD_DIM)
+            for tokens in options.tokens:
+                x = torch.randn(tokens, WIDTH).to(dtype)
+                with torch.no_grad():
+                    took = interleaved(machine | layers, x, options.repeats)
+                bandwidth = 2 * COPY_BYTES / took["copy"]
+                rate = PRODUCT_TOKENS * WIDTH * WIDTH / took["product"]
+                for name in layers:
+                    seconds = took[name]
+                    # U1 is read for Q, K and V, and again for O.
+                    read, per_token = layers[name].data_bytes + factor, products
+                    if name == "dense":
+                        read, per_token = dense.data_bytes, 4 * WIDTH * WIDTH
+                    elif name == "dense_core":
+                        read = 2 * factor + unpacked
+                    floor = max(read / bandwidth, tokens * per_token / rate)
+                    cells = [f"{shape.keep}", f"{shape.R1}", f"{shape.density:.2f}", f"{tokens}"]
+                    cells += [name, f"{1e3 * seconds:.1f}", f"{seconds / took['dense']:.2f}"]
+                    cells += [f"{floor / took['dense']:.2f}", f"{seconds / floor:.1f}"]
+                    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Cores stay packed and are expanded in registers: few tokens then read fewer bytes. CPU.
+
+The kernel is C++ (`bitmask.cpp`), compiled on first use with PyTorch's own tooling and cached
+where PyTorch caches extensions (``TORCH_EXTENSIONS_DIR``). It needs a C++ compiler and ninja; where
+there is none, or compiling fails, one warning says so and `eager` does the work.
+
+The kernel's results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import sysconfig
+import tempfile
+import threading
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lestd_kernels.backends.base import Backend, is_plain, token_count
+from lestd_kernels.decomposition import EncodedCore
+
+_NAME = "lestd_bitmask"
+_SOURCE = Path(__file__).with_suffix(".cpp")
+_FLAGS = ["-O3", "-fopenmp"]
+_VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_loading = threading.Lock()
+
+
+def _library_path() -> Path:
+    """Where the compiled kernel lies: one place for each source, PyTorch and architecture."""
+    default = Path.home() / ".cache" / "torch_extensions"
+    what = "\n".join([_SOURCE.read_text(encoding="utf-8"), *_FLAGS, torch.__version__])
+    digest = hashlib.sha256(what.encode()).hexdigest()[:16]
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
+    return root / f"{_NAME}-{platform.machine()}-{digest}" / f"{_NAME}.so"
+
+
+def _build(library: Path) -> None:
+    """Compile and load the kernel, and leave it at `library`, where it appears complete."""
+    from torch.utils.cpp_extension import load
+
+    # The ninja of this environment is found even where the environment is not activated.
+    if shutil.which("ninja") is None:
+        os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        load(
+            _NAME,
+            [str(_SOURCE)],
+            extra_cflags=_FLAGS,
+            extra_ldflags=["-fopenmp"],
+            build_directory=scratch,
+            is_python_module=False,
+        )
+        (Path(scratch) / library.name).replace(library)
+
+
+def _load() -> None:
+    library = _library_path()
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with (library.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed, or the process ends
+        if library.exists():
+            torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+        else:
+            _build(library)
+
+
+@cache
+def _load_once() -> bool:
+    try:
+        _load()
+    except Exception as error:  # whatever a compiler, a linker or a file system can say
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(
+            f"lestd: the kernel for packed cores could not be compiled ({reason}); products take "
+            "the plain PyTorch path, which is slow for one token. Install a C++ compiler and "
+            "ninja, or trade memory for speed with lestd_kernels.set_backend(model, 'dense_core').",
+            stacklevel=2,
+        )
+        return False
+    torch.library.register_fake("lestd::bitmask_apply", _fake_apply)
+    torch.library.register_fake("lestd::bitmask_expand", _fake_expand)
+    return True
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_available() -> bool:
+    """Whether the kernel is there; compiles it (some seconds) where it was not yet."""
+    with _loading:
+        return _load_once()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_fast() -> bool:
+    """Whether this CPU runs the AVX-512 path (VBMI2: Ice Lake, Zen 4 and later)."""
+    return is_available() and bool(torch.ops.lestd.bitmask_is_fast())
+
+
+def _fake_apply(
+    x: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    rows: int,
+    columns: int,
+    transposed: bool,
+    portable: bool,
+) -> Tensor:
+    return x.new_empty(x.shape[0], rows if transposed else columns)
+
+
+def _fake_expand(values: Tensor, mask: Tensor, rows: int, columns: int, portable: bool) -> Tensor:
+    return values.new_empty(rows, columns)
+
+
+def runs(x: Tensor, core: EncodedCore) -> bool:
+    """For cores stored as bitmask or dense, on CPU, outside of autograd and autocast."""
+    values = core.tensors["values"]
+    return (
+        core.codec in ("bitmask", "dense")
+        and x.device.type == "cpu"
+        and values.dtype in _VALUE_TYPES
+        and x.numel() > 0
+        and is_plain(x, core)
+        and is_available()
+    )
+
+
+def few_tokens(core: EncodedCore) -> int:
+    """Up to how many tokens the packed product beats expanding M and multiplying.
+
+    Measured with benchmarks/backends.py: each token adds arithmetic in float32 here, and next to
+    nothing to the dense product where the CPU multiplies 16-bit numbers itself.
+    """
+    if not is_fast():
+        return 2
+    return 64 if core.tensors["values"].dtype == torch.float32 else 16
+
+
+def expand(core: EncodedCore) -> Tensor:
+    """M ``(rows, columns)``."""
+    if core.codec == "dense":
+        return core.decode()
+    values, mask = core.tensors["values"], core.tensors["mask"]
+    M: Tensor = torch.ops.lestd.bitmask_expand(values, mask, core.rows, core.columns, False)
+    return M
+
+
+def apply_core(x: Tensor, core: EncodedCore, transposed: bool) -> Tensor:
+    """``x @ M``, or with `transposed` ``x @ M.T``; few tokens without ever expanding M."""
+    if token_count(x) > few_tokens(core):
+        M = expand(core)
+        return x @ (M.T if transposed else M)
+    out = torch.ops.lestd.bitmask_apply(
+        x.reshape(-1, x.shape[-1]),
+        core.tensors["values"],
+        core.tensors.get("mask"),
+        core.rows,
+        core.columns,
+        transposed,
+        False,
+    )
+    return out.reshape(*x.shape[:-1], out.shape[-1])  # type: ignore[no-any-return]
+
+
+BACKEND = Backend(runs, apply_core, expand)

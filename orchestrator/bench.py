@@ -1,0 +1,345 @@
+"""Two models side by side: prefill and decode speed, time to first token, peak memory.
+
+Each model has a process of its own, so that its peak memory is its own. Both stay loaded, and
+repetitions alternate (A B A B ...): what slows the machine down for a while slows both. Prompts are
+random tokens from a fixed seed. The first repetition of each does not count; of the others the
+medians do, and the ratios are ratios of medians.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import math
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+
+from lestd_kernels.errors import LestdError
+from orchestrator import tables
+from orchestrator.evaluation import DTYPES
+from orchestrator.source import load_config
+from workers.bench import BenchModel, BenchSettings, Repetition, serve
+from workers.checkpoint import ShardIndex, atomic_write
+
+Progress = Callable[[int, int], None]
+"""Called with (repetitions done, repetitions in all), of both models together."""
+
+PLOT_FORMATS = ("png", "svg")
+
+_END_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """What one model did; rates and times are medians over the repetitions.
+
+    Attributes:
+        model: its directory.
+        prefill_tokens_per_second: ``B L / prefill seconds``.
+        decode_tokens_per_second: ``B (N - 1) / decode seconds``.
+        time_to_first_token_seconds: from the prompts to the first tokens on the host.
+        peak_memory_bytes: at most, from before it was loaded to the end; without the libraries.
+        weight_bytes: bytes of its parameters and buffers in memory.
+        stored_bytes: bytes of its tensors on disk.
+        load_seconds: wall clock of loading.
+        repetitions: each one, in order.
+    """
+
+    model: str
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    time_to_first_token_seconds: float
+    peak_memory_bytes: int
+    weight_bytes: int
+    stored_bytes: int
+    load_seconds: float
+    repetitions: tuple[Repetition, ...]
+
+
+FIGURES = {
+    "prefill_tokens_per_second": "prefill, tokens/s",
+    "decode_tokens_per_second": "decode, tokens/s",
+    "time_to_first_token_seconds": "time to first token, ms",
+    "peak_memory_bytes": "peak memory, MiB",
+}
+"""The compared figures of `ModelFigures`, and what they are called for people."""
+
+UNITS = {"time_to_first_token_seconds": 1e-3, "peak_memory_bytes": 2.0**20}
+"""What a figure is divided by for people."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A dense and a compressed model, measured in one run.
+
+    Attributes:
+        dense, compressed: the models.
+        ratios: compressed / dense for each of `FIGURES`.
+        settings: as asked for.
+        repeats: repetitions that count, of each model.
+        device: name of the hardware.
+        dtypes: compute dtype of the dense and of the compressed model.
+        threads: CPU threads of a model's process.
+        versions: of torch and transformers.
+        seconds: wall clock of the whole comparison.
+    """
+
+    dense: ModelFigures
+    compressed: ModelFigures
+    ratios: dict[str, float]
+    settings: BenchSettings
+    repeats: int
+    device: str
+    dtypes: tuple[str, str]
+    threads: int
+    versions: dict[str, str]
+    seconds: float
+
+
+def compare(
+    dense: Path,
+    compressed: Path,
+    settings: BenchSettings,
+    repeats: int,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Measure two models in turn.
+
+    Args:
+        dense: directory of the dense model.
+        compressed: directory of the compressed one.
+        settings: how to time them.
+        repeats: repetitions of each that count.
+        progress: told of every repetition.
+
+    Raises:
+        LestdError: a model is missing, damaged or cannot be loaded, the two have different
+            vocabularies, prompt and new tokens do not fit their positions, or a process died.
+    """
+    began = time.perf_counter()
+    if settings.dtype not in DTYPES:
+        raise LestdError(f"dtype must be one of {', '.join(DTYPES)}, got {settings.dtype!r}")
+    models = (dense.absolute(), compressed.absolute())
+    _check_models(models, settings)
+    stored = [ShardIndex.from_directory(model).stored_bytes for model in models]
+    repetitions: tuple[list[Repetition], list[Repetition]] = ([], [])
+    report = progress or (lambda done, total: None)
+    with ExitStack() as stack:
+        children = [stack.enter_context(_child(model, settings)) for model in models]
+        report(0, 2 * repeats)
+        loaded: list[BenchModel] = [child.ask("load") for child in children]
+        for turn in range(2 * repeats):
+            repetitions[turn % 2].append(children[turn % 2].ask("measure"))
+            report(turn + 1, 2 * repeats)
+        peaks: list[int] = [child.ask("peak_memory") for child in children]
+    first, second = (
+        _figures(models[i], settings, stored[i], loaded[i], peaks[i], repetitions[i])
+        for i in range(2)
+    )
+    return Comparison(
+        dense=first,
+        compressed=second,
+        ratios={name: _ratio(getattr(second, name), getattr(first, name)) for name in FIGURES},
+        settings=settings,
+        repeats=repeats,
+        device=loaded[0].device,
+        dtypes=(loaded[0].dtype, loaded[1].dtype),
+        threads=loaded[0].threads,
+        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _check_models(models: tuple[Path, Path], settings: BenchSettings) -> None:
+    """Refuse what the configs rule out, before anything is loaded."""
+    vocabularies = []
+    length = settings.prompt_tokens + settings.new_tokens
+    for model in models:
+        if not model.is_dir():
+            raise LestdError(f"{model} is no directory; give the directory of a model")
+        config = load_config(model).get_text_config()
+        vocabularies.append(getattr(config, "vocab_size", None))
+        positions = getattr(config, "max_position_embeddings", None)
+        if isinstance(positions, int) and 0 < positions < length:
+            raise LestdError(
+                f"{settings.prompt_tokens} prompt tokens and {settings.new_tokens} new ones are "
+                f"more than the {positions} positions of {model}; choose fewer with "
+                "--prompt-tokens or --new-tokens"
+            )
+    if vocabularies[0] != vocabularies[1] or vocabularies[0] is None:
+        raise LestdError(
+            f"{models[0]} has vocab_size {vocabularies[0]} and {models[1]} has {vocabularies[1]}, "
+            "expected the same; compare a language model with its own compressed form"
+        )
+
+
+class _Child:
+    """A model's process, as its parent sees it."""
+
+    def __init__(self, model: Path, process: Any, pipe: Connection) -> None:
+        self._model, self._process, self._pipe = model, process, pipe
+
+    def ask(self, name: str) -> Any:
+        """The answer to one request of `workers.bench.serve`."""
+        try:
+            self._pipe.send(name)
+            good, answer = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join(_END_SECONDS)
+            raise LestdError(
+                f"the process that measured {self._model} died (exit code "
+                f"{self._process.exitcode}; -9 means that it was killed, as a machine out of "
+                "memory does); free memory, or use a smaller --batch or --prompt-tokens"
+            ) from None
+        if not good:
+            raise LestdError(answer)
+        return answer
+
+
+@contextmanager
+def _child(model: Path, settings: BenchSettings) -> Iterator[_Child]:
+    # Not forked: a fork would begin with the parent's memory, and breaks CUDA.
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs, str(model), settings), daemon=True)
+    process.start()
+    theirs.close()  # So that the pipe ends when the process does.
+    try:
+        yield _Child(model, process, ours)
+    finally:
+        ours.close()
+        # Idle, it ends by itself; at work (an interruption) it is not waited for.
+        process.terminate()
+        process.join(_END_SECONDS)
+
+
+def _figures(
+    model: Path,
+    settings: BenchSettings,
+    stored_bytes: int,
+    loaded: BenchModel,
+    peak: int,
+    repetitions: list[Repetition],
+) -> ModelFigures:
+    prefilled = settings.batch * settings.prompt_tokens
+    decoded = settings.batch * (settings.new_tokens - 1)
+    return ModelFigures(
+        model=str(model),
+        prefill_tokens_per_second=prefilled / median(r.prefill_seconds for r in repetitions),
+        decode_tokens_per_second=decoded / median(r.decode_seconds for r in repetitions),
+        time_to_first_token_seconds=median(r.first_token_seconds for r in repetitions),
+        peak_memory_bytes=peak,
+        weight_bytes=loaded.weight_bytes,
+        stored_bytes=stored_bytes,
+        load_seconds=loaded.load_seconds,
+        repetitions=tuple(repetitions),
+    )
+
+
+def _ratio(compressed: float, dense: float) -> float:
+    return compressed / dense if dense else math.nan
+
+
+def print_comparison(comparison: Comparison, json: bool) -> None:
+    """Print a comparison as a table, or as one JSON object."""
+    if json:
+        tables.print_json(asdict(comparison))
+        return
+    one, other, s = comparison.dense, comparison.compressed, comparison.settings
+    rows = []
+    for name, title in FIGURES.items():
+        values = [getattr(model, name) / UNITS.get(name, 1.0) for model in (one, other)]
+        rows.append((title, *(f"{v:,.2f}" for v in values), f"{comparison.ratios[name]:.3f}"))
+    columns = ("", "dense", "compressed", "compressed / dense")
+    title = f"{other.model} against {one.model}"
+    tables.print_table(title, columns, rows)
+    threads = "1 thread" if comparison.threads == 1 else f"{comparison.threads} threads"
+    dtypes = " and ".join(dict.fromkeys(comparison.dtypes))
+    tables.out.print(
+        f"medians of {comparison.repeats} repetitions; batch {s.batch}, {s.prompt_tokens} prompt "
+        f"tokens, {s.new_tokens} new tokens; {dtypes}; {comparison.device}, {threads}\n"
+        f"weights in memory {tables.size(one.weight_bytes)} and {tables.size(other.weight_bytes)}; "
+        f"loaded in {one.load_seconds:.2f} s and {other.load_seconds:.2f} s",
+        soft_wrap=True,
+    )
+
+
+def check_plot(path: Path) -> None:
+    """Refuse a plot that could not be written, before anything is measured for it.
+
+    Raises:
+        LestdError: the file's ending is no format, its directory is not there, or matplotlib is
+            not installed.
+    """
+    if path.suffix.removeprefix(".") not in PLOT_FORMATS:
+        raise LestdError(
+            f"--plot {path} ends in {path.suffix!r}, expected .{' or .'.join(PLOT_FORMATS)}"
+        )
+    if not path.parent.is_dir():
+        raise LestdError(f"--plot {path}: there is no directory {path.parent}; make it first")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise LestdError(
+            "--plot needs matplotlib, which is not installed; pip install 'lestd[report]', or "
+            "leave --plot out"
+        )
+
+
+def save_plot(comparison: Comparison, path: Path) -> None:
+    """Draw the compared figures as bars, with a dot for each repetition.
+
+    Same comparison and same matplotlib, same bytes.
+
+    Args:
+        comparison: what was measured.
+        path: the file, one of `PLOT_FORMATS` by its ending; `check_plot` has accepted it.
+    """
+    # An extra of the package, and slow to import: only who asks for a plot needs it.
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    s = comparison.settings
+    figure = Figure(figsize=(3 * len(FIGURES), 3.6), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(1, len(FIGURES)), FIGURES.items(), strict=True):
+        for position, model in enumerate((comparison.dense, comparison.compressed)):
+            scale = UNITS.get(name, 1.0)
+            axes.bar(
+                position, getattr(model, name) / scale, 0.6, color=("0.7", "tab:blue")[position]
+            )
+            dots = [value / scale for value in _each(model, name, s)]
+            axes.plot([position] * len(dots), dots, ".", color="black", markersize=4)
+        axes.set_xticks((0, 1), ("dense", "compressed"))
+        axes.set_title(f"{title}\nratio {comparison.ratios[name]:.3f}", fontsize="medium")
+    figure.suptitle(
+        f"{Path(comparison.compressed.model).name}: batch {s.batch}, {s.prompt_tokens} prompt and "
+        f"{s.new_tokens} new tokens, {' and '.join(dict.fromkeys(comparison.dtypes))}, "
+        f"{comparison.device}",
+        fontsize="medium",
+    )
+    drawn = io.BytesIO()
+    kind = path.suffix.removeprefix(".")
+    with matplotlib.rc_context({"svg.hashsalt": "lestd"}):
+        figure.savefig(drawn, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    atomic_write(path, lambda file: file.write(drawn.getvalue()))
+
+
+def _each(model: ModelFigures, name: str, settings: BenchSettings) -> list[float]:
+    """A figure of every repetition; none where it is one of the whole process."""
+    if name == "prefill_tokens_per_second":
+        tokens = settings.batch * settings.prompt_tokens
+        return [tokens / r.prefill_seconds for r in model.repetitions]
+    if name == "decode_tokens_per_second":
+        tokens = settings.batch * (settings.new_tokens - 1)
+        return [tokens / r.decode_seconds for r in model.repetitions]
+    if name == "time_to_first_token_seconds":
+        return [r.first_token_seconds for r in model.repetitions]
+    return []

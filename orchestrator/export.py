@@ -1,0 +1,249 @@
+"""A compressed model -> an ordinary dense checkpoint, for tools that do not know the format.
+
+In place of each group's factors and cores stands its reconstruction W-hat; every other tensor is
+copied byte for byte. The directory is built beside its name and renamed last, so it is complete or
+absent. Groups are read, reconstructed and written one after the other: memory stays bounded by
+the largest group in float32 and the copy buffer.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, StrictUndefined
+from torch import Tensor
+
+from lestd_kernels.errors import LestdError
+from orchestrator.assemble import card_metadata
+from orchestrator.compressed import CompressedGroup, CompressedModel, open_compressed
+from orchestrator.manifest import write_json
+from orchestrator.source import CONFIG_FILE, copy_side_files
+from workers.checkpoint import (
+    INDEX_FILE,
+    atomic_write,
+    explain_os_errors,
+    fsync_directory,
+    write_safetensors,
+    write_safetensors_stream,
+)
+from workers.contracts import TensorRef
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all) after each file that is checked or written."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """A dense checkpoint that was written.
+
+    Attributes:
+        model: directory of the compressed model.
+        out: directory of the dense one.
+        dtypes: dtypes of the reconstructed weights, usually one.
+        groups: slice groups reconstructed.
+        tensors: tensors of the dense checkpoint.
+        shards: its safetensors files.
+        stored_bytes: bytes of the groups' tensors in the compressed model.
+        dense_bytes: bytes of the reconstructed weights.
+        untouched_bytes: bytes of all other tensors.
+        seconds: wall clock.
+    """
+
+    model: str
+    out: str
+    dtypes: tuple[str, ...]
+    groups: int
+    tensors: int
+    shards: int
+    stored_bytes: int
+    dense_bytes: int
+    untouched_bytes: int
+    seconds: float
+
+
+def export_dense(
+    model_dir: Path,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Export:
+    """Write the dense reconstruction of a compressed model.
+
+    Args:
+        model_dir: the compressed model.
+        out: the new directory; must not exist, or be empty.
+        dtype: of the reconstructed weights, rounded once from float32; None for the dtype in
+            which a group's values are stored. config.json then names it too, so that an ordinary
+            load does not round again.
+        progress: told of every finished file.
+
+    Raises:
+        LestdError: `model_dir` holds no model compressed by lestd, or a damaged one; `out` is
+            taken, or another process exports into it; no space is left.
+    """
+    began = time.perf_counter()
+    out = out.absolute()
+    _require_free(out)
+    model = open_compressed(model_dir)
+    stated = model.stated_shards()
+    untouched_bytes = sum(ref.stored_bytes for ref in model.untouched)
+    dense_bytes = sum(_dense_bytes(group, dtype) for group in model.groups)
+    done, total = 0, untouched_bytes + dense_bytes + sum(row["payload_bytes"] for row in stated)
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    advance(0)
+    for row in stated:
+        model.check_shard(row)
+        advance(row["payload_bytes"])
+    building = out.with_name(f".{out.name}.exporting")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with explain_os_errors(building), _exclusive(building):
+        weight_map = _write_shards(model, building, dtype, advance)
+        dtypes = {_dtype_name(dtype or group.value_type) for group in model.groups}
+        export = Export(
+            model=str(model.directory),
+            out=str(out),
+            dtypes=tuple(sorted(dtypes)),
+            groups=len(model.groups),
+            tensors=len(weight_map),
+            shards=len(set(weight_map.values())),
+            stored_bytes=sum(ref.stored_bytes for ref in model.stored.values()),
+            dense_bytes=dense_bytes,
+            untouched_bytes=untouched_bytes,
+            seconds=time.perf_counter() - began,
+        )
+        write_json(
+            building / INDEX_FILE,
+            {
+                "metadata": {"total_size": untouched_bytes + dense_bytes},
+                "weight_map": dict(sorted(weight_map.items())),
+            },
+        )
+        copy_side_files(model.directory, building)
+        write_json(building / CONFIG_FILE, _dense_config(model.config_json, dtype))
+        card = _model_card(model, export).encode()
+        atomic_write(building / "README.md", lambda file: file.write(card))
+        fsync_directory(building)
+        _require_free(out)  # Somebody may have put a file there in the meantime.
+        building.replace(out)
+        fsync_directory(out.parent)
+    return export
+
+
+def _require_free(out: Path) -> None:
+    taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    if taken or out.is_symlink() or os.path.ismount(out):
+        raise LestdError(
+            f"{out} is there already, and is no plain empty directory; choose a new name for "
+            "--dense, or remove it"
+        )
+
+
+@contextmanager
+def _exclusive(building: Path) -> Iterator[None]:
+    """An empty directory that no other export builds in, gone at the end unless it was renamed.
+
+    The lock ends with the process; what a killed export left is removed by the next one.
+    """
+    building.mkdir(exist_ok=True)
+    handle = os.open(building, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise LestdError(
+                f"another process exports into {building}; wait for it to end, or choose another "
+                "name for --dense"
+            ) from None
+        for leftover in building.iterdir():
+            leftover.unlink()
+        try:
+            yield
+        finally:
+            if building.exists():
+                shutil.rmtree(building)
+    finally:
+        os.close(handle)
+
+
+def _write_shards(
+    model: CompressedModel,
+    target: Path,
+    dtype: torch.dtype | None,
+    advance: Callable[[int], None],
+) -> dict[str, str]:
+    """One shard for the untouched tensors of each shard, and one per group: the weight map."""
+    untouched: dict[str, list[TensorRef]] = {}
+    for ref in model.untouched:
+        untouched.setdefault(ref.shard, []).append(ref)
+    count = len(untouched) + len(model.groups)
+    names = (f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1))
+    weight_map: dict[str, str] = {}
+    for _, refs in sorted(untouched.items()):
+        name = next(names)
+        atomic_write(target / name, partial(write_safetensors_stream, refs=refs))
+        weight_map |= dict.fromkeys((ref.name for ref in refs), name)
+        advance(sum(ref.stored_bytes for ref in refs))
+    for group in model.groups:
+        name = next(names)
+        weights = _reconstruct(group, dtype or group.value_type)
+        atomic_write(target / name, partial(write_safetensors, tensors=weights))
+        weight_map |= dict.fromkeys(weights, name)
+        advance(_dense_bytes(group, dtype))
+    return weight_map
+
+
+def _dense_bytes(group: CompressedGroup, dtype: torch.dtype | None) -> int:
+    return group.elements * (dtype or group.value_type).itemsize
+
+
+def _reconstruct(group: CompressedGroup, dtype: torch.dtype) -> dict[str, Tensor]:
+    weights = {name: weight.to(dtype) for name, weight in group.to_dense().items()}
+    for name, weight in weights.items():
+        if not bool(torch.isfinite(weight).all()):
+            shard = next(iter(group.refs.values())).shard
+            raise LestdError(
+                f"the reconstruction of {name} is not finite in {_dtype_name(dtype)}: its tensors "
+                f"in {shard} are damaged, or it needs --dtype float32"
+            )
+    return weights
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dense_config(config_json: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    config = {key: value for key, value in config_json.items() if key != "quantization_config"}
+    if dtype is not None:
+        config.pop("torch_dtype", None)  # What older configs call it.
+        config["dtype"] = _dtype_name(dtype)
+    return config
+
+
+def _model_card(model: CompressedModel, export: Export) -> str:
+    template = files("orchestrator").joinpath("dense_card.md.jinja").read_text(encoding="utf-8")
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=False)
+    return environment.from_string(template).render(
+        # A path of this machine is nobody else's business.
+        name=model.directory.name,
+        metadata=card_metadata(model.directory),
+        export=export,
+        mib=lambda size: f"{size / 2**20:,.2f} MiB",
+    )
