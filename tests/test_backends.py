@@ -107,12 +107,27 @@ def test_both_paths_of_the_kernel_equal_the_dense_product(
     values, mask = packed["values"], packed["mask"]
     matrix = M.T if transposed else M
     x = torch.randn(tokens, matrix.shape[0]).to(dtype)
-    call = torch.ops.lestd.bitmask_apply
-    assert_is_product(call(x, values, mask, rows, columns, transposed, portable), x, matrix)
+    call, tiled = torch.ops.lestd.bitmask_apply, torch.ops.lestd.bitmask_matmul
+    for product in (call, tiled):
+        found = product(x, values, mask, rows, columns, transposed, portable)
+        assert_is_product(found, x, matrix)
     expand = torch.ops.lestd.bitmask_expand
     assert torch.equal(expand(values, mask, rows, columns, portable), M)
     dense = call(x, M.reshape(-1), None, rows, columns, transposed, portable)
     assert_is_product(dense, x, matrix)
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_core_of_several_tiles(transposed, portable, kernel):
+    """Sums so long that a tile has its least width, 32, and the last one is narrower."""
+    M = sparse(*((70, 66001) if transposed else (66001, 70)), 0.3, torch.float32)
+    x = torch.randn(3, 66001)
+    packed = encode(M, "bitmask").tensors
+    found = torch.ops.lestd.bitmask_matmul(
+        x, packed["values"], packed["mask"], *M.shape, transposed, portable
+    )
+    assert_is_product(found, x, M.T if transposed else M)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -255,9 +270,9 @@ def test_the_kernels_operators_are_well_formed(kernel):
     tensors = encode(sparse(9, 20, 0.5, torch.float32), "bitmask").tensors
     packed = (tensors["values"], tensors["mask"], 9, 20)
     torch.library.opcheck(torch.ops.lestd.bitmask_expand.default, (*packed, False))
-    call = torch.ops.lestd.bitmask_apply.default
-    torch.library.opcheck(call, (torch.randn(2, 9), *packed, False, False))
-    torch.library.opcheck(call, (torch.randn(2, 20), *packed, True, False))
+    for call in (torch.ops.lestd.bitmask_apply.default, torch.ops.lestd.bitmask_matmul.default):
+        torch.library.opcheck(call, (torch.randn(2, 9), *packed, False, False))
+        torch.library.opcheck(call, (torch.randn(2, 20), *packed, True, False))
 
 
 @pytest.mark.parametrize("backend", ["bitmask", "dense_core", None])

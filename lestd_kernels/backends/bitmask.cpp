@@ -1,33 +1,17 @@
-// Products with a core that stays packed: a bitmask and the non-zero values, both row-major.
+// Products with a core that stays packed (bitmask.h): blocks, threads, the operators.
 //
-// Element (r, c) of M (rows x columns) is a value where bit r * columns + c of the mask is set,
-// lowest bit first (lestd_kernels/codecs.py). Where the values of each row start is counted from
-// the mask in every call: one popcount per 64 elements, and no state that could become stale.
-//
-// Work is cut into blocks of rows by the core alone, and partial sums are added in the order of
-// the blocks, so a result does not depend on the number of threads. Sums are in float32.
+// Work is cut into blocks by the core alone, and partial sums are added in the order of the blocks,
+// so a result does not depend on the number of threads.
+#include "bitmask.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <optional>
-#include <vector>
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#define HAVE_AVX512 1
-#define POPCNT __attribute__((target("popcnt")))  // every x86-64 CPU that PyTorch still runs on
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt,bmi2")))
-#define AVX512_INLINE AVX512 inline __attribute__((always_inline))
-#else
-#define POPCNT
-#endif
 
 #define DISPATCH_VALUES(TYPE, NAME, ...)                                                     \
   AT_DISPATCH_SWITCH(TYPE, NAME, AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__)                   \
@@ -36,214 +20,10 @@
 
 namespace {
 
-constexpr int64_t kChunk = 32;       // elements of a row that are expanded at a time
-constexpr int64_t kBlocks = 16;      // blocks of rows
-constexpr int kRows = 4;             // rows that share one pass over the output of x M
-constexpr int64_t kPrefetch = 16384;  // bytes ahead of the values being read
-
-template <typename T>
-struct Core {
-  const T* values;
-  const uint8_t* mask;  // null: every element is a value
-  int64_t mask_bytes, rows, columns;
-  std::vector<int64_t> starts;  // (rows + 1): where the values of each row start
-};
-
-// The `count` <= 56 bits of the mask from `bit` on, in the low bits.
-template <typename T>
-inline __attribute__((always_inline)) uint64_t mask_bits(
-    const Core<T>& core, int64_t bit, int64_t count) {
-  if (core.mask == nullptr) return (uint64_t{1} << count) - 1;
-  const int64_t byte = bit >> 3, left = core.mask_bytes - byte;
-  uint64_t word = 0;
-  if (left >= 8)
-    std::memcpy(&word, core.mask + byte, 8);
-  else
-    std::memcpy(&word, core.mask + byte, left);
-  return word >> (bit & 7) & ((uint64_t{1} << count) - 1);
-}
-
-// Number of values in a row.
-template <typename T>
-POPCNT int64_t row_count(const Core<T>& core, int64_t row) {
-  int64_t bit = row * core.columns, left = core.columns;
-  int64_t step = std::min(-bit & 7, left);  // up to the first whole byte
-  int64_t count = __builtin_popcountll(mask_bits(core, bit, step));
-  bit += step, left -= step;
-  for (; left >= 64; bit += 64, left -= 64) {
-    uint64_t word;
-    std::memcpy(&word, core.mask + (bit >> 3), 8);
-    count += __builtin_popcountll(word);
-  }
-  for (; left > 0; bit += step, left -= step) {
-    step = std::min(kChunk, left);
-    count += __builtin_popcountll(mask_bits(core, bit, step));
-  }
-  return count;
-}
-
-// ---- any CPU: one non-zero at a time ------------------------------------------------------
-
-template <typename T, typename F>
-inline void for_each_value(const Core<T>& core, int64_t row, const F& f) {
-  const T* value = core.values + core.starts[row];
-  for (int64_t c = 0; c < core.columns; c += kChunk) {
-    uint32_t bits =
-        mask_bits(core, row * core.columns + c, std::min(kChunk, core.columns - c));
-    for (; bits; bits &= bits - 1) f(c + __builtin_ctz(bits), *value++);
-  }
-}
-
-// Over the rows [first, last): y (tokens, stride) += x (tokens, rows) M, or with kTransposed
-// y (tokens, rows) = x (tokens, stride) M^T.
-template <bool kTransposed, typename T>
-void multiply_portable(const Core<T>& core, int64_t first, int64_t last, int64_t tokens,
-                       int64_t stride, const float* x, float* y) {
-  for (int64_t r = first; r < last; ++r) {
-    for (int64_t t = 0; kTransposed && t < tokens; ++t) y[t * core.rows + r] = 0;
-    for_each_value(core, r, [&](int64_t c, T value) {
-      for (int64_t t = 0; t < tokens; ++t) {
-        const int64_t narrow = t * core.rows + r, wide = t * stride + c;
-        const int64_t from = kTransposed ? wide : narrow, to = kTransposed ? narrow : wide;
-        y[to] += x[from] * static_cast<float>(value);
-      }
-    });
-  }
-}
-
-// dense (rows, columns) = M, over the rows [first, last); `dense` holds zeros.
-template <typename T>
-void expand_portable(const Core<T>& core, int64_t first, int64_t last, T* dense) {
-  for (int64_t r = first; r < last; ++r)
-    for_each_value(core, r, [&](int64_t c, T value) { dense[r * core.columns + c] = value; });
-}
-
-// ---- AVX-512: 32 elements at a time, zeros included -----------------------------------------
-
-#ifdef HAVE_AVX512
-// Expand the values that `bits` tells of to 2 x 16 floats, and step over them.
-AVX512_INLINE void expand_chunk(uint32_t bits, const float*& value, __m512& low, __m512& high) {
-  low = _mm512_maskz_expandloadu_ps(static_cast<__mmask16>(bits), value);
-  value += __builtin_popcount(bits & 0xffff);
-  high = _mm512_maskz_expandloadu_ps(static_cast<__mmask16>(bits >> 16), value);
-  value += __builtin_popcount(bits >> 16);
-}
-
-AVX512_INLINE __m512i expand_chunk_16(uint32_t bits, const void* value) {
-  return _mm512_maskz_expandloadu_epi16(bits, value);
-}
-
-AVX512_INLINE __m512 widen(__m256i half, const c10::BFloat16*) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-AVX512_INLINE __m512 widen(__m256i half, const c10::Half*) { return _mm512_cvtph_ps(half); }
-
-template <typename T>
-AVX512_INLINE void expand_chunk(uint32_t bits, const T*& value, __m512& low, __m512& high) {
-  const __m512i chunk = expand_chunk_16(bits, value);
-  low = widen(_mm512_castsi512_si256(chunk), value);
-  high = widen(_mm512_extracti64x4_epi64(chunk, 1), value);
-  value += __builtin_popcount(bits);
-}
-
-AVX512_INLINE void prefetch(const void* value) {
-  _mm_prefetch(static_cast<const char*>(value) + kPrefetch, _MM_HINT_T0);
-}
-
-// kRows_ rows and N tokens of y += x M: one pass over y.
-template <int kRows_, int N, typename T>
-AVX512 void multiply_rows(const Core<T>& core, int64_t row, int64_t stride, const float* x,
-                          float* y) {
-  const T* value[kRows_];
-  for (int i = 0; i < kRows_; ++i) value[i] = core.values + core.starts[row + i];
-  for (int64_t c = 0; c < core.columns; c += kChunk) {
-    const int64_t count = std::min(kChunk, core.columns - c);
-    __m512 low[N], high[N];
-    for (int t = 0; t < N; ++t) {
-      low[t] = _mm512_loadu_ps(y + t * stride + c);
-      high[t] = _mm512_loadu_ps(y + t * stride + c + 16);
-    }
-    for (int i = 0; i < kRows_; ++i) {
-      __m512 a, b;
-      prefetch(value[i]);
-      expand_chunk(mask_bits(core, (row + i) * core.columns + c, count), value[i], a, b);
-      for (int t = 0; t < N; ++t) {
-        const __m512 scale = _mm512_set1_ps(x[t * core.rows + row + i]);
-        low[t] = _mm512_fmadd_ps(scale, a, low[t]);
-        high[t] = _mm512_fmadd_ps(scale, b, high[t]);
-      }
-    }
-    for (int t = 0; t < N; ++t) {
-      _mm512_storeu_ps(y + t * stride + c, low[t]);
-      _mm512_storeu_ps(y + t * stride + c + 16, high[t]);
-    }
-  }
-}
-
-// One row and N tokens of y = x M^T.
-template <int N, typename T>
-AVX512 void multiply_row_transposed(const Core<T>& core, int64_t row, int64_t stride,
-                                    const float* x, float* y) {
-  const T* value = core.values + core.starts[row];
-  __m512 low[N], high[N];
-  for (int t = 0; t < N; ++t) low[t] = high[t] = _mm512_setzero_ps();
-  for (int64_t c = 0; c < core.columns; c += kChunk) {
-    const int64_t count = std::min(kChunk, core.columns - c);
-    prefetch(value);
-    __m512 a, b;
-    expand_chunk(mask_bits(core, row * core.columns + c, count), value, a, b);
-    for (int t = 0; t < N; ++t) {
-      low[t] = _mm512_fmadd_ps(a, _mm512_loadu_ps(x + t * stride + c), low[t]);
-      high[t] = _mm512_fmadd_ps(b, _mm512_loadu_ps(x + t * stride + c + 16), high[t]);
-    }
-  }
-  for (int t = 0; t < N; ++t)
-    y[t * core.rows + row] = _mm512_reduce_add_ps(low[t] + high[t]);
-}
-
-// As multiply_portable, for N tokens.
-template <bool kTransposed, int N, typename T>
-void multiply_avx512(const Core<T>& core, int64_t first, int64_t last, int64_t stride,
-                     const float* x, float* y) {
-  int64_t r = first;
-  if constexpr (kTransposed) {
-    for (; r < last; ++r) multiply_row_transposed<N>(core, r, stride, x, y);
-  } else {
-    for (; r + kRows <= last; r += kRows) multiply_rows<kRows, N>(core, r, stride, x, y);
-    for (; r < last; ++r) multiply_rows<1, N>(core, r, stride, x, y);
-  }
-}
-
-AVX512_INLINE int64_t expand_into(uint32_t bits, const float* value, float* dense, uint32_t where) {
-  __m512 low, high;
-  const float* next = value;
-  expand_chunk(bits, next, low, high);
-  _mm512_mask_storeu_ps(dense, static_cast<__mmask16>(where), low);
-  _mm512_mask_storeu_ps(dense + 16, static_cast<__mmask16>(where >> 16), high);
-  return next - value;
-}
-
-template <typename T>
-AVX512_INLINE int64_t expand_into(uint32_t bits, const T* value, T* dense, uint32_t where) {
-  _mm512_mask_storeu_epi16(dense, where, expand_chunk_16(bits, value));
-  return __builtin_popcount(bits);
-}
-
-template <typename T>
-AVX512 void expand_avx512(const Core<T>& core, int64_t first, int64_t last, T* dense) {
-  for (int64_t r = first; r < last; ++r) {
-    const T* value = core.values + core.starts[r];
-    for (int64_t c = 0; c < core.columns; c += kChunk) {
-      const int64_t place = r * core.columns + c, count = std::min(kChunk, core.columns - c);
-      const uint32_t where = count < kChunk ? (1u << count) - 1u : ~0u;
-      value += expand_into(mask_bits(core, place, count), value, dense + place, where);
-    }
-  }
-}
-#endif  // HAVE_AVX512
-
-// ---- the choice between the two, blocks, threads --------------------------------------------
+constexpr int64_t kBlocks = 16;            // blocks of rows
+constexpr int64_t kTileBytes = 1 << 21;   // of a dense tile, to stay in a cache of one core
+constexpr int64_t kRowsAhead = 8;          // how early a row of a tile is asked for
+constexpr int64_t kTileTokens = 64;        // tokens for which one such tile is enough
 
 bool fast() {
 #ifdef HAVE_AVX512
@@ -352,32 +132,87 @@ at::Tensor apply(const at::Tensor& x, const Core<T>& core, bool transposed, bool
   return out.to(x.scalar_type());
 }
 
+void check_operands(const at::Tensor& x, const at::Tensor& values, int64_t rows, int64_t columns,
+                    bool transposed) {
+  TORCH_CHECK(x.dim() == 2 && x.size(1) == (transposed ? columns : rows), "x must fit the core");
+  TORCH_CHECK(x.scalar_type() == values.scalar_type(), "x must have the dtype of the values");
+}
+
 // x (tokens, rows) M, or with `transposed` x (tokens, columns) M^T, in the dtype of x and values.
 at::Tensor bitmask_apply(const at::Tensor& x, const at::Tensor& values,
                          const std::optional<at::Tensor>& mask, int64_t rows, int64_t columns,
                          bool transposed, bool portable) {
-  TORCH_CHECK(x.dim() == 2 && x.size(1) == (transposed ? columns : rows), "x must fit the core");
-  TORCH_CHECK(x.scalar_type() == values.scalar_type(), "x must have the dtype of the values");
+  check_operands(x, values, rows, columns, transposed);
   return DISPATCH_VALUES(values.scalar_type(), "bitmask_apply", [&] {
     const Core<scalar_t> core = open_core<scalar_t>(values, mask, rows, columns);
     return apply(x, core, transposed, portable || !fast());
   });
 }
 
+// A tile of M, the rows [r0, r1) of the columns [c0, c1), as dense (r1 - r0, c1 - c0). `cursor`
+// (rows) says where the values of each row go on, and is moved past them.
+template <typename T>
+void expand_tile(const Core<T>& core, int64_t r0, int64_t r1, int64_t c0, int64_t c1,
+                 int64_t* cursor, T* dense, bool portable) {
+  // What a row of the tile takes, on average. Hardware does not foresee the jump to the next row.
+  const int64_t share = (core.starts[core.rows] * (c1 - c0)) / (core.rows * core.columns) + 1;
+  at::parallel_for(r0, r1, 16, [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      const T* value = core.values + cursor[r];
+      const int64_t ahead = std::min(r + kRowsAhead, r1 - 1);
+      __builtin_prefetch(core.mask + (ahead * core.columns + c0) / 8);
+      for (int64_t i = 0; i < share; i += 64 / int64_t(sizeof(T)))
+        __builtin_prefetch(core.values + cursor[ahead] + i);
+      T* out = dense + (r - r0) * (c1 - c0);
+#ifdef HAVE_AVX512
+      if (!portable) {
+        cursor[r] += expand_avx512(core, r, c0, c1, value, out);
+        continue;
+      }
+#endif
+      cursor[r] += expand_portable(core, r, c0, c1, value, out);
+    }
+  });
+}
+
+// As bitmask_apply, for many tokens: tile by tile is expanded and multiplied by at::mm, while it
+// is in the cache. A tile spans the whole length of the sums.
+at::Tensor bitmask_matmul(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask,
+                          int64_t rows, int64_t columns, bool transposed, bool portable) {
+  check_operands(x, values, rows, columns, transposed);
+  at::Tensor out = at::empty({x.size(0), transposed ? rows : columns}, x.options());
+  DISPATCH_VALUES(values.scalar_type(), "bitmask_matmul", [&] {
+    const Core<scalar_t> core = open_core<scalar_t>(values, mask, rows, columns);
+    std::vector<int64_t> cursor = core.starts;
+    const int64_t length = transposed ? columns : rows, width = transposed ? rows : columns;
+    // With the tokens grows what reading x again for each tile costs.
+    const int64_t bytes = kTileBytes * std::max(x.size(0) / kTileTokens, int64_t{1});
+    const int64_t fitting = bytes / (length * int64_t(sizeof(scalar_t))) / kChunk * kChunk;
+    const int64_t step = std::min(std::max(fitting, kChunk), width);
+    at::Tensor tile = at::empty({length * step}, values.options());
+    scalar_t* dense = tile.mutable_data_ptr<scalar_t>();
+    for (int64_t first = 0; first < width; first += step) {
+      const int64_t count = std::min(step, width - first), last = first + count;
+      at::Tensor M = tile.narrow(0, 0, length * count);
+      if (transposed)
+        expand_tile(core, first, last, 0, columns, cursor.data(), dense, portable || !fast());
+      else
+        expand_tile(core, 0, rows, first, last, cursor.data(), dense, portable || !fast());
+      at::Tensor part = out.narrow(1, first, count);
+      at::mm_out(part, x, transposed ? M.view({count, length}).t() : M.view({length, count}));
+    }
+  });
+  return out;
+}
+
 at::Tensor bitmask_expand(const at::Tensor& values, const at::Tensor& mask, int64_t rows,
                           int64_t columns, bool portable) {
-  const bool wide = !portable && fast();
-  at::Tensor dense = wide ? at::empty({rows, columns}, values.options())
-                          : at::zeros({rows, columns}, values.options());
+  at::Tensor dense = at::empty({rows, columns}, values.options());
   DISPATCH_VALUES(values.scalar_type(), "bitmask_expand", [&] {
     const Core<scalar_t> core = open_core<scalar_t>(values, mask, rows, columns);
+    std::vector<int64_t> cursor = core.starts;
     scalar_t* out = dense.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, rows, 16, [&](int64_t first, int64_t last) {
-#ifdef HAVE_AVX512
-      if (wide) return expand_avx512(core, first, last, out);
-#endif
-      expand_portable(core, first, last, out);
-    });
+    expand_tile(core, 0, rows, 0, columns, cursor.data(), out, portable || !fast());
   });
   return dense;
 }
@@ -389,11 +224,15 @@ TORCH_LIBRARY(lestd, library) {
       "bitmask_apply(Tensor x, Tensor values, Tensor? mask, int rows, int columns, "
       "bool transposed, bool portable) -> Tensor");
   library.def(
+      "bitmask_matmul(Tensor x, Tensor values, Tensor mask, int rows, int columns, "
+      "bool transposed, bool portable) -> Tensor");
+  library.def(
       "bitmask_expand(Tensor values, Tensor mask, int rows, int columns, bool portable) -> Tensor");
   library.def("bitmask_is_fast() -> bool", [] { return fast(); });
 }
 
 TORCH_LIBRARY_IMPL(lestd, CPU, library) {
   library.impl("bitmask_apply", bitmask_apply);
+  library.impl("bitmask_matmul", bitmask_matmul);
   library.impl("bitmask_expand", bitmask_expand);
 }

@@ -1,8 +1,11 @@
 """Cores stay packed and are expanded in registers: few tokens then read fewer bytes. CPU.
 
-The kernel is C++ (`bitmask.cpp`), compiled on first use with PyTorch's own tooling and cached
-where PyTorch caches extensions (``TORCH_EXTENSIONS_DIR``). It needs a C++ compiler and ninja; where
-there is none, or compiling fails, one warning says so and `eager` does the work.
+More tokens multiply tiles of M that are expanded one after the other and stay in the cache. M never
+exists as a whole.
+
+The kernel is C++ (`bitmask.h`, `bitmask.cpp`), compiled on first use with PyTorch's own tooling and
+cached where PyTorch caches extensions (``TORCH_EXTENSIONS_DIR``). It needs a C++ compiler and ninja;
+where there is none, or compiling fails, one warning says so and `eager` does the work.
 
 The kernel's results do not depend on the number of threads.
 """
@@ -29,6 +32,7 @@ from lestd_kernels.decomposition import EncodedCore
 
 _NAME = "lestd_bitmask"
 _SOURCE = Path(__file__).with_suffix(".cpp")
+_HEADER = Path(__file__).with_suffix(".h")
 _FLAGS = ["-O3", "-fopenmp"]
 _VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _loading = threading.Lock()
@@ -37,7 +41,8 @@ _loading = threading.Lock()
 def _library_path() -> Path:
     """Where the compiled kernel lies: one place for each source, PyTorch and architecture."""
     default = Path.home() / ".cache" / "torch_extensions"
-    what = "\n".join([_SOURCE.read_text(encoding="utf-8"), *_FLAGS, torch.__version__])
+    code = [file.read_text(encoding="utf-8") for file in (_HEADER, _SOURCE)]
+    what = "\n".join([*code, *_FLAGS, torch.__version__])
     digest = hashlib.sha256(what.encode()).hexdigest()[:16]
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
     return root / f"{_NAME}-{platform.machine()}-{digest}" / f"{_NAME}.so"
@@ -87,6 +92,7 @@ def _load_once() -> bool:
         )
         return False
     torch.library.register_fake("lestd::bitmask_apply", _fake_apply)
+    torch.library.register_fake("lestd::bitmask_matmul", _fake_apply)
     torch.library.register_fake("lestd::bitmask_expand", _fake_expand)
     return True
 
@@ -133,15 +139,17 @@ def runs(x: Tensor, core: EncodedCore) -> bool:
     )
 
 
-def few_tokens(core: EncodedCore) -> int:
-    """Up to how many tokens the packed product beats expanding M and multiplying.
+def few_tokens(core: EncodedCore, transposed: bool) -> int:
+    """Up to how many tokens the packed product beats expanding M tile by tile.
 
     Measured with benchmarks/backends.py: each token adds arithmetic in float32 here, and next to
-    nothing to the dense product where the CPU multiplies 16-bit numbers itself.
+    nothing to the dense product where the CPU multiplies 16-bit numbers itself. Tiles for
+    ``x @ M.T`` are whole rows, which are quicker to expand.
     """
     if not is_fast():
         return 2
-    return 64 if core.tensors["values"].dtype == torch.float32 else 16
+    few = 32 if core.tensors["values"].dtype == torch.float32 else 16
+    return few // 2 if transposed else few
 
 
 def expand(core: EncodedCore) -> Tensor:
@@ -154,20 +162,16 @@ def expand(core: EncodedCore) -> Tensor:
 
 
 def apply_core(x: Tensor, core: EncodedCore, transposed: bool) -> Tensor:
-    """``x @ M``, or with `transposed` ``x @ M.T``; few tokens without ever expanding M."""
-    if token_count(x) > few_tokens(core):
-        M = expand(core)
+    """``x @ M``, or with `transposed` ``x @ M.T``."""
+    values, mask = core.tensors["values"], core.tensors.get("mask")
+    many = token_count(x) > few_tokens(core, transposed)
+    if many and mask is None:
+        M = core.decode()
         return x @ (M.T if transposed else M)
-    out = torch.ops.lestd.bitmask_apply(
-        x.reshape(-1, x.shape[-1]),
-        core.tensors["values"],
-        core.tensors.get("mask"),
-        core.rows,
-        core.columns,
-        transposed,
-        False,
-    )
-    return out.reshape(*x.shape[:-1], out.shape[-1])  # type: ignore[no-any-return]
+    product = torch.ops.lestd.bitmask_matmul if many else torch.ops.lestd.bitmask_apply
+    tokens = x.reshape(-1, x.shape[-1])
+    out: Tensor = product(tokens, values, mask, core.rows, core.columns, transposed, False)
+    return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 BACKEND = Backend(runs, apply_core, expand)
