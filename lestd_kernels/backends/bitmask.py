@@ -4,8 +4,8 @@ More tokens multiply tiles of M that are expanded one after the other and stay i
 exists as a whole.
 
 The kernel is C++ (`bitmask.h`, `bitmask.cpp`), compiled on first use with PyTorch's own tooling and
-cached where PyTorch caches extensions (``TORCH_EXTENSIONS_DIR``). It needs a C++ compiler and ninja;
-where there is none, or compiling fails, one warning says so and `eager` does the work.
+cached where PyTorch caches extensions (``TORCH_EXTENSIONS_DIR``). It needs a C++ compiler and
+ninja; where there is none, or compiling fails, one warning says so and `eager` does the work.
 
 The kernel's results do not depend on the number of threads.
 """
