@@ -10,12 +10,10 @@ renamed last, so it is complete or absent. Memory stays bounded by the copy buff
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -29,16 +27,15 @@ from lestd_kernels.errors import LestdError
 from orchestrator.manifest import Manifest, read_json, write_json
 from orchestrator.plan import Plan
 from orchestrator.source import Source, copy_side_files
-from workers.checkpoint import (
-    INDEX_FILE,
+from workers.checkpoint import INDEX_FILE, read_header, write_safetensors_stream
+from workers.contracts import TensorRef
+from workers.files import (
     atomic_write,
+    building_directory,
     explain_os_errors,
     file_sha256,
     fsync_directory,
-    read_header,
-    write_safetensors_stream,
 )
-from workers.contracts import TensorRef
 
 MANIFEST_DIR = "manifest"
 _ABOUT = "model.json"
@@ -74,7 +71,8 @@ def assemble(
     """
     building = out.with_name(f".{out.name}.assembling")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with explain_os_errors(building), _exclusive(building):
+    busy = f"another driver assembles {out}; wait for it to end, or choose another --out"
+    with explain_os_errors(building), building_directory(building, busy):
         weight_map = _link_payloads(rows, run_dir / "payloads", building)
         weight_map |= _copy_untouched(plan.untouched, building)
         total = sum(row["stored_bytes"] for row in rows) + plan.untouched_bytes
@@ -97,26 +95,6 @@ def assemble(
         remove_model(out)
         building.replace(out)
         fsync_directory(out.parent)
-
-
-@contextmanager
-def _exclusive(building: Path) -> Iterator[None]:
-    """An empty directory that no other driver builds in; the lock ends with the process."""
-    building.mkdir(exist_ok=True)
-    handle = os.open(building, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise LestdError(
-                f"another driver assembles its model in {building}; wait for it to end, or choose "
-                "another --out"
-            ) from None
-        for leftover in building.iterdir():
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        yield
-    finally:
-        os.close(handle)
 
 
 def _link_payloads(rows: Iterable[dict[str, Any]], payloads: Path, target: Path) -> dict[str, str]:

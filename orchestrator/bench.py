@@ -29,7 +29,8 @@ from orchestrator import tables
 from orchestrator.evaluation import DTYPES
 from orchestrator.source import load_config
 from workers.bench import BenchModel, BenchSettings, Repetition, serve
-from workers.checkpoint import ShardIndex, atomic_write
+from workers.checkpoint import ShardIndex
+from workers.files import atomic_write
 
 Progress = Callable[[int, int], None]
 """Called with (repetitions done, repetitions in all), of both models together."""

@@ -36,13 +36,11 @@ from workers.checkpoint import (
     INDEX_FILE,
     WEIGHTS_FILE,
     ShardIndex,
-    atomic_write,
-    explain_os_errors,
-    fsync_directory,
     read_header,
     read_weight_map,
     write_safetensors,
 )
+from workers.files import atomic_write, explain_os_errors, fsync_directory
 from workers.headers import DTYPE_NAMES
 
 _MARKER = "lestd-convert.json"

@@ -8,12 +8,9 @@ the largest group in float32 and the copy buffer.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
@@ -29,15 +26,9 @@ from orchestrator.assemble import card_metadata
 from orchestrator.compressed import CompressedGroup, CompressedModel, open_compressed
 from orchestrator.manifest import write_json
 from orchestrator.source import CONFIG_FILE, copy_side_files
-from workers.checkpoint import (
-    INDEX_FILE,
-    atomic_write,
-    explain_os_errors,
-    fsync_directory,
-    write_safetensors,
-    write_safetensors_stream,
-)
+from workers.checkpoint import INDEX_FILE, write_safetensors, write_safetensors_stream
 from workers.contracts import TensorRef
+from workers.files import atomic_write, building_directory, explain_os_errors, fsync_directory
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) after each file that is checked or written."""
@@ -113,7 +104,8 @@ def export_dense(
         advance(row["payload_bytes"])
     building = out.with_name(f".{out.name}.exporting")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with explain_os_errors(building), _exclusive(building):
+    busy = f"another process exports into {out}; wait for it to end, or give --dense another name"
+    with explain_os_errors(building), building_directory(building, busy):
         weight_map = _write_shards(model, building, dtype, advance)
         dtypes = {_dtype_name(dtype or group.value_type) for group in model.groups}
         export = Export(
@@ -153,33 +145,6 @@ def _require_free(out: Path) -> None:
             f"{out} is there already, and is no plain empty directory; choose a new name for "
             "--dense, or remove it"
         )
-
-
-@contextmanager
-def _exclusive(building: Path) -> Iterator[None]:
-    """An empty directory that no other export builds in, gone at the end unless it was renamed.
-
-    The lock ends with the process; what a killed export left is removed by the next one.
-    """
-    building.mkdir(exist_ok=True)
-    handle = os.open(building, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise LestdError(
-                f"another process exports into {building}; wait for it to end, or choose another "
-                "name for --dense"
-            ) from None
-        for leftover in building.iterdir():
-            leftover.unlink()
-        try:
-            yield
-        finally:
-            if building.exists():
-                shutil.rmtree(building)
-    finally:
-        os.close(handle)
 
 
 def _write_shards(

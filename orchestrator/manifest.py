@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 
 from lestd_kernels.errors import LestdError
 from orchestrator.executor import Event
-from workers.checkpoint import atomic_write, file_sha256
 from workers.contracts import Failure, Result
+from workers.files import atomic_write, file_sha256
 
 MANIFEST_FORMAT = 1
 STAGES = ("read", "stage1", "rank_search", "stage2", "error", "write")

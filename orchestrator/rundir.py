@@ -28,8 +28,9 @@ from orchestrator.config import RunConfig
 from orchestrator.manifest import MANIFEST_FORMAT, Manifest, read_json, write_json
 from orchestrator.plan import Plan
 from orchestrator.source import Source
-from workers.checkpoint import explain_os_errors, read_tensor, sample_digests
+from workers.checkpoint import read_tensor, sample_digests
 from workers.decompose import software_versions
+from workers.files import explain_os_errors
 
 _OURS = {"lock", "run.json", "plan.json", "payloads", "manifest"}
 _TEMPORARY = ".tmp-"

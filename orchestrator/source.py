@@ -41,10 +41,10 @@ from workers.checkpoint import (
     INDEX_FILE,
     WEIGHTS_FILE,
     ShardIndex,
-    atomic_write,
     read_weight_map,
 )
 from workers.contracts import TensorRef
+from workers.files import atomic_write
 from workers.headers import LENGTH_BYTES, header_length, parse_header
 
 CONFIG_FILE = "config.json"

@@ -26,10 +26,7 @@ from workers.checkpoint import (
     INDEX_FILE,
     WEIGHTS_FILE,
     ShardIndex,
-    atomic_write,
     check_finite,
-    explain_os_errors,
-    file_sha256,
     read_header,
     read_tensor,
     read_weight_map,
@@ -38,6 +35,7 @@ from workers.checkpoint import (
     write_safetensors_stream,
 )
 from workers.contracts import TensorRef
+from workers.files import atomic_write, explain_os_errors, file_sha256
 from workers.headers import DTYPES
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -369,7 +367,8 @@ def test_a_write_that_hits_a_limit_midway_leaves_nothing(tmp_path: Path) -> None
 import sys, torch
 from pathlib import Path
 from lestd_kernels.errors import LestdError
-from workers.checkpoint import atomic_write, write_safetensors
+from workers.checkpoint import write_safetensors
+from workers.files import atomic_write
 try:
     atomic_write(Path(sys.argv[1]), lambda f: write_safetensors(f, {"a": torch.ones(1 << 20)}))
 except LestdError as error:

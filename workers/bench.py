@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from lestd_kernels.errors import LestdError, first_line
-from workers.decompose import _device_name, _peak_memory_bytes, _reset_peak_memory
+from workers.devices import device_name, peak_memory_bytes, reset_peak_memory
 from workers.evaluate import EvalWorker
 
 
@@ -110,8 +110,8 @@ class BenchWorker(EvalWorker):
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         torch.zeros(1, device=self._torch_device)
-        _reset_peak_memory(self._torch_device)
-        self._base_bytes = _peak_memory_bytes(self._torch_device)
+        reset_peak_memory(self._torch_device)
+        self._base_bytes = peak_memory_bytes(self._torch_device)
         start = time.perf_counter()
         model = self._model
         self._synchronize()
@@ -119,7 +119,7 @@ class BenchWorker(EvalWorker):
         self.measure()
         tensors = [*model.parameters(), *model.buffers()]
         return BenchModel(
-            device=_device_name(self._torch_device),
+            device=device_name(self._torch_device),
             device_type=self._torch_device.type,
             dtype=str(model.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
@@ -175,7 +175,7 @@ class BenchWorker(EvalWorker):
         On a GPU what torch allocated there; on CPU the growth of the resident set, in which
         mapped files count as far as they were touched.
         """
-        return _peak_memory_bytes(self._torch_device) - self._base_bytes
+        return peak_memory_bytes(self._torch_device) - self._base_bytes
 
     def _synchronize(self) -> None:
         if self._torch_device.type == "cuda":

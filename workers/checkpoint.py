@@ -6,15 +6,11 @@ byte range, and every file is written beside its name and renamed when it is com
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO
@@ -22,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import torch
 from torch import Tensor
 
-from lestd_kernels.errors import LestdError, OutOfSpaceError
+from lestd_kernels.errors import LestdError
 from workers.contracts import TensorRef
 from workers.headers import (
     DTYPE_NAMES,
@@ -43,7 +39,6 @@ INDEX_FILE = "model.safetensors.index.json"
 
 _COPY_BYTES = 16 * 1024 * 1024
 _SAMPLE_BYTES = 64 * 1024
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def read_header(path: Path) -> dict[str, TensorRef]:
@@ -315,65 +310,3 @@ def write_safetensors_stream(file: BinaryIO, refs: Iterable[TensorRef]) -> None:
                 _read_exactly(source, ref, start, chunk)
                 file.write(chunk)
                 start += len(chunk)
-
-
-def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file that appears under `path`, complete and on disk, or not at all.
-
-    Temp file in the same directory, fsync, rename, fsync of the directory; an existing file is
-    replaced. Permissions follow the umask.
-
-    Args:
-        path: the file; its directory must exist.
-        write: gets the open temp file.
-
-    Raises:
-        LestdError: no space left.
-    """
-    temp = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(8)}")
-    with explain_os_errors(path):
-        try:
-            with temp.open("xb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            temp.replace(path)
-        except BaseException:
-            temp.unlink(missing_ok=True)
-            raise
-        fsync_directory(path.parent)
-
-
-def fsync_directory(directory: Path) -> None:
-    """Make the names in `directory` durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or quota into a sentence; other errors pass.
-
-    Raises:
-        OutOfSpaceError: no space was left while writing `path`.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _NO_SPACE:
-            raise
-        free = shutil.disk_usage(path.parent).free
-        raise OutOfSpaceError(
-            f"no space left while writing {path} ({error.strerror}; {free / 1e9:.2f} GB free "
-            f"there); free some or write elsewhere; finished work is kept, and the same command "
-            "continues it"
-        ) from error
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 (hex) of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
-import resource
 import socket
 import time
 import traceback
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,13 +20,10 @@ from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import METHODS, MethodArgs
 from lestd_kernels.methods.steps import Stopwatch
 from lestd_kernels.tensorize import unfold_weights
-from workers.checkpoint import (
-    atomic_write,
-    check_finite,
-    read_tensor,
-    serialize_safetensors,
-)
+from workers.checkpoint import check_finite, read_tensor, serialize_safetensors
 from workers.contracts import Failure, Result, Task
+from workers.devices import device_name, peak_memory_bytes, reset_peak_memory
+from workers.files import atomic_write
 
 
 def payload_name(task_id: str, sha256: str) -> str:
@@ -83,7 +77,7 @@ class DecomposeWorker:
 
     def _decompose(self, task: Task) -> Result:
         started_at = time.time()
-        _reset_peak_memory(self._device)
+        reset_peak_memory(self._device)
         clock = Stopwatch(self._device)
 
         with clock("read"):
@@ -144,37 +138,10 @@ class DecomposeWorker:
             hooi_iterations=done.hooi_iterations,
             seconds=clock.seconds | done.seconds,
             started_at=started_at,
-            peak_memory_bytes=_peak_memory_bytes(self._device),
-            device=_device_name(self._device),
+            peak_memory_bytes=peak_memory_bytes(self._device),
+            device=device_name(self._device),
             worker=self._name,
             node=socket.gethostname(),
             versions=software_versions(),
             slices=done.slices,
         )
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    # Linux: 5 resets the high-water mark of the resident set (man 5 proc, clear_refs). Elsewhere
-    # the figure is the peak since the process began.
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory of the task: of the device, or on CPU the resident set of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

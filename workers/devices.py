@@ -1,0 +1,39 @@
+"""What a worker says of the device that it works on: its name, and the memory that was used."""
+
+from __future__ import annotations
+
+import platform
+import resource
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+
+def device_name(device: torch.device) -> str:
+    """What the manifest calls a device: the GPU, or the CPU and its vector instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin to measure `peak_memory_bytes`."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    # Linux: 5 resets the high-water mark of the resident set (man 5 proc, clear_refs). Elsewhere
+    # the figure is the peak since the process began.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak since `reset_peak_memory`: of the device, or on CPU the resident set of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
