@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lestd_kernels.codecs import CODECS, cheapest_codec
+from lestd_kernels.codecs import CODECS, UNSTRUCTURED, cheapest_codec
 from lestd_kernels.errors import LestdError
 from lestd_kernels.stage1 import Factors, Ranks, mix, project_rows, squared_sum
 from lestd_kernels.tensorize import PROJECTIONS, GroupLayout
@@ -40,11 +40,13 @@ class GroupShape:
         layout: the group.
         learned: type mode ``learned``: one core, U3 stored.
         value_bytes: bytes of a stored value, of a factor or a core.
+        pattern: where non-zeros may stand, see `codecs.PATTERNS`.
     """
 
     layout: GroupLayout
     learned: bool
     value_bytes: int
+    pattern: str = UNSTRUCTURED
 
     @property
     def types(self) -> int:

@@ -22,6 +22,10 @@ from torch import Tensor
 TensorSpec = tuple[tuple[int, ...], torch.dtype | None]
 """Shape and dtype of a stored tensor; dtype None stands for the value dtype."""
 
+UNSTRUCTURED, TWO_OF_FOUR = "unstructured", "2:4"
+PATTERNS = (UNSTRUCTURED, TWO_OF_FOUR)
+"""Where the non-zeros of a core may stand: anywhere, or see lestd_kernels.pattern."""
+
 _UINT16_COLUMNS = 65_536
 
 

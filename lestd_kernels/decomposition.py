@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lestd_kernels.codecs import CODECS, TensorSpec, cheapest_codec
+from lestd_kernels.codecs import CODECS, UNSTRUCTURED, TensorSpec, cheapest_codec
 from lestd_kernels.tensorize import PROJECTIONS, GroupLayout, ModuleLayout, fold_weights
 
 FORMAT_VERSION = 1
@@ -41,6 +41,7 @@ class EncodedCore:
     """A core unfolding (rows x columns) as it is stored.
 
     ``tensors`` has the codec's tensor names; ``tensors["values"]`` has the value dtype.
+    ``pattern`` says where non-zeros may stand (`codecs.PATTERNS`); every codec stores every one.
     """
 
     codec: str
@@ -48,14 +49,15 @@ class EncodedCore:
     columns: int
     nnz: int
     tensors: Mapping[str, Tensor]
+    pattern: str = UNSTRUCTURED
 
     @classmethod
-    def encode(cls, matrix: Tensor) -> EncodedCore:
+    def encode(cls, matrix: Tensor, pattern: str = UNSTRUCTURED) -> EncodedCore:
         """Store `matrix`, already in its value dtype, in the codec with the fewest bytes."""
         rows, columns = matrix.shape
         nnz = int(matrix.count_nonzero())
         codec = cheapest_codec(rows, columns, nnz, matrix.element_size())
-        return cls(codec.name, rows, columns, nnz, codec.encode(matrix))
+        return cls(codec.name, rows, columns, nnz, codec.encode(matrix), pattern)
 
     def decode(self) -> Tensor:
         """The core unfolding (rows x columns), dense, in the value dtype."""
@@ -72,7 +74,8 @@ class EncodedCore:
 
     def describe(self) -> dict[str, Any]:
         """What a loader must know before it sees the tensors."""
-        return {"codec": self.codec, "nnz": self.nnz}
+        entry: dict[str, Any] = {"codec": self.codec, "nnz": self.nnz}
+        return entry if self.pattern == UNSTRUCTURED else entry | {"pattern": self.pattern}
 
 
 def module_types(module: ModuleLayout) -> tuple[int, ...]:
@@ -297,7 +300,8 @@ def _stored_core(
 ) -> EncodedCore:
     names = CODECS[entry["codec"]].tensor_specs(rows, columns, entry["nnz"])
     parts = {name: tensors[f"{path}.{_disk_name(name)}"] for name in names}
-    return EncodedCore(entry["codec"], rows, columns, entry["nnz"], parts)
+    pattern = entry.get("pattern", UNSTRUCTURED)
+    return EncodedCore(entry["codec"], rows, columns, entry["nnz"], parts, pattern)
 
 
 def _disk_name(name: str) -> str:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lestd_kernels import backends
-from lestd_kernels.codecs import CODECS, TensorSpec
+from lestd_kernels.codecs import CODECS, UNSTRUCTURED, TensorSpec
 from lestd_kernels.decomposition import EncodedCore, mix_types
 from lestd_kernels.errors import LestdError
 from lestd_kernels.tensorize import BasisSide
@@ -100,12 +100,13 @@ def _shared_product(factor: Factor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class CoreSpec:
-    """A packed core before its tensors are known: codec, unfolding (rows x columns), non-zeros."""
+    """A packed core before its tensors are known; see `EncodedCore`."""
 
     codec: str
     rows: int
     columns: int
     nnz: int
+    pattern: str = UNSTRUCTURED
 
     @property
     def tensor_specs(self) -> dict[str, TensorSpec]:
@@ -129,7 +130,7 @@ def _packed_core(module: nn.Module, spec: CoreSpec) -> EncodedCore:
     tensors = {
         name: getattr(module, "weight" if name == "values" else name) for name in spec.tensor_specs
     }
-    return EncodedCore(spec.codec, spec.rows, spec.columns, spec.nnz, tensors)
+    return EncodedCore(spec.codec, spec.rows, spec.columns, spec.nnz, tensors, spec.pattern)
 
 
 class SharedCore(nn.Module):

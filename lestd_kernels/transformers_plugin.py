@@ -31,7 +31,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lestd_kernels.codecs import CODECS
+from lestd_kernels.codecs import CODECS, PATTERNS, UNSTRUCTURED
 from lestd_kernels.decomposition import FORMAT_VERSION, SharedTucker
 from lestd_kernels.errors import LestdError
 from lestd_kernels.linear import (
@@ -197,7 +197,9 @@ def _check_known(path: str, what: str, found: Any, known: Collection[str]) -> No
 
 def _core_spec(path: str, entry: dict[str, Any], rows: int, columns: int) -> CoreSpec:
     _check_known(path, "codec", entry["codec"], CODECS)
-    return CoreSpec(entry["codec"], rows, columns, entry["nnz"])
+    pattern = entry.get("pattern", UNSTRUCTURED)
+    _check_known(path, "pattern", pattern, PATTERNS)
+    return CoreSpec(entry["codec"], rows, columns, entry["nnz"], pattern)
 
 
 def _find_module(model: PreTrainedModel, path: str) -> nn.Module:

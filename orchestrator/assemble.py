@@ -158,6 +158,7 @@ def model_card(source: Source, plan: Plan, rows: Sequence[dict[str, Any]], direc
         plan=plan,
         rows=rows,
         method=rows[0]["method"],
+        pattern=rows[0]["pattern"],
         metadata=card_metadata(source.directory),
         stored_bytes=stored,
         keep=stored / plan.dense_bytes,

@@ -89,6 +89,9 @@ class RunConfig(_Strict):
     stage2: Literal["one-shot", "prune-refit"] = Field(
         "one-shot", description="how the core is thinned out; both agree to rounding"
     )
+    pattern: Literal["unstructured", "2:4"] = Field(
+        "unstructured", description="2:4: of each four core elements two, for sparse tensor cores"
+    )
     alpha: Fraction = Field(0.1, description="prune-refit: share of survivors pruned per step")
     rank_step: int = Field(8, ge=1, description="grid of the rank search")
     max_flops: float | None = Field(
@@ -108,6 +111,14 @@ class RunConfig(_Strict):
     def _known_method(cls, value: str) -> str:
         if value not in METHODS:
             raise ValueError(f"expected one of {', '.join(METHODS)}")
+        return value
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _quoted_pattern(cls, value: object) -> object:
+        # YAML 1.1 counts in sixties where a number has a colon.
+        if value == 2 * 60 + 4:
+            raise ValueError('in YAML, 2:4 without quotes is a number; write pattern: "2:4"')
         return value
 
     @field_validator("layer_keep")
@@ -135,6 +146,7 @@ class RunConfig(_Strict):
         return MethodArgs(
             type_mode=self.type_mode,
             stage2=self.stage2,
+            pattern=self.pattern,
             alpha=self.alpha,
             rank_step=self.rank_step,
             max_flops=self.max_flops,

@@ -43,6 +43,7 @@ GROUPS = _schema(
         ("group", pa.string()),
         ("tensors", pa.list_(pa.string())),
         ("method", pa.string()),
+        ("pattern", pa.string()),
         ("R1", pa.int32()),
         ("R2", pa.int32()),
         ("R3", pa.int32()),

@@ -38,6 +38,13 @@ class TypeMode(StrEnum):
     learned = "learned"
 
 
+class Pattern(StrEnum):
+    """Where core elements may be kept."""
+
+    unstructured = "unstructured"
+    two_of_four = "2:4"
+
+
 class ExportDtype(StrEnum):
     """Dtype of reconstructed weights."""
 
@@ -82,6 +89,13 @@ MethodOption = Annotated[
 TypeModeOption = Annotated[
     TypeMode | None,
     typer.Option(help="learned: U3 mixes Q, K, V, O; no GQA.", show_default="identity"),
+]
+PatternOption = Annotated[
+    Pattern | None,
+    typer.Option(
+        help="2:4: of each four core elements two, for sparse tensor cores.",
+        show_default="unstructured",
+    ),
 ]
 MaxFlops = Annotated[
     float | None,

@@ -64,6 +64,11 @@ class Plan:
         return sum(planned.task.byte_budget for planned in self.tasks)
 
     @property
+    def max_bytes(self) -> int:
+        """Bytes that the weights in scope take at most; below the budget where a pattern is."""
+        return sum(planned.bounds.max_bytes for planned in self.tasks)
+
+    @property
     def untouched_bytes(self) -> int:
         """Bytes of the tensors out of scope."""
         return self.model_bytes - self.dense_bytes
@@ -97,12 +102,14 @@ class Plan:
                 "group": planned.task.group,
                 "tensors": [ref.name for ref in planned.task.tensors.values()],
                 "method": planned.task.method,
+                "pattern": planned.task.method_args["pattern"],
                 "keep": planned.keep,
                 "dense_bytes": planned.task.dense_bytes,
                 "byte_budget": planned.task.byte_budget,
                 "max_R1": planned.bounds.max_R1,
                 "max_R2": planned.bounds.max_R2,
                 "max_nnz": planned.bounds.max_nnz,
+                "max_bytes": planned.bounds.max_bytes,
                 "predicted_memory_bytes": planned.task.predicted_memory_bytes,
             }
             for planned in self.tasks
@@ -111,9 +118,10 @@ class Plan:
             "tasks": len(self.tasks),
             "dense_bytes": self.dense_bytes,
             "byte_budget": self.budget_bytes,
+            "max_bytes": self.max_bytes,
             "untouched_bytes": self.untouched_bytes,
             "model_bytes": self.model_bytes,
-            "keep_of_model": (self.untouched_bytes + self.budget_bytes) / self.model_bytes,
+            "keep_of_model": (self.untouched_bytes + self.max_bytes) / self.model_bytes,
             "worker_memory_bytes": self.worker_memory_bytes,
             "disk_bytes": self.disk_bytes,
         }

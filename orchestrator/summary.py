@@ -39,8 +39,8 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
     total = planned["total"]
     tables.out.print(
         f"{total['tasks']} tasks; weights in scope {tables.size(total['dense_bytes'])} -> at most "
-        f"{tables.size(total['byte_budget'])}; whole model {tables.size(total['model_bytes'])} -> "
-        f"{tables.size(total['untouched_bytes'] + total['byte_budget'])} "
+        f"{tables.size(total['max_bytes'])}; whole model {tables.size(total['model_bytes'])} -> "
+        f"{tables.size(total['untouched_bytes'] + total['max_bytes'])} "
         f"(keep {total['keep_of_model']:.3f})\n"
         f"a worker needs about {tables.size(total['worker_memory_bytes'])} of memory, the run "
         f"about {tables.size(total['disk_bytes'])} of disk"

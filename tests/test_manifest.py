@@ -28,6 +28,7 @@ def result(payloads: Path, task_id: str, layer: int) -> Result:
         group=f"model.layers.{layer}.self_attn",
         tensors=("a.weight", "b.weight"),
         method="lestd",
+        pattern="unstructured",
         payload=payload,
         sha256=sha256,
         payload_bytes=len(content),

@@ -66,6 +66,7 @@ BAD_CONFIGS = {
     "basis_side 'left'": lambda c: c["groups"][0]["modules"]["q_proj"].update(basis_side="left"),
     "kind 'tensor_train'": group_change(kind="tensor_train"),
     "value_type 'int4'": group_change(value_type="int4"),
+    "pattern '3:5'": lambda c: c["groups"][0]["modules"]["k_proj"].update(pattern="3:5"),
     "codec 'zip'": lambda c: c["groups"][0]["modules"]["k_proj"].update(codec="zip"),
     "model.layers.7.self_attn": group_change(path="model.layers.7.self_attn"),
     "found NoneType": lambda c: c["groups"][0]["modules"].update(extra_proj={}),

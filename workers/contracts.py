@@ -90,6 +90,7 @@ class Result:
     group: str
     tensors: tuple[str, ...]
     method: str
+    pattern: str
     payload: str
     sha256: str
     payload_bytes: int

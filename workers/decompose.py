@@ -90,13 +90,14 @@ class DecomposeWorker:
             unfolding = unfold_weights(weights, task.layout)
             del weights
 
+        args = MethodArgs(**task.method_args)
         try:
             done = METHODS[task.method].decompose(
                 unfolding,
                 task.layout,
                 task.byte_budget,
                 getattr(torch, task.value_dtype),
-                MethodArgs(**task.method_args),
+                args,
             )
         except LestdError as error:
             raise LestdError(f"{task.group}: {error}") from error
@@ -117,6 +118,7 @@ class DecomposeWorker:
             group=task.group,
             tensors=tuple(ref.name for ref in task.tensors.values()),
             method=task.method,
+            pattern=args.pattern,
             payload=payload,
             sha256=sha256,
             payload_bytes=len(content),

@@ -9,13 +9,14 @@ benchmarks/backends.py is what it rests on.
     dense_core   bitmask, csr        anywhere     M; on demand only, since M stays in memory
     csr          csr                 CPU, MKL     the packed core
     bitmask      bitmask, dense      CPU          the packed core
+    2:4          pattern 2:4         CUDA sm80+   a packed copy, which stays in memory
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from lestd_kernels.backends import bitmask, csr, dense_core, eager
+from lestd_kernels.backends import bitmask, csr, dense_core, eager, kept, semi_structured
 from lestd_kernels.backends.base import Backend, token_count
 from lestd_kernels.decomposition import EncodedCore
 
@@ -24,6 +25,7 @@ BACKENDS: dict[str, Backend] = {
     "dense_core": dense_core.BACKEND,
     "csr": csr.BACKEND,
     "bitmask": bitmask.BACKEND,
+    "2:4": semi_structured.BACKEND,
 }
 
 # A dense core, or factor, is read row by row here, which PyTorch's product with a transposed
@@ -31,16 +33,21 @@ BACKENDS: dict[str, Backend] = {
 _FEW_TOKENS_DENSE = 4
 # Beyond, expanding a csr core is no slower than MKL's sparse product, which transposes it for x M.
 _FEW_TOKENS_CSR, _FEW_TOKENS_CSR_TRANSPOSED = 8, 64
+# Fewer are bound by bytes, not by arithmetic. Not measured on a GPU yet.
+_FEW_TOKENS_SEMI_STRUCTURED = 16
 
 
 def choose(x: Tensor, core: EncodedCore, transposed: bool) -> str:
-    """Name of the fastest backend for this product that keeps nothing in memory.
+    """Name of the fastest backend for this product; only ``2:4`` keeps something in memory.
 
+    - 2:4 cores on CUDA: the sparse tensor cores, for more than a few tokens.
     - ``bitmask`` cores on CPU: the kernel, for any number of tokens (it expands M in a fraction of
       the time that `eager` takes).
     - ``csr`` cores on CPU: `torch.sparse` for few tokens, else `eager`.
     - ``dense`` cores: the kernel for ``x @ M`` of few tokens in 16 bits, else `eager`.
     """
+    if semi_structured.runs(x, core) and token_count(x) > _FEW_TOKENS_SEMI_STRUCTURED:
+        return "2:4"
     if core.codec == "bitmask" and bitmask.runs(x, core):
         return "bitmask"
     few = _FEW_TOKENS_CSR_TRANSPOSED if transposed else _FEW_TOKENS_CSR
@@ -74,4 +81,4 @@ def expand(core: EncodedCore, backend: str | None) -> Tensor:
 
 def release(values: Tensor) -> None:
     """Drop what a backend keeps for the core whose values these are."""
-    dense_core.release(values)
+    kept.release(values)

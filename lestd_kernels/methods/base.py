@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lestd_kernels.codecs import UNSTRUCTURED
 from lestd_kernels.decomposition import SharedTucker
 from lestd_kernels.tensorize import GroupLayout
 
@@ -23,6 +24,8 @@ class MethodArgs:
         type_mode: ``"identity"`` (U3 = I, every projection its own cores) or ``"learned"`` (U3 is
             fitted; MHA only).
         stage2: ``"one-shot"`` or ``"prune-refit"``.
+        pattern: where core elements may be kept: ``"unstructured"`` or ``"2:4"`` (see
+            lestd_kernels.pattern).
         alpha: prune-refit: share of the survivors pruned per step, in (0, 1].
         rank_step: R1 and R2 are multiples of it, or the full dimension.
         max_flops: upper bound of multiply-adds per token relative to the dense projections.
@@ -32,6 +35,7 @@ class MethodArgs:
 
     type_mode: str = "identity"
     stage2: str = "one-shot"
+    pattern: str = UNSTRUCTURED
     alpha: float = 0.1
     rank_step: int = 8
     max_flops: float | None = None
@@ -47,12 +51,15 @@ class Bounds:
         max_R1: the largest R1 that fits, beside the smallest other ranks.
         max_R2: the largest R2 that fits, beside the smallest other ranks.
         max_nnz: the most non-zeros that fit at any ranks, however they spread over the cores.
+        max_bytes: upper bound of the stored bytes: the budget, or less where the pattern leaves
+            some of it unused even at full rank.
         workspace_bytes: peak memory of `Method.decompose` beside the unfolding.
     """
 
     max_R1: int  # noqa: N815
     max_R2: int  # noqa: N815
     max_nnz: int
+    max_bytes: int
     workspace_bytes: int
 
 
@@ -123,8 +130,9 @@ class Method:
             number of threads. Raises LestdError as `bounds` does, and where a core value does
             not fit the value dtype.
         bounds: ``(layout, byte_budget, value_dtype, args)``; reads no weights. Raises LestdError
-            where the smallest ranks exceed the budget or `max_flops`, or where a learned type
-            mode meets projections with different numbers of heads.
+            where the smallest ranks exceed the budget or `max_flops`, where a learned type
+            mode meets projections with different numbers of heads, or where the method, the type
+            mode or the kind of Stage II does not go with the pattern.
     """
 
     name: str

@@ -19,6 +19,8 @@ from lestd_kernels.budget import (
     require_feasible,
     search_sparse,
 )
+from lestd_kernels.codecs import TWO_OF_FOUR, UNSTRUCTURED
+from lestd_kernels.errors import LestdError
 from lestd_kernels.methods.base import Bounds, Decomposed, Method, MethodArgs
 from lestd_kernels.methods.steps import (
     Stopwatch,
@@ -28,8 +30,15 @@ from lestd_kernels.methods.steps import (
     shared_basis,
     workspace_bytes,
 )
+from lestd_kernels.pattern import (
+    fitting_ranks,
+    pattern_bytes,
+    pattern_nonzeros,
+    search_two_of_four,
+    select_two_of_four,
+)
 from lestd_kernels.stage1 import Ranks
-from lestd_kernels.stage2 import gram_factors, one_shot, prune_refit
+from lestd_kernels.stage2 import gram_factors, one_shot, prune_refit, refit
 from lestd_kernels.tensorize import GroupLayout
 
 
@@ -37,6 +46,11 @@ def _checked(
     layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
 ) -> tuple[GroupShape, Limits, Ranks]:
     """The group's sizes, the limits, and the smallest ranks."""
+    if args.pattern != UNSTRUCTURED and args.stage2 != "one-shot":
+        raise LestdError(
+            f"pattern {args.pattern!r} needs stage2 'one-shot', found {args.stage2!r}, which "
+            "prunes by one threshold; change one of the two"
+        )
     shape, limits = group_shape(layout, value_dtype, args), limits_of(byte_budget, args)
     R1, R2 = (rank_grid(m, args.rank_step)[0] for m in (layout.width, layout.head_dim))
     smallest = Ranks(R1, R2, 1)
@@ -45,7 +59,9 @@ def _checked(
 
 
 def _least_bytes(shape: GroupShape, ranks: Ranks) -> int:
-    """Stored bytes with a single non-zero."""
+    """Stored bytes with what the pattern keeps, or else a single non-zero."""
+    if shape.pattern == TWO_OF_FOUR:
+        return pattern_bytes(shape, ranks)
     return shape.stored_bytes(ranks, [1] + [0] * (len(shape.core_slices) - 1))
 
 
@@ -59,14 +75,17 @@ def decompose(
     """Decompose a slice group with sparse cores; see `Method.decompose`."""
     shape, limits, _ = _checked(layout, byte_budget, value_dtype, args)
     clock = Stopwatch(unfolding.device)
-    basis, cores = shared_basis(unfolding, shape, limits, search_sparse, value_dtype, args, clock)
+    search = search_two_of_four if shape.pattern == TWO_OF_FOUR else search_sparse
+    basis, cores = shared_basis(unfolding, shape, limits, search, value_dtype, args, clock)
 
     def fits(nnz: Sequence[int]) -> bool:
         return shape.stored_bytes(basis.factors.ranks, nnz) <= byte_budget
 
     with clock("stage2"):
         grams = gram_factors(basis.factors)
-        if args.stage2 == "prune-refit":
+        if shape.pattern == TWO_OF_FOUR:
+            cores = refit(cores, select_two_of_four(cores, shape), cores, grams)
+        elif args.stage2 == "prune-refit":
             cores = prune_refit(cores, fits, grams, args.alpha)
         else:
             cores = one_shot(cores, fits, grams)
@@ -79,6 +98,15 @@ def bounds(
 ) -> Bounds:
     """Sizes of a LeSTD decomposition from shapes alone; see `Method.bounds`."""
     shape, limits, smallest = _checked(layout, byte_budget, value_dtype, args)
+    if shape.pattern == TWO_OF_FOUR:
+        fitting = fitting_ranks(shape, limits)
+        return Bounds(
+            max_R1=max(ranks.R1 for ranks in fitting),
+            max_R2=max(ranks.R2 for ranks in fitting),
+            max_nnz=max(sum(pattern_nonzeros(shape, ranks)) for ranks in fitting),
+            max_bytes=max(pattern_bytes(shape, ranks) for ranks in fitting),
+            workspace_bytes=workspace_bytes(shape, max(map(shape.core_elements, fitting))),
+        )
     grid1, grid2 = (rank_grid(m, args.rank_step) for m in (layout.width, layout.head_dim))
 
     def feasible(ranks: Ranks) -> bool:
@@ -99,6 +127,7 @@ def bounds(
         max_R1=max_R1,
         max_R2=max_R2,
         max_nnz=_most_nonzeros(shape, byte_budget, allowed),
+        max_bytes=byte_budget,
         workspace_bytes=workspace_bytes(shape, max_R1 * max_R2 * len(layout.slices)),
     )
 

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.budget import GroupShape, Limits
+from lestd_kernels.codecs import TWO_OF_FOUR, UNSTRUCTURED
 from lestd_kernels.decomposition import CORE_NAME, EncodedCore, SharedTucker
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods.base import Decomposed, MethodArgs, SliceStats
+from lestd_kernels.pattern import spread
 from lestd_kernels.stage1 import Factors, Ranks, hooi, hosvd, squared_sum
 from lestd_kernels.stage2 import fit_core
 from lestd_kernels.tensorize import PROJECTIONS, GroupLayout
@@ -52,9 +54,15 @@ def group_shape(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs)
     """Sizes of a group under a type mode.
 
     Raises:
-        LestdError: type mode learned, and the group is not one q, k, v and o slice per head.
+        LestdError: type mode learned, and the group is not one q, k, v and o slice per head, or
+            the pattern is 2:4.
     """
     learned = args.type_mode == "learned"
+    if learned and args.pattern != UNSTRUCTURED:
+        raise LestdError(
+            f"pattern {args.pattern!r} needs type_mode 'identity', found 'learned', which mixes "
+            "cores and so fills the pattern up; change one of the two"
+        )
     heads = range(len(layout.slices) // len(PROJECTIONS))
     if learned and set(layout.slices) != {(t, i) for t in PROJECTIONS for i in heads}:
         counts = (sum(s[0] == t for s in layout.slices) for t in PROJECTIONS)
@@ -63,7 +71,7 @@ def group_shape(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs)
             "type_mode 'learned' needs equally many query, key, value and output heads, but this "
             f"group has {found}; use type_mode 'identity'"
         )
-    return GroupShape(layout, learned, value_dtype.itemsize)
+    return GroupShape(layout, learned, value_dtype.itemsize, args.pattern)
 
 
 def limits_of(byte_budget: int, args: MethodArgs) -> Limits:
@@ -84,7 +92,7 @@ def type_major(unfolding: Tensor, shape: GroupShape) -> Tensor:
 
 
 Search = Callable[[Tensor, Factors, GroupShape, Limits], Ranks]
-"""A rank search of lestd_kernels.budget."""
+"""A rank search of lestd_kernels.budget or lestd_kernels.pattern."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +162,8 @@ def shared_basis(
         del bases
         found = hooi(W, start, args.hooi_tol, args.hooi_max_iter)
         factors = found.factors.to(value_dtype)
+        if shape.pattern == TWO_OF_FOUR:
+            factors = spread(factors)
         energy, iterations = found.squared_energy, found.iterations
         del found
     with clock("stage2"):
@@ -187,7 +197,9 @@ def finish(
     names = [CORE_NAME] if shape.learned else [module.name for module in layout.modules]
     with clock("stage2"):
         encoded = {
-            name: EncodedCore.encode(_round_core(core, basis.scale, factors.U1.dtype, name))
+            name: EncodedCore.encode(
+                _round_core(core, basis.scale, factors.U1.dtype, name), shape.pattern
+            )
             for name, core in zip(names, cores, strict=True)
         }
         stored = SharedTucker(

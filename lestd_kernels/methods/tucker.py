@@ -20,6 +20,8 @@ from lestd_kernels.budget import (
     require_feasible,
     search_dense,
 )
+from lestd_kernels.codecs import UNSTRUCTURED
+from lestd_kernels.errors import LestdError
 from lestd_kernels.methods.base import Bounds, Decomposed, Method, MethodArgs
 from lestd_kernels.methods.steps import (
     Stopwatch,
@@ -37,6 +39,11 @@ def _checked(
     layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
 ) -> tuple[GroupShape, Limits]:
     """The group's sizes, and limits that the smallest ranks respect (R1 is any integer)."""
+    if args.pattern != UNSTRUCTURED:
+        raise LestdError(
+            f"pattern {args.pattern!r} needs method 'lestd', found 'tucker', whose cores are "
+            "dense; change one of the two"
+        )
     shape, limits = group_shape(layout, value_dtype, args), limits_of(byte_budget, args)
     smallest = Ranks(1, rank_grid(layout.head_dim, args.rank_step)[0], 1)
     require_feasible(shape, limits, smallest, dense_bytes(shape, smallest))
@@ -75,6 +82,7 @@ def bounds(
         max_R1=max(ranks.R1 for ranks in fitting),
         max_R2=max(ranks.R2 for ranks in fitting),
         max_nnz=max_nnz,
+        max_bytes=byte_budget,
         workspace_bytes=workspace_bytes(shape, max_nnz),
     )
 
