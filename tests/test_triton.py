@@ -143,6 +143,11 @@ def test_on_cpu_it_is_never_chosen_and_leaves_other_codecs_to_eager(device):
         assert not BACKENDS["triton"].runs(x.detach(), encode(M, codec))
 
 
+def test_without_triton_there_is_no_such_backend_and_no_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert not triton_bitmask._works.__wrapped__("cpu")
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_it_is_chosen_for_any_number_of_tokens():
     core = encode(sparse(33, 40, 0.5, torch.bfloat16).cuda(), "bitmask")
