@@ -1,6 +1,7 @@
-"""Speed of the backends on CPU: attention projections of Llama-2-13B's shape against nn.Linear.
+"""Speed of the backends: attention projections of Llama-2-13B's shape against nn.Linear.
 
-    python benchmarks/backends.py            prints the table of README.md, in Markdown
+    python benchmarks/backends.py                  prints the table of README.md, in Markdown
+    python benchmarks/backends.py --device cuda    on a GPU, where calls are timed by its events
 
 One row is Q, K, V and O of one layer (d 5120, 40 heads of 128) for some tokens, dense or
 compressed. Candidates take turns; before each call caches are emptied, as the other layers of a
@@ -35,7 +36,8 @@ PROJECTIONS = ("q", "k", "v", "o")
 R1_SHARE = {0.2: 0.30, 0.4: 0.55, 0.6: 0.77, 0.8: 0.95}
 CSR_KEEP, CSR_DENSITY = 0.2, 0.05
 COPY_BYTES = 2**28
-PRODUCT_TOKENS = 512
+PRODUCT_TOKENS = {"cpu": 512, "cuda": 4096}  # enough to keep every core busy
+PACKED_BACKENDS = {"cpu": {"bitmask": "bitmask", "csr": "csr"}, "cuda": {"bitmask": "triton"}}
 CACHE_BYTES = 600 * 2**20  # more than the largest last-level cache of a server CPU today
 
 
@@ -117,43 +119,59 @@ def compressed_layer(shape: Shape, dtype: torch.dtype) -> Projections:
     return layer
 
 
-def compressed_layers(shape: Shape, dtype: torch.dtype) -> dict[str, Projections]:
+def compressed_layers(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Projections]:
     """The same layer by each backend that has its codec, and with the choice left open."""
-    layer = compressed_layer(shape, dtype)
+    layer = compressed_layer(shape, dtype).to(device)
     layers = {"chosen": layer}
-    for name in (shape.codec, "dense_core", "eager"):
+    packed = PACKED_BACKENDS[device].get(shape.codec)
+    for name in filter(None, (packed, "dense_core", "eager")):
         layers[name] = copy.deepcopy(layer)
         set_backend(layers[name], name)
     return layers
+
+
+def seconds_of(call: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """Seconds that one call takes."""
+    if x.device.type == "cuda":
+        # Emptying the cache still runs meanwhile, which hides how long launching takes.
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call(x)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    start = time.perf_counter()
+    call(x)
+    return time.perf_counter() - start
 
 
 def interleaved(
     calls: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor, repeats: int
 ) -> dict[str, float]:
     """Median seconds of each call on x, all in turn, each with empty caches."""
-    cache = torch.zeros(CACHE_BYTES // 4)
+    cache = torch.zeros(CACHE_BYTES // 4, device=x.device)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
             cache.add_(1)
-            start = time.perf_counter()
-            call(x)
+            took = seconds_of(call, x)
             if turn:  # the first one compiles, and fills what is kept
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(took)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def machine_calls(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
+def machine_calls(dtype: torch.dtype, device: str) -> dict[str, Callable[[Tensor], Tensor]]:
     """A copy of `COPY_BYTES` and a product of `PRODUCT_TOKENS`, whose speed sets the floors."""
-    source = torch.zeros(COPY_BYTES // 4)
+    source = torch.zeros(COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
-    x, W = (torch.randn(n, WIDTH).to(dtype) for n in (PRODUCT_TOKENS, WIDTH))
+    x, W = (torch.randn(n, WIDTH).to(device, dtype) for n in (PRODUCT_TOKENS[device], WIDTH))
     return {"copy": lambda _: target.copy_(source), "product": lambda _: x @ W.T}
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=PACKED_BACKENDS, default="cpu")
     parser.add_argument("--keeps", type=float, nargs="+", default=sorted(R1_SHARE))
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 512], help="e.g. 1 4096")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
@@ -163,25 +181,28 @@ def main() -> None:
     if options.quick:
         options.keeps, options.dtypes, options.repeats = [0.4], ["bfloat16"], 3
     torch.manual_seed(0)
+    device = options.device
 
-    print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, medians of ", end="")
-    print(f"{options.repeats}, torch {torch.__version__}")
+    machine = f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+    if device == "cuda":
+        machine = torch.cuda.get_device_name()
+    print(f"{machine}, medians of {options.repeats}, torch {torch.__version__}")
     for dtype in (getattr(torch, name) for name in options.dtypes):
         print(f"\n{dtype}\n")
         print("| keep | R1 | density | tokens | backend | ms | x dense | floor x dense | x floor |")
         print("|---|---|---|---|---|---|---|---|---|", flush=True)
-        dense, machine = dense_layer(dtype), machine_calls(dtype)
+        dense, calibration = dense_layer(dtype).to(device), machine_calls(dtype, device)
         for shape in (shape for keep in options.keeps for shape in shapes(keep, dtype.itemsize)):
-            layers = {"dense": dense} | compressed_layers(shape, dtype)
+            layers = {"dense": dense} | compressed_layers(shape, dtype, device)
             factor = WIDTH * shape.R1 * dtype.itemsize
             unpacked = 4 * shape.R1 * HEADS * HEAD_DIM * dtype.itemsize
             products = 2 * WIDTH * shape.R1 + 4 * HEADS * HEAD_DIM * (shape.R1 + HEAD_DIM)
             for tokens in options.tokens:
-                x = torch.randn(tokens, WIDTH).to(dtype)
+                x = torch.randn(tokens, WIDTH).to(device, dtype)
                 with torch.no_grad():
-                    took = interleaved(machine | layers, x, options.repeats)
+                    took = interleaved(calibration | layers, x, options.repeats)
                 bandwidth = 2 * COPY_BYTES / took["copy"]
-                rate = PRODUCT_TOKENS * WIDTH * WIDTH / took["product"]
+                rate = PRODUCT_TOKENS[device] * WIDTH * WIDTH / took["product"]
                 for name in layers:
                     seconds = took[name]
                     # U1 is read for Q, K and V, and again for O.
@@ -192,7 +213,7 @@ def main() -> None:
                         read = 2 * factor + unpacked
                     floor = max(read / bandwidth, tokens * per_token / rate)
                     cells = [f"{shape.keep}", f"{shape.R1}", f"{shape.density:.2f}", f"{tokens}"]
-                    cells += [name, f"{1e3 * seconds:.1f}", f"{seconds / took['dense']:.2f}"]
+                    cells += [name, f"{1e3 * seconds:.4g}", f"{seconds / took['dense']:.2f}"]
                     cells += [f"{floor / took['dense']:.2f}", f"{seconds / floor:.1f}"]
                     print(f"| {' | '.join(cells)} |", flush=True)
 

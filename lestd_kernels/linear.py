@@ -53,8 +53,9 @@ class Factor(nn.Module):
 class _Scope(threading.local):
     """Products ``x U1`` of the block that this thread is in; None outside of a block."""
 
-    products: dict[Factor, tuple[Tensor, tuple[int, bool], Tensor]] | None = None
-    traced = False
+    def __init__(self) -> None:
+        self.products: dict[Factor, tuple[Tensor, tuple[int, bool], Tensor]] | None = None
+        self.traced = False
 
 
 _scope = _Scope()

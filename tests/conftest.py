@@ -14,6 +14,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 import pytest
 import torch
+
+# Without a GPU, kernels run in Triton's interpreter; it asks once, when transformers imports it.
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
+
 from transformers import LlamaConfig, LlamaForCausalLM
 
 LAYERS = 64
@@ -52,5 +56,9 @@ def many_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _gpu(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+    if request.node.get_closest_marker("gpu"):
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        # By default cuBLAS may add up in 16 bits, and is then no reference for anything.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

@@ -28,13 +28,19 @@ from lestd_kernels.linear import CompressedLinear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (17, 21), (5, 9), (33, 77), (130, 403), (7, 64), (3, 1000), (257, 2)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CODECS_OF = {
     "eager": ("dense", "bitmask", "csr"),
     "dense_core": ("bitmask", "csr"),
     "csr": ("csr",),
     "bitmask": ("dense", "bitmask"),
 }
-PAIRS = [(backend, codec) for backend, codecs in CODECS_OF.items() for codec in codecs]
+# The kernels of "triton" are tested in tests/test_triton.py: on CPU, interpreted, they take long.
+CASES = [("cpu", backend, codec) for backend, codecs in CODECS_OF.items() for codec in codecs] + [
+    pytest.param("cuda", backend, codec, marks=pytest.mark.gpu)
+    for backend in ("eager", "dense_core")
+    for codec in CODECS_OF[backend]
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,33 +63,35 @@ def encode(M: Tensor, codec: str) -> EncodedCore:
     return EncodedCore(codec, *M.shape, int(M.count_nonzero()), CODECS[codec].encode(M))
 
 
-def assert_is_product(found: Tensor, x: Tensor, M: Tensor) -> None:
+def assert_is_product(found: Tensor, x: Tensor, M: Tensor, units: float = 0.5) -> None:
     """`found` is ``x @ M`` but for float32 sums and one rounding to the dtype of x.
 
     A sum of n products in float32, in any order, is off by at most n 2^-24 sum |x| |M| (Higham,
     Accuracy and Stability of Numerical Algorithms, section 3.1), twice that where products are
-    rounded too; then comes half a unit in the last place of the result.
+    rounded too; then come `units` units in the last place of the result.
     """
     assert found.dtype == x.dtype
     exact = x.double() @ M.double()
     sums = 2 * (x.shape[-1] + 1) * 2**-24 * (x.double().abs() @ M.double().abs())
-    rounding = torch.finfo(x.dtype).eps / 2 * (exact.abs() + sums)
+    rounding = units * torch.finfo(x.dtype).eps * (exact.abs() + sums)
     tiniest = torch.finfo(x.dtype).smallest_normal
     assert found.shape == exact.shape
     assert bool(((found.double() - exact).abs() <= sums + rounding + tiniest).all())
 
 
-@pytest.mark.parametrize(("backend", "codec"), PAIRS)
+@pytest.mark.parametrize(("device", "backend", "codec"), CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("density", [0.0, 0.04, 0.5, 1.0])
-def test_backends_multiply_by_the_core_and_its_transpose(backend, codec, dtype, density, kernel):
+def test_backends_multiply_by_the_core_and_its_transpose(
+    device, backend, codec, dtype, density, kernel
+):
     for rows, columns in SHAPES:
-        M = sparse(rows, columns, density, dtype)
+        M = sparse(rows, columns, density, dtype).to(device)
         core = encode(M, codec)
         assert torch.equal(BACKENDS[backend].expand(core), M)
         for matrix, transposed in ((M, False), (M.T, True)):
             for shape in ((), (1,), (2, 3), (2, 1, 5), (21,), (70,)):
-                x = torch.randn(*shape, matrix.shape[0]).to(dtype)
+                x = torch.randn(*shape, matrix.shape[0]).to(dtype).to(device)
                 assert BACKENDS[backend].runs(x, core)
                 assert_is_product(BACKENDS[backend].apply_core(x, core, transposed), x, matrix)
 
@@ -192,12 +200,13 @@ def test_a_forced_backend_that_cannot_run_leaves_the_work_to_eager(kernel):
         assert found.requires_grad
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", ["identity", "learned"])
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("backend", [*BACKENDS, None])
-def test_a_block_gives_the_same_by_every_backend(mode, codec, backend, kernel):
-    block = Block(random_tucker(layout(), mode, codec))
-    x = torch.randn(3, 20)
+def test_a_block_gives_the_same_by_every_backend(device, mode, codec, backend, kernel):
+    block = Block(random_tucker(layout(), mode, codec)).to(device)
+    x = torch.randn(3, 20, device=device)
     with torch.no_grad():
         set_backend(block, "eager")
         expected = block(x)

@@ -277,6 +277,23 @@ def test_compiles_without_a_graph_break_and_still_applies_u1_once(mode, codec):
     assert len(matmuls) == 1 + 3 * 2 + 3
 
 
+def test_the_first_forward_of_a_thread_may_be_a_compiled_one():
+    block = Block(random_tucker(layout(), "identity", "bitmask"))
+    set_backend(block, "eager")
+    x = torch.randn(2, 20)
+    found = []
+
+    def compile_and_run() -> None:
+        with torch.no_grad():
+            found.append(torch.compile(block, backend="eager", fullgraph=True)(x))
+
+    thread = threading.Thread(target=compile_and_run)
+    thread.start()
+    thread.join()
+    with torch.no_grad():
+        assert torch.equal(found[0], block(x))
+
+
 def test_projections_compiled_one_by_one_are_compiled_once_and_give_only_their_output():
     block = Block(random_tucker(layout(), "identity", "bitmask"))
     x = torch.randn(2, 20)

@@ -9,6 +9,7 @@ benchmarks/backends.py is what it rests on.
     dense_core   bitmask, csr        anywhere     M; on demand only, since M stays in memory
     csr          csr                 CPU, MKL     the packed core
     bitmask      bitmask, dense      CPU          the packed core
+    triton       bitmask             NVIDIA GPUs  the packed core
     2:4          pattern 2:4         CUDA sm80+   a packed copy, which stays in memory
 """
 
@@ -16,7 +17,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lestd_kernels.backends import bitmask, csr, dense_core, eager, kept, semi_structured
+from lestd_kernels.backends import (
+    bitmask,
+    csr,
+    dense_core,
+    eager,
+    semi_structured,
+    triton_bitmask,
+)
 from lestd_kernels.backends.base import Backend, token_count
 from lestd_kernels.decomposition import EncodedCore
 
@@ -25,6 +33,7 @@ BACKENDS: dict[str, Backend] = {
     "dense_core": dense_core.BACKEND,
     "csr": csr.BACKEND,
     "bitmask": bitmask.BACKEND,
+    "triton": triton_bitmask.BACKEND,
     "2:4": semi_structured.BACKEND,
 }
 
@@ -37,19 +46,24 @@ _FEW_TOKENS_CSR, _FEW_TOKENS_CSR_TRANSPOSED = 8, 64
 _FEW_TOKENS_SEMI_STRUCTURED = 16
 
 
+def _packed(x: Tensor) -> str:
+    """Name of the backend that keeps bitmask cores packed where x is."""
+    return "triton" if x.device.type == triton_bitmask.DEVICE else "bitmask"
+
+
 def choose(x: Tensor, core: EncodedCore, transposed: bool) -> str:
     """Name of the fastest backend for this product; only ``2:4`` keeps something in memory.
 
     - 2:4 cores on CUDA: the sparse tensor cores, for more than a few tokens.
-    - ``bitmask`` cores on CPU: the kernel, for any number of tokens (it expands M in a fraction of
-      the time that `eager` takes).
+    - ``bitmask`` cores: the kernel of the device, for any number of tokens (it expands M in a
+      fraction of the time that `eager` takes). On GPUs that is a design, not yet a measurement.
     - ``csr`` cores on CPU: `torch.sparse` for few tokens, else `eager`.
     - ``dense`` cores: the kernel for ``x @ M`` of few tokens in 16 bits, else `eager`.
     """
     if semi_structured.runs(x, core) and token_count(x) > _FEW_TOKENS_SEMI_STRUCTURED:
         return "2:4"
-    if core.codec == "bitmask" and bitmask.runs(x, core):
-        return "bitmask"
+    if core.codec == "bitmask" and BACKENDS[_packed(x)].runs(x, core):
+        return _packed(x)
     few = _FEW_TOKENS_CSR_TRANSPOSED if transposed else _FEW_TOKENS_CSR
     if core.codec == "csr" and csr.runs(x, core) and token_count(x) <= few:
         return "csr"
@@ -74,11 +88,13 @@ def apply_core(x: Tensor, core: EncodedCore, transposed: bool, backend: str | No
 
 def expand(core: EncodedCore, backend: str | None) -> Tensor:
     """M ``(rows, columns)``, dense, by `backend`, or by the fastest that keeps nothing."""
-    used = BACKENDS[backend or ("bitmask" if core.codec == "bitmask" else "eager")]
     values = core.tensors["values"]
+    used = BACKENDS[backend or (_packed(values) if core.codec == "bitmask" else "eager")]
     return (used if used.runs(values, core) else BACKENDS["eager"]).expand(core)
 
 
 def release(values: Tensor) -> None:
-    """Drop what a backend keeps for the core whose values these are."""
-    kept.release(values)
+    """Drop what backends keep for the core whose values these are."""
+    dense_core.expand.release(values)
+    triton_bitmask.release(values)
+    semi_structured.release(values)

@@ -1,8 +1,8 @@
-"""What a backend makes of a packed core once and keeps: the one place for it.
+"""What is computed once from a packed core and kept beside it.
 
-What is kept belongs to the values tensor that it came from: it goes when that tensor goes (as it
+A kept tensor belongs to the values tensor that it came from: it goes when that tensor goes (as it
 does when weights are offloaded), is in no copy and no state dict, and is made anew once a packed
-tensor was written to. There is one thing per core: what another backend asks for takes its place.
+tensor was written to, moved or exchanged.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lestd_kernels.decomposition import EncodedCore
 
-Make = Callable[[EncodedCore], Tensor]
 _State = tuple[tuple[int, int, torch.dtype], ...]
-_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # values -> (_State, Make, what it made)
 
 
 def _state(core: EncodedCore) -> _State:
@@ -28,22 +26,23 @@ def _state(core: EncodedCore) -> _State:
     )
 
 
-def kept(core: EncodedCore, make: Make) -> Tensor:
-    """``make(core)``: the kept one if it is still true.
+class Kept:
+    """``compute(core)``, remembered for each core. Not to be called under torch.compile."""
 
-    Args:
-        core: the packed core; its values tensor is what owns the result.
-        make: a function of the core alone, the same object at every call.
-    """
-    values, state = core.tensors["values"], _state(core)
-    entry = _kept.get(values)  # type: ignore[no-untyped-call]
-    if entry is None or entry[:2] != (state, make):
-        entry = (state, make, make(core))
-        _kept[values] = entry
-    made: Tensor = entry[2]
-    return made
+    def __init__(self, compute: Callable[[EncodedCore], Tensor]) -> None:
+        self._compute = compute
+        self._entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
+    def __call__(self, core: EncodedCore) -> Tensor:
+        """The kept tensor if it is still true, else a new one."""
+        values, state = core.tensors["values"], _state(core)
+        entry = self._entries.get(values)  # type: ignore[no-untyped-call]
+        if entry is None or entry[0] != state:
+            entry = (state, self._compute(core).detach())
+            self._entries[values] = entry
+        kept: Tensor = entry[1]
+        return kept
 
-def release(values: Tensor) -> None:
-    """Forget what is kept for the core whose values these are."""
-    _kept.pop(values, None)  # type: ignore[no-untyped-call]
+    def release(self, values: Tensor) -> None:
+        """Forget what was computed for the core whose values these are."""
+        self._entries.pop(values, None)  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
 """Cores with the pattern 2:4 on the sparse tensor cores of NVIDIA GPUs, Ampere and later.
 
 The core is turned into PyTorch's semi-structured tensor on first use and kept so, beside the
-packed tensors (see `kept`): half of the padded values and two bits of index for each, much like
+packed tensors (`Kept`): half of the padded values and two bits of index for each, much like
 the bitmask that it comes from. A product then does half of the dense one's multiply-adds.
 
 Reference: Mishra et al., "Accelerating Sparse Deep Neural Networks", arXiv 2104.08378, 2021.
@@ -10,14 +10,14 @@ Reference: Mishra et al., "Accelerating Sparse Deep Neural Networks", arXiv 2104
 from __future__ import annotations
 
 import warnings
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from lestd_kernels.backends.base import Backend, is_plain
-from lestd_kernels.backends.kept import kept
+from lestd_kernels.backends.kept import Kept
 from lestd_kernels.codecs import TWO_OF_FOUR
 from lestd_kernels.decomposition import EncodedCore
 from lestd_kernels.errors import LestdError
@@ -74,21 +74,27 @@ def padded_weight(core: EncodedCore, transposed: bool) -> Tensor:
     return weight
 
 
-def _pack(core: EncodedCore) -> Tensor:
-    return torch.sparse.to_sparse_semi_structured(padded_weight(core, transposed=False))
+def _pack(core: EncodedCore, transposed: bool) -> Tensor:
+    return torch.sparse.to_sparse_semi_structured(padded_weight(core, transposed))
 
 
-def _pack_transposed(core: EncodedCore) -> Tensor:
-    return torch.sparse.to_sparse_semi_structured(padded_weight(core, transposed=True))
+packed = Kept(partial(_pack, transposed=False))
+packed_transposed = Kept(partial(_pack, transposed=True))
 
 
 def apply_core(x: Tensor, core: EncodedCore, transposed: bool) -> Tensor:
     """``x @ M``, or with `transposed` ``x @ M.T``: whichever the pattern was chosen for."""
-    weight = kept(core, _pack_transposed if transposed else _pack)
+    weight = (packed_transposed if transposed else packed)(core)
     width = x.shape[-1]
     tokens = functional.pad(x.reshape(-1, width), (0, weight.shape[1] - width)).contiguous()
     out = functional.linear(tokens, weight)[:, : core.rows if transposed else core.columns]
     return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def release(values: Tensor) -> None:
+    """Forget what is kept for the core whose values these are."""
+    packed.release(values)
+    packed_transposed.release(values)
 
 
 BACKEND = Backend(runs, apply_core, EncodedCore.decode)
