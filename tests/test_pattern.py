@@ -25,7 +25,8 @@ from torch.sparse._semi_structured_conversions import (
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from lestd_kernels.backends import BACKENDS, choose, kept, semi_structured
+from lestd_kernels.backends import BACKENDS, choose, semi_structured
+from lestd_kernels.backends.kept import Kept
 from lestd_kernels.budget import GroupShape, Limits, rank_grid
 from lestd_kernels.decomposition import EncodedCore, SharedTucker, stored_specs
 from lestd_kernels.errors import LestdError
@@ -343,7 +344,7 @@ def test_products_are_padded_and_cut(rows, columns, transposed, monkeypatch):
     x = torch.randn(2, 3, columns if transposed else rows).half()
     found = BACKENDS["2:4"].apply_core(x, core, transposed)
     assert_close(found, BACKENDS["eager"].apply_core(x, core, transposed), rtol=2e-3, atol=2e-3)
-    kept.release(core.tensors["values"])
+    semi_structured.release(core.tensors["values"])
 
 
 def test_a_core_without_the_pattern_is_refused():
@@ -359,24 +360,21 @@ def test_without_a_gpu_the_other_backends_do_the_work():
     assert choose(x, core, False) != "2:4"
 
 
-def test_one_thing_is_kept_per_core_until_it_is_written_to():
+def test_what_is_kept_of_a_core_is_made_anew_once_it_was_written_to():
     core, made = two_four_core(8, 4, False, torch.float32), []
 
-    def first(core: EncodedCore) -> Tensor:
-        made.append("first")
+    def compute(core: EncodedCore) -> Tensor:
+        made.append(core)
         return core.decode()
 
-    def second(core: EncodedCore) -> Tensor:
-        made.append("second")
-        return core.decode().T
-
-    assert kept.kept(core, first) is kept.kept(core, first)
-    assert kept.kept(core, second).shape == (4, 8)
+    kept = Kept(compute)
+    assert kept(core) is kept(core)
+    assert len(made) == 1
     core.tensors["values"].mul_(2)
-    assert torch.equal(kept.kept(core, second), core.decode().T)
+    assert torch.equal(kept(core), core.decode())
     kept.release(core.tensors["values"])
-    kept.kept(core, second)
-    assert made == ["first", "second", "second", "second"]
+    kept(core)
+    assert len(made) == 3
 
 
 @pytest.mark.gpu
