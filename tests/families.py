@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from lestd_kernels.codecs import CODECS
@@ -78,6 +79,13 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen2": Qwen2Config(**_LLAMA_LIKE | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen3": Qwen3Config(
         **_LLAMA_LIKE | {"hidden_size": 40, "num_key_value_heads": 2}, head_dim=14
+    ),
+    "qwen3_moe": Qwen3MoeConfig(
+        **_LLAMA_LIKE | {"hidden_size": 40, "num_key_value_heads": 2},
+        head_dim=14,
+        moe_intermediate_size=24,
+        num_experts=4,
+        num_experts_per_tok=2,
     ),
     "gpt_neox": GPTNeoXConfig(
         **_COMMON,
