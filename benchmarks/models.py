@@ -4,8 +4,10 @@
 
 Takes the example model, and one of the shape of Llama-3.2-1B with made-up weights
 (benchmarks/make_checkpoint.py), compresses each with `lestd compress`, and times it with
-`lestd bench`. What DIR holds already is used again. Ratios are compressed / dense. With all 16
-layers the 1B shape takes about 5 GB of disk and, most of it to compress, some minutes on a CPU.
+`lestd bench`. What DIR holds already is used again. Ratios are compressed / dense; the spread is
+the slowest over the fastest repetition of one model, near 1 on a machine that does nothing else.
+With all 16 layers the 1B shape takes about 5 GB of disk and, most of it to compress, some minutes
+on a CPU.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ FIGURES = {
     "stored_bytes": ("tensors on disk, MiB", 2.0**20),
 }
 """A figure of `lestd bench --json` -> its title here, and what it is divided by."""
+CONSTANT = ("peak_memory_bytes", "stored_bytes")
 
 
 def run(*arguments: object) -> str:
@@ -60,8 +63,8 @@ def main() -> None:
 
     with ExitStack() as stack:
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        show("model", "keep", "threads", "", "dense", "compressed", "ratio")
-        show(*["---"] * 3, *["---:"] * 4)
+        show("model", "keep", "threads", "", "dense", "compressed", "ratio", "spread")
+        show(*["---"] * 4, *["---:"] * 4)
         for model in options.models:
             name, dense = model, EXAMPLE
             if model != "example":
@@ -80,9 +83,11 @@ def main() -> None:
                         timing += (f"--{option.replace('_', '-')}", getattr(options, option))
                     printed = run("-m", "orchestrator", "bench", dense, out, *timing, "--json")
                     figures: dict[str, Any] = json.loads(printed)
+                    spread = f"{figures['spread']:.1f}"
                     for figure, (title, unit) in FIGURES.items():
                         one, other = (figures[m][figure] / unit for m in ("dense", "compressed"))
                         cells = (title, f"{one:,.1f}", f"{other:,.1f}", f"{other / one:.3f}")
+                        cells += ("" if figure in CONSTANT else spread,)
                         show(name, str(keep), str(figures["threads"]), *cells)
 
 
