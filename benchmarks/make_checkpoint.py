@@ -250,7 +250,7 @@ def make_tensor(
 
     list(pool.map(fill, range(0, count, rows)))
     if _HAS_SUPER_WEIGHTS.search(name):
-        places = torch.randperm(out.numel(), generator=generator)[:SUPER_WEIGHTS]
+        places = torch.randint(out.numel(), (SUPER_WEIGHTS,), generator=generator)
         signs = torch.randint(2, (SUPER_WEIGHTS,), generator=generator) * 2.0 - 1
         out.view(-1)[places] = (signs * SUPER_SCALE * rms).to(dtype)
     return out

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -222,9 +222,12 @@ def save_pair(family: str, mode: str, codec: str, root: Path) -> tuple[Path, Pre
         path: random_tucker(layout, mode, codec, seed)
         for seed, (path, layout) in enumerate(attention_groups(family).items())
     }
-    state = dense.state_dict()
-    if dense.config.tie_word_embeddings:
-        del state["lm_head.weight"]
+    # As on disk, where experts are apart and no tied weight is; GPT-NeoX's head has an older name.
+    state = {
+        name.replace("embed_out", "lm_head"): tensor
+        for shard in sorted((root / "dense").glob("*.safetensors"))
+        for name, tensor in load_file(shard).items()
+    }
     directory = write_compressed(state, dense.config, groups, root / "compressed")
     with torch.no_grad():
         for path, group in groups.items():
