@@ -38,6 +38,7 @@ Progress = Callable[[int, int], None]
 PLOT_FORMATS = ("png", "svg")
 
 _END_SECONDS = 10.0
+_STEADY = 1.5  # Beyond this spread of the repetitions, the median says little.
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Comparison:
     Attributes:
         dense, compressed: the models.
         ratios: compressed / dense for each of `FIGURES`.
+        spread: slowest over fastest repetition of one model, of prefill or decoding.
         settings: as asked for.
         repeats: repetitions that count, of each model.
         device: name of the hardware.
@@ -98,6 +100,7 @@ class Comparison:
     dense: ModelFigures
     compressed: ModelFigures
     ratios: dict[str, float]
+    spread: float
     settings: BenchSettings
     repeats: int
     device: str
@@ -151,6 +154,7 @@ def compare(
         dense=first,
         compressed=second,
         ratios={name: _ratio(getattr(second, name), getattr(first, name)) for name in FIGURES},
+        spread=max(_spread(model) for model in repetitions),
         settings=settings,
         repeats=repeats,
         device=loaded[0].device,
@@ -247,6 +251,12 @@ def _figures(
     )
 
 
+def _spread(repetitions: list[Repetition]) -> float:
+    prefills = [repetition.prefill_seconds for repetition in repetitions]
+    decodes = [repetition.decode_seconds for repetition in repetitions]
+    return max(max(prefills) / min(prefills), max(decodes) / min(decodes))
+
+
 def _ratio(compressed: float, dense: float) -> float:
     return compressed / dense if dense else math.nan
 
@@ -264,15 +274,29 @@ def print_comparison(comparison: Comparison, json: bool) -> None:
     columns = ("", "dense", "compressed", "compressed / dense")
     title = f"{other.model} against {one.model}"
     tables.print_table(title, columns, rows)
-    threads = "1 thread" if comparison.threads == 1 else f"{comparison.threads} threads"
-    dtypes = " and ".join(dict.fromkeys(comparison.dtypes))
     tables.out.print(
         f"medians of {comparison.repeats} repetitions; batch {s.batch}, {s.prompt_tokens} prompt "
-        f"tokens, {s.new_tokens} new tokens; {dtypes}; {comparison.device}, {threads}\n"
-        f"weights in memory {tables.size(one.weight_bytes)} and {tables.size(other.weight_bytes)}; "
+        f"tokens, {s.new_tokens} new tokens; {_where(comparison)}\n"
+        f"weights in memory {tables.size(one.weight_bytes)} and {tables.size(other.weight_bytes)}, "
+        f"on disk {tables.size(one.stored_bytes)} and {tables.size(other.stored_bytes)}; "
         f"loaded in {one.load_seconds:.2f} s and {other.load_seconds:.2f} s",
         soft_wrap=True,
     )
+    if comparison.spread > _STEADY:
+        tables.out.print(
+            f"repetitions of one model differ by up to {comparison.spread:.1f} x: something else "
+            "was using the machine, or a repetition is too short; measure again when it is idle, "
+            "or with fewer --threads or more --new-tokens",
+            style="yellow",
+            soft_wrap=True,
+        )
+
+
+def _where(comparison: Comparison) -> str:
+    """Dtype, hardware and threads."""
+    dtypes = " and ".join(dict.fromkeys(comparison.dtypes))
+    threads = "1 thread" if comparison.threads == 1 else f"{comparison.threads} threads"
+    return f"{dtypes}; {comparison.device}, {threads}"
 
 
 def check_plot(path: Path) -> None:
@@ -322,8 +346,8 @@ def save_plot(comparison: Comparison, path: Path) -> None:
         axes.set_title(f"{title}\nratio {comparison.ratios[name]:.3f}", fontsize="medium")
     figure.suptitle(
         f"{Path(comparison.compressed.model).name}: batch {s.batch}, {s.prompt_tokens} prompt and "
-        f"{s.new_tokens} new tokens, {' and '.join(dict.fromkeys(comparison.dtypes))}, "
-        f"{comparison.device}",
+        f"{s.new_tokens} new tokens; {_where(comparison)}; "
+        "bars: medians, dots: repetitions",
         fontsize="medium",
     )
     drawn = io.BytesIO()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from lestd_kernels.codecs import CODECS
@@ -78,6 +79,13 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen2": Qwen2Config(**_LLAMA_LIKE | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen3": Qwen3Config(
         **_LLAMA_LIKE | {"hidden_size": 40, "num_key_value_heads": 2}, head_dim=14
+    ),
+    "qwen3_moe": Qwen3MoeConfig(
+        **_LLAMA_LIKE | {"hidden_size": 40, "num_key_value_heads": 2},
+        head_dim=14,
+        moe_intermediate_size=24,
+        num_experts=4,
+        num_experts_per_tok=2,
     ),
     "gpt_neox": GPTNeoXConfig(
         **_COMMON,
@@ -214,9 +222,12 @@ def save_pair(family: str, mode: str, codec: str, root: Path) -> tuple[Path, Pre
         path: random_tucker(layout, mode, codec, seed)
         for seed, (path, layout) in enumerate(attention_groups(family).items())
     }
-    state = dense.state_dict()
-    if dense.config.tie_word_embeddings:
-        del state["lm_head.weight"]
+    # As on disk, where experts are apart and no tied weight is; GPT-NeoX's head has an older name.
+    state = {
+        name.replace("embed_out", "lm_head"): tensor
+        for shard in sorted((root / "dense").glob("*.safetensors"))
+        for name, tensor in load_file(shard).items()
+    }
     directory = write_compressed(state, dense.config, groups, root / "compressed")
     with torch.no_grad():
         for path, group in groups.items():

@@ -22,7 +22,7 @@ from orchestrator.architectures import (
 )
 from workers.checkpoint import ShardIndex, read_tensor
 
-KNOWN = ("gpt_neox", "gptj", "llama", "mistral", "opt", "qwen2", "qwen3")
+KNOWN = ("gpt_neox", "gptj", "llama", "mistral", "opt", "qwen2", "qwen3", "qwen3_moe")
 
 
 def groups_of(directory: Path) -> list[AttentionGroup]:

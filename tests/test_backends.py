@@ -170,9 +170,9 @@ def test_the_rule(kernel):
     assert choose(one, sparser, False) == "csr"
     assert choose(many, sparser, False) == "eager"
     assert choose(many, dense, False) == choose(one[:, :0], packed, False) == "eager"
-    assert choose(torch.randn(1, 40).bfloat16(), dense, True) == "eager"
+    assert choose(torch.randn(3, 40).bfloat16(), dense, True) == "eager"
     if bitmask.is_fast():
-        assert choose(one, dense, False) == "bitmask"
+        assert choose(one, dense, False) == choose(one @ M, dense, True) == "bitmask"
         assert choose(one.float(), encode(M.float(), "dense"), False) == "eager"
 
 

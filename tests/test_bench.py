@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.linear import CompressedLinear
-from orchestrator import bench
+from orchestrator import bench, tables
 from orchestrator.bench import Comparison, compare, save_plot
 from workers.bench import BenchSettings, BenchWorker
 from workers.checkpoint import ShardIndex
@@ -132,8 +132,8 @@ def test_models_are_measured_in_turn_each_in_its_own_process(measured, tiny_llam
 def test_the_json_is_complete(measured, tiny_llama, compressed):
     figures = measured.figures
     assert figures.keys() == {
-        "dense", "compressed", "ratios", "settings", "repeats", "device", "dtypes", "threads",
-        "versions", "seconds",
+        "dense", "compressed", "ratios", "spread", "settings", "repeats", "device", "dtypes",
+        "threads", "versions", "seconds",
     }  # fmt: skip
     assert figures["settings"] == {
         "prompt_tokens": 6, "new_tokens": 4, "batch": 2, "dtype": "auto", "device": "cpu",
@@ -173,6 +173,10 @@ def test_the_table_and_the_plot_as_a_user_sees_them(tiny_llama, compressed, tmp_
         assert title in run.out
     assert "medians of 3 repetitions; batch 1, 6 prompt tokens, 4 new tokens" in run.out
     assert "bfloat16" in run.out
+    sizes = [
+        tables.size(ShardIndex.from_directory(d).stored_bytes) for d in (tiny_llama, compressed)
+    ]
+    assert f"on disk {sizes[0]} and {sizes[1]}" in run.out
     assert {line.split(":")[0] for line in run.err.splitlines()} == {"bench"}
     pytest.importorskip("matplotlib")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -206,6 +210,20 @@ def test_a_ratio_that_does_not_exist_is_null(measured, capsys):
     bench.print_comparison(nothing, json=False)
     assert "nan" in capsys.readouterr().out
     assert asdict(nothing)["dense"] == asdict(found)["dense"]
+
+
+def test_unsteady_repetitions_are_told(measured, capsys):
+    found = measured.comparison
+    spreads = [
+        max(times) / min(times)
+        for model in (found.dense, found.compressed)
+        for name in ("prefill_seconds", "decode_seconds")
+        for times in [[getattr(repetition, name) for repetition in model.repetitions]]
+    ]
+    assert measured.figures["spread"] == found.spread == max(spreads) > 1
+    for spread, told in ((1.4, False), (1.6, True)):
+        bench.print_comparison(replace(found, spread=spread), json=False)
+        assert (f"differ by up to {spread} x" in capsys.readouterr().out) == told
 
 
 # What is refused, before anything is loaded.

@@ -173,7 +173,8 @@ class BenchWorker(EvalWorker):
         """Bytes that this model took at most, from before it was loaded until now.
 
         On a GPU what torch allocated there; on CPU the growth of the resident set, in which
-        mapped files count as far as they were touched.
+        mapped files count as far as they were touched, the code of libraries included: some
+        20 MiB that only the smallest models show.
         """
         return peak_memory_bytes(self._torch_device) - self._base_bytes
 

@@ -37,9 +37,9 @@ BACKENDS: dict[str, Backend] = {
     "2:4": semi_structured.BACKEND,
 }
 
-# A dense core, or factor, is read row by row here, which PyTorch's product with a transposed
-# 16-bit matrix does not do well for so few tokens.
-_FEW_TOKENS_DENSE = 4
+# PyTorch's products with a 16-bit matrix read a dense core, or factor, more slowly than the kernel
+# does for so few tokens.
+_FEW_TOKENS_DENSE, _FEW_TOKENS_DENSE_TRANSPOSED = 4, 2
 # Beyond, expanding a csr core is no slower than MKL's sparse product, which transposes it for x M.
 _FEW_TOKENS_CSR, _FEW_TOKENS_CSR_TRANSPOSED = 8, 64
 # Fewer are bound by bytes, not by arithmetic. Not measured on a GPU yet.
@@ -58,7 +58,7 @@ def choose(x: Tensor, core: EncodedCore, transposed: bool) -> str:
     - ``bitmask`` cores: the kernel of the device, for any number of tokens (it expands M in a
       fraction of the time that `eager` takes). On GPUs that is a design, not yet a measurement.
     - ``csr`` cores on CPU: `torch.sparse` for few tokens, else `eager`.
-    - ``dense`` cores: the kernel for ``x @ M`` of few tokens in 16 bits, else `eager`.
+    - ``dense`` cores on CPU: the kernel for few tokens in 16 bits, else `eager`.
     """
     if semi_structured.runs(x, core) and token_count(x) > _FEW_TOKENS_SEMI_STRUCTURED:
         return "2:4"
@@ -67,12 +67,12 @@ def choose(x: Tensor, core: EncodedCore, transposed: bool) -> str:
     few = _FEW_TOKENS_CSR_TRANSPOSED if transposed else _FEW_TOKENS_CSR
     if core.codec == "csr" and csr.runs(x, core) and token_count(x) <= few:
         return "csr"
+    few = _FEW_TOKENS_DENSE_TRANSPOSED if transposed else _FEW_TOKENS_DENSE
     if (
         core.codec == "dense"
-        and not transposed
         and x.dtype.itemsize == 2
+        and token_count(x) <= few
         and bitmask.runs(x, core)
-        and token_count(x) <= _FEW_TOKENS_DENSE
         and bitmask.is_fast()
     ):
         return "bitmask"
@@ -81,8 +81,10 @@ def choose(x: Tensor, core: EncodedCore, transposed: bool) -> str:
 
 def apply_core(x: Tensor, core: EncodedCore, transposed: bool, backend: str | None) -> Tensor:
     """``x @ M``, or with `transposed` ``x @ M.T``, by `backend`, or by the one that is chosen."""
-    name = backend or choose(x, core, transposed)
-    used = BACKENDS[name if BACKENDS[name].runs(x, core) else "eager"]
+    if backend is None:
+        used = BACKENDS[choose(x, core, transposed)]
+    else:
+        used = BACKENDS[backend if BACKENDS[backend].runs(x, core) else "eager"]
     return used.apply_core(x, core, transposed)
 
 
