@@ -6,12 +6,14 @@
 One row is Q, K, V and O of one layer (d 5120, 40 heads of 128) for some tokens, dense or
 compressed. Candidates take turns; before each call caches are emptied, as the other layers of a
 model do. A row says the median, its ratio to the dense layer, and the floor: the bytes that must
-be read over the measured bandwidth of a copy, or the multiply-adds over the rate of a measured
-matrix product, whichever takes longer.
+be read over the bandwidth of a large float32 matrix-vector product, or the multiply-adds over the
+rate of a large matrix product in the same dtype, whichever takes longer; both are measured in turn
+with the candidates.
 
 Weights are random. R1 is the share of d that LeSTD's rank search takes at each keep on the model
-in examples/, R2 is the head width, and the density is what then fits the bytes. The csr row has
-a core of density 0.05, for which that codec is the smallest.
+in examples/, R2 is the head width, and the density is what then fits the bytes. Rows "cap" have
+the R1 that `max_flops: 1.0` allows, where that is less. Rows "csr" have a core of density 0.05,
+for which that codec is the smallest; rows "2:4" (on GPUs) have half of each four elements.
 """
 
 from __future__ import annotations
@@ -28,16 +30,20 @@ import torch
 from torch import Tensor, nn
 
 from lestd_kernels import set_backend
-from lestd_kernels.codecs import CODECS
+from lestd_kernels.codecs import CODECS, TWO_OF_FOUR, UNSTRUCTURED
 from lestd_kernels.linear import CompressedLinear, CoreSpec, Factor, share_products
+from lestd_kernels.pattern import two_of_four
 
 WIDTH, HEADS, HEAD_DIM = 5120, 40, 128
 PROJECTIONS = ("q", "k", "v", "o")
 R1_SHARE = {0.2: 0.30, 0.4: 0.55, 0.6: 0.77, 0.8: 0.95}
 CSR_KEEP, CSR_DENSITY = 0.2, 0.05
-COPY_BYTES = 2**28
-PRODUCT_TOKENS = {"cpu": 512, "cuda": 4096}  # enough to keep every core busy
-PACKED_BACKENDS = {"cpu": {"bitmask": "bitmask", "csr": "csr"}, "cuda": {"bitmask": "triton"}}
+READ_WIDTH, PRODUCT_TOKENS = 8192, 4096  # enough to keep every core busy
+MANY_TOKENS, FEW_REPEATS = 512, 3
+PACKED_BACKENDS = {
+    "cpu": {"bitmask": "bitmask", "cap": "bitmask", "csr": "csr"},
+    "cuda": {"bitmask": "triton", "cap": "triton", "2:4": "2:4"},
+}
 CACHE_BYTES = 600 * 2**20  # more than the largest last-level cache of a server CPU today
 
 
@@ -46,22 +52,44 @@ class Shape:
     """Size of a compressed layer: one core density for all four projections."""
 
     keep: float
-    codec: str
+    kind: str
     R1: int
     density: float
 
+    @property
+    def codec(self) -> str:
+        """How the cores are packed."""
+        return "csr" if self.kind == "csr" else "bitmask"
 
-def shapes(keep: float, value_bytes: int) -> list[Shape]:
+
+def multiply_adds(R1: int) -> int:
+    """Of the compressed layer for one token."""
+    return 2 * WIDTH * R1 + 4 * HEADS * HEAD_DIM * (R1 + HEAD_DIM)
+
+
+def shapes(keep: float, value_bytes: int, device: str) -> list[Shape]:
     """The layers to measure at one keep."""
-    elements = WIDTH * HEADS * HEAD_DIM
-    budget = keep * 4 * elements * value_bytes
+    columns = HEADS * HEAD_DIM
+    budget = keep * 4 * WIDTH * columns * value_bytes
+
+    def largest_rank(density: float, index_bytes: float) -> int:
+        per_rank = WIDTH * value_bytes + 4 * columns * (density * value_bytes + index_bytes)
+        return min(int(budget / per_rank / 8) * 8, WIDTH)
+
+    def bitmask(kind: str, R1: int) -> Shape:
+        core = 4 * R1 * columns
+        density = (budget - WIDTH * R1 * value_bytes - core / 8) / (core * value_bytes)
+        return Shape(keep, kind, R1, min(density, 1.0))
+
     R1 = round(R1_SHARE[keep] * WIDTH / 8) * 8
-    core = 4 * R1 * HEADS * HEAD_DIM
-    density = (budget - WIDTH * R1 * value_bytes - core / 8) / (core * value_bytes)
-    found = [Shape(keep, "bitmask", R1, density)]
+    found = [bitmask("bitmask", R1)]
+    cap = next(r for r in range(WIDTH, 0, -8) if multiply_adds(r) <= 4 * WIDTH * WIDTH)
+    if cap < R1:
+        found.append(bitmask("cap", cap))
     if keep == CSR_KEEP:
-        per_rank = WIDTH * value_bytes + 4 * HEADS * HEAD_DIM * CSR_DENSITY * (value_bytes + 2)
-        found.append(Shape(keep, "csr", int(budget / per_rank / 8) * 8, CSR_DENSITY))
+        found.append(Shape(keep, "csr", largest_rank(CSR_DENSITY, 2 * CSR_DENSITY), CSR_DENSITY))
+    if device == "cuda":
+        found.append(Shape(keep, "2:4", largest_rank(0.5, 1 / 8), 0.5))
     return found
 
 
@@ -98,7 +126,11 @@ def compressed_layer(shape: Shape, dtype: torch.dtype) -> Projections:
     nn.init.normal_(U2.weight, std=HEAD_DIM**-0.5)
     linears: dict[str, nn.Module] = {}
     for projection in PROJECTIONS:
-        M = torch.randn(shape.R1, columns) * (torch.rand(shape.R1, columns) < shape.density)
+        M = torch.randn(shape.R1, columns)
+        if shape.kind == "2:4":
+            M *= two_of_four(M, 1 if projection == "o" else 0)
+        else:
+            M *= torch.rand(shape.R1, columns) < shape.density
         packed = CODECS[shape.codec].encode((M * shape.R1**-0.5).to(dtype))
         linear = CompressedLinear(
             WIDTH if projection != "o" else columns,
@@ -106,7 +138,13 @@ def compressed_layer(shape: Shape, dtype: torch.dtype) -> Projections:
             "output" if projection == "o" else "input",
             HEADS,
             (U1, U2),
-            CoreSpec(shape.codec, shape.R1, columns, packed["values"].numel()),
+            CoreSpec(
+                shape.codec,
+                shape.R1,
+                columns,
+                packed["values"].numel(),
+                TWO_OF_FOUR if shape.kind == "2:4" else UNSTRUCTURED,
+            ),
             bias=False,
             dtype=dtype,
         )
@@ -123,7 +161,7 @@ def compressed_layers(shape: Shape, dtype: torch.dtype, device: str) -> dict[str
     """The same layer by each backend that has its codec, and with the choice left open."""
     layer = compressed_layer(shape, dtype).to(device)
     layers = {"chosen": layer}
-    packed = PACKED_BACKENDS[device].get(shape.codec)
+    packed = PACKED_BACKENDS[device].get(shape.kind)
     for name in filter(None, (packed, "dense_core", "eager")):
         layers[name] = copy.deepcopy(layer)
         set_backend(layers[name], name)
@@ -161,11 +199,10 @@ def interleaved(
 
 
 def machine_calls(dtype: torch.dtype, device: str) -> dict[str, Callable[[Tensor], Tensor]]:
-    """A copy of `COPY_BYTES` and a product of `PRODUCT_TOKENS`, whose speed sets the floors."""
-    source = torch.zeros(COPY_BYTES // 4, device=device)
-    target = torch.empty_like(source)
-    x, W = (torch.randn(n, WIDTH).to(device, dtype) for n in (PRODUCT_TOKENS[device], WIDTH))
-    return {"copy": lambda _: target.copy_(source), "product": lambda _: x @ W.T}
+    """A matrix-vector and a matrix product, whose speed sets the floors."""
+    matrix = torch.randn(READ_WIDTH, READ_WIDTH, device=device)
+    x, W = (torch.randn(n, WIDTH).to(device, dtype) for n in (PRODUCT_TOKENS, WIDTH))
+    return {"read": lambda _: matrix @ matrix[0], "product": lambda _: x @ W.T}
 
 
 def main() -> None:
@@ -173,9 +210,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=PACKED_BACKENDS, default="cpu")
     parser.add_argument("--keeps", type=float, nargs="+", default=sorted(R1_SHARE))
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 512], help="e.g. 1 4096")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 512, 4096])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=9, help="fewer for many tokens")
     parser.add_argument("--quick", action="store_true", help="keep 0.4 in bfloat16, 3 repeats")
     options = parser.parse_args()
     if options.quick:
@@ -189,30 +226,38 @@ def main() -> None:
     print(f"{machine}, medians of {options.repeats}, torch {torch.__version__}")
     for dtype in (getattr(torch, name) for name in options.dtypes):
         print(f"\n{dtype}\n")
-        print("| keep | R1 | density | tokens | backend | ms | x dense | floor x dense | x floor |")
-        print("|---|---|---|---|---|---|---|---|---|", flush=True)
+        print("| keep | core | R1 | density | tokens | backend | ms | x dense | floor | x floor |")
+        print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
         dense, calibration = dense_layer(dtype).to(device), machine_calls(dtype, device)
-        for shape in (shape for keep in options.keeps for shape in shapes(keep, dtype.itemsize)):
+        for shape in (
+            shape for keep in options.keeps for shape in shapes(keep, dtype.itemsize, device)
+        ):
             layers = {"dense": dense} | compressed_layers(shape, dtype, device)
             factor = WIDTH * shape.R1 * dtype.itemsize
             unpacked = 4 * shape.R1 * HEADS * HEAD_DIM * dtype.itemsize
-            products = 2 * WIDTH * shape.R1 + 4 * HEADS * HEAD_DIM * (shape.R1 + HEAD_DIM)
             for tokens in options.tokens:
                 x = torch.randn(tokens, WIDTH).to(device, dtype)
                 with torch.no_grad():
-                    took = interleaved(calibration | layers, x, options.repeats)
-                bandwidth = 2 * COPY_BYTES / took["copy"]
-                rate = PRODUCT_TOKENS[device] * WIDTH * WIDTH / took["product"]
+                    repeats = FEW_REPEATS if tokens >= MANY_TOKENS else options.repeats
+                    took = interleaved(calibration | layers, x, repeats)
+                bandwidth = 4 * READ_WIDTH**2 / took["read"]
+                rate = PRODUCT_TOKENS * WIDTH * WIDTH / took["product"]
                 for name in layers:
                     seconds = took[name]
                     # U1 is read for Q, K and V, and again for O.
-                    read, per_token = layers[name].data_bytes + factor, products
+                    read, per_token = layers[name].data_bytes + factor, multiply_adds(shape.R1)
                     if name == "dense":
                         read, per_token = dense.data_bytes, 4 * WIDTH * WIDTH
                     elif name == "dense_core":
                         read = 2 * factor + unpacked
                     floor = max(read / bandwidth, tokens * per_token / rate)
-                    cells = [f"{shape.keep}", f"{shape.R1}", f"{shape.density:.2f}", f"{tokens}"]
+                    cells = [
+                        f"{shape.keep}",
+                        shape.kind,
+                        f"{shape.R1}",
+                        f"{shape.density:.2f}",
+                        f"{tokens}",
+                    ]
                     cells += [name, f"{1e3 * seconds:.4g}", f"{seconds / took['dense']:.2f}"]
                     cells += [f"{floor / took['dense']:.2f}", f"{seconds / floor:.1f}"]
                     print(f"| {' | '.join(cells)} |", flush=True)
