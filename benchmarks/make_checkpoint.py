@@ -38,7 +38,8 @@ from lestd_kernels.errors import LestdError
 from orchestrator import tables
 from orchestrator.manifest import write_json
 from orchestrator.source import CONFIG_FILE
-from workers.checkpoint import INDEX_FILE, atomic_write, fsync_directory
+from workers.checkpoint import INDEX_FILE
+from workers.files import atomic_write, fsync_directory
 from workers.headers import DTYPE_NAMES, TensorSpec, build_header, layout_key
 
 _LLAMA: dict[str, Any] = {"model_type": "llama", "rms_norm_eps": 1e-5}
