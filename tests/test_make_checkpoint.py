@@ -225,14 +225,14 @@ import sys
 from pathlib import Path
 import torch
 from make_checkpoint import make_checkpoint, make_config
-from workers.decompose import _peak_memory_bytes, _reset_peak_memory
+from workers.devices import peak_memory_bytes, reset_peak_memory
 wide = {"vocab_size": 4096, "hidden_size": 768, "intermediate_size": 2048}
 for layers in (0, 2, 12):
-    _reset_peak_memory(torch.device("cpu"))
-    before = _peak_memory_bytes(torch.device("cpu"))
+    reset_peak_memory(torch.device("cpu"))
+    before = peak_memory_bytes(torch.device("cpu"))
     config = make_config("tiny", layers, **wide) if layers else make_config("tiny")
     total = make_checkpoint(config, Path(sys.argv[1], str(layers)))
-    print(_peak_memory_bytes(torch.device("cpu")) - before, total)
+    print(peak_memory_bytes(torch.device("cpu")) - before, total)
 """
     benchmarks = Path(maker.__file__).parent
     done = subprocess.run(
