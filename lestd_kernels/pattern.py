@@ -20,12 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from lestd_kernels.budget import GroupShape, Limits, rank_grid
-from lestd_kernels.stage1 import Factors, Ranks, project_rows
+from lestd_kernels.budget import CurvePoint, GroupShape, Limits, rank_grid
+from lestd_kernels.stage1 import Factors, Ranks, project_rows, squared_sum
 from lestd_kernels.tensorize import BasisSide
 
 _CHUNK_ELEMENTS = 1 << 20
@@ -143,7 +144,9 @@ def fitting_ranks(shape: GroupShape, limits: Limits) -> list[Ranks]:
     return fitting
 
 
-def search_two_of_four(W: Tensor, bases: Factors, shape: GroupShape, limits: Limits) -> Ranks:
+def search_two_of_four(
+    W: Tensor, bases: Factors, shape: GroupShape, limits: Sequence[Limits]
+) -> list[CurvePoint]:
     """Ranks of `fitting_ranks` that keep the most energy under the pattern.
 
     The energy is that of the very selection on the leading sub-block of W rotated by its bases,
@@ -156,9 +159,14 @@ def search_two_of_four(W: Tensor, bases: Factors, shape: GroupShape, limits: Lim
         bases: square factors of `stage1.hosvd`.
         shape: sizes of the group, type mode identity.
         limits: feasible ones (see `budget.require_feasible`).
+
+    Returns:
+        One point per budget.
     """
     core = project_rows(W, bases.U1)[:, 0] @ bases.U2
+    squared_norm = squared_sum(W)
 
+    @cache
     def energy(ranks: Ranks) -> float:
         order1, order2 = (_spread_order(rank).to(W.device) for rank in (ranks.R1, ranks.R2))
         total, first = 0.0, 0
@@ -169,7 +177,8 @@ def search_two_of_four(W: Tensor, bases: Factors, shape: GroupShape, limits: Lim
             first += len(module.slices)
         return total
 
-    return max(fitting_ranks(shape, limits), key=energy)
+    found = [(one.byte_budget, max(fitting_ranks(shape, one), key=energy)) for one in limits]
+    return [CurvePoint(b, ranks, max(squared_norm - energy(ranks), 0.0)) for b, ranks in found]
 
 
 def _kept_energy(matrix: Tensor, dim: int) -> float:

@@ -39,7 +39,7 @@ from workers.files import (
 
 MANIFEST_DIR = "manifest"
 _ABOUT = "model.json"
-_MANIFEST_FILES = {"groups.parquet", "slices.parquet", _ABOUT}
+_MANIFEST_FILES = {"groups.parquet", "slices.parquet", "curves.parquet", _ABOUT}
 
 
 def payload_shard_name(row: dict[str, Any]) -> str:
@@ -85,7 +85,9 @@ def assemble(
         card = model_card(source, plan, rows, building)
         atomic_write(building / "README.md", lambda file: file.write(card.encode()))
         Manifest(run_dir / MANIFEST_DIR).export(
-            building / MANIFEST_DIR, [row["task_id"] for row in rows]
+            building / MANIFEST_DIR,
+            [row["task_id"] for row in rows],
+            [task.task_id for task in plan.curve_tasks],
         )
         write_json(
             building / MANIFEST_DIR / _ABOUT,

@@ -23,6 +23,7 @@ from orchestrator import tables
 from orchestrator.config import ClusterConfig, RunConfig, RunFile, load_yaml, validated
 from orchestrator.options import (
     Address,
+    AllocationOption,
     Batch,
     BenchThreads,
     ClusterFile,
@@ -151,6 +152,7 @@ def plan(
     scope: ScopeOption = None,
     include: Include = None,
     exclude: Exclude = None,
+    allocation: AllocationOption = None,
     method: MethodOption = None,
     type_mode: TypeModeOption = None,
     pattern: PatternOption = None,
@@ -181,6 +183,7 @@ def compress(
     scope: ScopeOption = None,
     include: Include = None,
     exclude: Exclude = None,
+    allocation: AllocationOption = None,
     method: MethodOption = None,
     type_mode: TypeModeOption = None,
     pattern: PatternOption = None,
@@ -235,7 +238,7 @@ def compress(
             )
     except KeyboardInterrupt:
         run = RunDirectory(run_dir)
-        kept = f"{len(run.manifest.groups())} tasks are done and kept in {run_dir}"
+        kept = f"{run.manifest.finished_tasks()} tasks are done and kept in {run_dir}"
         tables.err.print(
             f"interrupted; {kept if run.exists else 'no task was done yet'}: "
             "run the same command again to continue",

@@ -82,6 +82,10 @@ class RunConfig(_Strict):
     layer_keep: dict[Layers, Fraction] = Field(
         default_factory=dict, description='a keep of their own for some layers: {"0-1": 0.8}'
     )
+    allocation: Literal["uniform", "global"] = Field(
+        "uniform",
+        description="uniform: every layer the same keep; global: where bytes lower the error most",
+    )
     method: str = Field("lestd", description=" | ".join(METHODS))
     type_mode: Literal["identity", "learned"] = Field(
         "identity", description="identity: every projection its own core; learned: U3 mixes Q K V O"
@@ -184,6 +188,10 @@ class RunConfig(_Strict):
         """The keep of one layer: its own from `layer_keep`, or `keep`."""
         own = (value for key, value in self.layer_keep.items() if layer in parse_layers(key))
         return next(own, keep)
+
+    def layers_with_own_keep(self) -> frozenset[int]:
+        """The layers that `layer_keep` names; allocation leaves their budgets alone."""
+        return frozenset[int]().union(*map(parse_layers, self.layer_keep))
 
 
 class ClusterConfig(_Strict):

@@ -5,6 +5,8 @@ Both read files only, need no source and no lock, and work while a run goes on.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,9 @@ def run_status(run_dir: Path, out: Path) -> dict[str, Any]:
 
     Returns:
         ``state`` (``complete | running | stopped``), counts, and one entry per task with its
-        state (``done | running | failed | remaining``) and, when done, its figures.
+        state (``done | running | failed | remaining``) and, when done, its figures. With global
+        allocation also ``curves``, the counts of pass one, and in each entry ``curve``, the state
+        of its task there; until that pass is done ``budgets_decided`` is false.
 
     Raises:
         LestdError: no run was begun at `run_dir`, or its plan is damaged.
@@ -31,52 +35,69 @@ def run_status(run_dir: Path, out: Path) -> dict[str, Any]:
     run = RunDirectory(run_dir)
     if not run.exists:
         raise LestdError(f"{run_dir} holds no run; start one with lestd compress")
-    planned_layers = _read_plan(run_dir / "plan.json")
+    planned_layers, decided = _read_plan(run_dir / "plan.json")
     locked = run.is_locked()
     done = {row["task_id"]: row for row in run.manifest.groups().to_pylist()}
+    curves = set(run.manifest.curves()["task_id"].to_pylist())
     last_event = {row["task_id"]: row for row in run.manifest.events().to_pylist()}
+
+    def unfinished(task_id: str) -> dict[str, Any]:
+        event = last_event.get(task_id, {})
+        if event.get("kind") == "failed":
+            return {"state": "failed", "message": event["message"]}
+        if event and locked:
+            return {"state": "running", "attempt": event["attempt"]}
+        return {"state": "remaining"}
 
     layers = []
     for planned in planned_layers:
         task_id = planned["task_id"]
-        event = last_event.get(task_id, {})
-        row = done.get(task_id)
+        row = done.get(task_id) if decided else None
         entry = {key: planned[key] for key in _PLANNED}
         if row is not None:
             figures = ("R1", "R2", "R3", "nnz", "density", "codec", "dense_bytes", "stored_bytes")
             entry |= {"state": "done"} | {key: row[key] for key in figures}
             entry |= {key: row[key] for key in ("relative_error", "attempt", "worker")}
-        elif event.get("kind") == "failed":
-            entry |= {"state": "failed", "message": event["message"]}
-        elif event and locked:
-            entry |= {"state": "running", "attempt": event["attempt"]}
         else:
-            entry |= {"state": "remaining"}
+            entry |= unfinished(task_id) if decided else {"state": "remaining"}
+        if curve_id := planned.get("curve_task_id"):
+            curve = {"state": "done"} if curve_id in curves else unfinished(curve_id)
+            entry |= {"curve": curve["state"]}
+            entry |= {"message": curve["message"]} if "message" in curve else {}
         layers.append(entry)
 
-    counts = {
-        state: sum(entry["state"] == state for entry in layers)
-        for state in ("done", "running", "failed", "remaining")
-    }
+    counts = _counts(entry["state"] for entry in layers)
     complete = counts["done"] == len(layers) and (out / INDEX_FILE).is_file()
     state = "running" if locked else "complete" if complete else "stopped"
-    return {"run_dir": str(run_dir), "out": str(out), "state": state} | counts | {"layers": layers}
+    passes: dict[str, Any] = {}
+    if pass_one := [entry["curve"] for entry in layers if "curve" in entry]:
+        passes = {"budgets_decided": decided, "curves": _counts(pass_one)}
+    where = {"run_dir": str(run_dir), "out": str(out), "state": state}
+    return where | counts | passes | {"layers": layers}
 
 
-def _read_plan(path: Path) -> list[dict[str, Any]]:
-    """The layers of a run's plan, each with the keys of `_PLANNED`."""
-    layers = read_json(path).get("layers")
+def _counts(states: Iterable[str]) -> dict[str, int]:
+    counted = Counter(states)
+    return {state: counted[state] for state in ("done", "running", "failed", "remaining")}
+
+
+def _read_plan(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """The layers of a run's plan, each with the keys of `_PLANNED`; whether budgets are decided."""
+    plan = read_json(path)
+    layers = plan.get("layers")
     if not isinstance(layers, list) or not all(map(_is_planned, layers)):
         raise LestdError(
             f"{path} is damaged: expected layers with {', '.join(_PLANNED)}; run the same lestd "
             "compress again, which writes it anew"
         )
-    return layers
+    return layers, bool(plan.get("budgets_decided"))
 
 
 def _is_planned(layer: Any) -> bool:
-    return isinstance(layer, dict) and all(
-        isinstance(layer.get(key), kind) for key, kind in _PLANNED.items()
+    return (
+        isinstance(layer, dict)
+        and all(isinstance(layer.get(key), kind) for key, kind in _PLANNED.items())
+        and isinstance(layer.get("curve_task_id"), str | None)
     )
 
 

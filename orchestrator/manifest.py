@@ -2,11 +2,13 @@
 
     manifest/groups/<task_id>.parquet   one row: the group is done     (written last)
     manifest/slices/<task_id>.parquet   one row per slice of the group (written before it)
+    manifest/curves/<task_id>.parquet   one row per byte budget of a group's curve, if asked for
     manifest/events/<time>.parquet      one row: started, retried, failed
 
 The group row is the commit. It is written after the payload is on disk under a name that carries
-its sha256, so a crash at any moment leaves either a finished task or no trace of it. Every file
-is readable on its own by anything that reads Parquet; a damaged one costs its own row only.
+its sha256, so a crash at any moment leaves either a finished task or no trace of it. A curve has
+no payload: its file is its commit. Every file is readable on its own by anything that reads
+Parquet; a damaged one costs its own task only.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import pyarrow.parquet as pq
 
 from lestd_kernels.errors import LestdError
 from orchestrator.executor import Event
-from workers.contracts import Failure, Result
+from workers.contracts import CurveResult, CurveTask, Failure, Result
 from workers.files import atomic_write, file_sha256
 
 MANIFEST_FORMAT = 1
@@ -92,6 +94,35 @@ SLICES = _schema(
     ]
 )
 
+CURVES = _schema(
+    [
+        ("task_id", pa.string()),
+        ("layer", pa.int32()),
+        ("group", pa.string()),
+        ("tensors", pa.list_(pa.string())),
+        ("method", pa.string()),
+        ("pattern", pa.string()),
+        ("byte_budget", pa.int64()),
+        ("R1", pa.int32()),
+        ("R2", pa.int32()),
+        ("R3", pa.int32()),
+        ("predicted_squared_error", pa.float64()),
+        ("squared_norm", pa.float64()),
+        ("dense_bytes", pa.int64()),
+        ("uniform_byte_budget", pa.int64()),
+        ("uniform_squared_error", pa.float64()),
+        *((f"seconds_{stage}", pa.float64()) for stage in STAGES),
+        ("started_at", pa.timestamp("us", tz="UTC")),
+        ("peak_memory_bytes", pa.int64()),
+        ("device", pa.string()),
+        ("worker", pa.string()),
+        ("node", pa.string()),
+        ("attempt", pa.int32()),
+        ("source_sha256", pa.string()),
+        ("versions", pa.string()),
+    ]
+)
+
 EVENTS = _schema(
     [
         ("at", pa.timestamp("us", tz="UTC")),
@@ -108,6 +139,7 @@ EVENTS = _schema(
 _KEYS = {
     *("task_id", "layer", "group", "payload", "payload_bytes", "sha256", "format"),
     *("dense_bytes", "stored_bytes", "byte_budget", "kind"),
+    *("predicted_squared_error", "uniform_byte_budget", "uniform_squared_error"),
 }
 """Columns that no row can do without; others may be null, where a version did not know them."""
 
@@ -116,16 +148,32 @@ def _microseconds(seconds: float) -> int:
     return round(seconds * 1_000_000)
 
 
-def group_row(result: Result) -> dict[str, Any]:
-    """The row of `groups` for a result."""
+def _common_fields(result: Result | CurveResult, schema: pa.Schema) -> dict[str, Any]:
     fields = asdict(result)
-    row = {name: fields[name] for name in GROUPS.names if name in fields}
-    row |= {rank: result.ranks.get(rank) for rank in ("R1", "R2", "R3")}
+    row = {name: fields[name] for name in schema.names if name in fields}
     row |= {f"seconds_{stage}": result.seconds.get(stage, 0.0) for stage in STAGES}
     row["started_at"] = _microseconds(result.started_at)
-    row["format"] = json.dumps(result.format, sort_keys=True)
     row["versions"] = json.dumps(result.versions, sort_keys=True)
     return row
+
+
+def group_row(result: Result) -> dict[str, Any]:
+    """The row of `groups` for a result."""
+    row = _common_fields(result, GROUPS)
+    row |= {rank: result.ranks.get(rank) for rank in ("R1", "R2", "R3")}
+    row["format"] = json.dumps(result.format, sort_keys=True)
+    return row
+
+
+def curve_rows(result: CurveResult) -> list[dict[str, Any]]:
+    """The rows of `curves` for a result."""
+    common = _common_fields(result, CURVES)
+    return [
+        common
+        | point.ranks._asdict()
+        | {"byte_budget": point.byte_budget, "predicted_squared_error": point.squared_error}
+        for point in result.points
+    ]
 
 
 def slice_rows(result: Result) -> list[dict[str, Any]]:
@@ -163,9 +211,12 @@ class Manifest:
 
     # -- writing: the driver only ------------------------------------------------------------
 
-    def commit(self, result: Result) -> None:
+    def commit(self, result: Result | CurveResult) -> None:
         """Record a finished task: slice rows first, then the group row, which means done."""
         name = f"{result.task_id}.parquet"
+        if isinstance(result, CurveResult):
+            write_rows(self._part("curves", name), curve_rows(result), CURVES)
+            return
         write_rows(self._part("slices", name), slice_rows(result), SLICES)
         write_rows(self._part("groups", name), [group_row(result)], GROUPS)
 
@@ -200,6 +251,12 @@ class Manifest:
         """All slice rows; those of one group lie together, in the order of its slices."""
         return self._read("slices", SLICES)
 
+    def curves(self) -> pa.Table:
+        """All rows of curves, by layer and budget."""
+        return self._read("curves", CURVES).sort_by(
+            [("layer", "ascending"), ("group", "ascending"), ("byte_budget", "ascending")]
+        )
+
     def events(self) -> pa.Table:
         """All events, oldest first."""
         return self._read("events", EVENTS).sort_by("at")
@@ -207,7 +264,8 @@ class Manifest:
     def damaged(self) -> list[Damaged]:
         """Files that cannot be read as rows of their table."""
         found = []
-        for table, schema in (("groups", GROUPS), ("slices", SLICES), ("events", EVENTS)):
+        tables = {"groups": GROUPS, "slices": SLICES, "curves": CURVES, "events": EVENTS}
+        for table, schema in tables.items():
             for path in self._files(table):
                 problem = _read_part(path, schema)
                 if isinstance(problem, Damaged):
@@ -240,20 +298,37 @@ class Manifest:
             and payload_problem(row, payload_dir) is None
         }
 
+    def completed_curves(self, tasks: Iterable[CurveTask]) -> dict[str, list[dict[str, Any]]]:
+        """Rows of those curves that are whole, by budget, by task id."""
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for row in self.curves().to_pylist():
+            rows.setdefault(row["task_id"], []).append(row)
+        return {
+            task.task_id: rows[task.task_id]
+            for task in tasks
+            if tuple(row["byte_budget"] for row in rows.get(task.task_id, ())) == task.curve_budgets
+        }
+
+    def finished_tasks(self) -> int:
+        """Number of tasks that have rows, encoded groups and curves."""
+        return len(self.groups()) + len(set(self.curves()["task_id"].to_pylist()))
+
     def slice_counts(self) -> Counter[str]:
         """Number of rows in `slices` of each task."""
         return Counter(self.slices()["task_id"].to_pylist())
 
-    def export(self, target: Path, task_ids: Iterable[str]) -> None:
-        """Write the rows of these tasks as ``groups.parquet`` and ``slices.parquet``."""
-        wanted = set(task_ids)
+    def export(self, target: Path, task_ids: Iterable[str], curve_ids: Iterable[str] = ()) -> None:
+        """Write the rows of these tasks, ``groups.parquet`` and the others, for a model."""
+        wanted = {*task_ids, *curve_ids}
         target.mkdir(parents=True, exist_ok=True)
         groups = self.groups()
         order = {task_id: i for i, task_id in enumerate(groups["task_id"].to_pylist())}
-        for name, table in (("groups", groups), ("slices", self.slices())):
+        tables = {"groups": groups, "slices": self.slices(), "curves": self.curves()}
+        for name, table in tables.items():
             rows = [row for row in table.to_pylist() if row["task_id"] in wanted]
-            rows.sort(key=lambda row: order[row["task_id"]])
-            write_rows(target / f"{name}.parquet", rows, table.schema)
+            rows.sort(key=lambda row: order.get(row["task_id"], 0))
+            if rows:
+                write_rows(target / f"{name}.parquet", rows, table.schema)
 
 
 def _read_part(path: Path, schema: pa.Schema) -> pa.Table | Damaged:

@@ -38,6 +38,13 @@ class TypeMode(StrEnum):
     learned = "learned"
 
 
+class Allocation(StrEnum):
+    """How bytes are divided among the layers."""
+
+    uniform = "uniform"
+    global_ = "global"
+
+
 class Pattern(StrEnum):
     """Where core elements may be kept."""
 
@@ -79,6 +86,14 @@ ScopeOption = Annotated[
 ]
 Include = Annotated[str | None, typer.Option(help='Only these layers, like "0-3,7".')]
 Exclude = Annotated[str | None, typer.Option(help="All layers but these.")]
+AllocationOption = Annotated[
+    Allocation | None,
+    typer.Option(
+        help="uniform: each layer the same keep. global: bytes where they lower the error most; "
+        "two passes.",
+        show_default="uniform",
+    ),
+]
 MethodOption = Annotated[
     str | None,
     typer.Option(

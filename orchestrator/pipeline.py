@@ -1,13 +1,17 @@
 """compress_model(): the whole story on one page.
 
 source -> plan -> (skip what is done) -> executor -> payload and manifest row -> assemble.
+
+With global allocation the middle is walked through twice: pass one finds the groups' curves of
+error against bytes, which decide the budgets that pass two encodes with. Every decision follows
+from what is committed, so a killed run decides the same again.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +21,17 @@ from orchestrator.assemble import MANIFEST_DIR, assemble, check_output, remove_m
 from orchestrator.config import RunConfig
 from orchestrator.executor import Event, Executor, Listener, WorkerSpec
 from orchestrator.manifest import Manifest
-from orchestrator.plan import Plan, make_plan
+from orchestrator.plan import Plan, decide, make_plan, no_worse_than_uniform
 from orchestrator.rundir import RunDirectory, fingerprint, require_same
 from orchestrator.source import Source
 from orchestrator.tables import size
-from workers.contracts import Failure, Result, Task
+from workers.contracts import CurveResult, CurveTask, Failure, Result, Task
 from workers.decompose import DecomposeWorker
 
 # Called with every finished or failed task, the number done and the number planned.
-OnProgress = Callable[[Result | Failure, int, int], None]
+OnProgress = Callable[[Result | CurveResult | Failure, int, int], None]
+# Called when a pass begins with its name, its tasks, and the ids of those that are done already.
+OnStart = Callable[[str, Sequence[Task], set[str]], None]
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,9 @@ class Outcome:
     """How a compression ended.
 
     Attributes:
+        plan: undecided where pass one failed.
         rows: group rows of the finished tasks, by layer.
+        curves: number of curves that are found.
         failures: tasks that have no result.
         skipped: tasks that were finished before this call.
         seconds: wall time of this call.
@@ -43,6 +51,7 @@ class Outcome:
     rows: tuple[dict[str, Any], ...]
     failures: tuple[Failure, ...]
     skipped: int
+    curves: int
     seconds: float
 
     @property
@@ -59,7 +68,7 @@ def compress_model(
     run_dir: Path,
     *,
     fresh: bool = False,
-    on_start: Callable[[Plan, set[str]], None] | None = None,
+    on_start: OnStart | None = None,
     on_event: Listener | None = None,
     on_progress: OnProgress | None = None,
 ) -> Outcome:
@@ -72,7 +81,7 @@ def compress_model(
         out: directory of the compressed model; appears when it is complete.
         run_dir: where the run keeps its payloads and manifest.
         fresh: forget what an earlier run left at `out` and `run_dir`.
-        on_start: called with the plan and the ids of the tasks that are done already.
+        on_start: called as a pass begins.
         on_event: told of every start and retry.
         on_progress: called as tasks finish.
 
@@ -85,7 +94,6 @@ def compress_model(
     """
     began = time.monotonic()
     plan = make_plan(source, config)
-    tasks = {planned.task.task_id: planned.task for planned in plan.tasks}
     run = RunDirectory(run_dir)
     _require_apart(source.directory, out, run_dir)
     run.check_usable()
@@ -102,31 +110,68 @@ def compress_model(
             require_same(model["fingerprint"], current, out)
             if not run.exists:  # `lestd clean` has dropped it, and nothing is left to do.
                 rows = Manifest(out / MANIFEST_DIR).groups().to_pylist()
-                return Outcome(plan, tuple(rows), (), len(rows), time.monotonic() - began)
+                seconds = time.monotonic() - began
+                return Outcome(plan, tuple(rows), (), len(rows), len(plan.curve_tasks), seconds)
         run.begin(source, current, plan)
 
-        done = run.manifest.completed(tasks, run.payloads)
-        skipped = len(done)
-        todo = [task for task in tasks.values() if task.task_id not in done]
-        if on_start is not None:
-            on_start(plan, set(done))
-        failures = []
-        if todo:
-            _require_disk(plan, out, run_dir, reclaimed=0)
-            spec = _worker_spec(plan, config, current["config"]["device"], run)
-            finished = skipped
-            for outcome in _run_and_commit(executor, spec, todo, run, on_event):
-                if isinstance(outcome, Failure):
-                    failures.append(outcome)
-                else:
-                    finished += 1
-                if on_progress is not None:
-                    on_progress(outcome, finished, len(tasks))
-            done = run.manifest.completed(tasks, run.payloads)
-        rows = [done[task_id] for task_id in tasks if task_id in done]
-        if len(rows) == len(tasks) and (todo or model is None):
+        def run_pass(name: str, plan: Plan, tasks: Sequence[Task]) -> _Pass:
+            done = _completed(run, tasks)
+            skipped = len(done)
+            todo = [task for task in tasks if task.task_id not in done]
+            if on_start is not None:
+                on_start(name, tasks, set(done))
+            failures = []
+            if todo:
+                _require_disk(plan, out, run_dir, reclaimed=0)
+                spec = _worker_spec(todo, config, current["config"]["device"], run)
+                finished = skipped
+                for outcome in _run_and_commit(executor, spec, todo, run, on_event):
+                    if isinstance(outcome, Failure):
+                        failures.append(outcome)
+                    else:
+                        finished += 1
+                    if on_progress is not None:
+                        on_progress(outcome, finished, len(tasks))
+                done = _completed(run, tasks)
+            return _Pass(done, tuple(failures), skipped)
+
+        plans, curves = [plan], {}
+        if not plan.decided:
+            first = run_pass("curves", plan, plan.curve_tasks)
+            curves = first.done
+            if len(curves) < len(plan.curve_tasks):
+                seconds = time.monotonic() - began
+                return Outcome(plan, (), first.failures, 0, len(curves), seconds)
+            plans = decide(plan, curves)
+        for plan in plans:
+            run.write_plan(plan)
+            tasks = [planned.task for planned in plan.tasks]
+            encoded = run_pass("compress", plan, tasks)
+            rows = [encoded.done[t.task_id] for t in tasks if t.task_id in encoded.done]
+            complete = len(rows) == len(tasks)
+            if not complete or no_worse_than_uniform(rows, curves):
+                break
+        if complete and (encoded.skipped < len(tasks) or model is None):
             assemble(source, plan, rows, run_dir, out, current)
-    return Outcome(plan, tuple(rows), tuple(failures), skipped, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    return Outcome(plan, tuple(rows), encoded.failures, encoded.skipped, len(curves), seconds)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """How a pass over tasks ended: what is done by task id, and how much of it was before."""
+
+    done: dict[str, Any]
+    failures: tuple[Failure, ...]
+    skipped: int
+
+
+def _completed(run: RunDirectory, tasks: Sequence[Task]) -> dict[str, Any]:
+    """What the manifest has of those tasks that are done, by task id."""
+    curves = [task for task in tasks if isinstance(task, CurveTask)]
+    if curves:
+        return dict(run.manifest.completed_curves(curves))
+    return run.manifest.completed((task.task_id for task in tasks), run.payloads)
 
 
 def _device(config: RunConfig, recorded: dict[str, Any] | None, executor: Executor) -> str:
@@ -138,13 +183,15 @@ def _device(config: RunConfig, recorded: dict[str, Any] | None, executor: Execut
     return "cuda" if executor.has_cuda() else "cpu"
 
 
-def _worker_spec(plan: Plan, config: RunConfig, device: str, run: RunDirectory) -> WorkerSpec:
+def _worker_spec(
+    tasks: Sequence[Task], config: RunConfig, device: str, run: RunDirectory
+) -> WorkerSpec:
     payload_dir = str(run.payloads.resolve())
     return WorkerSpec(
         DecomposeWorker,
         {"payload_dir": payload_dir, "device": device, "threads": config.threads},
         threads=config.threads,
-        memory_bytes=plan.worker_memory_bytes,
+        memory_bytes=max(task.predicted_memory_bytes for task in tasks),
         device=device,
     )
 
@@ -155,7 +202,7 @@ def _run_and_commit(
     todo: list[Task],
     run: RunDirectory,
     on_event: Listener | None,
-) -> Iterator[Result | Failure]:
+) -> Iterator[Result | CurveResult | Failure]:
     """Run tasks; what is yielded is in the manifest."""
     attempts: dict[str, int] = {}
 

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import torch
 
 from lestd_kernels.decomposition import FORMAT_VERSION
 from lestd_kernels.errors import LestdError
-from lestd_kernels.methods import METHODS, Bounds
+from lestd_kernels.methods import METHODS, Bounds, MethodArgs
+from orchestrator.allocation import better_than_uniform, curve_budgets
 from orchestrator.architectures import AttentionGroup, find_architecture
 from orchestrator.config import RunConfig, scope_keep
 from orchestrator.source import Source
-from workers.contracts import Task, TensorRef
+from workers.contracts import CurveTask, Task, TensorRef
 from workers.headers import DTYPES
 
 # A payload's header, its rows and events; the tokenizer and other small files of a model.
@@ -30,11 +35,19 @@ WORKER_BASE_BYTES = 600 * 2**20
 
 @dataclass(frozen=True)
 class PlannedTask:
-    """A task and what is known of its outcome before any weight is read."""
+    """A task and what is known of its outcome before any weight is read.
+
+    Attributes:
+        task: the task. While its budget is undecided it has that of uniform allocation.
+        keep: its budget's share of its dense bytes.
+        bounds: for its budget, or where that is undecided for any that it may get.
+        curve: what finds its curve; None where its budget was never in question.
+    """
 
     task: Task
     keep: float
     bounds: Bounds
+    curve: CurveTask | None = None
 
 
 @dataclass(frozen=True)
@@ -46,12 +59,26 @@ class Plan:
         tasks: by layer.
         untouched: tensors that are copied byte for byte, by name.
         model_bytes: dense bytes of all tensors.
+        allocation: how bytes are divided among the tasks.
+        decided: whether the budgets are known; those of global allocation are after pass one.
     """
 
     family: str
     tasks: tuple[PlannedTask, ...]
     untouched: tuple[TensorRef, ...]
     model_bytes: int
+    allocation: str
+    decided: bool
+
+    @property
+    def curve_tasks(self) -> list[CurveTask]:
+        """The tasks of pass one; none under uniform allocation."""
+        return [planned.curve for planned in self.tasks if planned.curve is not None]
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every budget is the one that uniform allocation gives."""
+        return all(p.curve is None or p.curve.byte_budget == p.task.byte_budget for p in self.tasks)
 
     @property
     def dense_bytes(self) -> int:
@@ -66,7 +93,8 @@ class Plan:
     @property
     def max_bytes(self) -> int:
         """Bytes that the weights in scope take at most; below the budget where a pattern is."""
-        return sum(planned.bounds.max_bytes for planned in self.tasks)
+        bound = sum(planned.bounds.max_bytes for planned in self.tasks)
+        return min(bound, self.budget_bytes)
 
     @property
     def untouched_bytes(self) -> int:
@@ -106,6 +134,8 @@ class Plan:
                 "keep": planned.keep,
                 "dense_bytes": planned.task.dense_bytes,
                 "byte_budget": planned.task.byte_budget,
+                "budget_range": None if self.decided else _budget_range(planned),
+                "curve_task_id": planned.curve and planned.curve.task_id,
                 "max_R1": planned.bounds.max_R1,
                 "max_R2": planned.bounds.max_R2,
                 "max_nnz": planned.bounds.max_nnz,
@@ -125,7 +155,14 @@ class Plan:
             "worker_memory_bytes": self.worker_memory_bytes,
             "disk_bytes": self.disk_bytes,
         }
-        return {"family": self.family, "layers": layers, "total": totals}
+        how = {"allocation": self.allocation, "budgets_decided": self.decided}
+        return {"family": self.family} | how | {"layers": layers, "total": totals}
+
+
+def _budget_range(planned: PlannedTask) -> list[int]:
+    """The least and the most bytes that a task may get."""
+    budgets = planned.curve.curve_budgets if planned.curve else (planned.task.byte_budget,)
+    return [budgets[0], budgets[-1]]
 
 
 def make_plan(source: Source, config: RunConfig) -> Plan:
@@ -147,53 +184,138 @@ def make_plan(source: Source, config: RunConfig) -> Plan:
     keep = scope_keep(config, scope_bytes, model_bytes)
 
     tasks = tuple(_plan_task(group, config, config.keep_of(group.layer, keep)) for group in groups)
+    decided = config.allocation == "uniform"
+    if not decided:
+        own = config.layers_with_own_keep()
+        tasks = tuple(p if p.task.layer in own else _undecided(p) for p in tasks)
     untouched = tuple(ref for name, ref in sorted(refs.items()) if name not in in_scope)
-    return Plan(architecture.family, tasks, untouched, model_bytes)
+    return Plan(architecture.family, tasks, untouched, model_bytes, config.allocation, decided)
 
 
 def _plan_task(group: AttentionGroup, config: RunConfig, keep: float) -> PlannedTask:
     dense_bytes = sum(ref.stored_bytes for ref in group.tensors.values())
-    budget = int(keep * dense_bytes)
     dtype = DTYPES[next(iter(group.tensors.values())).dtype]
-    method_args = config.method_args()
-    try:
-        bounds = METHODS[config.method].bounds(group.layout, budget, dtype, method_args)
-    except LestdError as error:
-        raise LestdError(f"layer {group.layer} at keep {keep:g}: {error}") from error
-    value_dtype = str(dtype).removeprefix("torch.")
     task = Task(
-        task_id=_task_id(group, config.method, asdict(method_args), budget, value_dtype),
+        task_id="",
         layer=group.layer,
         group=group.group,
         tensor_prefix=group.tensor_prefix,
         tensors=group.tensors,
         layout=group.layout,
         method=config.method,
-        method_args=asdict(method_args),
-        byte_budget=budget,
-        value_dtype=value_dtype,
-        predicted_memory_bytes=WORKER_BASE_BYTES + dense_bytes + budget + bounds.workspace_bytes,
+        method_args=asdict(config.method_args()),
+        byte_budget=0,
+        value_dtype=str(dtype).removeprefix("torch."),
+        predicted_memory_bytes=0,
     )
-    return PlannedTask(task, keep, bounds)
+    try:
+        return replace(_with_budget(task, int(keep * dense_bytes)), keep=keep)
+    except LestdError as error:
+        raise LestdError(f"layer {group.layer} at keep {keep:g}: {error}") from error
 
 
-def _task_id(
-    group: AttentionGroup, method: str, method_args: dict[str, Any], budget: int, value_dtype: str
-) -> str:
-    """Hash of what decides a payload's bytes, apart from the weights' contents.
+def _with_budget(task: Task, budget: int) -> PlannedTask:
+    """The task with another byte budget, and so with another id."""
+    bounds = METHODS[task.method].bounds(
+        task.layout, budget, getattr(torch, task.value_dtype), MethodArgs(**task.method_args)
+    )
+    memory = WORKER_BASE_BYTES + task.dense_bytes + budget + bounds.workspace_bytes
+    task = replace(task, byte_budget=budget, predicted_memory_bytes=memory)
+    return PlannedTask(replace(task, task_id=_task_id(task)), budget / task.dense_bytes, bounds)
+
+
+def _undecided(planned: PlannedTask) -> PlannedTask:
+    """A task whose budget its curve shall decide: it may get any from the least to all bytes."""
+    task = planned.task
+    least = METHODS[task.method].least_bytes(
+        task.layout, getattr(torch, task.value_dtype), MethodArgs(**task.method_args)
+    )
+    budgets = curve_budgets(least, task.byte_budget, task.dense_bytes)
+    curve = CurveTask(**vars(task), curve_budgets=budgets)
+    curve = replace(curve, task_id=_task_id(curve, {"curve_budgets": budgets}))
+    largest = _with_budget(task, budgets[-1])
+    task = replace(task, predicted_memory_bytes=largest.task.predicted_memory_bytes)
+    return PlannedTask(task, planned.keep, largest.bounds, curve)
+
+
+def _with_budgets(plan: Plan, budgets: Mapping[str, int]) -> Plan:
+    """The plan with the byte budget of each group that has a curve decided."""
+    tasks = tuple(
+        replace(_with_budget(p.task, budgets[p.task.group]), curve=p.curve) if p.curve else p
+        for p in plan.tasks
+    )
+    return replace(plan, tasks=tasks, decided=True)
+
+
+def decide(plan: Plan, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Plan]:
+    """Byte budgets from the curves that pass one has found.
+
+    Args:
+        plan: an undecided plan.
+        curves: for each of its curve tasks the rows of the manifest, by budget.
+
+    Returns:
+        The plan with the budgets of `better_than_uniform`, followed by the one with the budgets of
+        uniform allocation, for the case that the prediction fails; that one alone, where no
+        budgets are predicted to be better.
+    """
+    tasks = plan.curve_tasks
+    rows = [curves[task.task_id] for task in tasks]
+    points = [[(row["byte_budget"], row["predicted_squared_error"]) for row in c] for c in rows]
+    norms = [curve[0]["squared_norm"] for curve in rows]
+    uniform = [task.byte_budget for task in tasks]
+    better = better_than_uniform(points, norms, uniform)
+    groups = [task.group for task in tasks]
+    return [
+        _with_budgets(plan, dict(zip(groups, budgets, strict=True)))
+        for budgets in (better, uniform)
+        if budgets is not None
+    ]
+
+
+def no_worse_than_uniform(
+    rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> bool:
+    """Whether relative and absolute squared errors sum up to at most what uniform budgets give.
+
+    Both sides are measured from tensors as they are stored.
+
+    Args:
+        rows: group rows of all tasks.
+        curves: see `decide`.
+    """
+    measured = {curve[0]["group"]: curve[0] for curve in curves.values()}
+    pairs = [
+        (row["squared_error"], measured[row["group"]]["uniform_squared_error"], row["squared_norm"])
+        for row in rows
+        if row["group"] in measured
+    ]
+
+    def holds(weights: Sequence[float]) -> bool:
+        found, uniform = (
+            math.fsum(pair[side] * weight for pair, weight in zip(pairs, weights, strict=True))
+            for side in (0, 1)
+        )
+        return found <= uniform
+
+    return holds([1.0] * len(pairs)) and holds([1 / norm if norm else 0.0 for *_, norm in pairs])
+
+
+def _task_id(task: Task, more: Mapping[str, Any] | None = None) -> str:
+    """Hash of what decides a payload's bytes, or a curve, apart from the weights' contents.
 
     Those are identified by the run's fingerprint; their sha256 stands in the result.
     """
     work = {
         "format_version": FORMAT_VERSION,
-        "tensors": [(m, r.name, r.dtype, r.shape) for m, r in group.tensors.items()],
-        "layout": asdict(group.layout),
-        "prefix": group.tensor_prefix,
-        "group": group.group,
-        "method": method,
-        "method_args": method_args,
-        "byte_budget": budget,
-        "value_dtype": value_dtype,
+        "tensors": [(m, r.name, r.dtype, r.shape) for m, r in task.tensors.items()],
+        "layout": asdict(task.layout),
+        "prefix": task.tensor_prefix,
+        "group": task.group,
+        "method": task.method,
+        "method_args": task.method_args,
+        "byte_budget": task.byte_budget,
+        "value_dtype": task.value_dtype,
     }
-    text = json.dumps(work, sort_keys=True)
+    text = json.dumps(work | dict(more or {}), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

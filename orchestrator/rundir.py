@@ -215,6 +215,10 @@ class RunDirectory:
             run = {"fingerprint": fingerprint, "source": about, "shard_stats": stats}
             write_json(self.path / "run.json", run)
         self.payloads.mkdir(exist_ok=True)
+        self.write_plan(plan)
+
+    def write_plan(self, plan: Plan) -> None:
+        """Say what is to be done; a second time, once global allocation has decided."""
         write_json(self.path / "plan.json", plan.to_dict())
 
     def _require_same_contents(self, source: Source) -> None:
@@ -222,7 +226,8 @@ class RunDirectory:
 
         The fingerprint samples each tensor; this reads them to the last byte.
         """
-        for row in self.manifest.groups().to_pylist():
+        read = self.manifest.groups().to_pylist() + self.manifest.curves().to_pylist()
+        for row in {row["task_id"]: row for row in read}.values():
             digest = hashlib.sha256()
             for name in row["tensors"]:
                 read_tensor(source.index.tensors[name], digest)

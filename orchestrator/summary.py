@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lestd_kernels.methods.steps import relative
 from orchestrator import tables
 from orchestrator.evaluation import Evaluation, evaluate, open_model
 from orchestrator.executor import Event, Executor
 from orchestrator.export import Export
 from orchestrator.inspection import stored_scope_bytes
 from orchestrator.pipeline import Outcome
-from orchestrator.plan import Plan
-from workers.contracts import Failure, Result
+from workers.contracts import CurveResult, Failure, Result, Task
 
 
 def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
@@ -21,13 +22,14 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
     if json:
         tables.print_json(planned)
         return
+    decided = planned["budgets_decided"]
     rows = [
         (
             str(layer["layer"]),
             str(len(layer["tensors"])),
             tables.size(layer["dense_bytes"]),
-            f"{layer['keep']:.3f}",
-            tables.size(layer["byte_budget"]),
+            f"{layer['keep']:.3f}" if decided or not layer["curve_task_id"] else "",
+            " to ".join(map(tables.size, layer["budget_range"] or [layer["byte_budget"]])),
             f"R1 ≤ {layer['max_R1']}, R2 ≤ {layer['max_R2']}",
             f"≤ {layer['max_nnz']:,}",
             tables.size(layer["predicted_memory_bytes"]),
@@ -37,6 +39,11 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
     columns = ("layer", "tensors", "dense", "keep", "target", "ranks", "nnz", "worker memory")
     tables.print_table(f"{name} ({planned['family']})", columns, rows)
     total = planned["total"]
+    if not decided:
+        tables.out.print(
+            "allocation global: the targets are decided after a first pass over the layers, which "
+            f"finds their error against bytes; together at most {tables.size(total['byte_budget'])}"
+        )
     tables.out.print(
         f"{total['tasks']} tasks; weights in scope {tables.size(total['dense_bytes'])} -> at most "
         f"{tables.size(total['max_bytes'])}; whole model {tables.size(total['model_bytes'])} -> "
@@ -55,11 +62,12 @@ class CompressionProgress:
         self._dense_bytes: dict[str, int] = {}
         self._done = 0
 
-    def on_start(self, plan: Plan, finished: set[str]) -> None:
-        """Begin: the plan, and the task ids that an earlier call has finished."""
-        self._dense_bytes = {p.task.task_id: p.task.dense_bytes for p in plan.tasks}
+    def on_start(self, name: str, tasks: Sequence[Task], finished: set[str]) -> None:
+        """Begin a pass: its tasks, and the ids of those that an earlier call has finished."""
+        self._meter.restart(name)
+        self._dense_bytes = {task.task_id: task.dense_bytes for task in tasks}
         self._done = sum(self._dense_bytes[task_id] for task_id in finished)
-        line = f"{len(finished)} of {len(plan.tasks)} tasks were finished before"
+        line = f"{len(finished)} of {len(tasks)} tasks were finished before"
         self._update(line if finished else None)
 
     def on_event(self, event: Event) -> None:
@@ -67,12 +75,24 @@ class CompressionProgress:
         if event.kind == "retried":
             self._update(f"attempt {event.attempt} of {event.task_id} ended: {event.message}")
 
-    def on_progress(self, outcome: Result | Failure, finished: int, total: int) -> None:
+    def on_progress(
+        self, outcome: Result | CurveResult | Failure, finished: int, total: int
+    ) -> None:
         """A task has ended."""
         if isinstance(outcome, Failure):
             self._update(f"[{finished}/{total}] failed: {outcome.message}")
             return
         self._done += outcome.dense_bytes
+        if isinstance(outcome, CurveResult):
+            first, last = outcome.points[0], outcome.points[-1]
+            self._update(
+                f"[{finished}/{total}] {outcome.group}: relative error from "
+                f"{relative(first.squared_error, outcome.squared_norm):.4f} in "
+                f"{tables.size(first.byte_budget)} to "
+                f"{relative(last.squared_error, outcome.squared_norm):.4f} in "
+                f"{tables.size(last.byte_budget)}, {sum(outcome.seconds.values()):.1f} s"
+            )
+            return
         self._update(
             f"[{finished}/{total}] {outcome.group}: ranks {tables.ranks(outcome.ranks)}, "
             f"density {outcome.density:.4f} ({outcome.codec}), {tables.size(outcome.dense_bytes)} "
@@ -95,6 +115,8 @@ def outcome_figures(outcome: Outcome, out: Path, run_dir: Path) -> dict[str, Any
         "out": str(out),
         "run_dir": str(run_dir),
         "complete": outcome.complete,
+        "allocation": plan.allocation,
+        "curves": outcome.curves,
         "tasks": len(plan.tasks),
         "finished": len(rows),
         "finished_before": outcome.skipped,
@@ -122,9 +144,13 @@ def print_outcome(outcome: Outcome, out: Path, run_dir: Path, json: bool) -> Non
     if not outcome.complete:
         for failure in outcome.failures:
             tables.err.print(f"error: {failure.message}", style="red", markup=False, soft_wrap=True)
+        plan = outcome.plan
+        tasks, finished = len(plan.tasks), len(outcome.rows)
+        if not plan.decided:
+            tasks, finished = len(plan.curve_tasks), outcome.curves
         tables.err.print(
-            f"{len(outcome.failures)} of {figures['tasks']} tasks failed; the other "
-            f"{figures['finished']} are kept in {run_dir}: mend the cause, then run the same "
+            f"{len(outcome.failures)} of {tasks} tasks failed; the other "
+            f"{finished} are kept in {run_dir}: mend the cause, then run the same "
             "command again",
             soft_wrap=True,
         )
@@ -163,6 +189,7 @@ def print_status(state: dict[str, Any], json: bool) -> None:
     if json:
         tables.print_json(state)
         return
+    decided = state.get("budgets_decided", True)
     rows = []
     for layer in state["layers"]:
         done = layer["state"] == "done"
@@ -170,7 +197,7 @@ def print_status(state: dict[str, Any], json: bool) -> None:
             (
                 str(layer["layer"]),
                 layer["state"],
-                tables.size(layer["byte_budget"]),
+                tables.size(layer["byte_budget"]) if decided or "curve" not in layer else "",
                 tables.size(layer["stored_bytes"]) if done else "",
                 tables.ranks(layer),
                 f"{layer['density']:.4f}" if done else "",
@@ -180,8 +207,15 @@ def print_status(state: dict[str, Any], json: bool) -> None:
         )
     columns = ("layer", "state", "target", "stored", "ranks", "density", "codec", "relative error")
     tables.print_table(state["run_dir"], columns, rows)
-    counts = ", ".join(f"{state[k]} {k}" for k in ("done", "running", "failed", "remaining"))
-    tables.out.print(f"{state['state']}: {counts}")
+
+    def counts(of: dict[str, Any]) -> str:
+        return ", ".join(f"{of[k]} {k}" for k in ("done", "running", "failed", "remaining"))
+
+    if "curves" in state:
+        tables.out.print(f"pass one, the layers' curves: {counts(state['curves'])}")
+        if not decided:
+            tables.out.print("targets are decided when it is done")
+    tables.out.print(f"{state['state']}: {counts(state)}")
 
 
 def print_export(export: Export, json: bool) -> None:

@@ -125,6 +125,12 @@ class Meter:
         if self._bar is not None:
             self._bar.stop()
 
+    def restart(self, title: str) -> None:
+        """Go on with something else: its amounts are counted anew."""
+        if self._bar is not None and self._task is not None:
+            self._bar.remove_task(self._task)
+        self._title, self._task, self._began = title, None, None
+
     def update(self, done: float, total: float, line: str | None = None) -> None:
         """Show that `done` of `total` is done, and a line that stays.
 

@@ -121,9 +121,27 @@ def test_sparse_search_finds_the_best_of_an_exact_scan(layout, learned, keep, ma
     bases = hosvd(W)
     core = rotated(W, bases)
     exact = {r: exact_energy(core, shape, limits, r) for r in candidates(shape, 4)}
-    found = search_sparse(W, bases, shape, limits)
+    [found] = (point.ranks for point in search_sparse(W, bases, shape, [limits]))
     assert exact[found] >= max(exact.values()) * (1 - 1e-3)
     assert len({round(e, 3) for e in exact.values()}) > 5  # the choice was not empty
+
+
+@pytest.mark.parametrize("max_flops", [None, 0.6])
+@pytest.mark.parametrize(("layout", "learned"), CASES)
+def test_one_scan_gives_every_budget_its_ranks_and_error(layout, learned, max_flops):
+    shape = GroupShape(layout, learned, 2)
+    dense = layout.elements * 2
+    limits = [Limits(int(keep * dense), max_flops, 4) for keep in (0.1, 0.12, 0.3, 0.5, 0.8, 1.1)]
+    W = tensor(shape)
+    bases = hosvd(W)
+    core = rotated(W, bases)
+    norm = float(W.double().square().sum())
+    points = search_sparse(W, bases, shape, limits)
+    for point, one in zip(points, limits, strict=True):
+        assert [point] == search_sparse(W, bases, shape, [one])
+        error = norm - exact_energy(core, shape, one, point.ranks)
+        # To float32's last digits of the norm, where little is left.
+        assert point.squared_error == pytest.approx(error, rel=2e-3, abs=1e-6 * norm)
 
 
 @pytest.mark.parametrize("max_flops", [None, 0.5])
@@ -140,7 +158,7 @@ def test_dense_search_finds_the_best_of_an_exact_scan(layout, learned, keep, max
     for ranks in itertools.starmap(Ranks, itertools.product(R1s, R2s, range(1, shape.types + 1))):
         if dense_bytes(shape, ranks) <= limits.byte_budget and limits.allows_flops(shape, ranks):
             best = max(best, float(squares[: ranks.R1, : ranks.R3, :, : ranks.R2].sum()))
-    found = search_dense(W, bases, shape, limits)
+    [found] = (point.ranks for point in search_dense(W, bases, shape, [limits]))
     assert dense_bytes(shape, found) <= limits.byte_budget
     assert limits.allows_flops(shape, found)
     energy = float(squares[: found.R1, : found.R3, :, : found.R2].sum())
@@ -161,7 +179,7 @@ def test_a_zero_tensor_gets_ranks():
     W = torch.zeros(16, 1, 8, 4)
     limits = Limits(1000, None, 4)
     for search in (search_sparse, search_dense):
-        ranks = search(W, hosvd(W), shape, limits)
+        [ranks] = (point.ranks for point in search(W, hosvd(W), shape, [limits]))
         assert min(ranks) > 0
         assert shape.stored_bytes(ranks, [0] * 4) <= 1000
 

@@ -129,7 +129,7 @@ def test_the_search_finds_the_best_of_an_exhaustive_one(layout, keep, max_flops)
             energy += float(M[mask].double().square().sum())
         fits = shape.stored_bytes(ranks, nnz) <= limits.byte_budget
         energies[ranks] = energy if fits and limits.allows_flops(shape, ranks) else -1.0
-    found = search_two_of_four(W, bases, shape, limits)
+    [found] = (point.ranks for point in search_two_of_four(W, bases, shape, [limits]))
     assert energies[found] == pytest.approx(max(energies.values()), rel=1e-4)
     assert min(energies.values()) < energies[found]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lestd_kernels.budget import CurvePoint
 from lestd_kernels.methods import SliceStats
 from lestd_kernels.tensorize import GroupLayout
 
@@ -72,6 +73,52 @@ class Task:
     def dense_bytes(self) -> int:
         """Bytes of the task's weights in the source checkpoint."""
         return sum(ref.stored_bytes for ref in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class CurveTask(Task):
+    """One slice group, whose error at several byte budgets is asked for.
+
+    `byte_budget` is the one that uniform allocation gives; the error there is measured, not
+    predicted.
+
+    Attributes:
+        curve_budgets: feasible byte budgets, ascending.
+    """
+
+    curve_budgets: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class CurveResult:
+    """A group's error against bytes; the manifest's table `curves` has a row for each point.
+
+    Errors are squared Frobenius norms in the units of the weights, so those of different groups
+    may be added up. `uniform_squared_error` is what `Result.squared_error` would be within
+    `uniform_byte_budget`; the errors of `points` are predictions (see `CurvePoint`). The other
+    fields are those of `Result`.
+    """
+
+    task_id: str
+    layer: int
+    group: str
+    tensors: tuple[str, ...]
+    method: str
+    pattern: str
+    source_sha256: str
+    dense_bytes: int
+    squared_norm: float
+    uniform_byte_budget: int
+    uniform_squared_error: float
+    points: tuple[CurvePoint, ...]
+    seconds: dict[str, float]
+    started_at: float
+    peak_memory_bytes: int
+    device: str
+    worker: str
+    node: str
+    versions: dict[str, str]
+    attempt: int = 1
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from lestd_kernels.errors import LestdError
-from lestd_kernels.methods import METHODS, MethodArgs
+from lestd_kernels.methods import METHODS, Decomposed, MethodArgs
 from lestd_kernels.methods.steps import Stopwatch
 from lestd_kernels.tensorize import unfold_weights
 from workers.checkpoint import check_finite, read_tensor, serialize_safetensors
-from workers.contracts import Failure, Result, Task
+from workers.contracts import CurveResult, CurveTask, Failure, Result, Task
 from workers.devices import device_name, peak_memory_bytes, reset_peak_memory
 from workers.files import atomic_write
 
@@ -62,11 +62,11 @@ class DecomposeWorker:
         self._device = torch.device(device)
         self._name = f"{socket.gethostname()}:{os.getpid()}"
 
-    def run(self, task: Task) -> Result | Failure:
-        """Decompose one task; never raises for a problem with its input."""
+    def run(self, task: Task) -> Result | CurveResult | Failure:
+        """Decompose one task, or find its curve; never raises for a problem with its input."""
         try:
             with torch.inference_mode():
-                return self._decompose(task)
+                return self._find_curve(task) if isinstance(task, CurveTask) else self._encode(task)
         except LestdError as error:
             return Failure(task.task_id, "application", type(error).__name__, str(error))
         except Exception as error:
@@ -75,11 +75,11 @@ class DecomposeWorker:
                 task.task_id, "application", type(error).__name__, text, traceback.format_exc()
             )
 
-    def _decompose(self, task: Task) -> Result:
-        started_at = time.time()
+    def _decompose(
+        self, task: Task, clock: Stopwatch, curve_budgets: tuple[int, ...] = ()
+    ) -> tuple[Decomposed, str]:
+        """The decomposition, and the sha256 of the tensors that were read."""
         reset_peak_memory(self._device)
-        clock = Stopwatch(self._device)
-
         with clock("read"):
             digest = hashlib.sha256()
             weights = {}
@@ -89,18 +89,47 @@ class DecomposeWorker:
                 weights[module] = weight.to(self._device)
             unfolding = unfold_weights(weights, task.layout)
             del weights
-
-        args = MethodArgs(**task.method_args)
         try:
             done = METHODS[task.method].decompose(
                 unfolding,
                 task.layout,
                 task.byte_budget,
                 getattr(torch, task.value_dtype),
-                args,
+                MethodArgs(**task.method_args),
+                curve_budgets,
             )
         except LestdError as error:
             raise LestdError(f"{task.group}: {error}") from error
+        return done, digest.hexdigest()
+
+    def _find_curve(self, task: CurveTask) -> CurveResult:
+        started_at, clock = time.time(), Stopwatch(self._device)
+        done, source_sha256 = self._decompose(task, clock, task.curve_budgets)
+        return CurveResult(
+            task_id=task.task_id,
+            layer=task.layer,
+            group=task.group,
+            tensors=tuple(ref.name for ref in task.tensors.values()),
+            method=task.method,
+            pattern=MethodArgs(**task.method_args).pattern,
+            source_sha256=source_sha256,
+            dense_bytes=task.dense_bytes,
+            squared_norm=done.squared_norm,
+            uniform_byte_budget=task.byte_budget,
+            uniform_squared_error=done.squared_error,
+            points=done.curve,
+            seconds=clock.seconds | done.seconds,
+            started_at=started_at,
+            peak_memory_bytes=peak_memory_bytes(self._device),
+            device=device_name(self._device),
+            worker=self._name,
+            node=socket.gethostname(),
+            versions=software_versions(),
+        )
+
+    def _encode(self, task: Task) -> Result:
+        started_at, clock = time.time(), Stopwatch(self._device)
+        done, source_sha256 = self._decompose(task, clock)
         decomposition = done.decomposition
 
         with clock("write"):
@@ -118,11 +147,11 @@ class DecomposeWorker:
             group=task.group,
             tensors=tuple(ref.name for ref in task.tensors.values()),
             method=task.method,
-            pattern=args.pattern,
+            pattern=MethodArgs(**task.method_args).pattern,
             payload=payload,
             sha256=sha256,
             payload_bytes=len(content),
-            source_sha256=digest.hexdigest(),
+            source_sha256=source_sha256,
             format=decomposition.describe(task.group),
             ranks=decomposition.ranks,
             nnz=decomposition.nnz,

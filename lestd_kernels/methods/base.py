@@ -5,12 +5,14 @@ Shapes: see lestd_kernels.tensorize and decomposition.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lestd_kernels.budget import CurvePoint
 from lestd_kernels.codecs import UNSTRUCTURED
 from lestd_kernels.decomposition import SharedTucker
 from lestd_kernels.tensorize import GroupLayout
@@ -104,6 +106,7 @@ class Decomposed:
         hooi_iterations: sweeps after the HOSVD.
         seconds: wall time of ``"stage1"``, ``"rank_search"``, ``"stage2"``, ``"error"``.
         slices: statistics of every slice, in unfolding order.
+        curve: the error to expect at other byte budgets, where asked for.
     """
 
     decomposition: SharedTucker
@@ -116,6 +119,22 @@ class Decomposed:
     hooi_iterations: int
     seconds: dict[str, float]
     slices: tuple[SliceStats, ...]
+    curve: tuple[CurvePoint, ...]
+
+
+class Decompose(Protocol):
+    """See `Method.decompose`."""
+
+    def __call__(
+        self,
+        unfolding: Tensor,
+        layout: GroupLayout,
+        byte_budget: int,
+        value_dtype: torch.dtype,
+        args: MethodArgs,
+        curve_budgets: Sequence[int] = (),
+    ) -> Decomposed:
+        """Decompose a slice group."""
 
 
 @dataclass(frozen=True)
@@ -124,17 +143,21 @@ class Method:
 
     Attributes:
         name: how configuration and manifest call it.
-        decompose: ``(unfolding (d, S p) float32, layout, byte_budget, value_dtype, args)``; the
-            result stores at most `byte_budget` bytes. The unfolding is used up: it is scaled in
-            place, since a copy would double the memory. Deterministic for a fixed device and
-            number of threads. Raises LestdError as `bounds` does, and where a core value does
-            not fit the value dtype.
+        decompose: ``(unfolding (d, S p) float32, layout, byte_budget, value_dtype, args,
+            curve_budgets)``; the result stores at most `byte_budget` bytes, and has the error to
+            expect at each of the curve's budgets (feasible ones). The unfolding is used up: it is
+            scaled in place, since a copy would double the memory. Deterministic for a fixed
+            device and number of threads. Raises LestdError as `bounds` does, and where a core
+            value does not fit the value dtype.
         bounds: ``(layout, byte_budget, value_dtype, args)``; reads no weights. Raises LestdError
             where the smallest ranks exceed the budget or `max_flops`, where a learned type
             mode meets projections with different numbers of heads, or where the method, the type
             mode or the kind of Stage II does not go with the pattern.
+        least_bytes: ``(layout, value_dtype, args)``; the smallest feasible byte budget. Raises
+            LestdError as `bounds` does, but for the budget and `max_flops`.
     """
 
     name: str
-    decompose: Callable[[Tensor, GroupLayout, int, torch.dtype, MethodArgs], Decomposed]
+    decompose: Decompose
     bounds: Callable[[GroupLayout, int, torch.dtype, MethodArgs], Bounds]
+    least_bytes: Callable[[GroupLayout, torch.dtype, MethodArgs], int]

@@ -52,10 +52,14 @@ def _checked(
             "prunes by one threshold; change one of the two"
         )
     shape, limits = group_shape(layout, value_dtype, args), limits_of(byte_budget, args)
-    R1, R2 = (rank_grid(m, args.rank_step)[0] for m in (layout.width, layout.head_dim))
-    smallest = Ranks(R1, R2, 1)
+    smallest = _smallest(layout, args)
     require_feasible(shape, limits, smallest, _least_bytes(shape, smallest))
     return shape, limits, smallest
+
+
+def _smallest(layout: GroupLayout, args: MethodArgs) -> Ranks:
+    R1, R2 = (rank_grid(m, args.rank_step)[0] for m in (layout.width, layout.head_dim))
+    return Ranks(R1, R2, 1)
 
 
 def _least_bytes(shape: GroupShape, ranks: Ranks) -> int:
@@ -71,12 +75,15 @@ def decompose(
     byte_budget: int,
     value_dtype: torch.dtype,
     args: MethodArgs,
+    curve_budgets: Sequence[int] = (),
 ) -> Decomposed:
     """Decompose a slice group with sparse cores; see `Method.decompose`."""
     shape, limits, _ = _checked(layout, byte_budget, value_dtype, args)
     clock = Stopwatch(unfolding.device)
     search = search_two_of_four if shape.pattern == TWO_OF_FOUR else search_sparse
-    basis, cores = shared_basis(unfolding, shape, limits, search, value_dtype, args, clock)
+    basis, cores = shared_basis(
+        unfolding, shape, limits, search, value_dtype, args, clock, curve_budgets
+    )
 
     def fits(nnz: Sequence[int]) -> bool:
         return shape.stored_bytes(basis.factors.ranks, nnz) <= byte_budget
@@ -167,4 +174,9 @@ def _most_nonzeros_at(shape: GroupShape, byte_budget: int, ranks: Ranks) -> int:
     return most
 
 
-METHOD = Method("lestd", decompose, bounds)
+def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
+    """The smallest feasible byte budget; see `Method.least_bytes`."""
+    return _least_bytes(group_shape(layout, value_dtype, args), _smallest(layout, args))
+
+
+METHOD = Method("lestd", decompose, bounds, least_bytes)

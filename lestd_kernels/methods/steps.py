@@ -13,18 +13,18 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lestd_kernels.budget import GroupShape, Limits
+from lestd_kernels.budget import CurvePoint, GroupShape, Limits
 from lestd_kernels.codecs import TWO_OF_FOUR, UNSTRUCTURED
 from lestd_kernels.decomposition import CORE_NAME, EncodedCore, SharedTucker
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods.base import Decomposed, MethodArgs, SliceStats
 from lestd_kernels.pattern import spread
-from lestd_kernels.stage1 import Factors, Ranks, hooi, hosvd, squared_sum
+from lestd_kernels.stage1 import Factors, hooi, hosvd, squared_sum
 from lestd_kernels.stage2 import fit_core
 from lestd_kernels.tensorize import PROJECTIONS, GroupLayout
 
@@ -91,7 +91,7 @@ def type_major(unfolding: Tensor, shape: GroupShape) -> Tensor:
     return slices.reshape(layout.width, shape.types, -1, layout.head_dim)
 
 
-Search = Callable[[Tensor, Factors, GroupShape, Limits], Ranks]
+Search = Callable[[Tensor, Factors, GroupShape, Sequence[Limits]], list[CurvePoint]]
 """A rank search of lestd_kernels.budget or lestd_kernels.pattern."""
 
 
@@ -104,12 +104,14 @@ class SharedBasis:
         squared_energy: ``||G||^2`` of the orthonormal float32 factors, in units of scale^2.
         hooi_iterations: sweeps after the HOSVD.
         scale: what the unfolding was divided by, and the cores are to be multiplied by.
+        curve: what the rank search found at the curve's budgets, in the units of the weights.
     """
 
     factors: Factors
     squared_energy: float
     hooi_iterations: int
     scale: float
+    curve: tuple[CurvePoint, ...]
 
 
 def scale_to_one(unfolding: Tensor) -> float:
@@ -135,6 +137,7 @@ def shared_basis(
     value_dtype: torch.dtype,
     args: MethodArgs,
     clock: Stopwatch,
+    curve_budgets: Sequence[int] = (),
 ) -> tuple[SharedBasis, list[Tensor]]:
     """HOSVD, rank search, HOOI at the chosen ranks, and the cores for the factors as stored.
 
@@ -146,6 +149,7 @@ def shared_basis(
         value_dtype: of the stored tensors.
         args: of the method.
         clock: gets the stages ``"stage1"``, ``"rank_search"`` and ``"stage2"``.
+        curve_budgets: feasible byte budgets to predict the error at.
 
     Returns:
         The basis, and its least-squares cores ``(R1, R3, n_c, R2)``, float32, divided by the
@@ -156,9 +160,11 @@ def shared_basis(
         W = type_major(unfolding, shape)
         bases = hosvd(W)
     with clock("rank_search"):
-        ranks = search(W, bases, shape, limits)
+        budgets = (limits.byte_budget, *curve_budgets)
+        every = [replace(limits, byte_budget=budget) for budget in budgets]
+        chosen, *curve = search(W, bases, shape, every)
     with clock("stage1"):
-        start = bases.leading(ranks)
+        start = bases.leading(chosen.ranks)
         del bases
         found = hooi(W, start, args.hooi_tol, args.hooi_max_iter)
         factors = found.factors.to(value_dtype)
@@ -171,7 +177,8 @@ def shared_basis(
         cores = [part.contiguous() for part in torch.split(core, list(shape.core_slices), dim=2)]
         for core in cores:
             core.masked_fill_((core * scale).to(value_dtype) == 0, 0)
-    return SharedBasis(factors, energy, iterations, scale), cores
+    points = (replace(point, squared_error=point.squared_error * scale**2) for point in curve)
+    return SharedBasis(factors, energy, iterations, scale, tuple(points)), cores
 
 
 def finish(
@@ -219,6 +226,7 @@ def finish(
         hooi_iterations=basis.hooi_iterations,
         seconds=clock.seconds,
         slices=tuple(slices),
+        curve=basis.curve,
     )
 
 

@@ -6,6 +6,7 @@ LLMs", arXiv 2501.15674.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -45,9 +46,13 @@ def _checked(
             "dense; change one of the two"
         )
     shape, limits = group_shape(layout, value_dtype, args), limits_of(byte_budget, args)
-    smallest = Ranks(1, rank_grid(layout.head_dim, args.rank_step)[0], 1)
+    smallest = _smallest(layout, args)
     require_feasible(shape, limits, smallest, dense_bytes(shape, smallest))
     return shape, limits
+
+
+def _smallest(layout: GroupLayout, args: MethodArgs) -> Ranks:
+    return Ranks(1, rank_grid(layout.head_dim, args.rank_step)[0], 1)
 
 
 def decompose(
@@ -56,11 +61,14 @@ def decompose(
     byte_budget: int,
     value_dtype: torch.dtype,
     args: MethodArgs,
+    curve_budgets: Sequence[int] = (),
 ) -> Decomposed:
     """Decompose a slice group with dense cores; see `Method.decompose`."""
     shape, limits = _checked(layout, byte_budget, value_dtype, args)
     clock = Stopwatch(unfolding.device)
-    basis, cores = shared_basis(unfolding, shape, limits, search_dense, value_dtype, args, clock)
+    basis, cores = shared_basis(
+        unfolding, shape, limits, search_dense, value_dtype, args, clock, curve_budgets
+    )
     return finish(unfolding, shape, basis, cores, clock)
 
 
@@ -87,4 +95,9 @@ def bounds(
     )
 
 
-METHOD = Method("tucker", decompose, bounds)
+def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
+    """The smallest feasible byte budget; see `Method.least_bytes`."""
+    return dense_bytes(group_shape(layout, value_dtype, args), _smallest(layout, args))
+
+
+METHOD = Method("tucker", decompose, bounds, least_bytes)
