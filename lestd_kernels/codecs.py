@@ -113,11 +113,21 @@ def _encode_csr(matrix: Tensor) -> dict[str, Tensor]:
     }
 
 
+def csr_rows(row_pointers: Tensor, nnz: int) -> Tensor:
+    """Row of each value of a csr core, int64 ``(nnz,)``.
+
+    Raises:
+        RuntimeError: damaged pointers, which do not rise from 0 to `nnz` (on CPU).
+    """
+    # Without the clamp, rows before a falling pointer are written beyond the result. With it their
+    # sum is too large, which PyTorch checks before it writes.
+    counts = row_pointers.to(torch.int64).diff().clamp(min=0)
+    return torch.repeat_interleave(counts, output_size=nnz)
+
+
 def _decode_csr(tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
-    values, pointers = tensors["values"], tensors["row_pointers"].to(torch.int64)
-    row = torch.repeat_interleave(
-        torch.arange(rows, device=values.device), pointers.diff(), output_size=values.numel()
-    )
+    values = tensors["values"]
+    row = csr_rows(tensors["row_pointers"], values.numel())
     matrix = torch.zeros(rows * columns, dtype=values.dtype, device=values.device)
     position = row * columns + tensors["columns"].to(torch.int64)
     return matrix.scatter(0, position, values).reshape(rows, columns)
