@@ -136,7 +136,8 @@ def rewrite(shard: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
 BLOCK = "model.layers.0.self_attn"
 Q = f"{BLOCK}.q_proj"
 DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
-    "mask": (lambda t: t[f"{Q}.mask"].fill_(255), f"the tensors of {BLOCK}"),
+    "full mask": (lambda t: t[f"{Q}.mask"].fill_(255), f"the tensors of {BLOCK}"),
+    "mask": (lambda t: t[f"{Q}.mask"][:9].zero_(), f"the tensors of {BLOCK}"),
     "NaN": (lambda t: t[f"{Q}.weight"].fill_(float("nan")), f"{Q}.weight is not finite"),
     "short": (lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][:-1].clone()}), "has shape"),
     "dtype": (lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"].half()}), "is F16"),
