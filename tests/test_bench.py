@@ -274,6 +274,9 @@ def test_models_that_cannot_be_compared_are_refused(tiny_llama, compressed, tmp_
     assert run.code == 2
     assert "vocab_size 4096" in run.err
     assert "91" in run.err
+    run = lestd("bench", compressed, tiny_llama, *FEW)
+    assert run.code == 2
+    assert "give the dense model first" in run.err
 
 
 # What goes wrong on the way.
