@@ -248,7 +248,9 @@ def test_bad_options_are_refused(tiny_llama, compressed, options, expected):
 
 @pytest.mark.parametrize("option", ["--new-tokens", "--prompt-tokens", "--repeats", "--batch"])
 def test_nothing_to_measure_is_refused(tiny_llama, compressed, option):
-    run = lestd("bench", tiny_llama, compressed, option, 1 if option == "--new-tokens" else 0)
+    run = lestd(
+        "bench", tiny_llama, compressed, option, 1 if option in ("--new-tokens", "--repeats") else 0
+    )
     assert run.code == 2
     assert option in run.err
 

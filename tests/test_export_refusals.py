@@ -53,6 +53,11 @@ def test_what_is_no_compressed_model_is_refused(tiny_llama, compressed, tmp_path
     assert_refused(lestd("export", other, "--dense", out), out, "'gptq'")
 
 
+def test_a_place_inside_of_the_compressed_model_is_refused(compressed):
+    out = compressed / "dense"
+    assert_refused(lestd("export", compressed, "--dense", out), out, "lies inside of", "elsewhere")
+
+
 def compressed_flat(compressed: Path, tmp_path: Path) -> Path:
     """A copy of the compressed example without its manifest, so that nothing states a sha256."""
     return Path(

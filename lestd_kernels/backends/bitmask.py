@@ -87,9 +87,10 @@ def _load_once() -> bool:
     except Exception as error:  # whatever a compiler, a linker or a file system can say
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(
-            f"lestd: the kernel for packed cores could not be compiled ({reason}); products take "
-            "the plain PyTorch path, which is slow for one token. Install a C++ compiler and "
-            "ninja, or trade memory for speed with lestd_kernels.set_backend(model, 'dense_core').",
+            f"lestd: the kernel for packed cores could not be compiled or loaded ({reason}); "
+            "products take the plain PyTorch path, which is slow for one token. Install a C++ "
+            f"compiler and ninja, delete {_NAME}-* from PyTorch's cache of extensions if another "
+            "system built it, or trade memory for speed with lestd_kernels.set_backend(model, 'dense_core').",
             stacklevel=2,
         )
         return False
