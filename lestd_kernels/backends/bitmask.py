@@ -90,7 +90,8 @@ def _load_once() -> bool:
             f"lestd: the kernel for packed cores could not be compiled or loaded ({reason}); "
             "products take the plain PyTorch path, which is slow for one token. Install a C++ "
             f"compiler and ninja, delete {_NAME}-* from PyTorch's cache of extensions if another "
-            "system built it, or trade memory for speed with lestd_kernels.set_backend(model, 'dense_core').",
+            "system built it, or trade memory for speed with "
+            "lestd_kernels.set_backend(model, 'dense_core').",
             stacklevel=2,
         )
         return False
