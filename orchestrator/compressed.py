@@ -14,8 +14,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lestd_kernels.codecs import TensorSpec, unpack_bits
-from lestd_kernels.decomposition import EncodedCore, SharedTucker, stored_specs
+from lestd_kernels.codecs import TensorSpec
+from lestd_kernels.decomposition import SharedTucker, stored_specs
 from lestd_kernels.errors import LestdError, first_line
 from lestd_kernels.tensorize import BasisSide
 from lestd_kernels.transformers_plugin import QUANT_METHOD, LestdConfig
@@ -61,7 +61,7 @@ class CompressedGroup:
         try:
             decomposition = SharedTucker.from_named_tensors(self.entry, tensors)
             for core in decomposition.cores.values():
-                _check_mask(core)
+                core.check()
             dense = decomposition.to_dense()
         except (RuntimeError, IndexError, ValueError) as error:
             raise LestdError(
@@ -175,14 +175,6 @@ def _open_group(number: int, entry: Any, index: ShardIndex) -> CompressedGroup:
             f"{index.directory / CONFIG_FILE}: quantization_config.groups[{number}] cannot be read "
             f"({type(error).__name__}: {error}); upgrade lestd, or {_COPY_AGAIN}"
         ) from error
-
-
-def _check_mask(core: EncodedCore) -> None:
-    """Decoding notices a mask that marks too many elements, but not one that marks too few."""
-    if core.codec == "bitmask":
-        marked = int(unpack_bits(core.tensors["mask"], core.rows * core.columns).sum())
-        if marked != core.nnz:
-            raise ValueError(f"a mask marks {marked} elements, expected {core.nnz}")
 
 
 def _as_on_disk(entry: Mapping[str, Any], names: Mapping[str, object]) -> dict[str, Any]:

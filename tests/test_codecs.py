@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lestd_kernels.backends import apply_core
-from lestd_kernels.codecs import CODECS, cheapest_codec, pack_bits, unpack_bits
+from lestd_kernels.codecs import CODECS, cheapest_codec, count_bits, pack_bits, unpack_bits
 from lestd_kernels.decomposition import EncodedCore
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -50,6 +50,17 @@ def test_bits_are_packed_as_numpy_packs_them(flags):
     expected = np.packbits(np.array(flags, dtype=bool), bitorder="little")
     assert packed.tolist() == expected.tolist()
     assert unpack_bits(packed, len(flags)).tolist() == flags
+
+
+@pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 511, 9 * 2**20 + 3])
+def test_bits_are_counted(count, density):
+    flags = torch.rand(count) < density
+    packed = pack_bits(flags)
+    assert count_bits(packed, count) == int(flags.sum())
+    if count % 8:  # a bit behind the last one does not count
+        packed[-1] |= 128
+        assert count_bits(packed, count) == int(flags.sum())
 
 
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.7])
