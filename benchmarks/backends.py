@@ -209,7 +209,9 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=PACKED_BACKENDS, default="cpu")
-    parser.add_argument("--keeps", type=float, nargs="+", default=sorted(R1_SHARE))
+    parser.add_argument(
+        "--keeps", type=float, nargs="+", choices=R1_SHARE, default=sorted(R1_SHARE)
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 512, 4096])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--repeats", type=int, default=9, help="fewer for many tokens")

@@ -67,6 +67,7 @@ def _specs_dense(rows: int, columns: int, nnz: int) -> dict[str, TensorSpec]:
     return {"values": ((rows * columns,), None)}
 
 
+_COUNT_BYTES = 1 << 20
 _BIT_WEIGHTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -81,6 +82,20 @@ def unpack_bits(packed: Tensor, count: int) -> Tensor:
     """Invert `pack_bits`: uint8 ``(ceil(count / 8),)`` -> bool ``(count,)``."""
     weights = torch.tensor(_BIT_WEIGHTS, dtype=torch.uint8, device=packed.device)
     return (packed.unsqueeze(1) & weights).ne(0).reshape(-1)[:count]
+
+
+def count_bits(packed: Tensor, count: int) -> int:
+    """How many of the first `count` bits are set, of uint8 ``(ceil(count / 8),)``."""
+    words = count // 64
+    total = int(unpack_bits(packed[words * 8 :], count - words * 64).sum())
+    for part in torch.split(packed[: words * 8], _COUNT_BYTES):
+        # Sums of 2, 4 and 8 neighboring bits at once, then of the bytes of a word.
+        x = part.clone().view(torch.int64)  # mapped files may start at odd addresses
+        x = x - ((x >> 1) & 0x5555555555555555)
+        x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
+        x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
+        total += int(((x * 0x0101010101010101) >> 56).sum())
+    return total
 
 
 def _encode_bitmask(matrix: Tensor) -> dict[str, Tensor]:
@@ -113,11 +128,21 @@ def _encode_csr(matrix: Tensor) -> dict[str, Tensor]:
     }
 
 
+def csr_rows(row_pointers: Tensor, nnz: int) -> Tensor:
+    """Row of each value of a csr core, int64 ``(nnz,)``.
+
+    Raises:
+        RuntimeError: damaged pointers, which do not rise from 0 to `nnz` (on CPU).
+    """
+    # Without the clamp, rows before a falling pointer are written beyond the result. With it their
+    # sum is too large, which PyTorch checks before it writes.
+    counts = row_pointers.to(torch.int64).diff().clamp(min=0)
+    return torch.repeat_interleave(counts, output_size=nnz)
+
+
 def _decode_csr(tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
-    values, pointers = tensors["values"], tensors["row_pointers"].to(torch.int64)
-    row = torch.repeat_interleave(
-        torch.arange(rows, device=values.device), pointers.diff(), output_size=values.numel()
-    )
+    values = tensors["values"]
+    row = csr_rows(tensors["row_pointers"], values.numel())
     matrix = torch.zeros(rows * columns, dtype=values.dtype, device=values.device)
     position = row * columns + tensors["columns"].to(torch.int64)
     return matrix.scatter(0, position, values).reshape(rows, columns)

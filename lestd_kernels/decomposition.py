@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lestd_kernels.codecs import CODECS, UNSTRUCTURED, TensorSpec, cheapest_codec
+from lestd_kernels.codecs import CODECS, UNSTRUCTURED, TensorSpec, cheapest_codec, count_bits
 from lestd_kernels.tensorize import PROJECTIONS, GroupLayout, ModuleLayout, fold_weights
 
 FORMAT_VERSION = 1
@@ -62,6 +62,29 @@ class EncodedCore:
     def decode(self) -> Tensor:
         """The core unfolding (rows x columns), dense, in the value dtype."""
         return CODECS[self.codec].decode(self.tensors, self.rows, self.columns)
+
+    def check(self) -> None:
+        """Compare the index tensors with each other and with the number of values.
+
+        Decoding would notice an index that leads too far, but not every one that leads elsewhere.
+
+        Raises:
+            ValueError: they disagree: the tensors are damaged.
+        """
+        if self.codec == "bitmask":
+            marked = count_bits(self.tensors["mask"], self.rows * self.columns)
+            if marked != self.nnz:
+                raise ValueError(f"the mask marks {marked} elements, expected {self.nnz}")
+        if self.codec == "csr":
+            ends = self.tensors["row_pointers"].to(torch.int64)
+            columns = self.tensors["columns"].to(torch.int64)
+            rises = (
+                int(ends[0]) == 0 and int(ends[-1]) == self.nnz and bool((ends.diff() >= 0).all())
+            )
+            if not rises:
+                raise ValueError(f"the row pointers do not rise from 0 to {self.nnz}")
+            if bool(((columns < 0) | (columns >= self.columns)).any()):
+                raise ValueError(f"a column index is outside of the core's {self.columns} columns")
 
     @property
     def stored_bytes(self) -> int:

@@ -134,6 +134,16 @@ def _packed_core(module: nn.Module, spec: CoreSpec) -> EncodedCore:
     return EncodedCore(spec.codec, spec.rows, spec.columns, spec.nnz, tensors, spec.pattern)
 
 
+def check_core(module: SharedCore | CompressedLinear) -> None:
+    """Check the index tensors of a module's own core, where it has one in memory.
+
+    Raises:
+        ValueError: they are damaged, see `EncodedCore.check`.
+    """
+    if module.spec is not None and module.get_parameter("weight").device.type != "meta":
+        _packed_core(module, module.spec).check()
+
+
 class SharedCore(nn.Module):
     """The core of a group with a learned type mode, G ``(R1, R3 h R2)``, packed."""
 

@@ -25,8 +25,8 @@ from torch import nn
 from lestd_kernels.errors import LestdError
 from lestd_kernels.linear import CompressedLinear
 
-_INITIALIZATIONS = (True, False, "gaussian")
-"""Values of ``init_lora_weights`` that leave the base weight alone."""
+_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
+"""Values of ``init_lora_weights`` that need neither the base weight nor other data."""
 
 
 class CompressedLoraLinear(Linear):

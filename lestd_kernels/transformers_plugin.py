@@ -39,6 +39,7 @@ from lestd_kernels.linear import (
     CoreSpec,
     Factor,
     SharedCore,
+    check_core,
     share_products,
 )
 from lestd_kernels.tensorize import BasisSide
@@ -106,6 +107,17 @@ class LestdQuantizer(HfQuantizer):
                 _build_group(model, entry)
         if checkpoint_files is not None:
             _check_presence(model, checkpoint_files)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for path, module in model.named_modules():
+            if isinstance(module, SharedCore | CompressedLinear):
+                try:
+                    check_core(module)
+                except ValueError as error:
+                    raise LestdError(
+                        f"{model.name_or_path}: the core of {path} is damaged, {error}: copy the "
+                        "model again from where it was made."
+                    ) from error
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the tensors and the configuration as they were loaded."""

@@ -25,6 +25,7 @@ import torch
 import transformers
 
 from lestd_kernels.errors import LestdError
+from lestd_kernels.transformers_plugin import QUANT_METHOD
 from orchestrator import tables
 from orchestrator.evaluation import DTYPES
 from orchestrator.source import load_config
@@ -128,7 +129,8 @@ def compare(
 
     Raises:
         LestdError: a model is missing, damaged or cannot be loaded, the two have different
-            vocabularies, prompt and new tokens do not fit their positions, or a process died.
+            vocabularies or stand in the wrong order, prompt and new tokens do not fit their
+            positions, or a process died.
     """
     began = time.perf_counter()
     if settings.dtype not in DTYPES:
@@ -167,12 +169,15 @@ def compare(
 
 def _check_models(models: tuple[Path, Path], settings: BenchSettings) -> None:
     """Refuse what the configs rule out, before anything is loaded."""
-    vocabularies = []
+    vocabularies, compressed = [], []
     length = settings.prompt_tokens + settings.new_tokens
     for model in models:
         if not model.is_dir():
             raise LestdError(f"{model} is no directory; give the directory of a model")
-        config = load_config(model).get_text_config()
+        loaded = load_config(model)
+        quantization = getattr(loaded, "quantization_config", None) or {}
+        compressed.append(quantization.get("quant_method") == QUANT_METHOD)
+        config = loaded.get_text_config()
         vocabularies.append(getattr(config, "vocab_size", None))
         positions = getattr(config, "max_position_embeddings", None)
         if isinstance(positions, int) and 0 < positions < length:
@@ -185,6 +190,11 @@ def _check_models(models: tuple[Path, Path], settings: BenchSettings) -> None:
         raise LestdError(
             f"{models[0]} has vocab_size {vocabularies[0]} and {models[1]} has {vocabularies[1]}, "
             "expected the same; compare a language model with its own compressed form"
+        )
+    if compressed == [True, False]:
+        raise LestdError(
+            f"{models[0]} is a model compressed by lestd and {models[1]} is not; give the dense "
+            "model first"
         )
 
 

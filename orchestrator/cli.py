@@ -74,6 +74,8 @@ class _Group(TyperGroup):
         except LestdError as error:
             _say_error(error)
             raise typer.Exit(2) from None
+        except BrokenPipeError:  # Whoever read our output has seen enough; click ends quietly.
+            raise
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             _say_error(f"{where}{error.strerror or error}; check the path and its permissions")

@@ -59,7 +59,10 @@ class CompressedGroup:
         path, shard = self.entry["path"], next(iter(self.refs.values())).shard
         tensors = {name: read_tensor(ref) for name, ref in self.refs.items()}
         try:
-            dense = SharedTucker.from_named_tensors(self.entry, tensors).to_dense()
+            decomposition = SharedTucker.from_named_tensors(self.entry, tensors)
+            for core in decomposition.cores.values():
+                core.check()
+            dense = decomposition.to_dense()
         except (RuntimeError, IndexError, ValueError) as error:
             raise LestdError(
                 f"the tensors of {path} in {shard} do not decode ({first_line(error)}); "

@@ -86,6 +86,10 @@ def export_dense(
     began = time.perf_counter()
     out = out.absolute()
     _require_free(out)
+    if out.resolve().is_relative_to(model_dir.resolve()):
+        raise LestdError(
+            f"{out} lies inside of the compressed model {model_dir}; give --dense a name elsewhere"
+        )
     model = open_compressed(model_dir)
     stated = model.stated_shards()
     untouched_bytes = sum(ref.stored_bytes for ref in model.untouched)

@@ -161,7 +161,7 @@ NewTokens = Annotated[
     int, typer.Option(min=2, help="Tokens to decode, the one of the prefill included.")
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Sequences at once.")]
-Repeats = Annotated[int, typer.Option(min=1, help="Repetitions that count, of each model.")]
+Repeats = Annotated[int, typer.Option(min=2, help="Repetitions that count, of each model.")]
 BenchThreads = Annotated[
     int | None,
     typer.Option("--threads", min=1, help="CPU threads of a model.", show_default="torch's own"),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_linear import Block, layout
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.testing import assert_close
+from torch.utils.cpp_extension import get_default_build_root
 from transformers import AutoModelForCausalLM
 
 from lestd_kernels import LestdError, set_backend
@@ -156,7 +159,7 @@ def test_the_kernel_gives_the_same_bits_on_any_number_of_threads(dtype, transpos
 
 def test_the_kernel_refuses_a_mask_that_tells_of_other_values(kernel):
     tensors = encode(sparse(9, 20, 0.5, torch.float32), "bitmask").tensors
-    with pytest.raises(RuntimeError, match="the mask tells of"):
+    with pytest.raises(RuntimeError, match=r"the mask of a core \(9 x 20\) marks \d+ elements"):
         torch.ops.lestd.bitmask_expand(tensors["values"][1:], tensors["mask"], 9, 20, False)
     with pytest.raises(RuntimeError, match="one bit per element"):
         torch.ops.lestd.bitmask_expand(tensors["values"], tensors["mask"][1:], 9, 20, False)
@@ -187,8 +190,22 @@ def test_what_autograd_or_autocast_must_see_is_left_to_eager(kernel):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert choose(x, core, False) == "eager"
         assert choose(x.bfloat16(), core, False) == "eager"
-        on_meta = encode(torch.ones(33, 40), "dense").tensors["values"].to("meta")
-        assert choose(x.to("meta"), EncodedCore("dense", 33, 40, 1320, {"values": on_meta}), False)
+        with forward_ad.dual_level():
+            assert choose(x, core, False) == "eager"
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
+@pytest.mark.parametrize("codec", CODECS)
+def test_tangents_shapes_without_data_and_strides_by_every_backend(backend, codec, kernel):
+    M = sparse(33, 40, 0.5, torch.float32)
+    core, x, tangent = encode(M, codec), torch.randn(2, 33), torch.randn(2, 33)
+    product, found = torch.func.jvp(lambda x: apply_core(x, core, False, backend), (x,), (tangent,))
+    assert_close((product, found), (x @ M, tangent @ M))
+    on_meta = {name: tensor.to("meta") for name, tensor in core.tensors.items()}
+    shape = apply_core(x.to("meta"), replace(core, tensors=on_meta), False, backend).shape
+    assert shape == (2, 40)
+    strided = {name: torch.stack((t, t), 1)[:, 0] for name, t in core.tensors.items()}
+    assert_close(apply_core(x, replace(core, tensors=strided), False, backend), x @ M)
 
 
 def test_a_forced_backend_that_cannot_run_leaves_the_work_to_eager(kernel):
@@ -334,11 +351,11 @@ print(*[w.message for w in caught if "lestd" in str(w.message)], sep="\\n")
 """
 
 
-def multiply_elsewhere(tmp_path, **environment: str) -> subprocess.Popen[str]:
+def multiply_elsewhere(tmp_path, before: str = "", **environment: str) -> subprocess.Popen[str]:
     """A process that multiplies by a bitmask core, with an empty cache of extensions."""
     variables = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "HOME": str(tmp_path)} | environment
     return subprocess.Popen(
-        [sys.executable, "-c", _MULTIPLY],
+        [sys.executable, "-c", before + _MULTIPLY],
         env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -346,13 +363,20 @@ def multiply_elsewhere(tmp_path, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def test_without_a_compiler_one_warning_and_eager(tmp_path):
-    out, errors = multiply_elsewhere(tmp_path, PATH=str(tmp_path / "empty")).communicate()
+@pytest.mark.parametrize("before", ["", "import sys; sys.modules['fcntl'] = None  # Windows"])
+def test_without_a_compiler_or_file_locks_one_warning_and_eager(tmp_path, before):
+    out, errors = multiply_elsewhere(tmp_path, before, PATH=str(tmp_path / "empty")).communicate()
     lines = out.splitlines()
     assert lines[0] == "bitmask False", errors
     assert len(lines) == 2
-    assert "could not be compiled" in lines[1]
+    assert "could not be compiled or loaded" in lines[1]
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_the_kernel_is_kept_where_pytorch_keeps_extensions(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert str(bitmask._library_path().parents[1]) == get_default_build_root()
 
 
 @pytest.mark.slow

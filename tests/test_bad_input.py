@@ -448,3 +448,9 @@ def kill_a_worker(process: subprocess.Popen[str]) -> bool:
                 continue
         time.sleep(0.005)
     return False
+
+
+def test_a_reader_that_leaves_early_hears_no_complaint(tiny_llama: Path) -> None:
+    process = start_lestd("plan", tiny_llama, "--keep", 0.4, "--json")
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 1)

@@ -248,7 +248,9 @@ def test_bad_options_are_refused(tiny_llama, compressed, options, expected):
 
 @pytest.mark.parametrize("option", ["--new-tokens", "--prompt-tokens", "--repeats", "--batch"])
 def test_nothing_to_measure_is_refused(tiny_llama, compressed, option):
-    run = lestd("bench", tiny_llama, compressed, option, 1 if option == "--new-tokens" else 0)
+    run = lestd(
+        "bench", tiny_llama, compressed, option, 1 if option in ("--new-tokens", "--repeats") else 0
+    )
     assert run.code == 2
     assert option in run.err
 
@@ -274,6 +276,9 @@ def test_models_that_cannot_be_compared_are_refused(tiny_llama, compressed, tmp_
     assert run.code == 2
     assert "vocab_size 4096" in run.err
     assert "91" in run.err
+    run = lestd("bench", compressed, tiny_llama, *FEW)
+    assert run.code == 2
+    assert "give the dense model first" in run.err
 
 
 # What goes wrong on the way.

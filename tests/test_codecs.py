@@ -4,7 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lestd_kernels.codecs import CODECS, cheapest_codec, pack_bits, unpack_bits
+from lestd_kernels.backends import apply_core
+from lestd_kernels.codecs import CODECS, cheapest_codec, count_bits, pack_bits, unpack_bits
+from lestd_kernels.decomposition import EncodedCore
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -50,6 +52,17 @@ def test_bits_are_packed_as_numpy_packs_them(flags):
     assert unpack_bits(packed, len(flags)).tolist() == flags
 
 
+@pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 511, 9 * 2**20 + 3])
+def test_bits_are_counted(count, density):
+    flags = torch.rand(count) < density
+    packed = pack_bits(flags)
+    assert count_bits(packed, count) == int(flags.sum())
+    if count % 8:  # a bit behind the last one does not count
+        packed[-1] |= 128
+        assert count_bits(packed, count) == int(flags.sum())
+
+
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.7])
 def test_csr_is_torchs_csr(density):
     matrix = sparse_matrix(13, 29, density)
@@ -86,3 +99,15 @@ def test_a_tie_goes_to_the_first_codec():
     # 15 are kept take 32 bytes both dense and as a bitmask.
     assert CODECS["dense"].stored_bytes(4, 4, 15, 2) == CODECS["bitmask"].stored_bytes(4, 4, 15, 2)
     assert cheapest_codec(4, 4, 15, 2).name == "dense"
+
+
+@pytest.mark.parametrize("pointer", [10**9, -(10**9), 0])
+@pytest.mark.parametrize("at", [5, 33])
+@pytest.mark.parametrize("backend", ["eager", "csr"])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_damaged_row_pointers_are_refused_and_not_followed(backend, at, pointer, tokens):
+    tensors = CODECS["csr"].encode(torch.ones(33, 40))
+    tensors["row_pointers"][at] = pointer
+    core = EncodedCore("csr", 33, 40, 33 * 40, tensors)
+    with pytest.raises(RuntimeError, match=r"allocated size|crow_indices"):
+        apply_core(torch.randn(tokens, 33), core, False, backend)

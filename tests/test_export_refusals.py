@@ -53,6 +53,11 @@ def test_what_is_no_compressed_model_is_refused(tiny_llama, compressed, tmp_path
     assert_refused(lestd("export", other, "--dense", out), out, "'gptq'")
 
 
+def test_a_place_inside_of_the_compressed_model_is_refused(compressed):
+    out = compressed / "dense"
+    assert_refused(lestd("export", compressed, "--dense", out), out, "lies inside of", "elsewhere")
+
+
 def compressed_flat(compressed: Path, tmp_path: Path) -> Path:
     """A copy of the compressed example without its manifest, so that nothing states a sha256."""
     return Path(
@@ -136,7 +141,8 @@ def rewrite(shard: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
 BLOCK = "model.layers.0.self_attn"
 Q = f"{BLOCK}.q_proj"
 DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
-    "mask": (lambda t: t[f"{Q}.mask"].fill_(255), f"the tensors of {BLOCK}"),
+    "full mask": (lambda t: t[f"{Q}.mask"].fill_(255), f"the tensors of {BLOCK}"),
+    "mask": (lambda t: t[f"{Q}.mask"][:9].zero_(), f"the tensors of {BLOCK}"),
     "NaN": (lambda t: t[f"{Q}.weight"].fill_(float("nan")), f"{Q}.weight is not finite"),
     "short": (lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][:-1].clone()}), "has shape"),
     "dtype": (lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"].half()}), "is F16"),

@@ -210,6 +210,16 @@ def test_merging_is_refused_in_one_sentence_and_unloading_works(pairs):
     assert_close(restored(tokens()).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal"])
+def test_every_way_to_start_that_needs_no_weight(pairs, start):
+    base = load(pairs["llama", "identity"])
+    expected = base(tokens()).logits
+    model = get_peft_model(base, lora(r=4, init_lora_weights=start))
+    assert any(bool(p.any()) for name, p in model.named_parameters() if "lora_A" in name)
+    same = torch.allclose(model(tokens()).logits, expected, atol=1e-5)
+    assert same == (start is not False)  # then B A = 0, and the model begins as it was
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

@@ -98,3 +98,42 @@ def test_a_missing_tensor_is_refused_and_named(directory, tmp_path):
             save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(LestdError, match=name):
         AutoModelForCausalLM.from_pretrained(bad)
+
+
+def clear_lowest(tensor):
+    tensor[tensor.nonzero()[0]] &= tensor[tensor.nonzero()[0]] - 1
+
+
+def fill(tensor):
+    tensor.fill_(255)
+
+
+def fall(tensor):
+    tensor[3] = tensor[-1] + 1
+
+
+def beyond(tensor):
+    tensor[0] = 60000
+
+
+@pytest.mark.parametrize(
+    ("codec", "tensor", "damage", "found"),
+    [
+        ("bitmask", "mask", clear_lowest, "the mask marks"),
+        ("bitmask", "mask", fill, "the mask marks"),
+        ("csr", "row_pointers", fall, "the row pointers do not rise"),
+        ("csr", "columns", beyond, "a column index is outside"),
+    ],
+)
+def test_a_damaged_core_is_refused_and_named(tmp_path, codec, tensor, damage, found):
+    """What would go unseen, and give other weights."""
+    directory, _ = save_pair("llama", "identity", codec, tmp_path)
+    name = f"model.layers.1.self_attn.k_proj.{tensor}"
+    [shard] = [f for f in directory.glob("*.safetensors") if name in load_file(f)]
+    tensors = load_file(shard)
+    damage(tensors[name])
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(LestdError, match=found) as error:
+        AutoModelForCausalLM.from_pretrained(directory)
+    assert "model.layers.1.self_attn.k_proj" in str(error.value)
+    assert str(directory) in str(error.value)

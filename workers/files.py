@@ -97,8 +97,8 @@ def explain_os_errors(path: Path) -> Iterator[None]:
         free = shutil.disk_usage(path.parent).free
         raise OutOfSpaceError(
             f"no space left while writing {path} ({error.strerror}; {free / 1e9:.2f} GB free "
-            f"there); free some or write elsewhere; finished work is kept, and the same command "
-            "continues it"
+            f"there); free some or write elsewhere, and give the same command again; compress and "
+            "convert continue where they stopped"
         ) from error
 
 

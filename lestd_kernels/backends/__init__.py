@@ -9,7 +9,7 @@ benchmarks/backends.py is what it rests on.
     dense_core   bitmask, csr        anywhere     M; on demand only, since M stays in memory
     csr          csr                 CPU, MKL     the packed core
     bitmask      bitmask, dense      CPU          the packed core
-    triton       bitmask             NVIDIA GPUs  the packed core
+    triton       bitmask             NVIDIA GPUs  the packed core, and starts, which stay in memory
     2:4          pattern 2:4         CUDA sm80+   a packed copy, which stays in memory
 """
 
@@ -52,7 +52,7 @@ def _packed(x: Tensor) -> str:
 
 
 def choose(x: Tensor, core: EncodedCore, transposed: bool) -> str:
-    """Name of the fastest backend for this product; only ``2:4`` keeps something in memory.
+    """Name of the fastest backend for this product that does not keep M in memory.
 
     - 2:4 cores on CUDA: the sparse tensor cores, for more than a few tokens.
     - ``bitmask`` cores: the kernel of the device, for any number of tokens (it expands M in a
@@ -89,7 +89,7 @@ def apply_core(x: Tensor, core: EncodedCore, transposed: bool, backend: str | No
 
 
 def expand(core: EncodedCore, backend: str | None) -> Tensor:
-    """M ``(rows, columns)``, dense, by `backend`, or by the fastest that keeps nothing."""
+    """M ``(rows, columns)``, dense, by `backend`, or by the fastest that does not keep it."""
     values = core.tensors["values"]
     used = BACKENDS[backend or (_packed(values) if core.codec == "bitmask" else "eager")]
     return (used if used.runs(values, core) else BACKENDS["eager"]).expand(core)

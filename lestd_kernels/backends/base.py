@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.amp import is_autocast_available
+from torch.autograd import forward_ad
 
 from lestd_kernels.decomposition import EncodedCore
 
@@ -30,14 +32,17 @@ class Backend:
 def is_plain(x: Tensor, core: EncodedCore) -> bool:
     """Whether a product needs nothing of autograd and autocast, and one dtype holds throughout.
 
-    What does not is left to `eager`, whose operations PyTorch knows how to differentiate and cast.
+    The packed tensors must be contiguous besides. What does not qualify is left to `eager`, whose
+    operations PyTorch knows how to differentiate, forwards and backwards, and to cast.
     """
     tensors = core.tensors.values()
+    device = x.device.type
     return (
         not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors)))
-        and not torch.is_autocast_enabled(x.device.type)
+        and forward_ad._current_level < 0  # else a tangent would be lost without a word
+        and not (is_autocast_available(device) and torch.is_autocast_enabled(device))
         and x.dtype == core.tensors["values"].dtype
-        and all(t.device == x.device for t in tensors)
+        and all(t.device == x.device and t.is_contiguous() for t in tensors)
     )
 
 

@@ -1,7 +1,7 @@
 // Products with a core that stays packed (bitmask.h): blocks, threads, the operators.
 //
 // Work is cut into blocks by the core alone, and partial sums are added in the order of the blocks,
-// so a result does not depend on the number of threads.
+// so a result does not depend on the number of threads, but for what at::mm adds up (many tokens).
 #include "bitmask.h"
 
 #include <ATen/Dispatch.h>
@@ -71,8 +71,9 @@ Core<T> open_core(
     });
   }
   for (int64_t r = 0; r < rows; ++r) core.starts[r + 1] += core.starts[r];
-  TORCH_CHECK(core.starts[rows] == values.numel(), "the mask tells of ", core.starts[rows],
-              " values, there are ", values.numel());
+  TORCH_CHECK(core.starts[rows] == values.numel(), "the mask of a core (", rows, " x ", columns,
+              ") marks ", core.starts[rows], " elements, expected its ", values.numel(),
+              " values; the model's files are damaged, copy them again");
   return core;
 }
 

@@ -7,12 +7,12 @@ The kernel is C++ (`bitmask.h`, `bitmask.cpp`), compiled on first use with PyTor
 cached where PyTorch caches extensions (``TORCH_EXTENSIONS_DIR``). It needs a C++ compiler and
 ninja; where there is none, or compiling fails, one warning says so and `eager` does the work.
 
-The kernel's results do not depend on the number of threads.
+For few tokens results do not depend on the number of threads; for more they do as far as those of
+`torch.mm`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import platform
@@ -40,7 +40,7 @@ _loading = threading.Lock()
 
 def _library_path() -> Path:
     """Where the compiled kernel lies: one place for each source, PyTorch and architecture."""
-    default = Path.home() / ".cache" / "torch_extensions"
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
     code = [file.read_text(encoding="utf-8") for file in (_HEADER, _SOURCE)]
     what = "\n".join([*code, *_FLAGS, torch.__version__])
     digest = hashlib.sha256(what.encode()).hexdigest()[:16]
@@ -68,6 +68,8 @@ def _build(library: Path) -> None:
 
 
 def _load() -> None:
+    import fcntl  # not on Windows, where a model must load all the same
+
     library = _library_path()
     library.parent.mkdir(parents=True, exist_ok=True)
     with (library.parent / "lock").open("w") as lock:
@@ -85,9 +87,11 @@ def _load_once() -> bool:
     except Exception as error:  # whatever a compiler, a linker or a file system can say
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(
-            f"lestd: the kernel for packed cores could not be compiled ({reason}); products take "
-            "the plain PyTorch path, which is slow for one token. Install a C++ compiler and "
-            "ninja, or trade memory for speed with lestd_kernels.set_backend(model, 'dense_core').",
+            f"lestd: the kernel for packed cores could not be compiled or loaded ({reason}); "
+            "products take the plain PyTorch path, which is slow for one token. Install a C++ "
+            f"compiler and ninja, delete {_NAME}-* from PyTorch's cache of extensions if another "
+            "system built it, or trade memory for speed with "
+            "lestd_kernels.set_backend(model, 'dense_core').",
             stacklevel=2,
         )
         return False

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.backends.base import Backend, is_plain
+from lestd_kernels.codecs import csr_rows
 from lestd_kernels.decomposition import EncodedCore
 
 # For x M, MKL first transposes M, which costs as much as adding up the rows for this many tokens.
@@ -39,7 +40,7 @@ def apply_core(x: Tensor, core: EncodedCore, transposed: bool) -> Tensor:
     columns, pointers = core.tensors["columns"].to(torch.int32), core.tensors["row_pointers"]
     tokens = x.reshape(-1, x.shape[-1]).float()
     if not transposed and tokens.shape[0] <= _FEW_TOKENS:
-        row = torch.repeat_interleave(pointers.diff(), output_size=values.numel())
+        row = csr_rows(pointers, values.numel())
         zeros = values.new_zeros(core.columns)
         out = torch.stack([zeros.index_add(0, columns, t[row] * values) for t in tokens])
     else:

@@ -2,7 +2,8 @@
 
 A kept tensor belongs to the values tensor that it came from: it goes when that tensor goes (as it
 does when weights are offloaded), is in no copy and no state dict, and is made anew once a packed
-tensor was written to, moved or exchanged.
+tensor was written to, moved or exchanged. What is written through ``.data``, or to a tensor made
+under inference mode, does not show: `set_backend` makes everything forgotten.
 """
 
 from __future__ import annotations

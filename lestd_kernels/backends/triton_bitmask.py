@@ -208,7 +208,6 @@ def runs(x: Tensor, core: EncodedCore) -> bool:
         and core.tensors["values"].dtype in _VALUE_TYPES
         and x.numel() > 0
         and is_plain(x, core)
-        and all(t.is_contiguous() for t in core.tensors.values())
         and is_available(str(x.device))
     )
 
