@@ -90,7 +90,7 @@ def _read_plan(path: Path) -> tuple[list[dict[str, Any]], bool]:
             f"{path} is damaged: expected layers with {', '.join(_PLANNED)}; run the same lestd "
             "compress again, which writes it anew"
         )
-    return layers, bool(plan.get("budgets_decided"))
+    return layers, bool(plan.get("budgets_decided", True))
 
 
 def _is_planned(layer: Any) -> bool:

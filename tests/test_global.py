@@ -220,6 +220,26 @@ def test_a_prediction_that_fails_costs_no_error(
     assert lestd("status", out).code == 0
 
 
+def test_a_damaged_curve_is_found_again_and_nothing_else(
+    model: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out, run_dir = tmp_path / "out", tmp_path / "out.run"
+    for name in ("out", "out.run"):
+        shutil.copytree(undisturbed.with_name(name), tmp_path / name)
+    path = sorted((run_dir / "manifest" / "curves").glob("*.parquet"))[2]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    verified = lestd("verify", out)
+    assert verified.code == 1
+    assert f"{path} is damaged" in verified.out
+    before = Manifest(run_dir / "manifest").events()["task_id"].to_pylist()
+    assert lestd("compress", model, "--out", out, "--keep", 0.4, *GLOBAL).code == 0
+    after = Manifest(run_dir / "manifest").events()["task_id"].to_pylist()
+    assert after[len(before) :] == [path.stem]
+    assert lestd("verify", out).code == 0
+    assert digest_tree(out) == digest_tree(undisturbed)
+
+
 def test_layers_alike_keep_their_uniform_budgets(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", [0.3] * 2, [1.0] * 2)
     for allocation in ("global", "uniform"):

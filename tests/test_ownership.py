@@ -75,7 +75,10 @@ def test_a_model_of_another_run_is_not_taken_for_ours(
     assert digest_tree(out) != before
 
 
-def test_a_change_that_the_samples_miss_is_found(tmp_path: Path, out: Path) -> None:
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_a_change_that_the_samples_miss_is_found(
+    tmp_path: Path, out: Path, allocation: str
+) -> None:
     """In the middle of a tensor that is larger than the sampled ends."""
     torch.manual_seed(0)
     model = tmp_path / "model"
@@ -87,12 +90,16 @@ def test_a_change_that_the_samples_miss_is_found(tmp_path: Path, out: Path) -> N
         vocab_size=32,
     )
     LlamaForCausalLM(config).save_pretrained(model)
-    assert compress(model, out).code == 0
+    options = ("--allocation", allocation)
+    assert compress(model, out, *options).code == 0
+    if allocation == "global":  # As a run that was killed in its first pass.
+        shutil.rmtree(out)
+        shutil.rmtree(out.with_name("out.run") / "manifest" / "groups")
     shard = model / "model.safetensors"
     tensors = load_file(shard)
     tensors[Q1][144, 144] += 1
     save_file(tensors, shard, {"format": "pt"})
-    refused(compress(model, out), "have changed since", Q1)
+    refused(compress(model, out, *options), "have changed since", Q1)
 
 
 def test_touching_the_source_is_not_changing_it(model: Path, out: Path) -> None:
