@@ -6,7 +6,8 @@ one per module, type mode learned has one. Q is the number of R2 candidates.
 The rank search (METHOD.md section 6): W is rotated once by its full HOSVD bases; the core of every
 truncation (R1, R2, R3) is then a leading sub-block, and the squared error of keeping the k largest
 elements of it is ``||W||^2 -`` the sum of their squares. The scan reads the rotated tensor once, in
-blocks of rows, and keeps counts of |g| over logarithmic bins instead of the elements.
+blocks of rows, and keeps counts of |g| over logarithmic bins instead of the elements. A long grid
+of R1 is searched in two rounds: a coarse one, and all values between the neighbors of its best.
 
 References: LeSTD (ICLR 2026), Stages I and II; Vannieuwenhoven, Vandebril, Meerbergen, "A new
 truncation strategy for the higher-order singular value decomposition", SISC 34(2), 2012.
@@ -14,8 +15,10 @@ truncation strategy for the higher-order singular value decomposition", SISC 34(
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,10 +28,12 @@ from lestd_kernels.errors import LestdError
 from lestd_kernels.stage1 import Factors, Ranks, mix, project_rows, squared_sum
 from lestd_kernels.tensorize import PROJECTIONS, GroupLayout
 
-_ROWS_PER_CHUNK = 128
+_ROWS_PER_CHUNK, _ROWS_PER_COUNT = 512, 32
+# Values of R1 that are looked at in a first round, before those near the best.
+_COARSE_RANKS = 32
 # 32 bins an octave (the upper bits of a float32) over 32 octaves below ||W||: the elements in the
 # lowest bin together hold less than 2^-32 of ||W||^2 even if there are 2^32 of them.
-_KEY_SHIFT = 18
+_KEY_SHIFT, _MAGNITUDE_BITS = 18, 0x7FFFFFFF
 _BINS = 1024
 
 
@@ -170,34 +175,86 @@ def search_sparse(W: Tensor, bases: Factors, shape: GroupShape, limits: Limits) 
         shape: sizes of the group.
         limits: feasible ones (see `require_feasible`).
     """
-    _, T, _, p = W.shape
-    P, widths = len(shape.core_slices), rank_grid(p, limits.rank_step)
-    labels = _histogram_labels(shape, p, limits.rank_step).to(W.device)
-    top_key = int(torch.tensor(squared_sum(W) ** 0.5).view(torch.int32)) >> _KEY_SHIFT
-    lowest_key = top_key - _BINS + 1
-    bin_energy = _bin_energies(lowest_key)
-    counts = torch.zeros(P * T * len(widths) * _BINS, dtype=torch.int64, device=W.device)
-
-    best, best_energy, R1 = Ranks(0, 0, 0), -1.0, 0
-    for rows in _rotated_rows(W, bases, limits.rank_step):
-        R1 += rows.shape[0]
-        keys = (rows.abs().view(torch.int32) >> _KEY_SHIFT).sub_(lowest_key).clamp_(0, _BINS - 1)
-        counts += torch.bincount((keys + labels).flatten(), minlength=counts.numel())
-        # (P, R3, R2, bins): counts of the leading sub-block, in the bin or above it.
-        in_bin = counts.view(P, T, len(widths), _BINS).cpu().cumsum(1).cumsum(2)
-        energy = _fitting_energy(in_bin, bin_energy, shape, limits, R1, widths)
-        value, index = energy.flatten().max(dim=0)
-        if float(value) > best_energy:
-            R3, q = divmod(int(index), len(widths))
-            best, best_energy = Ranks(R1, widths[q], R3 + 1), float(value)
+    grid = rank_grid(W.shape[0], limits.rank_step)
+    stride = max(1, len(grid) // _COARSE_RANKS)
+    scan = _SparseScan(W, bases, shape, limits)
+    coarse = [*grid[stride - 1 : -1 : stride], grid[-1]]
+    best, before = scan.best(coarse)
+    if stride > 1:
+        # Between the coarse neighbors of the best.
+        after = min(coarse.index(best.R1) + 1, len(coarse) - 1)
+        fine = [R1 for R1 in grid if before.R1 < R1 <= coarse[after]]
+        best, _ = scan.best(fine, before)
     return best
 
 
-def _rotated_rows(W: Tensor, bases: Factors, step: int) -> Iterator[Tensor]:
-    """Blocks of `step` rows ``(step, T, n, p)`` of W rotated by its bases, in order."""
-    for columns in torch.split(bases.U1, -(-_ROWS_PER_CHUNK // step) * step, dim=1):
-        rotated = mix(project_rows(W, columns), bases.U3) @ bases.U2
-        yield from torch.split(rotated, step)
+class _Seen(NamedTuple):
+    """What a scan has counted: ``counts`` (P, T, Q, bins) of the first R1 rotated rows."""
+
+    R1: int
+    counts: Tensor
+
+
+class _SparseScan:
+    """One pass over rotated rows for candidates of R1 in ascending order."""
+
+    def __init__(self, W: Tensor, bases: Factors, shape: GroupShape, limits: Limits) -> None:
+        T, p = W.shape[1], W.shape[3]
+        self._W, self._bases, self._shape, self._limits = W, bases, shape, limits
+        self._widths = rank_grid(p, limits.rank_step)
+        self._labels = _histogram_labels(shape, p, limits.rank_step).to(W.device)
+        top_key = int(torch.tensor(squared_sum(W) ** 0.5).view(torch.int32)) >> _KEY_SHIFT
+        self._lowest_key = top_key - _BINS + 1
+        self._bin_energy = _bin_energies(self._lowest_key)
+        self._sizes = (len(shape.core_slices), T, len(self._widths), _BINS)
+
+    def best(self, candidates: Sequence[int], seen: _Seen | None = None) -> tuple[Ranks, _Seen]:
+        """The ranks that keep the most, and what was counted before that R1.
+
+        Args:
+            candidates: values of R1, ascending.
+            seen: where to go on; by default at the beginning.
+        """
+        last = seen or _Seen(0, self._W.new_zeros(self._sizes, dtype=torch.int64))
+        best, best_energy, before = Ranks(0, 0, 0), -1.0, last
+        for R1, counts in self._counts(last.R1, candidates):
+            now = _Seen(R1, last.counts + counts)
+            # (P, R3, R2, bins): counts of the leading sub-block.
+            in_bin = now.counts.cpu().cumsum(1).cumsum(2)
+            energy = _fitting_energy(
+                in_bin, self._bin_energy, self._shape, self._limits, R1, self._widths
+            )
+            value, index = energy.flatten().max(dim=0)
+            if float(value) > best_energy:
+                R3, q = divmod(int(index), len(self._widths))
+                best, best_energy = Ranks(R1, self._widths[q], R3 + 1), float(value)
+                before = last
+            last = now
+        return best, before
+
+    def _counts(self, first: int, candidates: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """Each candidate, with counts of the rotated rows since the one before it."""
+        counts = self._W.new_zeros(math.prod(self._sizes), dtype=torch.int64)
+        remaining = iter(candidates)
+        R1, done = next(remaining), first
+        for rows in _rotated_rows(self._W, self._bases, first, candidates[-1]):
+            while len(rows):
+                part = rows[: min(_ROWS_PER_COUNT, R1 - done)]
+                keys = part.view(torch.int32).bitwise_and_(_MAGNITUDE_BITS)
+                keys.bitwise_right_shift_(_KEY_SHIFT).sub_(self._lowest_key)
+                keys.clamp_(0, _BINS - 1).add_(self._labels)
+                counts += torch.bincount(keys.flatten(), minlength=counts.numel())
+                rows, done = rows[len(part) :], done + len(part)
+                if done == R1:
+                    yield R1, counts.view(self._sizes)
+                    counts = torch.zeros_like(counts)
+                    R1 = next(remaining, R1)
+
+
+def _rotated_rows(W: Tensor, bases: Factors, first: int, last: int) -> Iterator[Tensor]:
+    """Blocks of the rows [first, last) of W rotated by its bases, ``(rows, T, n, p)``, in order."""
+    for columns in torch.split(bases.U1[:, first:last], _ROWS_PER_CHUNK, dim=1):
+        yield mix(project_rows(W, columns), bases.U3) @ bases.U2
 
 
 def _histogram_labels(shape: GroupShape, p: int, step: int) -> Tensor:
@@ -274,7 +331,7 @@ def search_dense(W: Tensor, bases: Factors, shape: GroupShape, limits: Limits) -
     energies = torch.cat(
         [
             torch.linalg.vector_norm(rows, dim=2, dtype=torch.float64).square().cpu()
-            for rows in _rotated_rows(W, bases, _ROWS_PER_CHUNK)
+            for rows in _rotated_rows(W, bases, 0, W.shape[0])
         ]
     )
     leading = energies.cumsum(0).cumsum(1).cumsum(2)

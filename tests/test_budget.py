@@ -126,6 +126,17 @@ def test_sparse_search_finds_the_best_of_an_exact_scan(layout, learned, keep, ma
     assert len({round(e, 3) for e in exact.values()}) > 5  # the choice was not empty
 
 
+@pytest.mark.parametrize("keep", [0.9, 0.6, 0.4, 0.2, 0.1])
+def test_a_long_grid_is_searched_in_two_rounds(keep):
+    """131 values of R1: every fourth one first, and the last, which is none of these."""
+    shape, limits = GroupShape(mha(131, 4, 3), False, 2), Limits(int(keep * 131 * 48 * 2), None, 1)
+    W = tensor(shape)
+    bases = hosvd(W)
+    core = rotated(W, bases)
+    exact = {r: exact_energy(core, shape, limits, r) for r in candidates(shape, 1)}
+    assert exact[search_sparse(W, bases, shape, limits)] >= max(exact.values()) * (1 - 1e-3)
+
+
 @pytest.mark.parametrize("max_flops", [None, 0.5])
 @pytest.mark.parametrize("keep", [0.8, 0.3, 0.1])
 @pytest.mark.parametrize(("layout", "learned"), CASES)

@@ -158,9 +158,8 @@ def shared_basis(
     with clock("rank_search"):
         ranks = search(W, bases, shape, limits)
     with clock("stage1"):
-        start = bases.leading(ranks)
+        found = hooi(W, bases, ranks, args.hooi_tol, args.hooi_max_iter)
         del bases
-        found = hooi(W, start, args.hooi_tol, args.hooi_max_iter)
         factors = found.factors.to(value_dtype)
         if shape.pattern == TWO_OF_FOUR:
             factors = spread(factors)
@@ -265,7 +264,7 @@ def _slice_stats(
             M = part / scale
             first, count = len(slices), M.shape[1]
             chunk = W[:, first : first + count]
-            residual = chunk - (U1 @ (M @ U2.T).flatten(1)).view_as(chunk)
+            residual = (U1 @ (M @ U2.T).flatten(1)).view_as(chunk).sub_(chunk)
             norms, errors, energies = (
                 torch.linalg.vector_norm(x, dim=(0, 2), dtype=torch.float64)
                 .square()
