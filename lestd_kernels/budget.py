@@ -1,36 +1,20 @@
 """From a byte budget to ranks: byte and multiply-add counts, and the rank search.
 
 Shapes: as in stage1 (W is (d, T, n, p)). P is the number of stored cores: type mode identity has
-one per module, type mode learned has one. Q is the number of R2 candidates.
+one per module, type mode learned has one.
 
-The rank search (METHOD.md section 6): W is rotated once by its full HOSVD bases; the core of every
-truncation (R1, R2, R3) is then a leading sub-block, and the squared error of keeping the k largest
-elements of it is ``||W||^2 -`` the sum of their squares. The scan reads the rotated tensor once, in
-blocks of rows, and keeps counts of |g| over logarithmic bins instead of the elements. One scan
-serves any number of byte budgets: what they give is the group's curve of error against bytes.
-
-References: LeSTD (ICLR 2026), Stages I and II; Vannieuwenhoven, Vandebril, Meerbergen, "A new
-truncation strategy for the higher-order singular value decomposition", SISC 34(2), 2012.
+Reference: LeSTD (ICLR 2026), Stages I and II.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from lestd_kernels.codecs import CODECS, UNSTRUCTURED, cheapest_codec
 from lestd_kernels.errors import LestdError
-from lestd_kernels.stage1 import Factors, Ranks, mix, project_rows, squared_sum
+from lestd_kernels.stage1 import Ranks
 from lestd_kernels.tensorize import PROJECTIONS, GroupLayout
-
-_ROWS_PER_CHUNK = 128
-# 32 bins an octave (the upper bits of a float32) over 32 octaves below ||W||: the elements in the
-# lowest bin together hold less than 2^-32 of ||W||^2 even if there are 2^32 of them.
-_KEY_SHIFT = 18
-_BINS = 1024
 
 
 @dataclass(frozen=True)
@@ -172,168 +156,6 @@ def require_feasible(shape: GroupShape, limits: Limits, smallest: Ranks, least: 
             f"max_flops is {limits.max_flops}, but the smallest ranks of a slice group ({named}) "
             f"take {least_ratio:.3f} of the dense multiply-adds; raise max_flops or lower rank_step"
         )
-
-
-def search_sparse(
-    W: Tensor, bases: Factors, shape: GroupShape, limits: Sequence[Limits]
-) -> list[CurvePoint]:
-    """Ranks whose leading sub-block, thresholded to the budget, keeps the most energy.
-
-    The k of a candidate is the largest whose bytes fit with every core in its cheapest codec and
-    one threshold for all cores. Counts, and the energy of a block, are exact; what is below the
-    threshold is counted as if the elements of a bin were evenly spread over it. Equal candidates:
-    the smallest R1, then R3, then R2.
-
-    Args:
-        W: ``(d, T, n, p)``, float32.
-        bases: square factors of `stage1.hosvd`.
-        shape: sizes of the group.
-        limits: feasible ones (see `require_feasible`), which differ in their byte budgets only.
-
-    Returns:
-        One point per budget; the scan is the same for one and for many.
-    """
-    _, T, _, p = W.shape
-    P, step = len(shape.core_slices), limits[0].rank_step
-    widths = rank_grid(p, step)
-    ends = torch.tensor(widths) - 1
-    budgets = torch.tensor([one.byte_budget for one in limits], dtype=torch.float64)
-    labels = _histogram_labels(shape, p, step).to(W.device)
-    squared_norm = squared_sum(W)
-    top_key = int(torch.tensor(squared_norm**0.5).view(torch.int32)) >> _KEY_SHIFT
-    lowest_key = top_key - _BINS + 1
-    bin_energy = _bin_energies(lowest_key)
-    counts = torch.zeros(P * T * len(widths) * _BINS, dtype=torch.int64, device=W.device)
-    squares = torch.zeros(T, p, dtype=torch.float64, device=W.device)
-
-    best, R1 = [(-1.0, Ranks(0, 0, 0))] * len(limits), 0
-    for rows in _rotated_rows(W, bases, step):
-        R1 += rows.shape[0]
-        squares += rows.square().sum(dim=2).sum(dim=0, dtype=torch.float64)
-        keys = (rows.abs().view(torch.int32) >> _KEY_SHIFT).sub_(lowest_key).clamp_(0, _BINS - 1)
-        counts += torch.bincount((keys + labels).flatten(), minlength=counts.numel())
-        # Of the leading sub-blocks: (P, R3, R2, bins) elements per bin, and (R3, R2) energies.
-        in_bin = counts.view(P, T, len(widths), _BINS).cpu().cumsum(1).cumsum(2)
-        block = squares.cpu().cumsum(0).cumsum(1)[:, ends]
-        energy = _fitting_energy(in_bin, block, bin_energy, shape, limits[0], budgets, R1, widths)
-        for b, (value, index) in enumerate(
-            zip(*(found.tolist() for found in energy.flatten(0, 1).T.max(dim=1)), strict=True)
-        ):
-            if value > best[b][0]:
-                R3, q = divmod(index, len(widths))
-                best[b] = value, Ranks(R1, widths[q], R3 + 1)
-    return [
-        CurvePoint(one.byte_budget, ranks, max(squared_norm - energy, 0.0))
-        for one, (energy, ranks) in zip(limits, best, strict=True)
-    ]
-
-
-def _rotated_rows(W: Tensor, bases: Factors, step: int) -> Iterator[Tensor]:
-    """Blocks of `step` rows ``(step, T, n, p)`` of W rotated by its bases, in order."""
-    for columns in torch.split(bases.U1, -(-_ROWS_PER_CHUNK // step) * step, dim=1):
-        rotated = mix(project_rows(W, columns), bases.U3) @ bases.U2
-        yield from torch.split(rotated, step)
-
-
-def _histogram_labels(shape: GroupShape, p: int, step: int) -> Tensor:
-    """First histogram position of each element of a row, ``(T, n, p)`` int32.
-
-    A row's elements are counted apart by core, type and block of `step` columns.
-    """
-    core = torch.repeat_interleave(torch.tensor(shape.core_slices))
-    kind = torch.arange(shape.types)
-    block = torch.arange(p) // step
-    blocks = int(block[-1]) + 1
-    label = (core[None, :, None] * shape.types + kind[:, None, None]) * blocks + block
-    return (label * _BINS).to(torch.int32)
-
-
-def _bin_energies(lowest_key: int) -> Tensor:
-    """Mean square of values evenly spread over each bin, ``(bins,)`` float64; lowest bin: 0."""
-    keys = torch.arange(lowest_key, lowest_key + _BINS + 1).clamp(min=0)
-    edges = (keys.to(torch.int32) << _KEY_SHIFT).view(torch.float32).double()
-    low, high = edges[:-1], edges[1:]
-    energy = (low.square() + low * high + high.square()) / 3
-    energy[0] = 0
-    return energy
-
-
-def _fitting_energy(
-    in_bin: Tensor,
-    block: Tensor,
-    bin_energy: Tensor,
-    shape: GroupShape,
-    limits: Limits,
-    budgets: Tensor,
-    R1: int,
-    widths: Sequence[int],
-) -> Tensor:
-    """Energy that fits each of B budgets for one R1, every R3 and R2, ``(T, Q, B)``; -1: none.
-
-    `in_bin` ``(P, T, Q, bins)`` and `block` ``(T, Q)`` are counts and energy of the sub-blocks.
-    """
-    P, T = in_bin.shape[:2]
-    candidates = [[Ranks(R1, R2, R3 + 1) for R2 in widths] for R3 in range(T)]
-    lines = torch.tensor(
-        [[[shape.codec_lines(r, core) for r in row] for row in candidates] for core in range(P)],
-        dtype=torch.float64,
-    )
-    factors = torch.tensor([[shape.factor_bytes(r) for r in row] for row in candidates])
-    allowed = torch.tensor([[limits.allows_flops(shape, r) for r in row] for row in candidates])
-
-    # From the top: position b holds everything in the b largest bins.
-    above = torch.nn.functional.pad(in_bin.flip(-1).cumsum(-1), (1, 0)).double()
-    energy = torch.nn.functional.pad((in_bin.sum(0) * bin_energy).flip(-1).cumsum(-1), (1, 0))
-    energy = (energy - energy[..., -1:] + block[..., None]).clamp(min=0)
-    options = lines[..., 0, None] + lines[..., 1, None] * above.unsqueeze(-2)
-    stored = options.amin(dim=-2).sum(0) + factors[..., None]
-
-    targets = budgets.expand(*block.shape, -1).contiguous()
-    fitting = torch.searchsorted(stored, targets, right=True)
-    last = (fitting - 1).clamp(min=0)
-    following = fitting.clamp(max=stored.shape[-1] - 1)
-    low, high = stored.gather(-1, last), stored.gather(-1, following)
-    share = ((targets - low) / (high - low).clamp(min=1)).clamp(0, 1)
-    kept, more = energy.gather(-1, last), energy.gather(-1, following)
-    total = torch.where(fitting > 0, kept + share * (more - kept), -1.0)
-    return torch.where(allowed[..., None], total, -1.0)
-
-
-def search_dense(
-    W: Tensor, bases: Factors, shape: GroupShape, limits: Sequence[Limits]
-) -> list[CurvePoint]:
-    """Ranks of the dense core within the limits that keeps the most energy.
-
-    For each R2 and R3, R1 is the largest that fits (any integer). Equal candidates: the smallest
-    R3, then R2.
-
-    Args:
-        W: ``(d, T, n, p)``, float32.
-        bases: square factors of `stage1.hosvd`.
-        shape: sizes of the group.
-        limits: feasible ones (see `require_feasible`), which differ in their byte budgets only.
-
-    Returns:
-        One point per budget.
-    """
-    T, p = W.shape[1], W.shape[3]
-    energies = torch.cat(
-        [
-            torch.linalg.vector_norm(rows, dim=2, dtype=torch.float64).square().cpu()
-            for rows in _rotated_rows(W, bases, _ROWS_PER_CHUNK)
-        ]
-    )
-    leading, squared_norm = energies.cumsum(0).cumsum(1).cumsum(2), squared_sum(W)
-    points = []
-    for one in limits:
-        best, best_energy = Ranks(0, 0, 0), -1.0
-        for R3 in range(1, T + 1):
-            for R2 in rank_grid(p, one.rank_step):
-                R1 = largest_dense_rank(shape, one, R2, R3)
-                if R1 and float(leading[R1 - 1, R3 - 1, R2 - 1]) > best_energy:
-                    best, best_energy = Ranks(R1, R2, R3), float(leading[R1 - 1, R3 - 1, R2 - 1])
-        points.append(CurvePoint(one.byte_budget, best, max(squared_norm - best_energy, 0.0)))
-    return points
 
 
 def dense_bytes(shape: GroupShape, ranks: Ranks) -> int:

@@ -7,8 +7,8 @@ The slice axis n is never compressed. The factors are U1 (d, R1), U2 (p, R2) and
 orthonormal columns, and the core is ``G = W x1 U1^T x2 U2^T x3 U3^T``, laid out (R1, R3, n, R2).
 
 Singular vectors of an unfolding are found as eigenvectors of its Gram matrix (d x d, T x T or
-p x p): no singular value decomposition of an unfolding is ever needed. Arithmetic is float32,
-eigenproblems are float64.
+p x p): no singular value decomposition of an unfolding is ever needed. Arithmetic is float32, and
+float64 in eigenproblems that are small.
 
 References: De Lathauwer, De Moor, Vandewalle, "On the best rank-1 and rank-(R1, ..., RN)
 approximation of higher-order tensors", SIMAX 21(4), 2000 (HOOI); Kolda and Bader, "Tensor
@@ -25,6 +25,11 @@ import torch
 from torch import Tensor
 
 _SUM_ELEMENTS = 1 << 20
+_GRAM_BLOCKS = 8
+# Beyond, an eigenproblem in float64 takes longer than everything else together. In float32 the
+# eigenvectors are orthonormal to 1e-5, and directions whose eigenvalues differ by less than 1e-6 of
+# the largest may mix, which costs no more than that share of the energy.
+_FLOAT64_ORDER = 1024
 
 
 class Ranks(NamedTuple):
@@ -69,10 +74,11 @@ def leading_eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``(eigenvalues (m,) float64, eigenvectors (m, m) float32)``.
     """
-    values, vectors = torch.linalg.eigh(gram.double())
+    exact = gram.double() if gram.shape[0] <= _FLOAT64_ORDER else gram
+    values, vectors = torch.linalg.eigh(exact)
     pivots = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
     vectors = torch.where(pivots < 0, -vectors, vectors)
-    return values.flip(0), vectors.flip(1).float()
+    return values.flip(0).double(), vectors.flip(1).float()
 
 
 def project_rows(W: Tensor, U1: Tensor) -> Tensor:
@@ -89,7 +95,14 @@ def mix(W: Tensor, U3: Tensor) -> Tensor:
 
 def _gram1(W: Tensor) -> Tensor:
     flat = W.flatten(1)
-    return flat @ flat.T
+    gram = W.new_empty(len(flat), len(flat))
+    # Symmetric: the blocks on and above the diagonal, little more than half of the work.
+    step = -(-len(flat) // _GRAM_BLOCKS)
+    for first in range(0, len(flat), step):
+        block = slice(first, first + step)
+        products = flat[block] @ flat[first:].T
+        gram[block, first:], gram[first:, block] = products, products.T
+    return gram
 
 
 def _gram2(W: Tensor) -> Tensor:
@@ -104,17 +117,28 @@ def _gram3(W: Tensor) -> Tensor:
     return flat @ flat.T
 
 
-def hosvd(W: Tensor) -> Factors:
-    """Full orthogonal bases of modes 1, 2 and 3, leading directions first.
+@dataclass(frozen=True)
+class Bases(Factors):
+    """Square factors, leading directions first, and the squared norm of W along each direction.
+
+    ``spectra``: eigenvalues of the Gram matrices of modes 1, 2 and 3, float64.
+    """
+
+    spectra: tuple[Tensor, Tensor, Tensor]
+
+
+def hosvd(W: Tensor) -> Bases:
+    """Full orthogonal bases of modes 1, 2 and 3.
 
     Args:
         W: ``(d, T, n, p)``, float32.
 
     Returns:
-        Square factors: U1 ``(d, d)``, U2 ``(p, p)``, U3 ``(T, T)``.
+        U1 ``(d, d)``, U2 ``(p, p)``, U3 ``(T, T)``.
     """
-    U1, U2, U3 = (leading_eigenvectors(gram(W))[1] for gram in (_gram1, _gram2, _gram3))
-    return Factors(U1, U2, U3)
+    pairs = [leading_eigenvectors(gram(W)) for gram in (_gram1, _gram2, _gram3)]
+    spectra, (U1, U2, U3) = zip(*pairs, strict=True)
+    return Bases(U1, U2, U3, spectra)
 
 
 @dataclass(frozen=True)
@@ -123,19 +147,18 @@ class Stage1:
 
     Attributes:
         factors: orthonormal, float32.
-        core: G ``(R1, R3, n, R2)``, float32.
-        squared_energy: ``||G||^2``, summed in float64; ``||W - W_hat||^2 = ||W||^2 - ||G||^2``.
+        squared_energy: ``||G||^2`` of the core ``G = W x1 U1^T x2 U2^T x3 U3^T``;
+            ``||W - W_hat||^2 = ||W||^2 - ||G||^2``.
         iterations: HOOI sweeps after the HOSVD; 0 where the HOSVD is already optimal.
     """
 
     factors: Factors
-    core: Tensor
     squared_energy: float
     iterations: int
 
 
-def hooi(W: Tensor, start: Factors, tol: float, max_iter: int) -> Stage1:
-    """Higher-order orthogonal iteration from given factors.
+def hooi(W: Tensor, bases: Bases, ranks: Ranks, tol: float, max_iter: int) -> Stage1:
+    """Higher-order orthogonal iteration from the leading columns of the HOSVD.
 
     Each sweep renews U1, U3 and U2 in turn: W is projected by the other modes' factors, and the
     leading left singular vectors of that mode's unfolding become the factor. With fewer than two
@@ -144,22 +167,28 @@ def hooi(W: Tensor, start: Factors, tol: float, max_iter: int) -> Stage1:
 
     Args:
         W: ``(d, T, n, p)``, float32.
-        start: leading columns of `hosvd`'s factors; their ranks are the ranks of the result.
+        bases: of `hosvd`.
+        ranks: of the result.
         tol: stop when the fit ``1 - ||W - W_hat|| / ||W||`` changes by less than this, relatively.
-        max_iter: largest number of sweeps.
+        max_iter: largest number of sweeps, at least 1.
     """
-    factors, ranks, iterations = start, start.ranks, 0
-    truncated = sum(r < m for r, m in zip(ranks, (W.shape[0], W.shape[3], W.shape[1]), strict=True))
+    factors, iterations = bases.leading(ranks), 0
+    kept = [
+        max(float(spectrum[:rank].sum()), 0.0)
+        for spectrum, rank in zip(bases.spectra, ranks, strict=True)
+        if rank < len(spectrum)
+    ]
     squared_norm, fit = squared_sum(W), -math.inf
-    while truncated > 1 and iterations < max_iter:
+    # Exact with one mode truncated; with more the first sweep tells.
+    squared_energy = min([squared_norm, *kept])
+    while len(kept) > 1 and iterations < max_iter:
         factors, squared_energy = _sweep(W, factors)
         iterations += 1
         previous = fit
         fit = 1 - math.sqrt(max(squared_norm - squared_energy, 0) / max(squared_norm, 1e-300))
         if abs(fit - previous) < tol * fit:
             break
-    core = mix(project_rows(W, factors.U1), factors.U3) @ factors.U2
-    return Stage1(factors, core, squared_sum(core), iterations)
+    return Stage1(factors, squared_energy, iterations)
 
 
 def _sweep(W: Tensor, factors: Factors) -> tuple[Factors, float]:

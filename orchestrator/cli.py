@@ -26,6 +26,7 @@ from orchestrator.options import (
     AllocationOption,
     Batch,
     BenchThreads,
+    Calibrate,
     ClusterFile,
     ComputeDtype,
     ConfigFile,
@@ -160,17 +161,18 @@ def plan(
     pattern: PatternOption = None,
     max_flops: MaxFlops = None,
     config: ConfigFile = None,
+    calibrate: Calibrate = False,
     json: Json = False,
 ) -> None:
     """Show what a compression would do: reads headers only, writes nothing."""
     from orchestrator.plan import make_plan
     from orchestrator.source import open_headers
-    from orchestrator.summary import print_plan
+    from orchestrator.summary import describe_plan, print_plan
 
     options = {k: v for k, v in locals().items() if k in RunFile.model_fields and k != "model"}
     name, revision, run_config = _run_config(model, config, options)
-    planned = make_plan(open_headers(name, revision), run_config).to_dict()
-    print_plan(name, planned, json)
+    planned = make_plan(open_headers(name, revision), run_config)
+    print_plan(name, describe_plan(planned, run_config, calibrate), json)
 
 
 @app.command()
@@ -204,6 +206,7 @@ def compress(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and stop before any work.")
     ] = False,
+    calibrate: Calibrate = False,
     json: Json = False,
 ) -> None:
     """Compress a checkpoint. Run the same command again to continue after a crash."""
@@ -211,19 +214,26 @@ def compress(
     from orchestrator.pipeline import compress_model
     from orchestrator.plan import make_plan
     from orchestrator.source import open_headers, resolve_source
-    from orchestrator.summary import CompressionProgress, print_outcome, print_plan
+    from orchestrator.summary import (
+        CompressionProgress,
+        describe_plan,
+        predicted_seconds,
+        print_outcome,
+        print_plan,
+    )
 
     options = {k: v for k, v in locals().items() if k in RunFile.model_fields and k != "model"}
     name, revision, run_config = _run_config(model, config, options)
     cluster_config = _cluster_config(cluster, executor=executor, workers=workers, address=address)
     if dry_run:
-        planned = make_plan(open_headers(name, revision), run_config).to_dict()
-        print_plan(name, planned, json)
+        planned = make_plan(open_headers(name, revision), run_config)
+        print_plan(name, describe_plan(planned, run_config, calibrate), json)
         return
 
     run_dir = run_dir or default_run_dir(out)
     source = resolve_source(name, revision)
-    make_plan(source, run_config)  # Refuse what is impossible before Ray is started.
+    planned = make_plan(source, run_config)  # Refuse what is impossible before Ray is started.
+    seconds = predicted_seconds(planned, run_config) if calibrate else None
     try:
         with open_executor(cluster_config) as runner, tables.Meter("compress", "bytes") as meter:
             shown = CompressionProgress(meter)
@@ -247,7 +257,7 @@ def compress(
             soft_wrap=True,
         )
         raise typer.Exit(130) from None
-    print_outcome(outcome, out, run_dir, json)
+    print_outcome(outcome, out, run_dir, json, seconds)
     if not outcome.complete:
         raise typer.Exit(1)
 

@@ -32,6 +32,8 @@ from workers.files import atomic_write, file_sha256
 MANIFEST_FORMAT = 1
 STAGES = ("read", "stage1", "rank_search", "stage2", "error", "write")
 """Stages whose seconds have a column of their own in `groups`."""
+COMPUTING_STAGES = STAGES[1:-1]
+"""Those inside the decomposition."""
 
 
 def _schema(fields: Sequence[tuple[str, pa.DataType]]) -> pa.Schema:

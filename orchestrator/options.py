@@ -170,4 +170,8 @@ Plot = Annotated[
     Path | None,
     typer.Option(help="Draw the figures too: FILE.png or FILE.svg; needs lestd[report]."),
 ]
+Calibrate = Annotated[
+    bool,
+    typer.Option("--calibrate", help="Predict the time as well: measures this machine briefly."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]

@@ -9,11 +9,14 @@ from typing import Any
 
 from lestd_kernels.methods.steps import relative
 from orchestrator import tables
+from orchestrator.config import RunConfig
 from orchestrator.evaluation import Evaluation, evaluate, open_model
 from orchestrator.executor import Event, Executor
 from orchestrator.export import Export
 from orchestrator.inspection import stored_scope_bytes
+from orchestrator.manifest import COMPUTING_STAGES
 from orchestrator.pipeline import Outcome
+from orchestrator.plan import Plan
 from workers.contracts import CurveResult, Failure, Result, Task
 
 
@@ -24,7 +27,7 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
         return
     decided = planned["budgets_decided"]
     rows = [
-        (
+        [
             str(layer["layer"]),
             str(len(layer["tensors"])),
             tables.size(layer["dense_bytes"]),
@@ -33,12 +36,16 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
             f"R1 ≤ {layer['max_R1']}, R2 ≤ {layer['max_R2']}",
             f"≤ {layer['max_nnz']:,}",
             tables.size(layer["predicted_memory_bytes"]),
-        )
+        ]
         for layer in planned["layers"]
     ]
-    columns = ("layer", "tensors", "dense", "keep", "target", "ranks", "nnz", "worker memory")
-    tables.print_table(f"{name} ({planned['family']})", columns, rows)
+    columns = ["layer", "tensors", "dense", "keep", "target", "ranks", "nnz", "worker memory"]
     total = planned["total"]
+    if "predicted_seconds" in total:
+        columns.append("seconds")
+        for row, layer in zip(rows, planned["layers"], strict=True):
+            row.append(f"{layer['predicted_seconds']:.1f}")
+    tables.print_table(f"{name} ({planned['family']})", columns, rows)
     if not decided:
         tables.out.print(
             "allocation global: the targets are decided after a first pass over the layers, which "
@@ -52,6 +59,34 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
         f"a worker needs about {tables.size(total['worker_memory_bytes'])} of memory, the run "
         f"about {tables.size(total['disk_bytes'])} of disk"
     )
+    if "predicted_seconds" in total:
+        tables.out.print(
+            f"decomposing takes about {total['predicted_seconds']:.1f} s in all on a machine like "
+            "this; workers share it"
+        )
+
+
+def describe_plan(plan: Plan, config: RunConfig, calibrate: bool) -> dict[str, Any]:
+    """The plan as plain values; with `calibrate` predicted seconds for each layer and in total."""
+    described = plan.to_dict()
+    if calibrate:
+        seconds = predicted_seconds(plan, config)
+        for layer in described["layers"]:
+            layer["predicted_seconds"] = seconds[layer["task_id"]]
+        described["total"]["predicted_seconds"] = sum(seconds.values())
+    return described
+
+
+def predicted_seconds(plan: Plan, config: RunConfig) -> dict[str, float]:
+    """Seconds of each task on this machine, see `calibration.predict_seconds`."""
+    import torch
+
+    from orchestrator.calibration import predict_seconds
+
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return predict_seconds(plan, device, config.threads)
 
 
 class CompressionProgress:
@@ -104,8 +139,10 @@ class CompressionProgress:
         self._meter.update(self._done, sum(self._dense_bytes.values()), line)
 
 
-def outcome_figures(outcome: Outcome, out: Path, run_dir: Path) -> dict[str, Any]:
-    """Figures of a compression, as plain values."""
+def outcome_figures(
+    outcome: Outcome, out: Path, run_dir: Path, seconds: dict[str, float] | None
+) -> dict[str, Any]:
+    """Figures of a compression, as plain values; `seconds` are the predicted ones, by task."""
     plan, rows = outcome.plan, outcome.rows
     stored = sum(row["stored_bytes"] for row in rows)
     dense = sum(row["dense_bytes"] for row in rows)
@@ -132,12 +169,30 @@ def outcome_figures(outcome: Outcome, out: Path, run_dir: Path) -> dict[str, Any
         "model_stored_bytes": plan.untouched_bytes + stored,
         "relative_error": (error / norm) ** 0.5 if norm else 0.0,
         "seconds": outcome.seconds,
+        "predicted": {
+            "worker_memory_bytes": plan.worker_memory_bytes,
+            "run_disk_bytes": plan.run_disk_bytes,
+            "decomposition_seconds": seconds and sum(seconds[row["task_id"]] for row in rows),
+        },
+        "actual": {
+            "worker_memory_bytes": max((row["peak_memory_bytes"] for row in rows), default=0),
+            "run_disk_bytes": sum(row["payload_bytes"] for row in rows),
+            "decomposition_seconds": sum(
+                row[f"seconds_{stage}"] for row in rows for stage in COMPUTING_STAGES
+            ),
+        },
     }
 
 
-def print_outcome(outcome: Outcome, out: Path, run_dir: Path, json: bool) -> None:
-    """Print how a compression ended."""
-    figures = outcome_figures(outcome, out, run_dir)
+def print_outcome(
+    outcome: Outcome,
+    out: Path,
+    run_dir: Path,
+    json: bool,
+    seconds: dict[str, float] | None = None,
+) -> None:
+    """Print how a compression ended, beside what was predicted."""
+    figures = outcome_figures(outcome, out, run_dir, seconds)
     if json:
         tables.print_json(figures)
         return
@@ -172,6 +227,18 @@ def print_outcome(outcome: Outcome, out: Path, run_dir: Path, json: bool) -> Non
     ]
     done = "already complete" if figures["finished_before"] == figures["tasks"] else "complete"
     tables.print_table(f"{done}: {out}", ("", "dense", "stored", "keep"), rows)
+    predicted, actual = figures["predicted"], figures["actual"]
+    kept = [
+        (title, tables.size(predicted[key]), tables.size(actual[key]))
+        for title, key in (
+            ("memory of a worker, at most", "worker_memory_bytes"),
+            ("disk of the run, at most", "run_disk_bytes"),
+        )
+    ]
+    if seconds is not None:
+        before, after = (each["decomposition_seconds"] for each in (predicted, actual))
+        kept.append(("decomposing, all workers", f"{before:.1f} s", f"{after:.1f} s"))
+    tables.print_table("the plan", ("", "predicted", "actual"), kept)
     tables.out.print(
         f"relative error {figures['relative_error']:.4f} over {figures['tasks']} layers, "
         f"{figures['finished_before']} of them finished before; {figures['seconds']:.1f} s\n"

@@ -15,13 +15,12 @@ from lestd_kernels.budget import (
     largest_dense_rank,
     rank_grid,
     require_feasible,
-    search_dense,
-    search_sparse,
 )
 from lestd_kernels.codecs import CODECS
 from lestd_kernels.decomposition import CORE_NAME, EncodedCore, SharedTucker
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import METHODS, MethodArgs
+from lestd_kernels.rank_search import search_dense, search_sparse
 from lestd_kernels.stage1 import Ranks, hosvd
 from lestd_kernels.stage2 import select_largest
 
@@ -142,6 +141,21 @@ def test_one_scan_gives_every_budget_its_ranks_and_error(layout, learned, max_fl
         error = norm - exact_energy(core, shape, one, point.ranks)
         # To float32's last digits of the norm, where little is left.
         assert point.squared_error == pytest.approx(error, rel=2e-3, abs=1e-6 * norm)
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.6, 0.4, 0.2, 0.1, 0.025])
+def test_a_long_grid_is_searched_in_two_rounds(keep):
+    """131 values of R1: every fourth one first, and the last, which is none of these."""
+    shape, limits = GroupShape(mha(131, 4, 3), False, 2), Limits(int(keep * 131 * 48 * 2), None, 1)
+    W = tensor(shape)
+    bases = hosvd(W)
+    core = rotated(W, bases)
+    exact = {r: exact_energy(core, shape, limits, r) for r in candidates(shape, 1)}
+    found, thorough = search_sparse(W, bases, shape, [limits, limits])
+    for point in (found, thorough):
+        assert exact[point.ranks] >= max(exact.values()) * (1 - 1e-3)
+    # A curve's points are looked for among all values.
+    assert thorough.squared_error <= found.squared_error
 
 
 @pytest.mark.parametrize("max_flops", [None, 0.5])

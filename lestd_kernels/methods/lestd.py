@@ -17,7 +17,6 @@ from lestd_kernels.budget import (
     Limits,
     rank_grid,
     require_feasible,
-    search_sparse,
 )
 from lestd_kernels.codecs import TWO_OF_FOUR, UNSTRUCTURED
 from lestd_kernels.errors import LestdError
@@ -37,6 +36,7 @@ from lestd_kernels.pattern import (
     search_two_of_four,
     select_two_of_four,
 )
+from lestd_kernels.rank_search import search_sparse
 from lestd_kernels.stage1 import Ranks
 from lestd_kernels.stage2 import gram_factors, one_shot, prune_refit, refit
 from lestd_kernels.tensorize import GroupLayout

@@ -92,7 +92,7 @@ def type_major(unfolding: Tensor, shape: GroupShape) -> Tensor:
 
 
 Search = Callable[[Tensor, Factors, GroupShape, Sequence[Limits]], list[CurvePoint]]
-"""A rank search of lestd_kernels.budget or lestd_kernels.pattern."""
+"""A rank search of lestd_kernels.rank_search or lestd_kernels.pattern."""
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,8 @@ def shared_basis(
         every = [replace(limits, byte_budget=budget) for budget in budgets]
         chosen, *curve = search(W, bases, shape, every)
     with clock("stage1"):
-        start = bases.leading(chosen.ranks)
+        found = hooi(W, bases, chosen.ranks, args.hooi_tol, args.hooi_max_iter)
         del bases
-        found = hooi(W, start, args.hooi_tol, args.hooi_max_iter)
         factors = found.factors.to(value_dtype)
         if shape.pattern == TWO_OF_FOUR:
             factors = spread(factors)
@@ -273,7 +272,7 @@ def _slice_stats(
             M = part / scale
             first, count = len(slices), M.shape[1]
             chunk = W[:, first : first + count]
-            residual = chunk - (U1 @ (M @ U2.T).flatten(1)).view_as(chunk)
+            residual = (U1 @ (M @ U2.T).flatten(1)).view_as(chunk).sub_(chunk)
             norms, errors, energies = (
                 torch.linalg.vector_norm(x, dim=(0, 2), dtype=torch.float64)
                 .square()

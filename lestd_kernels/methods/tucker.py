@@ -19,7 +19,6 @@ from lestd_kernels.budget import (
     largest_dense_rank,
     rank_grid,
     require_feasible,
-    search_dense,
 )
 from lestd_kernels.codecs import UNSTRUCTURED
 from lestd_kernels.errors import LestdError
@@ -32,6 +31,7 @@ from lestd_kernels.methods.steps import (
     shared_basis,
     workspace_bytes,
 )
+from lestd_kernels.rank_search import search_dense
 from lestd_kernels.stage1 import Ranks
 from lestd_kernels.tensorize import GroupLayout
 
