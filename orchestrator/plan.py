@@ -75,8 +75,12 @@ class Plan:
 
     @property
     def worker_memory_bytes(self) -> int:
-        """Predicted peak memory of one worker: that of its largest task."""
-        return max(planned.task.predicted_memory_bytes for planned in self.tasks)
+        """Predicted peak memory of one worker: of any tasks that meet in it."""
+        tasks = [planned.task for planned in self.tasks]
+        dense = max(task.dense_bytes for task in tasks)
+        budget = max(task.byte_budget for task in tasks)
+        decomposing = max(t.predicted_memory_bytes - t.dense_bytes - t.byte_budget for t in tasks)
+        return decomposing + dense + budget
 
     @property
     def run_disk_bytes(self) -> int:
@@ -161,6 +165,10 @@ def _plan_task(group: AttentionGroup, config: RunConfig, keep: float) -> Planned
     except LestdError as error:
         raise LestdError(f"layer {group.layer} at keep {keep:g}: {error}") from error
     value_dtype = str(dtype).removeprefix("torch.")
+    # One group is decomposed, another read, a third written (workers.decompose): as if all were
+    # of this size.
+    memory = WORKER_BASE_BYTES + 4 * group.layout.elements + bounds.workspace_bytes
+    memory += dense_bytes + budget
     task = Task(
         task_id=_task_id(group, config.method, asdict(method_args), budget, value_dtype),
         layer=group.layer,
@@ -172,7 +180,7 @@ def _plan_task(group: AttentionGroup, config: RunConfig, keep: float) -> Planned
         method_args=asdict(method_args),
         byte_budget=budget,
         value_dtype=value_dtype,
-        predicted_memory_bytes=WORKER_BASE_BYTES + dense_bytes + budget + bounds.workspace_bytes,
+        predicted_memory_bytes=memory,
     )
     return PlannedTask(task, keep, bounds)
 
