@@ -40,7 +40,7 @@ class RayExecutor:
 
     Args:
         address: the cluster to join; None for the default above.
-        workers: number of actors; None for one per GPU, or as many as CPUs and memory allow.
+        workers: number of actors; None for as many as GPUs, CPUs and memory have room for.
         max_attempts: tries of an item whose actor died.
     """
 

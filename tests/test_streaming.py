@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from typing import BinaryIO
 
 import psutil
 import pytest
@@ -24,8 +25,10 @@ from orchestrator.manifest import Manifest
 from orchestrator.pipeline import compress_model
 from orchestrator.ray_executor import RayExecutor
 from orchestrator.source import resolve_source
+from workers import decompose
 from workers.contracts import Failure, Result, Task
 from workers.decompose import STATIONS, DecomposeWorker
+from workers.files import atomic_write
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -55,11 +58,11 @@ def before(monkeypatch: pytest.MonkeyPatch, hooks: dict[int, Callable[[], object
     """Have something done at the start of the decomposition of a task, given its budget."""
     method = METHODS["lestd"]
 
-    def decompose(unfolding, layout, byte_budget, value_dtype, args):
+    def hooked(unfolding, layout, byte_budget, value_dtype, args):
         hooks.get(byte_budget, lambda: None)()
         return method.decompose(unfolding, layout, byte_budget, value_dtype, args)
 
-    monkeypatch.setitem(METHODS, "lestd", replace(method, decompose=decompose))
+    monkeypatch.setitem(METHODS, "lestd", replace(method, decompose=hooked))
 
 
 def test_reading_and_writing_go_on_beside_a_decomposition(
@@ -68,17 +71,23 @@ def test_reading_and_writing_go_on_beside_a_decomposition(
     first, bad, second, third = made = tasks(tmp_path, 4)
     alone = [DecomposeWorker(str(tmp_path)).run(one) for one in (first, second, third)]
     spoil(tmp_path / "1.safetensors")
-    begun, go_on = Event(), Event()
+    begun, go_on, second_begun = Event(), Event(), Event()
     futures = []
 
     def hold() -> None:
         begun.set()
         assert go_on.wait(SECONDS)
 
-    def wait_for_the_first() -> None:
+    def write_beside_the_second(path: Path, write: Callable[[BinaryIO], object]) -> None:
+        assert second_begun.wait(SECONDS)
+        atomic_write(path, write)
+
+    def let_the_first_be_written() -> None:
+        second_begun.set()
         futures[0].result(SECONDS)
 
-    before(monkeypatch, {first.byte_budget: hold, second.byte_budget: wait_for_the_first})
+    before(monkeypatch, {first.byte_budget: hold, second.byte_budget: let_the_first_be_written})
+    monkeypatch.setattr(decompose, "atomic_write", write_beside_the_second)
     (tmp_path / "payloads").mkdir()
     worker = DecomposeWorker(str(tmp_path / "payloads"))
     with ThreadPoolExecutor(len(made)) as pool:
@@ -97,7 +106,7 @@ def test_reading_and_writing_go_on_beside_a_decomposition(
         time.sleep(0.2)
         away.rename(tmp_path / "3.safetensors")
         go_on.set()
-        # The second's decomposition waits for the first one's payload to be on disk.
+        # The first is written while the second is decomposed, which waits for the payload.
         results = [future.result(SECONDS) for future in futures]
     assert all(isinstance(result, Result) for result in results), results
     assert [r.sha256 for r in results] == [r.sha256 for r in alone]
