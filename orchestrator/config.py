@@ -202,7 +202,7 @@ class ClusterConfig(_Strict):
         None, description="Ray cluster to join; default: the one that runs, else a local one"
     )
     workers: int | None = Field(
-        None, ge=1, description="actors; default: one per GPU, or as many as CPUs and memory allow"
+        None, ge=1, description="actors; default: as many as GPUs, CPUs and memory have room for"
     )
     max_attempts: int = Field(
         4, ge=1, description="tries of a task whose worker died, before it counts as failed"

@@ -8,11 +8,14 @@ The same worker class runs in-process and as an actor.
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import psutil
 import torch
 
 from orchestrator.config import ClusterConfig
@@ -27,7 +30,11 @@ class WorkerSpec:
         kwargs: keyword arguments of the class.
         threads: CPU threads that a worker computes with.
         memory_bytes: main memory that a worker is expected to need.
-        device: ``"cpu"`` or ``"cuda"``; a CUDA worker has one GPU of its own.
+        device: ``"cpu"`` or ``"cuda"``.
+        device_memory_bytes: GPU memory that a CUDA worker is expected to need; workers for which
+            there is room share a GPU. None: a worker has a GPU of its own.
+        in_flight: items that a worker is given at a time; with more than one, `run` is called in
+            as many threads.
     """
 
     cls: type
@@ -35,6 +42,8 @@ class WorkerSpec:
     threads: int = 1
     memory_bytes: int = 0
     device: str = "cpu"
+    device_memory_bytes: int | None = None
+    in_flight: int = 1
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,9 @@ class Executor(Protocol):
     def has_cuda(self) -> bool:
         """Whether workers can have a GPU."""
 
+    def worker_memory_bytes(self) -> int:
+        """The most main memory that a worker can have, as things are now."""
+
     def map(
         self, spec: WorkerSpec, items: Sequence[Any], on_event: Listener | None = None
     ) -> Iterator[Any]:
@@ -73,19 +85,33 @@ class SerialExecutor:
         """Whether this process sees a GPU."""
         return torch.cuda.is_available()
 
+    def worker_memory_bytes(self) -> int:
+        """What this machine has free."""
+        return int(psutil.virtual_memory().available)
+
     def map(
         self, spec: WorkerSpec, items: Sequence[Any], on_event: Listener | None = None
     ) -> Iterator[Any]:
         """See `Executor.map`; results come in the order of the items."""
+        if not items:
+            return
         threads = torch.get_num_threads()
         torch.set_num_threads(spec.threads)
+        pool = ThreadPoolExecutor(spec.in_flight)
         try:
-            worker = spec.cls(**spec.kwargs) if items else None
+            worker = spec.cls(**spec.kwargs)
+            running: deque[Future[Any]] = deque()
             for item in items:
+                if len(running) == spec.in_flight:
+                    yield running.popleft().result()
                 if on_event is not None:
                     on_event(Event("started", item.task_id, attempt=1))
-                yield worker.run(item)  # type: ignore[union-attr]
+                running.append(pool.submit(worker.run, item))
+            while running:
+                yield running.popleft().result()
         finally:
+            # What runs when nobody wants more results may take minutes, and is not waited for.
+            pool.shutdown(wait=False, cancel_futures=True)
             torch.set_num_threads(threads)
 
 

@@ -140,7 +140,7 @@ Address = Annotated[
 ]
 Workers = Annotated[
     int | None,
-    typer.Option(min=1, help="Workers.", show_default="one per GPU, or what CPUs and memory allow"),
+    typer.Option(min=1, help="Workers.", show_default="what GPUs, CPUs and memory allow"),
 ]
 ComputeDtype = Annotated[
     str, typer.Option(help="Compute dtype: auto (the checkpoint's), float32, bfloat16, float16.")

@@ -26,7 +26,7 @@ from orchestrator.rundir import RunDirectory, fingerprint, require_same
 from orchestrator.source import Source
 from orchestrator.tables import size
 from workers.contracts import CurveResult, CurveTask, Failure, Result, Task
-from workers.decompose import DecomposeWorker
+from workers.decompose import STATIONS, DecomposeWorker
 
 # Called with every finished or failed task, the number done and the number planned.
 OnProgress = Callable[[Result | CurveResult | Failure, int, int], None]
@@ -90,7 +90,7 @@ def compress_model(
 
     Raises:
         LestdError: bad input, an impossible budget, directories that are not ours or lie in one
-            another, another driver, a run with another configuration, too little disk.
+            another, another driver, a run with another configuration, too little disk or memory.
     """
     began = time.monotonic()
     plan = make_plan(source, config)
@@ -123,7 +123,10 @@ def compress_model(
             failures = []
             if todo:
                 _require_disk(plan, out, run_dir, reclaimed=0)
-                spec = _worker_spec(todo, config, current["config"]["device"], run)
+                _require_memory(plan, executor)
+                # Largest first: small ones fill up the time when workers run out of work.
+                todo.sort(key=lambda task: task.dense_bytes, reverse=True)
+                spec = _worker_spec(plan, config, current["config"]["device"], run)
                 finished = skipped
                 for outcome in _run_and_commit(executor, spec, todo, run, on_event):
                     if isinstance(outcome, Failure):
@@ -183,16 +186,16 @@ def _device(config: RunConfig, recorded: dict[str, Any] | None, executor: Execut
     return "cuda" if executor.has_cuda() else "cpu"
 
 
-def _worker_spec(
-    tasks: Sequence[Task], config: RunConfig, device: str, run: RunDirectory
-) -> WorkerSpec:
+def _worker_spec(plan: Plan, config: RunConfig, device: str, run: RunDirectory) -> WorkerSpec:
     payload_dir = str(run.payloads.resolve())
     return WorkerSpec(
         DecomposeWorker,
         {"payload_dir": payload_dir, "device": device, "threads": config.threads},
         threads=config.threads,
-        memory_bytes=max(task.predicted_memory_bytes for task in tasks),
+        memory_bytes=plan.worker_memory_bytes,
         device=device,
+        device_memory_bytes=plan.worker_memory_bytes,
+        in_flight=STATIONS,
     )
 
 
@@ -251,6 +254,17 @@ def _require_disk(plan: Plan, out: Path, run_dir: Path, reclaimed: int) -> None:
                 f"the disk of {disk} has {size(free)} free, but the run needs {size(needed)} "
                 "there; free some, or choose another --out and --run-dir"
             )
+
+
+def _require_memory(plan: Plan, executor: Executor) -> None:
+    """Refuse a run whose largest group no worker has the memory for."""
+    offered = executor.worker_memory_bytes()
+    if plan.worker_memory_bytes > offered:
+        raise LestdError(
+            f"a worker needs about {size(plan.worker_memory_bytes)} of memory, but {size(offered)} "
+            "are free on the machine that offers most; free some, or join a cluster of larger "
+            "machines with --address"
+        )
 
 
 def _existing(path: Path) -> Path:

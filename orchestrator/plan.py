@@ -103,8 +103,12 @@ class Plan:
 
     @property
     def worker_memory_bytes(self) -> int:
-        """Predicted peak memory of one worker: that of its largest task."""
-        return max(planned.task.predicted_memory_bytes for planned in self.tasks)
+        """Predicted peak memory of one worker: of any tasks that meet in it."""
+        tasks = [planned.task for planned in self.tasks]
+        dense = max(task.dense_bytes for task in tasks)
+        budget = max(task.byte_budget for task in tasks)
+        decomposing = max(t.predicted_memory_bytes - t.dense_bytes - t.byte_budget for t in tasks)
+        return decomposing + dense + budget
 
     @property
     def run_disk_bytes(self) -> int:
@@ -219,7 +223,10 @@ def _with_budget(task: Task, budget: int) -> PlannedTask:
     bounds = METHODS[task.method].bounds(
         task.layout, budget, getattr(torch, task.value_dtype), MethodArgs(**task.method_args)
     )
-    memory = WORKER_BASE_BYTES + task.dense_bytes + budget + bounds.workspace_bytes
+    # One group is decomposed, another read, a third written (workers.decompose): as if all were
+    # of this size.
+    memory = WORKER_BASE_BYTES + 4 * task.layout.elements + bounds.workspace_bytes
+    memory += task.dense_bytes + budget
     task = replace(task, byte_budget=budget, predicted_memory_bytes=memory)
     return PlannedTask(replace(task, task_id=_task_id(task)), budget / task.dense_bytes, bounds)
 

@@ -12,17 +12,24 @@ import socket
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lestd_kernels.errors import LestdError, first_line
 from orchestrator.executor import Event, Listener, WorkerSpec
+from orchestrator.ray_pool import NotStarted, Pool, Started
+from orchestrator.tables import size
 from workers.contracts import Failure
+from workers.devices import gpu_memory_bytes
 
 # Tensors never go through the object store: the smallest one that Ray accepts will do.
 _OBJECT_STORE_BYTES = 80 * 2**20
+# More than a few only wait for one another's kernels; and not all memory is free memory.
+_WORKERS_PER_GPU = 4
+_USABLE_GPU_MEMORY = 0.9
+_PROBE_SECONDS = 60
 
 
 class RayExecutor:
@@ -33,7 +40,7 @@ class RayExecutor:
 
     Args:
         address: the cluster to join; None for the default above.
-        workers: number of actors; None for one per GPU, or as many as CPUs and memory allow.
+        workers: number of actors; None for as many as GPUs, CPUs and memory have room for.
         max_attempts: tries of an item whose actor died.
     """
 
@@ -66,23 +73,24 @@ class RayExecutor:
         if not items:
             return
         ray = self._ray()
-        pool = _Pool(ray, self._actor_class(spec))
+        need = self._need(spec)
+        pool = Pool(ray, self._actor_class(spec, need), spec.in_flight)
         notify = on_event or (lambda event: None)
         waiting: deque[tuple[Any, int]] = deque((item, 1) for item in items)
         failed_starts = 0
-        target = self._pool_size(spec, len(items))
+        target = self._pool_size(need, len(items))
         for _ in range(target):
             pool.start()
         try:
             while waiting or pool.running:
-                while waiting and pool.idle:
+                while waiting and (actor := pool.free(waiting[0][1], len(waiting))):
                     item, attempt = waiting.popleft()
-                    pool.submit(item, attempt)
+                    pool.submit(actor, item, attempt)
                     notify(Event("started", item.task_id, attempt))
                 for outcome in pool.wait():
-                    if isinstance(outcome, _Started):
+                    if isinstance(outcome, Started):
                         failed_starts = 0
-                    elif isinstance(outcome, _NotStarted):
+                    elif isinstance(outcome, NotStarted):
                         failed_starts += 1
                         if waiting and (outcome.broken or failed_starts >= self._max_attempts):
                             item, attempt = waiting.popleft()
@@ -104,34 +112,99 @@ class RayExecutor:
         finally:
             pool.close()
 
-    def _actor_class(self, spec: WorkerSpec) -> Any:
-        if spec.device == "cuda" and not self.has_cuda():
+    def worker_memory_bytes(self) -> int:
+        """What the node with the most memory offers; Ray counts what was free when it started."""
+        return int(self._most("memory"))
+
+    def _need(self, spec: WorkerSpec) -> dict[str, float]:
+        """What a worker takes of its node's resources, by Ray's names.
+
+        A worker that needs more than any node has, of CPUs or by a rough estimate of memory, is
+        slow, not impossible: it has a node for itself.
+
+        Raises:
+            LestdError: no node has a GPU, or none with the memory that a worker needs.
+        """
+        need = {
+            "CPU": float(min(spec.threads, int(self._most("CPU")))),
+            "memory": float(min(spec.memory_bytes, int(self._most("memory")))),
+        }
+        if spec.device == "cuda":
+            need["GPU"] = self._gpu_share(spec.device_memory_bytes)
+        return need
+
+    def _gpu_share(self, memory_bytes: int | None) -> float:
+        """1 / n where n workers share a GPU."""
+        if not self.has_cuda():
             raise LestdError(
                 "device cuda is asked for, but no node of the Ray cluster has a GPU; use "
                 "--device cpu, or join a cluster that has one with --address"
             )
-        # A worker that computes with more threads than any node has CPUs is slow, not impossible.
-        cpus = min(spec.threads, int(self._most("CPU")))
-        gpus = 1 if spec.device == "cuda" else 0
-        options = self._ray().remote(spec.cls).options(num_cpus=cpus, num_gpus=gpus)
+        if memory_bytes is None:
+            return 1.0
+        smallest = self._smallest_gpu_bytes()
+        if smallest is None:
+            return 1.0
+        if memory_bytes > smallest:
+            raise LestdError(
+                f"a worker needs about {size(memory_bytes)} of GPU memory, but a GPU of the "
+                f"cluster has {size(smallest)}; use --device cpu, or join one with larger GPUs"
+            )
+        share = max(1, int(_USABLE_GPU_MEMORY * smallest) // memory_bytes)
+        return 1 / min(share, _WORKERS_PER_GPU)
+
+    def _smallest_gpu_bytes(self) -> int | None:
+        """Memory of the smallest GPU, one asked on each node; None if none is free to answer."""
+        ray = self._ray()
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        probe = ray.remote(gpu_memory_bytes)
+        asked = [
+            probe.options(
+                num_cpus=0,
+                num_gpus=1,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+            ).remote()
+            for node in self._nodes()
+            if node["Resources"].get("GPU", 0) >= 1
+        ]
+        done, busy = ray.wait(asked, num_returns=len(asked), timeout=_PROBE_SECONDS)
+        for reference in busy:
+            ray.cancel(reference)
+        answers = []
+        for reference in done:
+            # A node without a usable GPU says so when a worker starts there.
+            with suppress(ray.exceptions.RayError):
+                answers.append(ray.get(reference))
+        return min(answers, default=None)
+
+    def _actor_class(self, spec: WorkerSpec, need: dict[str, float]) -> Any:
+        options = (
+            self._ray()
+            .remote(spec.cls)
+            .options(
+                num_cpus=need["CPU"],
+                num_gpus=need.get("GPU", 0),
+                memory=need["memory"],
+                max_concurrency=spec.in_flight,
+            )
+        )
         return lambda: options.remote(**spec.kwargs)
+
+    def _nodes(self) -> list[dict[str, Any]]:
+        return [node for node in self._ray().nodes() if node["Alive"]]
 
     def _most(self, resource: str) -> float:
         """The most that any one node offers of a resource."""
-        nodes = [node["Resources"] for node in self._ray().nodes() if node["Alive"]]
-        return max((float(resources.get(resource, 0)) for resources in nodes), default=0.0)
+        offers = (float(node["Resources"].get(resource, 0)) for node in self._nodes())
+        return max(offers, default=0.0)
 
-    def _pool_size(self, spec: WorkerSpec, items: int) -> int:
+    def _pool_size(self, need: dict[str, float], items: int) -> int:
         if self._workers is not None:
             return min(self._workers, items)
-        resources = self._ray().cluster_resources()
-        if spec.device == "cuda":
-            size = int(resources.get("GPU", 0))
-        else:
-            size = int(resources.get("CPU", 1)) // spec.threads
-            if spec.memory_bytes:
-                size = min(size, int(resources.get("memory", 0)) // spec.memory_bytes)
-        return max(1, min(size, items))
+        # Each node by itself: what is left over on two of them makes no worker.
+        fitting = sum(_fitting(node["Resources"], need) for node in self._nodes())
+        return max(1, min(fitting, items))
 
     def _ray(self) -> Any:
         """Ray, connected.
@@ -159,98 +232,10 @@ class RayExecutor:
         return ray
 
 
-@dataclass(frozen=True)
-class _Started:
-    """An actor is ready for work."""
-
-
-@dataclass(frozen=True)
-class _NotStarted:
-    """An actor ended before it was ready; broken: its ``__init__`` raised."""
-
-    error: BaseException
-    broken: bool
-
-
-@dataclass(frozen=True)
-class _Ran:
-    """An actor ended its work on an item, or died of it."""
-
-    item: Any
-    attempt: int
-    result: Any = None
-    error: BaseException | None = None
-    died: bool = False
-
-
-class _Pool:
-    """Actors and what they are at. An actor gets an item only once it runs: Ray accepts more
-    actors than its nodes have room for, and those it never starts must not hold work."""
-
-    def __init__(self, ray: Any, make: Callable[[], Any]) -> None:
-        self._ray = ray
-        self._make = make
-        self._starting: dict[Any, Any] = {}
-        self.idle: list[Any] = []
-        self.running: dict[Any, tuple[Any, Any, int]] = {}
-
-    @property
-    def starting(self) -> int:
-        """Number of actors that are not ready yet."""
-        return len(self._starting)
-
-    @property
-    def size(self) -> int:
-        """Number of actors."""
-        return len(self._starting) + len(self.idle) + len(self.running)
-
-    def start(self) -> None:
-        """Ask for one more actor."""
-        actor = self._make()
-        self._starting[actor.__ray_ready__.remote()] = actor
-
-    def submit(self, item: Any, attempt: int) -> None:
-        """Give an item to an idle actor."""
-        actor = self.idle.pop()
-        self.running[actor.run.remote(item)] = (actor, item, attempt)
-
-    def wait(self) -> Iterator[_Started | _NotStarted | _Ran]:
-        """What has happened since; returns after a second even if nothing has."""
-        # Without a timeout a Ctrl-C would wait as well.
-        done, _ = self._ray.wait([*self._starting, *self.running], timeout=1.0)
-        for reference in done:
-            if reference in self._starting:
-                yield self._settle_start(reference)
-            else:
-                yield self._settle_run(reference)
-
-    def _settle_start(self, reference: Any) -> _Started | _NotStarted:
-        actor = self._starting.pop(reference)
-        try:
-            self._ray.get(reference)
-        except self._ray.exceptions.RayError as error:
-            return _NotStarted(error, bool(getattr(error, "actor_init_failed", False)))
-        self.idle.append(actor)
-        return _Started()
-
-    def _settle_run(self, reference: Any) -> _Ran:
-        actor, item, attempt = self.running.pop(reference)
-        try:
-            result = self._ray.get(reference)
-        except self._ray.exceptions.RayTaskError as error:
-            self.idle.append(actor)
-            return _Ran(item, attempt, error=error)
-        except self._ray.exceptions.RayError as error:
-            self._ray.kill(actor)
-            return _Ran(item, attempt, error=error, died=True)
-        self.idle.append(actor)
-        return _Ran(item, attempt, result)
-
-    def close(self) -> None:
-        """End all actors."""
-        busy = [actor for actor, _, _ in self.running.values()]
-        for actor in [*self.idle, *busy, *self._starting.values()]:
-            self._ray.kill(actor)
+def _fitting(offered: dict[str, float], need: dict[str, float]) -> int:
+    """How many workers a node has room for."""
+    counts = (int(offered.get(name, 0) / share) for name, share in need.items() if share)
+    return min(counts, default=0)
 
 
 def _failure(item: Any, kind: Any, error: BaseException, attempt: int) -> Failure:

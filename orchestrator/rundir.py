@@ -28,7 +28,7 @@ from orchestrator.config import RunConfig
 from orchestrator.manifest import MANIFEST_FORMAT, Manifest, read_json, write_json
 from orchestrator.plan import Plan
 from orchestrator.source import Source
-from workers.checkpoint import read_tensor, sample_digests
+from workers.checkpoint import hash_tensor, sample_digests
 from workers.decompose import software_versions
 from workers.files import explain_os_errors
 
@@ -230,7 +230,7 @@ class RunDirectory:
         for row in {row["task_id"]: row for row in read}.values():
             digest = hashlib.sha256()
             for name in row["tensors"]:
-                read_tensor(source.index.tensors[name], digest)
+                hash_tensor(source.index.tensors[name], digest)
             if digest.hexdigest() != row["source_sha256"]:
                 raise LestdError(
                     f"{self.path} holds the result of {row['group']}, but its tensors "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import resource
@@ -27,11 +28,13 @@ from workers.checkpoint import (
     WEIGHTS_FILE,
     ShardIndex,
     check_finite,
+    digest_safetensors,
+    hash_tensor,
     read_header,
     read_tensor,
     read_weight_map,
     sample_digests,
-    serialize_safetensors,
+    write_safetensors,
     write_safetensors_stream,
 )
 from workers.contracts import TensorRef
@@ -55,6 +58,12 @@ def raw(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+def written(tensors: dict[str, torch.Tensor]) -> bytes:
+    file = io.BytesIO()
+    write_safetensors(file, tensors)
+    return file.getvalue()
+
+
 @st.composite
 def state_dicts(draw: st.DrawFn) -> dict[str, torch.Tensor]:
     specs = draw(st.dictionaries(NAMES, st.tuples(st.sampled_from(list(DTYPES)), SHAPES)))
@@ -67,7 +76,9 @@ def state_dicts(draw: st.DrawFn) -> dict[str, torch.Tensor]:
 @given(state_dicts())
 @settings(deadline=None, max_examples=60)
 def test_written_bytes_are_those_of_safetensors(tensors: dict[str, torch.Tensor]) -> None:
-    assert serialize_safetensors(tensors) == save(tensors, metadata={"format": "pt"})
+    content = save(tensors, metadata={"format": "pt"})
+    assert written(tensors) == content
+    assert digest_safetensors(tensors) == (hashlib.sha256(content).hexdigest(), len(content))
 
 
 @given(state_dicts())
@@ -85,7 +96,10 @@ def test_header_and_reads_agree_with_safetensors(
         assert tensor.dtype == tensors[name].dtype
         assert tensor.shape == tensors[name].shape
         assert raw(tensor) == raw(tensors[name])
-        assert digest.hexdigest() == hashlib.sha256(raw(tensors[name])).hexdigest()
+        again = hashlib.sha256()
+        hash_tensor(ref, again)
+        expected = hashlib.sha256(raw(tensors[name])).hexdigest()
+        assert digest.hexdigest() == again.hexdigest() == expected
 
 
 @given(state_dicts(), st.randoms(use_true_random=False))
@@ -113,7 +127,30 @@ def test_stream_of_some_tensors_from_two_shards(
                 assert raw(file.get_tensor(name)) == raw(tensor)
 
 
-def test_stream_of_a_tensor_longer_than_its_buffer(tmp_path: Path) -> None:
+def refuse(*args: object, **options: object) -> int:
+    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+
+def nothing(*args: object, **options: object) -> int:
+    return 0
+
+
+def a_little(source: int, target: int, count: int, offset_src: int) -> int:
+    """Copies 5 MiB in all, then finds that it cannot."""
+    if offset_src > 5 * 2**20:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return os.write(target, os.pread(source, min(count, 2**20), offset_src))
+
+
+@pytest.mark.parametrize("kernel_copy", ["as it is", None, refuse, nothing, a_little])
+def test_stream_of_a_tensor_longer_than_its_buffer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel_copy: Any
+) -> None:
+    """Whatever copy_file_range does, and where there is none."""
+    if kernel_copy is None:
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    elif callable(kernel_copy):
+        monkeypatch.setattr(os, "copy_file_range", kernel_copy, raising=False)
     tensors = {"big": random_tensor("U8", (33 * 2**20 + 7,), 1), "b": random_tensor("F32", (3,), 2)}
     save_file(tensors, tmp_path / WEIGHTS_FILE)
     refs = read_header(tmp_path / WEIGHTS_FILE).values()
@@ -124,8 +161,8 @@ def test_stream_of_a_tensor_longer_than_its_buffer(tmp_path: Path) -> None:
 def test_views_and_shared_tensors_are_written_as_they_look() -> None:
     base = torch.arange(24.0).reshape(4, 6)
     tensors = {"t": base.T, "row": base[1], "column": base[:, 2], "same": base, "0d": base[0, 0]}
-    written = load(serialize_safetensors(tensors))
-    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+    found = load(written(tensors))
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_directory_in_place_of_a_shard(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 _COPY_BYTES = 16 * 1024 * 1024
+# In one system call, which a signal may have to wait for.
+_KERNEL_COPY_BYTES = 256 * 1024 * 1024
 _SAMPLE_BYTES = 64 * 1024
 
 
@@ -174,12 +176,13 @@ def _is_inside(shard: object) -> bool:
     return plain and not path.is_absolute() and ".." not in path.parts
 
 
-def read_tensor(ref: TensorRef, digest: _Hash | None = None) -> Tensor:
+def read_tensor(ref: TensorRef, digest: _Hash | None = None, *, pinned: bool = False) -> Tensor:
     """Read one tensor: exactly its bytes, straight into its memory.
 
     Args:
         ref: the tensor.
         digest: takes the bytes as they were read.
+        pinned: into page-locked memory, which a GPU copies from at full speed.
 
     Returns:
         Tensor of the shape and dtype of `ref`, on the CPU.
@@ -187,7 +190,7 @@ def read_tensor(ref: TensorRef, digest: _Hash | None = None) -> Tensor:
     Raises:
         LestdError: the file ends early or cannot be read.
     """
-    buffer = torch.empty(ref.stored_bytes, dtype=torch.uint8)
+    buffer = torch.empty(ref.stored_bytes, dtype=torch.uint8, pin_memory=pinned)
     view = buffer.numpy().data
     with _open_shard(ref.shard) as file:
         _read_exactly(file, ref, ref.byte_range[0], view)
@@ -266,7 +269,13 @@ def sample_digests(index: ShardIndex) -> dict[str, str]:
     return digests
 
 
-def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
+class _Sink(Protocol):
+    """What takes bytes in order: a file, or a digest."""
+
+    def write(self, data: bytes | memoryview, /) -> object: ...
+
+
+def write_safetensors(file: _Sink, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors in the safetensors format, one after the other; same tensors, same bytes.
 
     Raises:
@@ -283,17 +292,45 @@ def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
         file.write(flat.view(torch.uint8).numpy().data)
 
 
-def serialize_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """`write_safetensors` into memory."""
-    file = io.BytesIO()
-    write_safetensors(file, tensors)
-    return file.getvalue()
+def digest_safetensors(tensors: Mapping[str, Tensor]) -> tuple[str, int]:
+    """sha256 (hex) and size in bytes of what `write_safetensors` would write; copies nothing."""
+    content = _Digest()
+    write_safetensors(content, tensors)
+    return content.sha256.hexdigest(), content.size
+
+
+class _Digest:
+    """Takes what a file would, and keeps its sha256 and its size."""
+
+    def __init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.sha256.update(data)
+        self.size += len(data)
+
+
+def hash_tensor(ref: TensorRef, digest: _Hash) -> None:
+    """Feed a tensor's bytes to a digest; memory stays within 16 MiB.
+
+    Raises:
+        LestdError: the file ends early or cannot be read.
+    """
+    start, stop = ref.byte_range
+    buffer = memoryview(bytearray(min(_COPY_BYTES, stop - start)))
+    with _open_shard(ref.shard) as source:
+        while start < stop:
+            chunk = buffer[: min(len(buffer), stop - start)]
+            _read_exactly(source, ref, start, chunk)
+            digest.update(chunk)
+            start += len(chunk)
 
 
 def write_safetensors_stream(file: BinaryIO, refs: Iterable[TensorRef]) -> None:
     """Write a new shard of tensors that lie in other shards, copied byte for byte.
 
-    Memory stays within 16 MiB, whatever the tensors' size.
+    The system copies them where it can, from file to file; else through a buffer of 16 MiB.
 
     Raises:
         LestdError: a source shard ends early or cannot be read.
@@ -305,8 +342,35 @@ def write_safetensors_stream(file: BinaryIO, refs: Iterable[TensorRef]) -> None:
     for ref in ordered:
         start, stop = ref.byte_range
         with _open_shard(ref.shard) as source:
+            start += _copy_in_kernel(source, start, stop, file)
             while start < stop:
                 chunk = buffer[: min(len(buffer), stop - start)]
                 _read_exactly(source, ref, start, chunk)
                 file.write(chunk)
                 start += len(chunk)
+
+
+def _copy_in_kernel(source: io.FileIO, start: int, stop: int, file: BinaryIO) -> int:
+    """Append bytes of `source` to `file` with copy_file_range(2); how many it would copy.
+
+    It stops at whatever goes wrong, and leaves that to the caller, who meets it again by read and
+    write: a file system that cannot, a full disk, a source that ends early.
+    """
+    if not hasattr(os, "copy_file_range"):
+        return 0
+    file.flush()
+    done = 0
+    while start + done < stop:
+        try:
+            count = os.copy_file_range(
+                source.fileno(),
+                file.fileno(),
+                min(stop - start - done, _KERNEL_COPY_BYTES),
+                offset_src=start + done,
+            )
+        except OSError:
+            break
+        if count == 0:
+            break
+        done += count
+    return done

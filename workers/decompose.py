@@ -2,6 +2,14 @@
 
 Reads only the byte ranges of its task, writes only its payload, and returns a `Result`; whatever
 goes wrong with the input comes back as a `Failure` that names the tensor.
+
+A worker that has several tasks works on them at once, each in a thread of its caller: one is read
+while another is decomposed and a third is written. So its memory holds at most
+
+    one group in the source's dtype (the next one), one group that is decomposed (its float32
+    unfolding and the method's work space), and one payload (the last one's tensors)
+
+however long the run is, and `orchestrator.plan` asks for that much.
 """
 
 from __future__ import annotations
@@ -9,20 +17,30 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import METHODS, Decomposed, MethodArgs
 from lestd_kernels.methods.steps import Stopwatch
 from lestd_kernels.tensorize import unfold_weights
-from workers.checkpoint import check_finite, read_tensor, serialize_safetensors
+from workers.checkpoint import check_finite, digest_safetensors, read_tensor, write_safetensors
 from workers.contracts import CurveResult, CurveTask, Failure, Result, Task
-from workers.devices import device_name, peak_memory_bytes, reset_peak_memory
+from workers.devices import (
+    device_name,
+    peak_memory_bytes,
+    reset_peak_memory,
+    return_freed_memory,
+)
 from workers.files import atomic_write
 
 
@@ -36,8 +54,40 @@ def software_versions() -> dict[str, str]:
     return {"lestd": version("lestd"), "torch": torch.__version__}
 
 
+STATIONS = 3
+"""What a task passes through: it is read, decomposed, written."""
+
+
+class _Line:
+    """Stations in a row, each with room for one task; a task leaves one when it enters the next."""
+
+    def __init__(self, stations: int) -> None:
+        self._stations = tuple(threading.Lock() for _ in range(stations))
+
+    @contextmanager
+    def pass_through(self) -> Iterator[Callable[[], None]]:
+        """Yield a function that enters the next station, as soon as it is free."""
+        ahead = iter(self._stations)
+        held: list[threading.Lock] = []
+
+        def advance() -> None:
+            station = next(ahead)
+            station.acquire()
+            held.append(station)
+            if len(held) > 1:
+                held.pop(0).release()
+
+        try:
+            yield advance
+        finally:
+            for station in held:
+                station.release()
+
+
 class DecomposeWorker:
-    """Decomposes slice groups, one at a time, on one device.
+    """Decomposes slice groups on one device: one at a time, while others are read and written.
+
+    `run` may be called from several threads; more than `STATIONS` at a time gain nothing.
 
     Args:
         payload_dir: where payloads go; on a disk that the driver sees too.
@@ -55,7 +105,12 @@ class DecomposeWorker:
                 f"device cuda asked for, but this worker on {socket.gethostname()} sees no GPU; "
                 "use --device cpu, or run where PyTorch sees one"
             )
-        torch.set_num_threads(threads)
+        return_freed_memory()
+        self._line = _Line(STATIONS)
+        # One thread computes for all tasks: OpenMP's threads belong to the thread that uses them.
+        self._computing = ThreadPoolExecutor(
+            1, initializer=torch.set_num_threads, initargs=(threads,)
+        )
         # TF32 keeps 10 bits of mantissa: too few for factors that are to be orthonormal.
         torch.backends.cuda.matmul.allow_tf32 = False
         self._payload_dir = Path(payload_dir)
@@ -63,10 +118,13 @@ class DecomposeWorker:
         self._name = f"{socket.gethostname()}:{os.getpid()}"
 
     def run(self, task: Task) -> Result | CurveResult | Failure:
-        """Decompose one task, or find its curve; never raises for a problem with its input."""
+        """Decompose one task, or find its curve; never raises for a problem with its input.
+
+        Returns when the payload, if there is one, is on disk.
+        """
         try:
-            with torch.inference_mode():
-                return self._find_curve(task) if isinstance(task, CurveTask) else self._encode(task)
+            with self._line.pass_through() as advance:
+                return self._work(task, advance)
         except LestdError as error:
             return Failure(task.task_id, "application", type(error).__name__, str(error))
         except Exception as error:
@@ -75,71 +133,50 @@ class DecomposeWorker:
                 task.task_id, "application", type(error).__name__, text, traceback.format_exc()
             )
 
-    def _decompose(
-        self, task: Task, clock: Stopwatch, curve_budgets: tuple[int, ...] = ()
-    ) -> tuple[Decomposed, str]:
-        """The decomposition, and the sha256 of the tensors that were read."""
-        reset_peak_memory(self._device)
+    def _work(self, task: Task, advance: Callable[[], None]) -> Result | CurveResult:
+        # Host time: to wait for the device here would be to wait for another task's work.
+        clock = Stopwatch(torch.device("cpu"))
+        args = MethodArgs(**task.method_args)
+        advance()
+        started_at = time.time()
         with clock("read"):
-            digest = hashlib.sha256()
-            weights = {}
-            for module, ref in task.tensors.items():
-                weight = read_tensor(ref, digest)
-                check_finite(weight, ref)
-                weights[module] = weight.to(self._device)
-            unfolding = unfold_weights(weights, task.layout)
-            del weights
-        try:
-            done = METHODS[task.method].decompose(
-                unfolding,
-                task.layout,
-                task.byte_budget,
-                getattr(torch, task.value_dtype),
-                MethodArgs(**task.method_args),
-                curve_budgets,
+            weights, source_sha256 = self._read(task)
+
+        advance()
+        computing = self._computing.submit(self._compute, task, args, weights, clock)
+        del weights
+        done, tensors, peak = computing.result()
+        del computing
+        if isinstance(task, CurveTask):
+            return CurveResult(
+                task_id=task.task_id,
+                layer=task.layer,
+                group=task.group,
+                tensors=tuple(ref.name for ref in task.tensors.values()),
+                method=task.method,
+                pattern=args.pattern,
+                source_sha256=source_sha256,
+                dense_bytes=task.dense_bytes,
+                squared_norm=done.squared_norm,
+                uniform_byte_budget=task.byte_budget,
+                uniform_squared_error=done.squared_error,
+                points=done.curve,
+                seconds=clock.seconds | done.seconds,
+                started_at=started_at,
+                peak_memory_bytes=peak,
+                device=device_name(self._device),
+                worker=self._name,
+                node=socket.gethostname(),
+                versions=software_versions(),
             )
-        except LestdError as error:
-            raise LestdError(f"{task.group}: {error}") from error
-        return done, digest.hexdigest()
 
-    def _find_curve(self, task: CurveTask) -> CurveResult:
-        started_at, clock = time.time(), Stopwatch(self._device)
-        done, source_sha256 = self._decompose(task, clock, task.curve_budgets)
-        return CurveResult(
-            task_id=task.task_id,
-            layer=task.layer,
-            group=task.group,
-            tensors=tuple(ref.name for ref in task.tensors.values()),
-            method=task.method,
-            pattern=MethodArgs(**task.method_args).pattern,
-            source_sha256=source_sha256,
-            dense_bytes=task.dense_bytes,
-            squared_norm=done.squared_norm,
-            uniform_byte_budget=task.byte_budget,
-            uniform_squared_error=done.squared_error,
-            points=done.curve,
-            seconds=clock.seconds | done.seconds,
-            started_at=started_at,
-            peak_memory_bytes=peak_memory_bytes(self._device),
-            device=device_name(self._device),
-            worker=self._name,
-            node=socket.gethostname(),
-            versions=software_versions(),
-        )
-
-    def _encode(self, task: Task) -> Result:
-        started_at, clock = time.time(), Stopwatch(self._device)
-        done, source_sha256 = self._decompose(task, clock)
-        decomposition = done.decomposition
-
+        advance()
         with clock("write"):
-            content = serialize_safetensors(
-                {k: t.cpu() for k, t in decomposition.named_tensors(task.tensor_prefix).items()}
-            )
-            sha256 = hashlib.sha256(content).hexdigest()
+            sha256, payload_bytes = digest_safetensors(tensors)
             payload = payload_name(task.task_id, sha256)
-            atomic_write(self._payload_dir / payload, lambda file: file.write(content))
+            atomic_write(self._payload_dir / payload, lambda file: write_safetensors(file, tensors))
 
+        decomposition = done.decomposition
         cores = decomposition.cores.values()
         return Result(
             task_id=task.task_id,
@@ -147,10 +184,10 @@ class DecomposeWorker:
             group=task.group,
             tensors=tuple(ref.name for ref in task.tensors.values()),
             method=task.method,
-            pattern=MethodArgs(**task.method_args).pattern,
+            pattern=args.pattern,
             payload=payload,
             sha256=sha256,
-            payload_bytes=len(content),
+            payload_bytes=payload_bytes,
             source_sha256=source_sha256,
             format=decomposition.describe(task.group),
             ranks=decomposition.ranks,
@@ -169,10 +206,45 @@ class DecomposeWorker:
             hooi_iterations=done.hooi_iterations,
             seconds=clock.seconds | done.seconds,
             started_at=started_at,
-            peak_memory_bytes=peak_memory_bytes(self._device),
+            peak_memory_bytes=peak,
             device=device_name(self._device),
             worker=self._name,
             node=socket.gethostname(),
             versions=software_versions(),
             slices=done.slices,
         )
+
+    def _read(self, task: Task) -> tuple[dict[str, Tensor], str]:
+        """The task's weights in the source's dtype, on the host, and the sha256 of their bytes."""
+        digest = hashlib.sha256()
+        weights = {}
+        for module, ref in task.tensors.items():
+            weights[module] = read_tensor(ref, digest, pinned=self._device.type == "cuda")
+            check_finite(weights[module], ref)
+        return weights, digest.hexdigest()
+
+    def _compute(
+        self, task: Task, args: MethodArgs, weights: dict[str, Tensor], clock: Stopwatch
+    ) -> tuple[Decomposed, dict[str, Tensor], int]:
+        """The decomposition, its tensors on the host, and the peak memory meanwhile in bytes."""
+        reset_peak_memory(self._device)
+        with torch.inference_mode():
+            with clock("read"):
+                on_device = {module: weight.to(self._device) for module, weight in weights.items()}
+                weights.clear()
+                unfolding = unfold_weights(on_device, task.layout)
+                del on_device
+            try:
+                done = METHODS[task.method].decompose(
+                    unfolding,
+                    task.layout,
+                    task.byte_budget,
+                    getattr(torch, task.value_dtype),
+                    args,
+                    task.curve_budgets if isinstance(task, CurveTask) else (),
+                )
+            except LestdError as error:
+                raise LestdError(f"{task.group}: {error}") from error
+            tensors = done.decomposition.named_tensors(task.tensor_prefix)
+            tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+        return done, tensors, peak_memory_bytes(self._device)
