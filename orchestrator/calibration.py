@@ -32,7 +32,7 @@ def predict_seconds(plan: Plan, device: str, threads: int) -> dict[str, float]:
         threads: CPU threads of a worker.
 
     Returns:
-        Task id -> seconds.
+        Path of the group -> seconds: task ids change with the budgets that global allocation finds.
 
     Raises:
         LestdError: the device is not here, or a budget is too small for the small groups.
@@ -54,7 +54,7 @@ def predict_seconds(plan: Plan, device: str, threads: int) -> dict[str, float]:
                 kind = (task.layout, task.method, args, task.value_dtype, round(planned.keep, 3))
                 if kind not in known:
                     known[kind] = _seconds(planned, torch.device(device))
-                predicted[task.task_id] = known[kind]
+                predicted[task.group] = known[kind]
     finally:
         torch.set_num_threads(before)
     return predicted

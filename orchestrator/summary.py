@@ -72,13 +72,13 @@ def describe_plan(plan: Plan, config: RunConfig, calibrate: bool) -> dict[str, A
     if calibrate:
         seconds = predicted_seconds(plan, config)
         for layer in described["layers"]:
-            layer["predicted_seconds"] = seconds[layer["task_id"]]
+            layer["predicted_seconds"] = seconds[layer["group"]]
         described["total"]["predicted_seconds"] = sum(seconds.values())
     return described
 
 
 def predicted_seconds(plan: Plan, config: RunConfig) -> dict[str, float]:
-    """Seconds of each task on this machine, see `calibration.predict_seconds`."""
+    """Seconds of each group on this machine, see `calibration.predict_seconds`."""
     import torch
 
     from orchestrator.calibration import predict_seconds
@@ -142,7 +142,7 @@ class CompressionProgress:
 def outcome_figures(
     outcome: Outcome, out: Path, run_dir: Path, seconds: dict[str, float] | None
 ) -> dict[str, Any]:
-    """Figures of a compression, as plain values; `seconds` are the predicted ones, by task."""
+    """Figures of a compression, as plain values; `seconds` are the predicted ones, by group."""
     plan, rows = outcome.plan, outcome.rows
     stored = sum(row["stored_bytes"] for row in rows)
     dense = sum(row["dense_bytes"] for row in rows)
@@ -172,7 +172,7 @@ def outcome_figures(
         "predicted": {
             "worker_memory_bytes": plan.worker_memory_bytes,
             "run_disk_bytes": plan.run_disk_bytes,
-            "decomposition_seconds": seconds and sum(seconds[row["task_id"]] for row in rows),
+            "decomposition_seconds": seconds and sum(seconds[row["group"]] for row in rows),
         },
         "actual": {
             "worker_memory_bytes": max((row["peak_memory_bytes"] for row in rows), default=0),
