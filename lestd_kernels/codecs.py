@@ -87,7 +87,8 @@ def unpack_bits(packed: Tensor, count: int) -> Tensor:
 def count_bits(packed: Tensor, count: int) -> int:
     """How many of the first `count` bits are set, of uint8 ``(ceil(count / 8),)``."""
     words = count // 64
-    total = int(unpack_bits(packed[words * 8 :], count - words * 64).sum())
+    rest = int.from_bytes(packed[words * 8 :].tolist(), "little")
+    total = (rest & ((1 << (count - words * 64)) - 1)).bit_count()
     for part in torch.split(packed[: words * 8], _COUNT_BYTES):
         # Sums of 2, 4 and 8 neighboring bits at once, then of the bytes of a word.
         x = part.clone().view(torch.int64)  # mapped files may start at odd addresses
