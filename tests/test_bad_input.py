@@ -395,11 +395,14 @@ def test_a_file_size_limit_is_a_full_disk_too(tiny_llama: Path, tmp_path: Path) 
 
 @pytest.mark.ray
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "place", [("--workers", 1), ("--executor", "serial")], ids=["ray", "serial"]
+)
 def test_ctrl_c_keeps_what_is_done(
-    many_layers: Path, tmp_path: Path, number: signal.Signals
+    many_layers: Path, tmp_path: Path, number: signal.Signals, place: tuple[str, object]
 ) -> None:
     out = tmp_path / "out"
-    command = ("compress", many_layers, "--out", out, "--keep", 0.5, "--workers", 1)
+    command = ("compress", many_layers, "--out", out, "--keep", 0.5, *place)
     process = start_lestd(
         *command,
         start_new_session=True,
