@@ -1,4 +1,4 @@
-"""The command `lestd`.
+"""The command `lestd`: the commands of a run, and the entry point.
 
 Results go to standard output, progress and problems to standard error. Exit codes: 0 done;
 1 the run ended with failed tasks, or verification found problems; 2 bad input or refused;
@@ -12,73 +12,41 @@ import sys
 from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from lestd_kernels.errors import LestdError
-from orchestrator import tables
+from orchestrator import cli_models, tables  # noqa: F401 - cli_models registers its commands
 from orchestrator.app import app
-from orchestrator.config import ClusterConfig, RunConfig, RunFile, load_yaml, validated
+from orchestrator.config import RunFile, cluster_options, run_options
 from orchestrator.options import (
     Address,
     AllocationOption,
-    Batch,
-    BenchThreads,
     Calibrate,
     ClusterFile,
-    ComputeDtype,
     ConfigFile,
     DeviceOption,
     Exclude,
     ExecutorOption,
-    ExportDtype,
     Include,
     Json,
     Keep,
     KeepModel,
     MaxFlops,
-    MaxWindows,
     MethodOption,
     Model,
-    NewTokens,
     Out,
     PatternOption,
-    Plot,
-    PromptTokens,
-    Repeats,
     Revision,
     RunDir,
     ScopeOption,
     Threads,
     TypeModeOption,
-    Window,
     Workers,
     absolute,
 )
 from orchestrator.rundir import RunDirectory, default_run_dir
-
-
-def _run_config(
-    model: str | None, config: Path | None, options: dict[str, Any]
-) -> tuple[str, str | None, RunConfig]:
-    """Model, revision and configuration from a run file and the options; options win."""
-    values = {} if config is None else load_yaml(config)
-    given = {key: value for key, value in options.items() if value is not None}
-    if "keep" in given or "keep_model" in given:
-        values = {k: v for k, v in values.items() if k not in ("keep", "keep_model")}
-    values |= given | ({} if model is None else {"model": model})
-    run_file = validated(RunFile, values, str(config or "options"))
-    if run_file.model is None:
-        raise LestdError("no model given; name a directory or a Hub id, or set model in --config")
-    plain = run_file.model_dump(exclude={"model", "revision"})
-    return run_file.model, run_file.revision, RunConfig.model_validate(plain)
-
-
-def _cluster_config(cluster: Path | None, **options: Any) -> ClusterConfig:
-    values = {} if cluster is None else load_yaml(cluster)
-    values |= {key: value for key, value in options.items() if value is not None}
-    return validated(ClusterConfig, values, str(cluster or "options"))
 
 
 @app.command()
@@ -105,7 +73,7 @@ def plan(
     from orchestrator.summary import describe_plan, print_plan
 
     options = {k: v for k, v in locals().items() if k in RunFile.model_fields and k != "model"}
-    name, revision, run_config = _run_config(model, config, options)
+    name, revision, run_config = run_options(model, config, options)
     planned = make_plan(open_headers(name, revision), run_config)
     print_plan(name, describe_plan(planned, run_config, calibrate), json)
 
@@ -158,8 +126,8 @@ def compress(
     )
 
     options = {k: v for k, v in locals().items() if k in RunFile.model_fields and k != "model"}
-    name, revision, run_config = _run_config(model, config, options)
-    cluster_config = _cluster_config(cluster, executor=executor, workers=workers, address=address)
+    name, revision, run_config = run_options(model, config, options)
+    cluster_config = cluster_options(cluster, executor=executor, workers=workers, address=address)
     if dry_run:
         planned = make_plan(open_headers(name, revision), run_config)
         print_plan(name, describe_plan(planned, run_config, calibrate), json)
@@ -195,54 +163,6 @@ def compress(
     print_outcome(outcome, out, run_dir, json, seconds)
     if not outcome.complete:
         raise typer.Exit(1)
-
-
-@app.command()
-def convert(
-    model: Annotated[str, typer.Argument(help="Directory or Hub id of pickled .bin weights.")],
-    out: Annotated[Path, typer.Argument(help="Directory of the safetensors checkpoint to write.")],
-    revision: Revision = None,
-) -> None:
-    """Rewrite pickled .bin weights as safetensors, shard by shard, without running their code."""
-    from orchestrator.convert import convert as convert_checkpoint
-
-    with tables.Meter("convert", "shards") as meter:
-        index = convert_checkpoint(model, out, revision, meter.update)
-    tables.out.print(
-        f"{out}: {len(index.tensors)} tensors, {tables.size(index.stored_bytes)} in "
-        f"{len(index.shards)} shards",
-        soft_wrap=True,
-    )
-
-
-@app.command()
-def export(
-    model: Annotated[
-        Path, typer.Argument(help="The compressed model's directory.", callback=absolute)
-    ],
-    dense: Annotated[
-        Path,
-        typer.Option(
-            help="Directory of the dense checkpoint to write; must not exist, or be empty.",
-            callback=absolute,
-        ),
-    ],
-    dtype: Annotated[
-        ExportDtype,
-        typer.Option(help="Of the reconstructed weights; auto: as the values are stored."),
-    ] = ExportDtype.auto,
-    json: Json = False,
-) -> None:
-    """Write a compressed model as an ordinary dense checkpoint, for tools without the format."""
-    import torch
-
-    from orchestrator.export import export_dense
-    from orchestrator.summary import print_export
-
-    chosen = torch.float32 if dtype is ExportDtype.float32 else None
-    with tables.Meter("export", "bytes") as meter:
-        exported = export_dense(model, dense, chosen, meter.update)
-    print_export(exported, json)
 
 
 @app.command()
@@ -294,65 +214,6 @@ def clean(
             )
     RunDirectory(run_dir).remove()
     tables.out.print(f"removed {run_dir}", soft_wrap=True)
-
-
-@app.command()
-def evaluate(
-    model: Annotated[Path, typer.Argument(help="Directory of a compressed or a dense model.")],
-    text: Annotated[Path, typer.Option(help="UTF-8 text to predict.")],
-    against: Annotated[
-        Path | None, typer.Option(help="A second model, usually the dense one, to compare with.")
-    ] = None,
-    window: Window = None,
-    max_windows: MaxWindows = None,
-    dtype: ComputeDtype = "auto",
-    device: DeviceOption = None,
-    threads: Threads = None,
-    executor: ExecutorOption = None,
-    workers: Workers = None,
-    address: Address = None,
-    cluster: ClusterFile = None,
-    json: Json = False,
-) -> None:
-    """Measure token and word perplexity over non-overlapping windows of a text."""
-    from orchestrator.executor import open_executor
-    from orchestrator.summary import evaluate_models, print_evaluations
-
-    cluster_config = _cluster_config(cluster, executor=executor, workers=workers, address=address)
-    models = [model] if against is None else [against, model]
-    settings = {"window": window, "max_windows": max_windows, "dtype": dtype}
-    settings |= {"device": device or "auto", "threads": 1 if threads is None else threads}
-    with open_executor(cluster_config) as runner:
-        evaluations = evaluate_models(models, text, runner, settings)
-    print_evaluations(evaluations, json)
-
-
-@app.command()
-def bench(
-    dense: Annotated[Path, typer.Argument(help="Directory of the dense model.")],
-    compressed: Annotated[Path, typer.Argument(help="Directory of the compressed model.")],
-    prompt_tokens: PromptTokens = 128,
-    new_tokens: NewTokens = 64,
-    batch: Batch = 1,
-    repeats: Repeats = 5,
-    dtype: ComputeDtype = "auto",
-    device: DeviceOption = None,
-    threads: BenchThreads = None,
-    plot: Plot = None,
-    json: Json = False,
-) -> None:
-    """Time two models in turn: prefill, decoding, time to first token, peak memory."""
-    from orchestrator.bench import check_plot, compare, print_comparison, save_plot
-    from workers.bench import BenchSettings
-
-    if plot is not None:
-        check_plot(plot)
-    settings = BenchSettings(prompt_tokens, new_tokens, batch, dtype, device or "auto", threads)
-    with tables.Meter("bench", "repetitions") as meter:
-        comparison = compare(dense, compressed, settings, repeats, meter.update)
-    if plot is not None:
-        save_plot(comparison, plot)
-    print_comparison(comparison, json)
 
 
 def main() -> None:

@@ -266,6 +266,37 @@ def validated(model: type[ModelT], values: dict[str, Any], origin: str) -> Model
         raise LestdError(f"{origin}: {key + ': ' if key else ''}{message}{shown}") from None
 
 
+def run_options(
+    model: str | None, config: Path | None, options: dict[str, Any]
+) -> tuple[str, str | None, RunConfig]:
+    """Model, revision and configuration from a run file and the options; options win.
+
+    Raises:
+        LestdError: no model is named, or a value is not valid.
+    """
+    values = {} if config is None else load_yaml(config)
+    given = {key: value for key, value in options.items() if value is not None}
+    if "keep" in given or "keep_model" in given:
+        values = {k: v for k, v in values.items() if k not in ("keep", "keep_model")}
+    values |= given | ({} if model is None else {"model": model})
+    run_file = validated(RunFile, values, str(config or "options"))
+    if run_file.model is None:
+        raise LestdError("no model given; name a directory or a Hub id, or set model in --config")
+    plain = run_file.model_dump(exclude={"model", "revision"})
+    return run_file.model, run_file.revision, RunConfig.model_validate(plain)
+
+
+def cluster_options(cluster: Path | None, **options: Any) -> ClusterConfig:
+    """Where to compute, from a cluster file and the options; options win.
+
+    Raises:
+        LestdError: a value is not valid.
+    """
+    values = {} if cluster is None else load_yaml(cluster)
+    values |= {key: value for key, value in options.items() if value is not None}
+    return validated(ClusterConfig, values, str(cluster or "options"))
+
+
 def scope_keep(config: RunConfig, scope_bytes: int, model_bytes: int) -> float:
     """The keep of the weights in scope, from `keep` or from `keep_model`.
 
