@@ -24,7 +24,8 @@ _SPECTRUM_DECAY = 0.2
 def predict_seconds(plan: Plan, device: str, threads: int) -> dict[str, float]:
     """Time that a worker like this process will spend inside the decomposition of each task.
 
-    Reading and writing are left out: they happen beside it.
+    Reading and writing are left out: they happen beside it. Where global allocation has yet to
+    decide, both passes over a group count, the second as if its budget were the uniform one.
 
     Args:
         plan: what is to be done.
@@ -50,22 +51,24 @@ def predict_seconds(plan: Plan, device: str, threads: int) -> dict[str, float]:
         with torch.inference_mode():
             for planned in plan.tasks:
                 task = planned.task
-                args = str(task.method_args)
-                kind = (task.layout, task.method, args, task.value_dtype, round(planned.keep, 3))
+                passes = (False,) if plan.decided or planned.curve is None else (True, False)
+                how = (task.method, str(task.method_args), task.value_dtype, passes)
+                kind = (task.layout, how, round(planned.keep, 3))
                 if kind not in known:
-                    known[kind] = _seconds(planned, torch.device(device))
+                    known[kind] = sum(_seconds(planned, torch.device(device), p) for p in passes)
                 predicted[task.group] = known[kind]
     finally:
         torch.set_num_threads(before)
     return predicted
 
 
-def _seconds(planned: PlannedTask, device: torch.device) -> float:
+def _seconds(planned: PlannedTask, device: torch.device, curve: bool) -> float:
+    """Seconds of one pass over a group: the one for its curve, or the one that encodes it."""
     d = planned.task.layout.width
     if d <= _WIDTHS[-1]:
-        return _measure(planned, d, device)
+        return _measure(planned, d, device, curve)
     small, large = _WIDTHS
-    first, second = (_measure(planned, width, device) for width in _WIDTHS)
+    first, second = (_measure(planned, width, device, curve) for width in _WIDTHS)
     # first = a small^3 + b small^2 and second likewise; noise must not make either negative.
     cubic = (second / large**2 - first / small**2) / (large - small)
     cubic = min(max(cubic, 0.0), second / large**3)
@@ -73,7 +76,7 @@ def _seconds(planned: PlannedTask, device: torch.device) -> float:
     return cubic * d**3 + square * d**2
 
 
-def _measure(planned: PlannedTask, width: int, device: torch.device) -> float:
+def _measure(planned: PlannedTask, width: int, device: torch.device, curve: bool) -> float:
     """Seconds for a group of this width; the second call counts, when all is warm."""
     task, layout = planned.task, _scaled(planned.task.layout, width)
     dtype = getattr(torch, task.value_dtype)
@@ -81,6 +84,9 @@ def _measure(planned: PlannedTask, width: int, device: torch.device) -> float:
     columns = len(layout.slices) * layout.head_dim
     W = torch.randn(width, columns, generator=generator)
     W *= torch.arange(1, width + 1)[:, None] ** -_SPECTRUM_DECAY
+    dense_bytes = layout.elements * dtype.itemsize
+    share = dense_bytes / task.dense_bytes
+    budgets = planned.curve.curve_budgets if curve and planned.curve else ()
     took = 0.0
     for _ in range(2):
         unfolding = W.to(device, copy=True)
@@ -88,9 +94,10 @@ def _measure(planned: PlannedTask, width: int, device: torch.device) -> float:
         METHODS[task.method].decompose(
             unfolding,
             layout,
-            int(planned.keep * layout.elements * dtype.itemsize),
+            int(planned.keep * dense_bytes),
             dtype,
             MethodArgs(**task.method_args),
+            [int(budget * share) for budget in budgets],
         )
         took = time.perf_counter() - start
     return took

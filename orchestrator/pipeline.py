@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Outcome:
     Attributes:
         plan: undecided where pass one failed.
         rows: group rows of the finished tasks, by layer.
-        curves: number of curves that are found.
+        curves: a row of each curve that is found; what belongs to its group stands in each row.
         failures: tasks that have no result.
         skipped: tasks that were finished before this call.
         seconds: wall time of this call.
@@ -51,7 +51,7 @@ class Outcome:
     rows: tuple[dict[str, Any], ...]
     failures: tuple[Failure, ...]
     skipped: int
-    curves: int
+    curves: tuple[dict[str, Any], ...]
     seconds: float
 
     @property
@@ -109,9 +109,11 @@ def compress_model(
         if model is not None:
             require_same(model["fingerprint"], current, out)
             if not run.exists:  # `lestd clean` has dropped it, and nothing is left to do.
-                rows = Manifest(out / MANIFEST_DIR).groups().to_pylist()
+                manifest = Manifest(out / MANIFEST_DIR)
+                rows = manifest.groups().to_pylist()
+                found = _first_rows(manifest.completed_curves(plan.curve_tasks))
                 seconds = time.monotonic() - began
-                return Outcome(plan, tuple(rows), (), len(rows), len(plan.curve_tasks), seconds)
+                return Outcome(plan, tuple(rows), (), len(rows), found, seconds)
         run.begin(source, current, plan)
 
         def run_pass(name: str, plan: Plan, tasks: Sequence[Task]) -> _Pass:
@@ -144,7 +146,7 @@ def compress_model(
             curves = first.done
             if len(curves) < len(plan.curve_tasks):
                 seconds = time.monotonic() - began
-                return Outcome(plan, (), first.failures, 0, len(curves), seconds)
+                return Outcome(plan, (), first.failures, 0, _first_rows(curves), seconds)
             plans = decide(plan, curves)
         for plan in plans:
             run.write_plan(plan)
@@ -157,7 +159,12 @@ def compress_model(
         if complete and (encoded.skipped < len(tasks) or model is None):
             assemble(source, plan, rows, run_dir, out, current)
     seconds = time.monotonic() - began
-    return Outcome(plan, tuple(rows), encoded.failures, encoded.skipped, len(curves), seconds)
+    found = _first_rows(curves)
+    return Outcome(plan, tuple(rows), encoded.failures, encoded.skipped, found, seconds)
+
+
+def _first_rows(curves: Mapping[str, Sequence[dict[str, Any]]]) -> tuple[dict[str, Any], ...]:
+    return tuple(rows[0] for rows in curves.values())
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def outcome_figures(
         "run_dir": str(run_dir),
         "complete": outcome.complete,
         "allocation": plan.allocation,
-        "curves": outcome.curves,
+        "curves": len(outcome.curves),
         "tasks": len(plan.tasks),
         "finished": len(rows),
         "finished_before": outcome.skipped,
@@ -178,7 +178,9 @@ def outcome_figures(
             "worker_memory_bytes": max((row["peak_memory_bytes"] for row in rows), default=0),
             "run_disk_bytes": sum(row["payload_bytes"] for row in rows),
             "decomposition_seconds": sum(
-                row[f"seconds_{stage}"] for row in rows for stage in COMPUTING_STAGES
+                row[f"seconds_{stage}"]
+                for row in (*rows, *outcome.curves)
+                for stage in COMPUTING_STAGES
             ),
         },
     }
@@ -202,7 +204,7 @@ def print_outcome(
         plan = outcome.plan
         tasks, finished = len(plan.tasks), len(outcome.rows)
         if not plan.decided:
-            tasks, finished = len(plan.curve_tasks), outcome.curves
+            tasks, finished = len(plan.curve_tasks), len(outcome.curves)
         tables.err.print(
             f"{len(outcome.failures)} of {tasks} tasks failed; the other "
             f"{finished} are kept in {run_dir}: mend the cause, then run the same "

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from cli import lestd
 from groups import fused, gqa, mha
 
 from lestd_kernels.errors import LestdError
-from lestd_kernels.methods import MethodArgs
+from lestd_kernels.methods import METHODS, MethodArgs
 from lestd_kernels.methods.steps import group_shape
 from orchestrator.calibration import _scaled, predict_seconds
 from orchestrator.config import RunConfig
+from orchestrator.manifest import COMPUTING_STAGES, Manifest
 from orchestrator.plan import make_plan
 from orchestrator.source import open_headers
 
@@ -74,3 +76,34 @@ def test_the_plan_says_seconds_and_the_end_sets_them_beside_the_actual_ones(tiny
     shown = lestd(*command, "--executor", "serial").out  # complete already, and not calibrated
     assert "disk of the run, at most" in shown
     assert "decomposing" not in shown
+
+
+def test_global_allocation_is_predicted_with_both_of_its_passes(tiny_llama, tmp_path):
+    command = ("compress", tiny_llama, "--keep", 0.4, "--allocation", "global", "--calibrate")
+    run = lestd(*command, "--out", tmp_path / "out", "--executor", "serial", "--json")
+    actual = json.loads(run.out)["actual"]["decomposition_seconds"]
+    manifest = Manifest(tmp_path / "out" / "manifest")
+    curves = {row["task_id"]: row for row in manifest.curves().to_pylist()}
+    rows = [*manifest.groups().to_pylist(), *curves.values()]
+    assert len(curves) * 2 == len(rows)
+    assert actual == pytest.approx(
+        sum(row[f"seconds_{stage}"] for row in rows for stage in COMPUTING_STAGES)
+    )
+
+
+def test_both_passes_of_global_allocation_are_measured(tiny_llama, monkeypatch):
+    method, asked = METHODS["lestd"], []
+
+    def spy(unfolding, layout, byte_budget, value_dtype, args, curve_budgets):
+        asked.append((byte_budget, tuple(curve_budgets)))
+        return method.decompose(unfolding, layout, byte_budget, value_dtype, args, curve_budgets)
+
+    monkeypatch.setitem(METHODS, "lestd", replace(method, decompose=spy))
+    plan = make_plan(open_headers(str(tiny_llama), None), RunConfig(keep=0.4, allocation="global"))
+    predict_seconds(plan, "cpu", 1)
+    first = plan.tasks[0]  # All layers are alike: one kind, measured once and warmed up before.
+    curve, encode = (
+        (first.task.byte_budget, first.curve.curve_budgets),
+        (first.task.byte_budget, ()),
+    )
+    assert asked == [curve, curve, encode, encode]
