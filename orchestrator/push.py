@@ -8,6 +8,7 @@ what has arrived of a file.
 from __future__ import annotations
 
 import glob
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,6 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import logging as hub_logging  # type: ignore[attr-defined]
 
 from lestd_kernels.errors import LestdError, first_line
 from orchestrator import tables
@@ -64,7 +64,7 @@ def push(directory: Path, repository: str, private: bool, branch: str | None) ->
     """
     names = _finished_files(directory)
     if not tables.err.is_terminal:  # There huggingface_hub draws bars; in a log it speaks if asked.
-        hub_logging.set_verbosity_info()
+        logging.getLogger("huggingface_hub").setLevel(logging.INFO)
     with _explain_hub_errors(repository), warnings.catch_warnings():
         # Ours is no data set: the Parquet files are the model's manifest.
         warnings.filterwarnings("ignore", message=".*commit a data file")

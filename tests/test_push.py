@@ -122,7 +122,7 @@ def story(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         ]
         answers = push_each(hub, home, calls)
     (model / "notes.txt").unlink()
-    yield Story(hub, sent, log, process.returncode, answers)
+    return Story(hub, sent, log, process.returncode, answers)
 
 
 def test_a_killed_push_is_continued(story: Story, model: Path) -> None:
@@ -157,7 +157,7 @@ def test_shards_of_an_earlier_push_go(story: Story) -> None:
 
 def test_nothing_changes_beside_the_model(story: Story, model: Path) -> None:
     assert lestd("verify", model).code == 0
-    assert not [path for path in model.rglob(".*")]
+    assert not list(model.rglob(".*"))
     assert {path.name for path in model.parent.iterdir()} == {"model", "model.run"}
 
 
