@@ -254,6 +254,16 @@ def test_the_job_is_run_again_and_its_cluster_goes() -> None:
     assert re.search(r"--run-dir \w+://", entrypoint)
 
 
+def test_the_image_has_every_package() -> None:
+    lines = (CONFIGS / "kuberay" / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = {name for line in lines if line.startswith("COPY") for name in line.split()[2:-1]}
+    assert all((ROOT / name).exists() for name in copied)
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = {name.partition(".")[0] for name in setup["tool"]["setuptools"]["packages"]}
+    files = {setup["project"]["readme"], *setup["project"]["license-files"]}
+    assert copied == packages | files | {"pyproject.toml", "constraints.txt"}
+
+
 def test_the_cluster_shares_a_volume() -> None:
     claim, cluster = yaml.safe_load_all(KUBERAY[1].read_text(encoding="utf-8"))
     assert cluster["kind"] == "RayCluster"
