@@ -1,7 +1,8 @@
-"""The commands that work on models, compressed or not: convert, export, evaluate, bench."""
+"""The commands that work on models, compressed or not: convert, export, evaluate, bench, push."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -138,3 +139,31 @@ def bench(
     if plot is not None:
         save_plot(comparison, plot)
     print_comparison(comparison, json)
+
+
+@app.command()
+def push(
+    model: Annotated[
+        Path, typer.Argument(help="The compressed model's directory.", callback=absolute)
+    ],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; made if it is not there.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a private repository; refuse a public one.")
+    ] = False,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Branch; made if it is not there.", show_default="the main one"),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Upload a compressed model to the Hub. Run the same command again to continue."""
+    from orchestrator.push import push as push_model
+
+    pushed = push_model(model, repo, private, revision)
+    if json:
+        tables.print_json(asdict(pushed))
+        return
+    tables.out.print(
+        f"{pushed.url}: {pushed.files} files, {tables.size(pushed.bytes)}, commit {pushed.commit}",
+        soft_wrap=True,
+    )
