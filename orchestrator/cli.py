@@ -113,10 +113,12 @@ def compress(
     json: Json = False,
 ) -> None:
     """Compress a checkpoint. Run the same command again to continue after a crash."""
+    given = dict(locals())
     from orchestrator.executor import open_executor
     from orchestrator.pipeline import compress_model
     from orchestrator.plan import make_plan
     from orchestrator.source import open_headers, resolve_source
+    from orchestrator.submit import jobs_address, run_as_job
     from orchestrator.summary import (
         CompressionProgress,
         describe_plan,
@@ -128,6 +130,8 @@ def compress(
     options = {k: v for k, v in locals().items() if k in RunFile.model_fields and k != "model"}
     name, revision, run_config = run_options(model, config, options)
     cluster_config = cluster_options(cluster, executor=executor, workers=workers, address=address)
+    if jobs := jobs_address(cluster_config):
+        raise typer.Exit(run_as_job(jobs, "compress", given | {"model": name}, cluster_config))
     if dry_run:
         planned = make_plan(open_headers(name, revision), run_config)
         print_plan(name, describe_plan(planned, run_config, calibrate), json)

@@ -101,10 +101,14 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure token and word perplexity over non-overlapping windows of a text."""
+    given = dict(locals())
     from orchestrator.executor import open_executor
+    from orchestrator.submit import jobs_address, run_as_job
     from orchestrator.summary import evaluate_models, print_evaluations
 
     cluster_config = cluster_options(cluster, executor=executor, workers=workers, address=address)
+    if jobs := jobs_address(cluster_config):
+        raise typer.Exit(run_as_job(jobs, "evaluate", given, cluster_config))
     models = [model] if against is None else [against, model]
     settings = {"window": window, "max_windows": max_windows, "dtype": dtype}
     settings |= {"device": device or "auto", "threads": 1 if threads is None else threads}

@@ -136,7 +136,11 @@ ExecutorOption = Annotated[
 ]
 Address = Annotated[
     str | None,
-    typer.Option(help="Ray cluster.", show_default="RAY_ADDRESS, one running here, a local one"),
+    typer.Option(
+        help="Ray cluster. auto, or HOST:6379 of its head: join it from here, a machine of it. "
+        "http://HEAD:8265 or ray://HEAD:10001: run this command there as a Ray job and follow it.",
+        show_default="RAY_ADDRESS, one running here, a local one",
+    ),
 ]
 Workers = Annotated[
     int | None,
