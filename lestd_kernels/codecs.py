@@ -67,15 +67,21 @@ def _specs_dense(rows: int, columns: int, nnz: int) -> dict[str, TensorSpec]:
     return {"values": ((rows * columns,), None)}
 
 
-_COUNT_BYTES = 1 << 20
+_COUNT_BYTES = 1 << 17
+_GATHER_ELEMENTS = 1 << 16
 _BIT_WEIGHTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def pack_bits(flags: Tensor) -> Tensor:
     """Pack a 1-D bool tensor ``(n,)`` into uint8 ``(ceil(n / 8),)``, lowest bit first."""
-    padded = torch.nn.functional.pad(flags, (0, -flags.numel() % 8)).view(-1, 8)
-    weights = torch.tensor(_BIT_WEIGHTS, dtype=torch.uint8, device=flags.device)
-    return (padded.to(torch.uint8) * weights).sum(dim=1, dtype=torch.uint8)
+    words = torch.nn.functional.pad(flags, (0, -flags.numel() % 8)).view(torch.int64)
+    # The factor moves bit 8 i, the flag of byte i, to bit 56 + i.
+    return ((words * 0x0102040810204080) >> 56).to(torch.uint8)
+
+
+def count_nonzeros(matrix: Tensor) -> int:
+    """`Tensor.count_nonzero` of a whole tensor, some times as fast on CPU in 16 bits."""
+    return count_bits(pack_bits(matrix.reshape(-1) != 0), matrix.numel())
 
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
@@ -102,7 +108,17 @@ def count_bits(packed: Tensor, count: int) -> int:
 def _encode_bitmask(matrix: Tensor) -> dict[str, Tensor]:
     flat = matrix.reshape(-1)
     flags = flat != 0
-    return {"values": flat[flags], "mask": pack_bits(flags)}
+    mask = pack_bits(flags)
+    values = flat.new_empty(count_bits(mask, flat.numel()))
+    first = 0
+    # In parts: the positions of the non-zeros take 8 bytes each.
+    for part, chosen in zip(
+        torch.split(flat, _GATHER_ELEMENTS), torch.split(flags, _GATHER_ELEMENTS), strict=True
+    ):
+        found = part[chosen]
+        values[first : first + len(found)] = found
+        first += len(found)
+    return {"values": values, "mask": mask}
 
 
 def _decode_bitmask(tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:

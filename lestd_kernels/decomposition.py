@@ -20,14 +20,21 @@ Bader, "Tensor Decompositions and Applications", SIAM Review 51(3), 2009.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lestd_kernels.codecs import CODECS, UNSTRUCTURED, TensorSpec, cheapest_codec, count_bits
+from lestd_kernels.codecs import (
+    CODECS,
+    UNSTRUCTURED,
+    TensorSpec,
+    cheapest_codec,
+    count_bits,
+    count_nonzeros,
+)
 from lestd_kernels.tensorize import PROJECTIONS, GroupLayout, ModuleLayout, fold_weights
 
 FORMAT_VERSION = 1
@@ -55,7 +62,7 @@ class EncodedCore:
     def encode(cls, matrix: Tensor, pattern: str = UNSTRUCTURED) -> EncodedCore:
         """Store `matrix`, already in its value dtype, in the codec with the fewest bytes."""
         rows, columns = matrix.shape
-        nnz = int(matrix.count_nonzero())
+        nnz = count_nonzeros(matrix)
         codec = cheapest_codec(rows, columns, nnz, matrix.element_size())
         return cls(codec.name, rows, columns, nnz, codec.encode(matrix), pattern)
 
@@ -172,11 +179,15 @@ class SharedTucker:
 
     def module_cores(self) -> Iterator[Tensor]:
         """M ``(R1, S_m R2)`` of every module in order, dense, float32."""
+        return self.mixed_cores(core.decode() for core in self.cores.values())
+
+    def mixed_cores(self, cores: Iterable[Tensor]) -> Iterator[Tensor]:
+        """`module_cores` for cores that are decoded already, in order, in the value dtype."""
         if self.U3 is None:
-            for module in self.layout.modules:
-                yield self.cores[module.name].decode().float()
+            for core in cores:
+                yield core.float()
             return
-        core = self.cores[CORE_NAME].decode().float()
+        [core] = (core.float() for core in cores)
         for module in self.layout.modules:
             U3_rows = self.U3[list(module_types(module))].float()
             yield mix_types(core, U3_rows, self.U2.shape[1])

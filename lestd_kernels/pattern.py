@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.budget import CurvePoint, GroupShape, Limits, rank_grid
-from lestd_kernels.stage1 import Factors, Ranks, project_rows, squared_sum
+from lestd_kernels.rank_search import RotatedCore
+from lestd_kernels.stage1 import Factors, Ranks
 from lestd_kernels.tensorize import BasisSide
 
 _CHUNK_ELEMENTS = 1 << 20
@@ -145,7 +146,7 @@ def fitting_ranks(shape: GroupShape, limits: Limits) -> list[Ranks]:
 
 
 def search_two_of_four(
-    W: Tensor, bases: Factors, shape: GroupShape, limits: Sequence[Limits]
+    core: RotatedCore, shape: GroupShape, limits: Sequence[Limits]
 ) -> list[CurvePoint]:
     """Ranks of `fitting_ranks` that keep the most energy under the pattern.
 
@@ -155,30 +156,28 @@ def search_two_of_four(
     them hardly ever keep less. Equal candidates: the smallest R2.
 
     Args:
-        W: ``(d, 1, n, p)``, float32.
-        bases: square factors of `stage1.hosvd`.
+        core: the group, rotated by its HOSVD bases.
         shape: sizes of the group, type mode identity.
         limits: feasible ones (see `budget.require_feasible`).
 
     Returns:
         One point per budget.
     """
-    core = project_rows(W, bases.U1)[:, 0] @ bases.U2
-    squared_norm = squared_sum(W)
+    found = [(one.byte_budget, fitting_ranks(shape, one)) for one in limits]
+    core.compute(max(ranks.R1 for _, fitting in found for ranks in fitting))
 
     @cache
     def energy(ranks: Ranks) -> float:
-        order1, order2 = (_spread_order(rank).to(W.device) for rank in (ranks.R1, ranks.R2))
-        total, first = 0.0, 0
-        for module in shape.layout.modules:
-            slices = core[:, first : first + len(module.slices)]
-            M = slices[order1][:, :, order2].flatten(1)
+        device = core.parts[0].device
+        order1, order2 = (_spread_order(rank).to(device) for rank in (ranks.R1, ranks.R2))
+        total = 0.0
+        for module, part in zip(shape.layout.modules, core.parts, strict=True):
+            M = part[order1, 0][:, :, order2].flatten(1)
             total += _kept_energy(M, contraction_dim(module.basis_side))
-            first += len(module.slices)
         return total
 
-    found = [(one.byte_budget, max(fitting_ranks(shape, one), key=energy)) for one in limits]
-    return [CurvePoint(b, ranks, max(squared_norm - energy(ranks), 0.0)) for b, ranks in found]
+    chosen = [(budget, max(fitting, key=energy)) for budget, fitting in found]
+    return [CurvePoint(b, r, max(core.squared_norm - energy(r), 0.0)) for b, r in chosen]
 
 
 def _kept_energy(matrix: Tensor, dim: int) -> float:

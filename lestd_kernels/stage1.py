@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_SUM_ELEMENTS = 1 << 20
+_SUM_ELEMENTS = 1 << 16
 _GRAM_BLOCKS = 8
 # Beyond, an eigenproblem in float64 takes longer than everything else together. In float32 the
 # eigenvectors are orthonormal to 1e-5, and directions whose eigenvalues differ by less than 1e-6 of
 # the largest may mix, which costs no more than that share of the energy.
-_FLOAT64_ORDER = 1024
+FLOAT64_ORDER = 1024
 
 
 class Ranks(NamedTuple):
@@ -74,10 +74,10 @@ def leading_eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``(eigenvalues (m,) float64, eigenvectors (m, m) float32)``.
     """
-    exact = gram.double() if gram.shape[0] <= _FLOAT64_ORDER else gram
+    exact = gram.double() if gram.shape[0] <= FLOAT64_ORDER else gram
     values, vectors = torch.linalg.eigh(exact)
     pivots = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
-    vectors = torch.where(pivots < 0, -vectors, vectors)
+    vectors.mul_(torch.where(pivots < 0, -1, 1))
     return values.flip(0).double(), vectors.flip(1).float()
 
 
@@ -94,9 +94,15 @@ def mix(W: Tensor, U3: Tensor) -> Tensor:
 
 
 def _gram1(W: Tensor) -> Tensor:
-    flat = W.flatten(1)
-    gram = W.new_empty(len(flat), len(flat))
-    # Symmetric: the blocks on and above the diagonal, little more than half of the work.
+    return gram_matrix(W.flatten(1))
+
+
+def gram_matrix(flat: Tensor) -> Tensor:
+    """``A A^T (m, m)`` of A ``(m, n)``, by the blocks on and above the diagonal.
+
+    That is little more than half of the work of a product.
+    """
+    gram = flat.new_empty(len(flat), len(flat))
     step = -(-len(flat) // _GRAM_BLOCKS)
     for first in range(0, len(flat), step):
         block = slice(first, first + step)
@@ -194,9 +200,9 @@ def hooi(W: Tensor, bases: Bases, ranks: Ranks, tol: float, max_iter: int) -> St
 def _sweep(W: Tensor, factors: Factors) -> tuple[Factors, float]:
     """One HOOI sweep; also ``||G||^2`` with the new factors."""
     R1, R2, R3 = factors.ranks
-    projected = _reduce_types(_reduce_columns(W, factors.U2), factors.U3)
-    factors = replace(factors, U1=_leading(_gram1(projected), R1))
-    del projected
+    gram = _gram1(_reduce_types(_reduce_columns(W, factors.U2), factors.U3))
+    factors = replace(factors, U1=_leading(gram, R1))
+    del gram
     rows = project_rows(W, factors.U1)
     factors = replace(factors, U3=_leading(_gram3(_reduce_columns(rows, factors.U2)), R3))
     values, vectors = leading_eigenvectors(_gram2(_reduce_types(rows, factors.U3)))
@@ -220,7 +226,10 @@ def _reduce_types(W: Tensor, U3: Tensor) -> Tensor:
 
 def squared_sum(tensor: Tensor) -> float:
     """Squared Frobenius norm, accumulated in float64."""
-    # In parts: vector_norm converts its whole input first.
-    parts = torch.split(tensor.flatten(), _SUM_ELEMENTS)
-    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
-    return float(torch.stack(norms).square().sum())
+    flat, total = tensor.flatten(), tensor.new_zeros((), dtype=torch.float64)
+    # In parts that stay in a cache while they are float64.
+    scratch = flat.new_empty(min(_SUM_ELEMENTS, flat.numel()), dtype=torch.float64)
+    for part in torch.split(flat, _SUM_ELEMENTS):
+        exact = scratch[: len(part)].copy_(part)
+        total += torch.dot(exact, exact)
+    return float(total)

@@ -26,13 +26,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lestd_kernels.stage1 import Factors, mix, project_rows, squared_sum
+from lestd_kernels.stage1 import Factors, gram_matrix, mix, project_rows, squared_sum
 
 Fits = Callable[[Sequence[int]], bool]
 """Whether cores with these numbers of non-zeros fit; once false, false for any larger numbers."""
 
 _LOW_BITS = 16
-_CHUNK_ELEMENTS = 1 << 20
+_CHUNK_ELEMENTS, _COUNT_ELEMENTS = 1 << 20, 1 << 18
 _REFIT_ITERATIONS = 10
 _REFIT_TOLERANCE = 1e-5
 # Share of the squared residual that is not worth a pass over the core. The bound that is compared
@@ -40,18 +40,20 @@ _REFIT_TOLERANCE = 1e-5
 _REFIT_GAIN = 3e-4
 
 
-def fit_core(W: Tensor, factors: Factors) -> Tensor:
-    """The dense core of least squared residual for given factors.
+def fit_cores(W: Tensor, factors: Factors, core_slices: Sequence[int]) -> list[Tensor]:
+    """The dense cores of least squared residual for given factors.
 
     Args:
         W: ``(d, T, n, p)``, float32.
         factors: of full column rank, not necessarily orthonormal; any floating dtype.
+        core_slices: extent n_c of each core along the slice axis.
 
     Returns:
-        C ``(R1, R3, n, R2)``, float32.
+        C ``(R1, R3, n_c, R2)``, float32, core by core.
     """
     U1, U2, U3 = (_dual(U) for U in (factors.U1, factors.U2, factors.U3))
-    return mix(project_rows(W, U1), U3) @ U2
+    parts = torch.split(W, list(core_slices), dim=2)
+    return [mix(project_rows(part, U1), U3) @ U2 for part in parts]
 
 
 def _dual(U: Tensor) -> Tensor:
@@ -64,21 +66,42 @@ def _dual(U: Tensor) -> Tensor:
 def gram_factors(factors: Factors) -> Factors:
     """A1, A2 and A3, float32, of factors as they will be stored."""
     U1, U2, U3 = (U.float() for U in (factors.U1, factors.U2, factors.U3))
-    return Factors(U1.T @ U1, U2.T @ U2, U3.T @ U3)
+    return Factors(*(gram_matrix(U.T) for U in (U1, U2, U3)))
 
 
 def one_shot(targets: Sequence[Tensor], fits: Fits, grams: Factors) -> list[Tensor]:
     """Keep the largest elements that fit, and refit them: the optimal k-term approximation.
 
     Args:
-        targets: unconstrained solution C, core by core, float32.
+        targets: unconstrained solution C, core by core, float32; used up.
         fits: the byte budget.
         grams: see `gram_factors`.
 
     Returns:
         Sparse cores, float32.
     """
-    return refit(targets, select_largest(targets, fits), targets, grams)
+    return refit_targets(targets, select_largest(targets, fits), grams)
+
+
+def refit_targets(
+    targets: Sequence[Tensor], masks: Sequence[Tensor], grams: Factors
+) -> list[Tensor]:
+    """`refit` from the targets themselves.
+
+    Where the factors are so near to orthonormal that no step can gain anything worth it, none is
+    taken.
+
+    Args:
+        targets: unconstrained solution C, per core; used up, since a copy takes as much memory.
+        masks: the support, per core.
+        grams: A1, A2, A3.
+
+    Returns:
+        New cores, zero outside the masks.
+    """
+    if _largest_gain(grams) > _REFIT_GAIN:
+        return refit(targets, masks, targets, grams)
+    return [target.mul_(mask) for target, mask in zip(targets, masks, strict=True)]
 
 
 def prune_refit(
@@ -147,10 +170,9 @@ def select_largest(cores: Sequence[Tensor], fits: Fits) -> list[Tensor]:
     quotas = _tie_quotas(low[:, digit].tolist(), kept.tolist(), fits)
     masks = []
     for core, quota in zip(cores, quotas, strict=True):
-        magnitude = core.abs()
-        mask = magnitude > threshold
+        mask = core.abs() > threshold
         if quota:
-            ties = (magnitude.view(-1) == threshold).nonzero().view(-1)
+            ties = (core.abs().view(-1) == threshold).nonzero().view(-1)
             mask.view(-1)[ties[:quota]] = True
         masks.append(mask)
     return masks
@@ -160,7 +182,7 @@ def _histograms(cores: Sequence[Tensor], bins: int, digit: Callable[[Tensor], Te
     """Counts ``(cores, bins)`` of a digit of the bit patterns of |g|."""
     counts = torch.zeros(len(cores), bins, dtype=torch.int64)
     for count, core in zip(counts, cores, strict=True):
-        for part in torch.split(core.view(-1), _CHUNK_ELEMENTS):
+        for part in torch.split(core.view(-1), _COUNT_ELEMENTS):
             count += torch.bincount(digit(part.abs().view(torch.int32)), minlength=bins).cpu()
     return counts
 
@@ -214,9 +236,6 @@ def refit(
     Returns:
         New cores, zero outside the masks.
     """
-    unfitted = all(value is target for value, target in zip(values, targets, strict=True))
-    if unfitted and _largest_gain(grams) <= _REFIT_GAIN:
-        return [target * mask for target, mask in zip(targets, masks, strict=True)]
     fitted = [torch.empty_like(target) for target in targets]
     for new, value, mask, target in zip(fitted, values, masks, targets, strict=True):
         slices = target.shape[2]
@@ -238,7 +257,7 @@ def _largest_gain(grams: Factors) -> float:
     e = 1.0
     for A in (grams.U1, grams.U2, grams.U3):
         X = A - torch.eye(len(A), device=A.device)
-        fourth = (X @ X) @ (X @ X)
+        fourth = gram_matrix(gram_matrix(X))
         e *= 1 + float(torch.linalg.vector_norm(fourth, dtype=torch.float64)) ** 0.25
     e -= 1
     return (e / (1 - e)) ** 2 if e < 1 else math.inf

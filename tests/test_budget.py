@@ -20,7 +20,7 @@ from lestd_kernels.codecs import CODECS
 from lestd_kernels.decomposition import CORE_NAME, EncodedCore, SharedTucker
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import METHODS, MethodArgs
-from lestd_kernels.rank_search import search_dense, search_sparse
+from lestd_kernels.rank_search import RotatedCore, search_dense, search_sparse
 from lestd_kernels.stage1 import Ranks, hosvd
 from lestd_kernels.stage2 import select_largest
 
@@ -120,7 +120,10 @@ def test_sparse_search_finds_the_best_of_an_exact_scan(layout, learned, keep, ma
     bases = hosvd(W)
     core = rotated(W, bases)
     exact = {r: exact_energy(core, shape, limits, r) for r in candidates(shape, 4)}
-    [found] = (point.ranks for point in search_sparse(W, bases, shape, [limits]))
+    [found] = (
+        point.ranks
+        for point in search_sparse(RotatedCore(W, bases, shape.core_slices), shape, [limits])
+    )
     assert exact[found] >= max(exact.values()) * (1 - 1e-3)
     assert len({round(e, 3) for e in exact.values()}) > 5  # the choice was not empty
 
@@ -135,9 +138,9 @@ def test_one_scan_gives_every_budget_its_ranks_and_error(layout, learned, max_fl
     bases = hosvd(W)
     core = rotated(W, bases)
     norm = float(W.double().square().sum())
-    points = search_sparse(W, bases, shape, limits)
+    points = search_sparse(RotatedCore(W, bases, shape.core_slices), shape, limits)
     for point, one in zip(points, limits, strict=True):
-        assert [point] == search_sparse(W, bases, shape, [one])
+        assert [point] == search_sparse(RotatedCore(W, bases, shape.core_slices), shape, [one])
         error = norm - exact_energy(core, shape, one, point.ranks)
         # To float32's last digits of the norm, where little is left.
         assert point.squared_error == pytest.approx(error, rel=2e-3, abs=1e-6 * norm)
@@ -151,7 +154,9 @@ def test_a_long_grid_is_searched_in_two_rounds(keep):
     bases = hosvd(W)
     core = rotated(W, bases)
     exact = {r: exact_energy(core, shape, limits, r) for r in candidates(shape, 1)}
-    found, thorough = search_sparse(W, bases, shape, [limits, limits])
+    found, thorough = search_sparse(
+        RotatedCore(W, bases, shape.core_slices), shape, [limits, limits]
+    )
     for point in (found, thorough):
         assert exact[point.ranks] >= max(exact.values()) * (1 - 1e-3)
     # A curve's points are looked for among all values.
@@ -172,7 +177,10 @@ def test_dense_search_finds_the_best_of_an_exact_scan(layout, learned, keep, max
     for ranks in itertools.starmap(Ranks, itertools.product(R1s, R2s, range(1, shape.types + 1))):
         if dense_bytes(shape, ranks) <= limits.byte_budget and limits.allows_flops(shape, ranks):
             best = max(best, float(squares[: ranks.R1, : ranks.R3, :, : ranks.R2].sum()))
-    [found] = (point.ranks for point in search_dense(W, bases, shape, [limits]))
+    [found] = (
+        point.ranks
+        for point in search_dense(RotatedCore(W, bases, shape.core_slices), shape, [limits])
+    )
     assert dense_bytes(shape, found) <= limits.byte_budget
     assert limits.allows_flops(shape, found)
     energy = float(squares[: found.R1, : found.R3, :, : found.R2].sum())
@@ -193,7 +201,10 @@ def test_a_zero_tensor_gets_ranks():
     W = torch.zeros(16, 1, 8, 4)
     limits = Limits(1000, None, 4)
     for search in (search_sparse, search_dense):
-        [ranks] = (point.ranks for point in search(W, hosvd(W), shape, [limits]))
+        [ranks] = (
+            point.ranks
+            for point in search(RotatedCore(W, hosvd(W), shape.core_slices), shape, [limits])
+        )
         assert min(ranks) > 0
         assert shape.stored_bytes(ranks, [0] * 4) <= 1000
 

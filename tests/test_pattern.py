@@ -32,6 +32,7 @@ from lestd_kernels.decomposition import EncodedCore, SharedTucker, stored_specs
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import METHODS, MethodArgs
 from lestd_kernels.pattern import most_kept, search_two_of_four, spread, two_of_four
+from lestd_kernels.rank_search import RotatedCore
 from lestd_kernels.stage1 import Factors, Ranks, hosvd
 from lestd_kernels.tensorize import unfold_weights
 
@@ -129,7 +130,10 @@ def test_the_search_finds_the_best_of_an_exhaustive_one(layout, keep, max_flops)
             energy += float(M[mask].double().square().sum())
         fits = shape.stored_bytes(ranks, nnz) <= limits.byte_budget
         energies[ranks] = energy if fits and limits.allows_flops(shape, ranks) else -1.0
-    [found] = (point.ranks for point in search_two_of_four(W, bases, shape, [limits]))
+    [found] = (
+        point.ranks
+        for point in search_two_of_four(RotatedCore(W, bases, shape.core_slices), shape, [limits])
+    )
     assert energies[found] == pytest.approx(max(energies.values()), rel=1e-4)
     assert min(energies.values()) < energies[found]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lestd_kernels.stage1 import Factors
 from lestd_kernels.stage2 import (
-    fit_core,
+    fit_cores,
     gram_factors,
     one_shot,
     prune_refit,
@@ -45,7 +45,7 @@ def problem(T=1, R3=1, sizes=(3, 2), d=11, p=5, R1=6, R2=4, dtype=torch.float32,
         U = orthonormal(rows, rank, seed) if rows > 1 else torch.ones(1, 1)
         factors.append((U + noise * torch.randn(U.shape, generator=generator)).to(dtype))
     stored = Factors(*factors)
-    targets = [part.contiguous() for part in torch.split(fit_core(W, stored), list(sizes), dim=2)]
+    targets = fit_cores(W, stored, sizes)
     return W, stored, targets
 
 

@@ -38,7 +38,7 @@ from lestd_kernels.pattern import (
 )
 from lestd_kernels.rank_search import search_sparse
 from lestd_kernels.stage1 import Ranks
-from lestd_kernels.stage2 import gram_factors, one_shot, prune_refit, refit
+from lestd_kernels.stage2 import gram_factors, one_shot, prune_refit, refit_targets
 from lestd_kernels.tensorize import GroupLayout
 
 
@@ -91,7 +91,7 @@ def decompose(
     with clock("stage2"):
         grams = gram_factors(basis.factors)
         if shape.pattern == TWO_OF_FOUR:
-            cores = refit(cores, select_two_of_four(cores, shape), cores, grams)
+            cores = refit_targets(cores, select_two_of_four(cores, shape), grams)
         elif args.stage2 == "prune-refit":
             cores = prune_refit(cores, fits, grams, args.alpha)
         else:

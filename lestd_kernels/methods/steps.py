@@ -24,13 +24,17 @@ from lestd_kernels.decomposition import CORE_NAME, EncodedCore, SharedTucker
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods.base import Decomposed, MethodArgs, SliceStats
 from lestd_kernels.pattern import spread
-from lestd_kernels.stage1 import Factors, hooi, hosvd, squared_sum
-from lestd_kernels.stage2 import fit_core
+from lestd_kernels.rank_search import RotatedCore
+from lestd_kernels.stage1 import FLOAT64_ORDER, Factors, hooi, hosvd, squared_sum
+from lestd_kernels.stage2 import fit_cores
 from lestd_kernels.tensorize import PROJECTIONS, GroupLayout
 
-_ERROR_CHUNK_ELEMENTS = 1 << 22
+_ERROR_CHUNK_COLUMNS, _SQUARE_ELEMENTS = 512, 1 << 16
+# Multiples of the value dtype's epsilon. With a larger relative error the least-squares core of the
+# rounded factors gains less than 1e-4 of it over the core of the unrounded ones.
+_UNFITTED_ERROR = 20
 # Parts of tensors in progress, and freed memory that the allocator keeps for small tensors.
-_BUFFERS_BYTES = 192 << 20
+_BUFFERS_BYTES = 80 << 20
 
 
 class Stopwatch:
@@ -91,7 +95,7 @@ def type_major(unfolding: Tensor, shape: GroupShape) -> Tensor:
     return slices.reshape(layout.width, shape.types, -1, layout.head_dim)
 
 
-Search = Callable[[Tensor, Factors, GroupShape, Sequence[Limits]], list[CurvePoint]]
+Search = Callable[[RotatedCore, GroupShape, Sequence[Limits]], list[CurvePoint]]
 """A rank search of lestd_kernels.rank_search or lestd_kernels.pattern."""
 
 
@@ -152,8 +156,9 @@ def shared_basis(
         curve_budgets: feasible byte budgets to predict the error at.
 
     Returns:
-        The basis, and its least-squares cores ``(R1, R3, n_c, R2)``, float32, divided by the
-        scale; elements that the value dtype rounds to zero are zero.
+        The basis, and its cores ``(R1, R3, n_c, R2)``, float32, divided by the scale: those of
+        least squares, or where these cannot be better by more than 1e-4 of the error, those of
+        the factors before they are rounded. Elements that the value dtype rounds to zero are zero.
     """
     with clock("stage1"):
         scale = scale_to_one(unfolding)
@@ -162,7 +167,20 @@ def shared_basis(
     with clock("rank_search"):
         budgets = (limits.byte_budget, *curve_budgets)
         every = [replace(limits, byte_budget=budget) for budget in budgets]
-        chosen, *curve = search(W, bases, shape, every)
+        rotated = RotatedCore(W, bases, shape.core_slices)
+        chosen, *curve = search(rotated, shape, every)
+        # With one mode truncated the HOSVD's bases are the factors, and the order of their columns
+        # is kept unless the pattern changes it.
+        truncated = sum(
+            r < len(U) for r, U in zip(chosen.ranks, (bases.U1, bases.U2, bases.U3), strict=True)
+        )
+        unrounded = truncated < 2 and shape.pattern == UNSTRUCTURED
+        known = _UNFITTED_ERROR * torch.finfo(value_dtype).eps
+        if unrounded and chosen.squared_error >= known**2 * rotated.squared_norm:
+            cores = rotated.leading(chosen.ranks)
+        else:
+            cores = []
+        del rotated
     with clock("stage1"):
         found = hooi(W, bases, chosen.ranks, args.hooi_tol, args.hooi_max_iter)
         del bases
@@ -172,10 +190,13 @@ def shared_basis(
         energy, iterations = found.squared_energy, found.iterations
         del found
     with clock("stage2"):
-        core = fit_core(W, factors)
-        cores = [part.contiguous() for part in torch.split(core, list(shape.core_slices), dim=2)]
+        if not cores:
+            cores = fit_cores(W, factors, shape.core_slices)
+        finfo = torch.finfo(value_dtype)
+        # Half of the smallest number still becomes zero.
+        rounded_to_zero = finfo.smallest_normal * finfo.eps / 2 / scale
         for core in cores:
-            core.masked_fill_((core * scale).to(value_dtype) == 0, 0)
+            torch.hardshrink(core, rounded_to_zero, out=core)
     points = (replace(point, squared_error=point.squared_error * scale**2) for point in curve)
     return SharedBasis(factors, energy, iterations, scale, tuple(points)), cores
 
@@ -184,7 +205,7 @@ def finish(
     unfolding: Tensor,
     shape: GroupShape,
     basis: SharedBasis,
-    cores: Sequence[Tensor],
+    cores: list[Tensor],
     clock: Stopwatch,
 ) -> Decomposed:
     """Round the cores to the value dtype, encode them, and measure what was stored.
@@ -193,7 +214,8 @@ def finish(
         unfolding: ``(d, S p)``, float32, what the cores were fitted to: divided by the scale.
         shape: sizes of the group.
         basis: the shared basis.
-        cores: what to store in it, float32, ``(R1, R3, n_c, R2)`` each, divided by the scale.
+        cores: what to store in it, float32, ``(R1, R3, n_c, R2)`` each, divided by the scale;
+            emptied.
         clock: gets the stages ``"stage2"`` (encoding) and ``"error"``.
 
     Raises:
@@ -202,18 +224,18 @@ def finish(
     layout, factors = shape.layout, basis.factors
     names = [CORE_NAME] if shape.learned else [module.name for module in layout.modules]
     with clock("stage2"):
+        # One by one, so that float32 and rounded cores do not all exist at a time.
+        rounded = [_round_core(cores, basis.scale, factors.U1.dtype, name) for name in names]
         encoded = {
-            name: EncodedCore.encode(
-                _round_core(core, basis.scale, factors.U1.dtype, name), shape.pattern
-            )
-            for name, core in zip(names, cores, strict=True)
+            name: EncodedCore.encode(core, shape.pattern)
+            for name, core in zip(names, rounded, strict=True)
         }
         stored = SharedTucker(
             layout, factors.U1, factors.U2, encoded, factors.U3 if shape.learned else None
         )
-        kept = [v[v != 0] for v in (core.tensors["values"] for core in encoded.values())]
+        kept = [_without_zeros(core) for core in encoded.values()]
     with clock("error"):
-        slices, squared_norm, squared_error = _slice_stats(unfolding, basis.scale, stored)
+        slices, squared_norm, squared_error = _slice_stats(unfolding, basis.scale, stored, rounded)
     return Decomposed(
         decomposition=stored,
         squared_norm=squared_norm,
@@ -229,9 +251,11 @@ def finish(
     )
 
 
-def _round_core(core: Tensor, scale: float, value_dtype: torch.dtype, name: str) -> Tensor:
-    matrix = (core.flatten(1) * scale).to(value_dtype)
-    if not bool(matrix.isfinite().all()):
+def _round_core(cores: list[Tensor], scale: float, value_dtype: torch.dtype, name: str) -> Tensor:
+    """The first of the cores, which is taken away, as the matrix that is stored."""
+    core = cores.pop(0)
+    matrix = core.flatten(1).mul_(scale).to(value_dtype)
+    if not all(math.isfinite(end) for end in torch.aminmax(matrix)):
         limit = torch.finfo(value_dtype).max
         advice = (
             "convert the checkpoint to bfloat16"
@@ -239,10 +263,15 @@ def _round_core(core: Tensor, scale: float, value_dtype: torch.dtype, name: str)
             else "weights this large are most likely damaged: check the checkpoint"
         )
         raise LestdError(
-            f"the core of {name} has a value of magnitude {float(core.abs().max()) * scale:.4g}, "
+            f"the core of {name} has a value of magnitude {float(core.abs().max()):.4g}, "
             f"which does not fit {value_dtype} (at most {limit:.4g}); {advice}"
         )
     return matrix
+
+
+def _without_zeros(core: EncodedCore) -> Tensor:
+    values = core.tensors["values"]
+    return values if values.numel() == core.nnz else values[values != 0]
 
 
 def relative(squared_error: float, squared_norm: float) -> float:
@@ -252,35 +281,50 @@ def relative(squared_error: float, squared_norm: float) -> float:
     return math.sqrt(squared_error / squared_norm) if squared_norm else math.inf
 
 
+def _squares(slices: Tensor) -> Tensor:
+    """Squared norm of each of n slices ``(m, n, p)``, ``(n,)``, accumulated in float64."""
+    per_chunk = max(1, _SQUARE_ELEMENTS // slices[0].numel())
+    total = slices.new_zeros(slices.shape[1], dtype=torch.float64)
+    for rows in torch.split(slices, per_chunk):
+        total += rows.double().square_().sum(dim=(0, 2))
+    return total
+
+
+def _nonzeros(slices: Tensor) -> list[int]:
+    """Non-zeros of each of n slices ``(m, n, p)``, float32."""
+    # A norm of order 0 counts, exactly up to 2^24 elements.
+    counts = torch.linalg.vector_norm(slices, 0, dim=2).sum(dim=0, dtype=torch.float64)
+    return [int(count) for count in counts.tolist()]
+
+
 def _slice_stats(
-    unfolding: Tensor, scale: float, stored: SharedTucker
+    unfolding: Tensor, scale: float, stored: SharedTucker, cores: Sequence[Tensor]
 ) -> tuple[list[SliceStats], float, float]:
     """Statistics per slice, and ``||W||^2`` and ``||W - W_hat||^2`` summed over them.
 
-    The unfolding is divided by `scale`; the figures are in the units of the weights.
+    The unfolding is divided by `scale`; the figures are in the units of the weights. `cores` are
+    what the stored ones decode to.
     """
     layout = stored.layout
     U1, U2 = stored.U1.float(), stored.U2.float()
     d, p, R1, R2 = layout.width, layout.head_dim, U1.shape[1], U2.shape[1]
-    per_chunk = max(1, _ERROR_CHUNK_ELEMENTS // (d * p))
+    per_chunk = max(1, _ERROR_CHUNK_COLUMNS // p)
     W = unfolding.view(d, -1, p)
-    core_bytes = _core_bytes(stored)
+    encoded = list(stored.cores.values())
+    heads = [] if stored.U3 is None else _head_bytes(stored, cores[0])
     slices: list[SliceStats] = []
     total_norm = total_error = 0.0
-    for core in stored.module_cores():
+    for module, core in enumerate(stored.mixed_cores(cores)):
+        in_module = len(layout.modules[module].slices)
         for part in torch.split(core.view(R1, -1, R2), per_chunk, dim=1):
             M = part / scale
             first, count = len(slices), M.shape[1]
             chunk = W[:, first : first + count]
             residual = (U1 @ (M @ U2.T).flatten(1)).view_as(chunk).sub_(chunk)
             norms, errors, energies = (
-                torch.linalg.vector_norm(x, dim=(0, 2), dtype=torch.float64)
-                .square()
-                .mul(scale**2)
-                .tolist()
-                for x in (chunk, residual, M)
+                _squares(x).mul_(scale**2).tolist() for x in (chunk, residual, M)
             )
-            counts = part.count_nonzero(dim=(0, 2)).tolist()
+            counts = _nonzeros(M)
             for i, (projection, head) in enumerate(layout.slices[first : first + count]):
                 slices.append(
                     SliceStats(
@@ -288,7 +332,11 @@ def _slice_stats(
                         head=head,
                         nnz=counts[i],
                         density=counts[i] / (R1 * R2),
-                        core_bytes=core_bytes[first + i],
+                        core_bytes=(
+                            heads[head] / len(PROJECTIONS)
+                            if heads
+                            else _share(encoded[module], counts[i], in_module)
+                        ),
                         relative_error=relative(errors[i], norms[i]),
                         squared_norm=norms[i],
                         squared_energy=energies[i],
@@ -299,34 +347,34 @@ def _slice_stats(
     return slices, total_norm, total_error
 
 
-def _core_bytes(stored: SharedTucker) -> list[float]:
-    """Bytes of every slice's share of its core, in unfolding order."""
-    R2, R3 = stored.U2.shape[1], 1 if stored.U3 is None else stored.U3.shape[1]
+def _share(core: EncodedCore, nonzeros: int, slices: int) -> float:
+    """Bytes of a core that belong to one of its slices."""
+    return core.stored_bytes * (nonzeros / core.nnz if core.nnz else 1 / slices)
 
-    def shares(core: EncodedCore) -> list[float]:
-        counts = core.decode().view(core.rows, R3, -1, R2).count_nonzero(dim=(0, 1, 3)).tolist()
-        return [core.stored_bytes * (c / core.nnz if core.nnz else 1 / len(counts)) for c in counts]
 
-    if stored.U3 is None:
-        return [x for module in stored.layout.modules for x in shares(stored.cores[module.name])]
-    heads = shares(stored.cores[CORE_NAME])
-    return [heads[head] / len(PROJECTIONS) for _, head in stored.layout.slices]
+def _head_bytes(stored: SharedTucker, core: Tensor) -> list[float]:
+    """Bytes of every head's share of the one core of a learned type mode."""
+    [encoded], (_, R2, R3) = stored.cores.values(), stored.ranks.values()
+    counts = _nonzeros(core.float().view(core.shape[0] * R3, -1, R2))
+    return [_share(encoded, count, len(counts)) for count in counts]
 
 
 def workspace_bytes(shape: GroupShape, core_elements: int) -> int:
     """Upper bound of the peak memory of a decomposition beside the unfolding, measured on CPU.
 
-    The largest of two moments: an eigenproblem (float64, d x d, with its work space) beside the
-    projected tensors of a HOOI sweep; and at the end the least-squares cores beside the encoded
-    and again decoded ones. A learned type mode may need a reordered copy of the unfolding.
+    The largest of two moments: an eigenproblem, d x d, with its work space; and the rotated group,
+    or a projected tensor of a HOOI sweep, which is not larger, beside two d x d matrices and the
+    selection in its cores. A learned type mode encodes and mixes its one core as a whole, and may
+    need a reordered copy of the unfolding.
 
     Args:
         shape: sizes of the group.
         core_elements: upper bound of R1 R2 S.
     """
-    unfolding_bytes = shape.layout.elements * 4
-    eigenproblem = 2 * unfolding_bytes + 48 * shape.layout.width**2
-    # In copies of the cores: with a learned type mode they are encoded and mixed all at once.
-    cores = (6 if shape.learned else 5) * 4 * core_elements
+    unfolding_bytes, square = shape.layout.elements * 4, shape.layout.width**2
+    eigenproblem = 48 * square if shape.layout.width <= FLOAT64_ORDER else 28 * square
+    # A mask of every element; magnitudes, and what they are compared to, core by core.
+    largest = max(shape.core_slices) / sum(shape.core_slices)
+    rotated = unfolding_bytes + 8 * square + int((1 + 5 * largest) * core_elements)
     reordered = unfolding_bytes if shape.learned else 0
-    return max(eigenproblem, cores) + reordered + _BUFFERS_BYTES
+    return max(eigenproblem, rotated) + reordered + _BUFFERS_BYTES
