@@ -41,9 +41,9 @@ def duration(seconds: float) -> str:
 class Pace:
     """How much is done, how fast it goes, and how long the rest will take.
 
-    The rate is the mean since the first update: what was done then was done before. Between two
-    updates the time left counts down, by at most what the last step took; so it stands, and does
-    not grow, while a step takes longer than the last one.
+    The rate is the mean since work began; what was done at the first update was done before.
+    Between two updates the time left counts down, by at most what the last step took; so it
+    stands, and does not grow, while a step takes longer than the last one.
     """
 
     def __init__(self) -> None:
@@ -59,6 +59,11 @@ class Pace:
         elif done > self.done:
             self._last, self._step = now, done - self.done
         self.done, self.total = done, total
+
+    def begin(self) -> None:
+        """Work begins now: before, workers had to be started."""
+        if self._first is not None:
+            self._first = (time.monotonic(), self._first[1])
 
     def rate(self) -> float | None:
         """Amount per second; None before anything is done."""
@@ -104,6 +109,8 @@ class Meter:
         self._unit = unit
         self._fields = fields
         self._pace = Pace()
+        # Replaced, never changed: the bar's thread reads it, and must not wait for this lock while
+        # it holds the terminal, for which the holder of this lock may wait.
         self._running: dict[str, _Running] = {}
         self._lock = threading.RLock()
         self._ended = threading.Event()
@@ -146,17 +153,20 @@ class Meter:
             if self._bar is not None and self._task is not None:
                 self._bar.remove_task(self._task)
             self._title, self._task, self._pace = title, None, Pace()
-            self._running.clear()
+            self._running = {}
 
     def begin(self, task_id: str, group: str, attempt: int) -> None:
         """A task was given to a worker."""
         with self._lock:
-            self._running[task_id] = _Running(task_id, group, attempt, time.monotonic())
+            if not self._running and self._pace.rate() is None:
+                self._pace.begin()
+            task = _Running(task_id, group, attempt, time.monotonic())
+            self._running = self._running | {task_id: task}
 
     def end(self, task_id: str) -> None:
         """No worker has the task any more."""
         with self._lock:
-            self._running.pop(task_id, None)
+            self._running = {k: v for k, v in self._running.items() if k != task_id}
 
     def update(self, done: float, total: float) -> None:
         """Show that `done` of `total` is done.
@@ -263,8 +273,7 @@ class Meter:
         return "" if seconds is None else f"{duration(seconds)} left"
 
     def _running_text(self) -> str:
-        with self._lock:
-            running = sorted(self._running.values(), key=lambda task: task.since)
+        running = sorted(self._running.values(), key=lambda task: task.since)
         if not running:
             return ""
         more = len(running) - _SHOWN_RUNNING

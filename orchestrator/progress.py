@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +16,9 @@ from orchestrator.meter import Meter
 from orchestrator.metrics import RunMetrics
 from orchestrator.pipeline import Outcome
 from workers.contracts import CurveResult, Failure, Result, Task
+
+# How a line goes on after "attempt 2"; other kinds speak for themselves.
+_KINDS = {"retried": "is followed by another"}
 
 
 class CompressionProgress:
@@ -98,10 +102,12 @@ class CompressionProgress:
         if self._metrics is not None:
             self._metrics.on_event(event)
         task = self._tasks.get(event.task_id)
-        where = "" if task is None else f"{task.group} ({logs.short(event.task_id)}): "
-        line = f"{where}attempt {event.attempt} {event.kind.replace('_', ' ')}"
+        what = _KINDS.get(event.kind, event.kind.replace("_", " "))
+        line = f"{task.group} ({logs.short(event.task_id)}): " if task else ""
+        line += f"attempt {event.attempt} {what}"
         line += f": {event.message}" if event.message else ""
-        known = self._known(event.task_id) | {"attempt": event.attempt}
+        known = {k: v for k, v in asdict(event).items() if v and k not in ("kind", "message")}
+        known |= self._known(event.task_id)
         if event.kind == "started":
             self._meter.begin(event.task_id, task.group if task else "", event.attempt)
             logs.log("task_started", line, run=self._run, **known)

@@ -43,6 +43,8 @@ def test_the_rate_leaves_out_what_was_done_before_and_time_left_counts_down(cloc
     pace = Pace()
     pace.update(50, 100)
     assert (pace.rate(), pace.seconds_left()) == (None, None)
+    clock.now += 1000
+    pace.begin()
     clock.now += 5
     pace.update(60, 100)
     assert pace.rate() == 2
@@ -188,7 +190,9 @@ def test_events_of_any_kind_are_told(capfd: pytest.CaptureFixture[str]) -> None:
         ("task_failed", "error", 3),
         ("run_ended", "error", None),
     ]
-    assert lines[3]["message"] == "g.3 (abababab): attempt 1 retried: the worker died"
+    assert (
+        lines[3]["message"] == "g.3 (abababab): attempt 1 is followed by another: the worker died"
+    )
     assert lines[4]["message"] == "g.3 (abababab): attempt 2 timed out: no answer"
 
 
