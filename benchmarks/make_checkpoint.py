@@ -37,6 +37,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from lestd_kernels.errors import LestdError
 from orchestrator import tables
 from orchestrator.manifest import write_json
+from orchestrator.meter import Meter
 from orchestrator.source import CONFIG_FILE
 from workers.checkpoint import INDEX_FILE
 from workers.files import atomic_write, fsync_directory
@@ -378,7 +379,7 @@ def main() -> None:
     if min(options.threads, 1 if options.layers is None else options.layers) < 1:
         parser.error("--layers and --threads must be at least 1")
     try:
-        with tables.Meter("make checkpoint", "bytes") as meter:
+        with Meter("make checkpoint", "bytes") as meter:
             total = make_checkpoint(
                 make_config(options.shape, options.layers),
                 options.out,

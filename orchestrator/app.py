@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from lestd_kernels.errors import LestdError
-from orchestrator import tables
+from orchestrator import logs, tables
 
 
 def _version(asked: bool) -> None:
@@ -22,24 +22,21 @@ class _Group(TyperGroup):
     """Ends every command with one sentence and an exit code, whatever went wrong."""
 
     def invoke(self, ctx: Any) -> Any:
+        logs.use(logs.LogFormat.text)  # Whatever a command before it, in this process, has set.
         try:
             return super().invoke(ctx)
         except LestdError as error:
-            _say_error(error)
+            logs.error(error)
             raise typer.Exit(2) from None
         except BrokenPipeError:  # Whoever read our output has seen enough; click ends quietly.
             raise
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            _say_error(f"{where}{error.strerror or error}; check the path and its permissions")
+            logs.error(f"{where}{error.strerror or error}; check the path and its permissions")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            tables.err.print("interrupted")
+            logs.log("message", "interrupted")
             raise typer.Exit(130) from None
-
-
-def _say_error(message: object) -> None:
-    tables.err.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
 
 
 app = typer.Typer(

@@ -17,9 +17,10 @@ from typing import Annotated
 import typer
 
 from lestd_kernels.errors import LestdError
-from orchestrator import cli_models, tables  # noqa: F401 - cli_models registers its commands
+from orchestrator import cli_models, logs, tables  # noqa: F401 - cli_models registers its commands
 from orchestrator.app import app
 from orchestrator.config import RunFile, cluster_options, run_options
+from orchestrator.logs import LogFormat
 from orchestrator.options import (
     Address,
     AllocationOption,
@@ -33,6 +34,7 @@ from orchestrator.options import (
     Json,
     Keep,
     KeepModel,
+    LogFormatOption,
     MaxFlops,
     MethodOption,
     Model,
@@ -110,17 +112,19 @@ def compress(
         bool, typer.Option("--dry-run", help="Show the plan and stop before any work.")
     ] = False,
     calibrate: Calibrate = False,
+    log_format: LogFormatOption = LogFormat.text,
     json: Json = False,
 ) -> None:
     """Compress a checkpoint. Run the same command again to continue after a crash."""
     given = dict(locals())
     from orchestrator.executor import open_executor
+    from orchestrator.metrics import RunMetrics
     from orchestrator.pipeline import compress_model
     from orchestrator.plan import make_plan
+    from orchestrator.progress import CompressionProgress
     from orchestrator.source import open_headers, resolve_source
     from orchestrator.submit import jobs_address, run_as_job
     from orchestrator.summary import (
-        CompressionProgress,
         describe_plan,
         predicted_seconds,
         print_outcome,
@@ -128,6 +132,7 @@ def compress(
     )
 
     options = {k: v for k, v in locals().items() if k in RunFile.model_fields and k != "model"}
+    logs.use(log_format)
     name, revision, run_config = run_options(model, config, options)
     cluster_config = cluster_options(cluster, executor=executor, workers=workers, address=address)
     if jobs := jobs_address(cluster_config):
@@ -141,9 +146,12 @@ def compress(
     source = resolve_source(name, revision)
     planned = make_plan(source, run_config)  # Refuse what is impossible before Ray is started.
     seconds = predicted_seconds(planned, run_config) if calibrate else None
+    metrics = RunMetrics(out.name) if cluster_config.executor == "ray" else None
     try:
-        with open_executor(cluster_config) as runner, tables.Meter("compress", "bytes") as meter:
-            shown = CompressionProgress(meter)
+        with (
+            open_executor(cluster_config) as runner,
+            CompressionProgress(out.name, metrics) as shown,
+        ):
             outcome = compress_model(
                 source,
                 run_config,
@@ -155,13 +163,14 @@ def compress(
                 on_event=shown.on_event,
                 on_progress=shown.on_progress,
             )
+            shown.ended(outcome)
     except KeyboardInterrupt:
         run = RunDirectory(run_dir)
         kept = f"{run.manifest.finished_tasks()} tasks are done and kept in {run_dir}"
-        tables.err.print(
+        logs.log(
+            "message",
             f"interrupted; {kept if run.exists else 'no task was done yet'}: "
             "run the same command again to continue",
-            soft_wrap=True,
         )
         raise typer.Exit(130) from None
     print_outcome(outcome, out, run_dir, json, seconds)

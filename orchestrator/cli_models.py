@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
-from orchestrator import tables
+from orchestrator import logs, tables
 from orchestrator.app import app
 from orchestrator.config import cluster_options
+from orchestrator.logs import LogFormat
+from orchestrator.meter import Meter
 from orchestrator.options import (
     Address,
     Batch,
@@ -21,6 +23,7 @@ from orchestrator.options import (
     ExecutorOption,
     ExportDtype,
     Json,
+    LogFormatOption,
     MaxWindows,
     NewTokens,
     Plot,
@@ -43,7 +46,7 @@ def convert(
     """Rewrite pickled .bin weights as safetensors, shard by shard, without running their code."""
     from orchestrator.convert import convert as convert_checkpoint
 
-    with tables.Meter("convert", "shards") as meter:
+    with Meter("convert", "shards") as meter:
         index = convert_checkpoint(model, out, revision, meter.update)
     tables.out.print(
         f"{out}: {len(index.tensors)} tensors, {tables.size(index.stored_bytes)} in "
@@ -77,7 +80,7 @@ def export(
     from orchestrator.summary import print_export
 
     chosen = torch.float32 if dtype is ExportDtype.float32 else None
-    with tables.Meter("export", "bytes") as meter:
+    with Meter("export", "bytes") as meter:
         exported = export_dense(model, dense, chosen, meter.update)
     print_export(exported, json)
 
@@ -98,6 +101,7 @@ def evaluate(
     workers: Workers = None,
     address: Address = None,
     cluster: ClusterFile = None,
+    log_format: LogFormatOption = LogFormat.text,
     json: Json = False,
 ) -> None:
     """Measure token and word perplexity over non-overlapping windows of a text."""
@@ -106,6 +110,7 @@ def evaluate(
     from orchestrator.submit import jobs_address, run_as_job
     from orchestrator.summary import evaluate_models, print_evaluations
 
+    logs.use(log_format)
     cluster_config = cluster_options(cluster, executor=executor, workers=workers, address=address)
     if jobs := jobs_address(cluster_config):
         raise typer.Exit(run_as_job(jobs, "evaluate", given, cluster_config))
@@ -138,7 +143,7 @@ def bench(
     if plot is not None:
         check_plot(plot)
     settings = BenchSettings(prompt_tokens, new_tokens, batch, dtype, device or "auto", threads)
-    with tables.Meter("bench", "repetitions") as meter:
+    with Meter("bench", "repetitions") as meter:
         comparison = compare(dense, compressed, settings, repeats, meter.update)
     if plot is not None:
         save_plot(comparison, plot)

@@ -294,6 +294,8 @@ def _score(
     """Summed negative log-likelihood of all pieces, in nats."""
     total = sum(len(piece.windows) for piece in pieces)
     nll: dict[int, float] = {}
+    if progress is not None:
+        progress(0, total)
     for result in executor.map(spec, pieces):
         if isinstance(result, Failure):
             raise LestdError(f"{model_dir} could not be evaluated: {result.message}")

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from orchestrator.logs import LogFormat
+
 
 class Scope(StrEnum):
     """Which weights are compressed."""
@@ -179,3 +181,7 @@ Calibrate = Annotated[
     typer.Option("--calibrate", help="Predict the time as well: measures this machine briefly."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+LogFormatOption = Annotated[
+    LogFormat,
+    typer.Option(help="Of progress and problems on standard error; json: an object per line."),
+]

@@ -30,7 +30,8 @@ from workers.decompose import STATIONS, DecomposeWorker
 
 # Called with every finished or failed task, the number done and the number planned.
 OnProgress = Callable[[Result | CurveResult | Failure, int, int], None]
-# Called when a pass begins with its name, its tasks, and the ids of those that are done already.
+# Called when a pass begins with its name, its tasks, and the ids of those that are done already;
+# at last with "assemble", which has no tasks.
 OnStart = Callable[[str, Sequence[Task], set[str]], None]
 
 
@@ -157,6 +158,8 @@ def compress_model(
             if not complete or no_worse_than_uniform(rows, curves):
                 break
         if complete and (encoded.skipped < len(tasks) or model is None):
+            if on_start is not None:
+                on_start("assemble", (), set())
             assemble(source, plan, rows, run_dir, out, current)
     seconds = time.monotonic() - began
     found = _first_rows(curves)

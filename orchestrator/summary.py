@@ -1,23 +1,21 @@
-"""What commands show while they work and when they are done."""
+"""What commands show when they are done."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lestd_kernels.methods.steps import relative
-from orchestrator import tables
+from orchestrator import logs, tables
 from orchestrator.config import RunConfig
 from orchestrator.evaluation import Evaluation, evaluate, open_model
-from orchestrator.executor import Event, Executor
+from orchestrator.executor import Executor
 from orchestrator.export import Export
 from orchestrator.inspection import stored_scope_bytes
 from orchestrator.manifest import COMPUTING_STAGES
+from orchestrator.meter import Meter
 from orchestrator.pipeline import Outcome
 from orchestrator.plan import Plan
-from workers.contracts import CurveResult, Failure, Result, Task
 
 
 def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
@@ -89,56 +87,6 @@ def predicted_seconds(plan: Plan, config: RunConfig) -> dict[str, float]:
     return predict_seconds(plan, device, config.threads)
 
 
-class CompressionProgress:
-    """Shows `compress_model` at work: a meter, and one line per finished layer."""
-
-    def __init__(self, meter: tables.Meter) -> None:
-        self._meter = meter
-        self._dense_bytes: dict[str, int] = {}
-        self._done = 0
-
-    def on_start(self, name: str, tasks: Sequence[Task], finished: set[str]) -> None:
-        """Begin a pass: its tasks, and the ids of those that an earlier call has finished."""
-        self._meter.restart(name)
-        self._dense_bytes = {task.task_id: task.dense_bytes for task in tasks}
-        self._done = sum(self._dense_bytes[task_id] for task_id in finished)
-        line = f"{len(finished)} of {len(tasks)} tasks were finished before"
-        self._update(line if finished else None)
-
-    def on_event(self, event: Event) -> None:
-        """A task was started, or is tried again."""
-        if event.kind == "retried":
-            self._update(f"attempt {event.attempt} of {event.task_id} ended: {event.message}")
-
-    def on_progress(
-        self, outcome: Result | CurveResult | Failure, finished: int, total: int
-    ) -> None:
-        """A task has ended."""
-        if isinstance(outcome, Failure):
-            self._update(f"[{finished}/{total}] failed: {outcome.message}")
-            return
-        self._done += outcome.dense_bytes
-        if isinstance(outcome, CurveResult):
-            first, last = outcome.points[0], outcome.points[-1]
-            self._update(
-                f"[{finished}/{total}] {outcome.group}: relative error from "
-                f"{relative(first.squared_error, outcome.squared_norm):.4f} in "
-                f"{tables.size(first.byte_budget)} to "
-                f"{relative(last.squared_error, outcome.squared_norm):.4f} in "
-                f"{tables.size(last.byte_budget)}, {sum(outcome.seconds.values()):.1f} s"
-            )
-            return
-        self._update(
-            f"[{finished}/{total}] {outcome.group}: ranks {tables.ranks(outcome.ranks)}, "
-            f"density {outcome.density:.4f} ({outcome.codec}), {tables.size(outcome.dense_bytes)} "
-            f"-> {tables.size(outcome.stored_bytes)}, relative error "
-            f"{outcome.relative_error:.4f}, {sum(outcome.seconds.values()):.1f} s"
-        )
-
-    def _update(self, line: str | None) -> None:
-        self._meter.update(self._done, sum(self._dense_bytes.values()), line)
-
-
 def outcome_figures(
     outcome: Outcome, out: Path, run_dir: Path, seconds: dict[str, float] | None
 ) -> dict[str, Any]:
@@ -200,16 +148,16 @@ def print_outcome(
         return
     if not outcome.complete:
         for failure in outcome.failures:
-            tables.err.print(f"error: {failure.message}", style="red", markup=False, soft_wrap=True)
+            logs.error(failure.message, task_id=failure.task_id)
         plan = outcome.plan
         tasks, finished = len(plan.tasks), len(outcome.rows)
         if not plan.decided:
             tasks, finished = len(plan.curve_tasks), len(outcome.curves)
-        tables.err.print(
+        logs.log(
+            "message",
             f"{len(outcome.failures)} of {tasks} tasks failed; the other "
             f"{finished} are kept in {run_dir}: mend the cause, then run the same "
             "command again",
-            soft_wrap=True,
         )
         return
     model_keep = figures["model_stored_bytes"] / figures["model_bytes"]
@@ -312,7 +260,7 @@ def evaluate_models(
     options = {name: value for name, value in settings.items() if name != "window"}
     evaluations = []
     for model in opened:
-        with tables.Meter(f"evaluate {model.directory.name}", "windows") as meter:
+        with Meter(f"evaluate {model.directory.name}", "windows") as meter:
             evaluations.append(evaluate(model, text, executor, progress=meter.update, **options))
     return evaluations
 

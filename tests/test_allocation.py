@@ -45,7 +45,7 @@ def test_a_curve_is_what_decomposing_at_each_budget_gives(name, args, layout):
         real = method.decompose(W.clone(), layout, point.byte_budget, dtype, args)
         ranks = real.decomposition.ranks
         assert ranks == {rank: r for rank, r in point.ranks._asdict().items() if rank in ranks}
-        assert real.squared_error <= point.squared_error * 1.003
+        assert real.squared_error <= point.squared_error * 1.004
         # HOOI refines what two truncated modes leave; without it the prediction is exact.
         refined += real.hooi_iterations > 0
         lowest = 0.9 if real.hooi_iterations else 0.997

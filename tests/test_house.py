@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 HOUSE = ("orchestrator", "workers", "lestd_kernels")
 FILES = [path.relative_to(ROOT) for package in HOUSE for path in (ROOT / package).rglob("*.py")]
+RAY = (Path("orchestrator/ray_executor.py"), Path("orchestrator/metrics.py"))
 PEFT_PLUGIN = Path("lestd_kernels/peft_plugin.py")
 RAY = {Path("orchestrator/ray_executor.py"), Path("orchestrator/submit.py")}
 ABOVE = {"orchestrator": (), "workers": ("orchestrator",), "lestd_kernels": HOUSE[:2]}
