@@ -20,7 +20,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from lestd_kernels.errors import LestdError, first_line
-from orchestrator import tables
+from orchestrator import logs, tables
 from orchestrator.assemble import MANIFEST_DIR, about_model
 from orchestrator.inspection import verify
 
@@ -110,7 +110,7 @@ def _finished_files(directory: Path) -> list[str]:
         stated = stated.get("bytes") if isinstance(stated, dict) else None
         if not path.is_file() or path.stat().st_size != stated:
             raise _damaged(directory, f"{path} is absent, or has not the {stated} bytes it had")
-    tables.err.print(f"checking {directory} against its manifest", markup=False, soft_wrap=True)
+    logs.log("message", f"checking {directory} against its manifest")
     # The directory of a model is that of no run, so only the model is looked at.
     problems = verify(directory, directory).problems
     if problems:

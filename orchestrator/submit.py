@@ -29,7 +29,7 @@ import lestd_kernels
 import orchestrator
 import workers
 from lestd_kernels.errors import LestdError, first_line
-from orchestrator import tables
+from orchestrator import logs
 from orchestrator.config import ClusterConfig
 
 PACKAGES = (orchestrator, workers, lestd_kernels)
@@ -297,4 +297,4 @@ def exit_code(details: Any, job: str) -> int:
 
 
 def _say(message: str) -> None:
-    tables.err.print(message, markup=False, soft_wrap=True)
+    logs.log("message", message)
