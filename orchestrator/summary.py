@@ -17,6 +17,8 @@ from orchestrator.inspection import stored_scope_bytes
 from orchestrator.manifest import COMPUTING_STAGES
 from orchestrator.pipeline import Outcome
 from orchestrator.plan import Plan
+from orchestrator.retries import retries
+from orchestrator.rundir import RunDirectory
 from workers.contracts import CurveResult, Failure, Result, Task
 
 
@@ -95,12 +97,14 @@ class CompressionProgress:
     def __init__(self, meter: tables.Meter) -> None:
         self._meter = meter
         self._dense_bytes: dict[str, int] = {}
+        self._groups: dict[str, str] = {}
         self._done = 0
 
     def on_start(self, name: str, tasks: Sequence[Task], finished: set[str]) -> None:
         """Begin a pass: its tasks, and the ids of those that an earlier call has finished."""
         self._meter.restart(name)
         self._dense_bytes = {task.task_id: task.dense_bytes for task in tasks}
+        self._groups = {task.task_id: task.group for task in tasks}
         self._done = sum(self._dense_bytes[task_id] for task_id in finished)
         line = f"{len(finished)} of {len(tasks)} tasks were finished before"
         self._update(line if finished else None)
@@ -108,7 +112,10 @@ class CompressionProgress:
     def on_event(self, event: Event) -> None:
         """A task was started, or is tried again."""
         if event.kind == "retried":
-            self._update(f"attempt {event.attempt} of {event.task_id} ended: {event.message}")
+            name = self._groups.get(event.task_id, event.task_id)
+            self._update(
+                f"attempt {event.attempt} of {name} is followed by another: {event.message}"
+            )
 
     def on_progress(
         self, outcome: Result | CurveResult | Failure, finished: int, total: int
@@ -158,9 +165,16 @@ def outcome_figures(
         "finished": len(rows),
         "finished_before": outcome.skipped,
         "failed": [
-            {"task_id": f.task_id, "kind": f.kind, "message": f.message, "attempt": f.attempt}
+            {
+                "task_id": f.task_id,
+                "kind": f.kind,
+                "message": f.message,
+                "attempt": f.attempt,
+                "evidence": f.evidence,
+            }
             for f in outcome.failures
         ],
+        "retries": told_retries(plan, run_dir),
         "dense_bytes": dense,
         "byte_budget": sum(row["byte_budget"] for row in rows),
         "stored_bytes": stored,
@@ -184,6 +198,17 @@ def outcome_figures(
     }
 
 
+def told_retries(plan: Plan, run_dir: Path) -> list[dict[str, Any]]:
+    """Every retry of a run, in order, by the names of the groups; none once it is cleaned up."""
+    groups = {planned.task.task_id: planned.task.group for planned in plan.tasks}
+    groups |= {task.task_id: task.group for task in plan.curve_tasks}
+    events = RunDirectory(run_dir).manifest.events().to_pylist()
+    return [
+        {"group": groups.get(retry.task_id, retry.task_id)} | asdict(retry)
+        for retry in retries(events)
+    ]
+
+
 def print_outcome(
     outcome: Outcome,
     out: Path,
@@ -196,9 +221,21 @@ def print_outcome(
     if json:
         tables.print_json(figures)
         return
+    if figures["retries"]:
+        told = [
+            (retry["group"], str(retry["attempt"]), retry["cause"], retry["message"])
+            for retry in figures["retries"]
+        ]
+        tables.print_table(
+            f"{len(told)} attempts were followed by another",
+            ("group", "attempt", "cause", "what happened"),
+            told,
+        )
     if not outcome.complete:
         for failure in outcome.failures:
             tables.err.print(f"error: {failure.message}", style="red", markup=False, soft_wrap=True)
+            if failure.evidence:
+                tables.err.print(failure.evidence, markup=False, soft_wrap=True)
         plan = outcome.plan
         tasks, finished = len(plan.tasks), len(outcome.rows)
         if not plan.decided:
