@@ -315,7 +315,9 @@ def _evidence(place: Place, remains: Remains, error: BaseException | None) -> st
     lines = [f"worker: process {place.process} on node {place.node}"]
     if error is not None:
         said = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
-        lines.append(f"Ray: {said[-1] if said else first_line(error)}")
+        # Without the advice that follows, which is always the same.
+        told = (said[-1] if said else first_line(error)).partition(" Some common causes")[0]
+        lines.append(f"Ray: {told}")
     if remains.memory_bytes is not None:
         used = f"{size(remains.memory_bytes)} in use {remains.seconds_before:.1f} s before"
         if remains.peak_memory_bytes is not None:
