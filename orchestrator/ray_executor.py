@@ -22,7 +22,7 @@ from lestd_kernels.errors import LestdError, first_line
 from orchestrator.executor import Event, Listener, WorkerSpec, retried
 from orchestrator.ray_pool import Died, NotStarted, Place, Pool, Ran, Started
 from orchestrator.retries import Again, Deadlines, Queue, after_error, after_loss, after_result
-from orchestrator.tables import size
+from orchestrator.tables import err, size
 from workers.devices import gpu_memory_bytes
 from workers.watcher import Watcher
 
@@ -34,6 +34,8 @@ _USABLE_GPU_MEMORY = 0.9
 _PROBE_SECONDS = 60
 # How often the cluster is asked for its nodes.
 _LOOK_SECONDS = 2.0
+# Workers that compute need some seconds to start; who waits longer wants to know for what.
+_PATIENCE_SECONDS = 60.0
 # Actors that wait for nodes which an autoscaler may add: they are the demand that it sees.
 _DEMANDED = 8
 
@@ -103,12 +105,16 @@ class RayExecutor:
         queue = Queue(items)
         failed_starts = 0
         looked_at, target = -math.inf, 0
+        patience = time.monotonic() + _PATIENCE_SECONDS
         try:
             while queue or pool.running:
                 if time.monotonic() - looked_at > _LOOK_SECONDS:  # Nodes come and go.
                     target = self._pool_size(need, len(queue) + pool.running)
                     looked_at = time.monotonic()
                 pool.resize(target, len(queue))
+                if not pool.ready and time.monotonic() > patience:
+                    patience = math.inf
+                    _say_what_is_waited_for(need)
                 for attempt, actor in queue.hand_out(lambda a: pool.free(a, len(queue))):
                     pool.submit(actor, attempt)
                     notify(Event("started", attempt.item.task_id, attempt.number))
@@ -274,6 +280,19 @@ def _fitting(offered: dict[str, float], need: dict[str, float]) -> int:
     """How many workers a node has room for."""
     counts = (int(offered.get(name, 0) / share) for name, share in need.items() if share)
     return min(counts, default=0)
+
+
+def _say_what_is_waited_for(need: dict[str, float]) -> None:
+    wanted = ", ".join(
+        f"{size(much)} of memory" if name == "memory" else f"{name} {much:g}"
+        for name, much in need.items()
+        if much
+    )
+    err.print(
+        f"no worker has started yet: none of the cluster's nodes has {wanted} free; waiting, see "
+        "ray status",
+        soft_wrap=True,
+    )
 
 
 def _place(worker: Any) -> Place:

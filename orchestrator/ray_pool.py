@@ -155,11 +155,16 @@ class Pool:
         if attempt.alone == "device":
             return self._free_device(attempt)
         reserved = self._reserved and self._reserved[0]
-        free = [a for a in self._actors if a.load < a.room and a.device != reserved]
+        usable = [actor for actor in self._actors if actor.device != reserved]
+        if attempt.alone:
+            actor = min(usable, key=lambda a: (a.load > 0, a.room > 0, a.load), default=None)
+            if actor is not None and actor.load:
+                actor.room = 0  # It gets nothing new until it has nothing.
+                return None
+            return actor
+        free = [actor for actor in usable if actor.load < actor.room]
         actor = min(free, key=lambda actor: actor.load, default=None)
-        if actor is not None and actor.load and (attempt.alone or waiting <= self.starting):
-            return None
-        return actor
+        return None if actor and actor.load and waiting <= self.starting else actor
 
     def _free_device(self, attempt: Attempt) -> Actor | None:
         """An actor on a device where no other has work, nor keeps memory for later.
@@ -246,6 +251,8 @@ class Pool:
             outcome = Ran(attempt, result)
         actor.load -= 1
         actor.room = self._in_flight
+        if not actor.load:
+            self._ends.pop(actor, None)
         return outcome
 
     def _drop(self, actor: Actor, error: BaseException | None) -> None:
@@ -266,21 +273,21 @@ class Pool:
 
     def _loss(self, actor: Actor, attempt: Attempt, error: BaseException) -> Loss:
         end = self._ends[actor]
-        if actor.load == 1:  # The last of its items.
-            del self._ends[actor]
         cause, message = end.cause, end.message
         if cause == "TimedOut" and attempt.item.task_id not in actor.overdue:
             cause, message = "WorkerDied", "its worker was ended, for another of its items hung"
         return Loss(cause, message, actor.place.node, end.alone, error, end.evidence)
 
     def _remains(self, place: Place) -> Remains:
-        watcher = self._watchers[place.node]
+        watcher = self._watchers.get(place.node)
+        if watcher is None:
+            return Remains()
         try:
             found: Remains = self._ray.get(
                 watcher.remains.remote(place.process, list(place.logs)), timeout=_ANSWER_SECONDS
             )
-        except self._ray.exceptions.RayError:  # It went the same way, and knows nothing.
-            del self._watchers[place.node]
+        except self._ray.exceptions.RayError:  # It went the same way; the next actor gets another.
+            self._ray.kill(self._watchers.pop(place.node))
             return Remains()
         return found
 

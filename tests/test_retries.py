@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.ray_pool import Actor, Place, Pool
 from orchestrator.retries import (
     Again,
     Attempt,
@@ -97,6 +98,42 @@ def test_those_that_wait_for_their_time_keep_nobody_else_waiting() -> None:
     places = queue.hand_out(lambda attempt: None if attempt.alone else "place")
     assert [attempt.item.task_id for attempt, _ in places] == ["free"]
     assert len(queue) == 2
+
+
+def test_an_item_that_is_to_be_alone_is_not_kept_waiting_by_others() -> None:
+    """One actor is given nothing new until it is idle; the other goes on."""
+    pool = Pool(None, lambda: None, lambda worker: None, lambda node: None, 3, Deadlines(None))  # type: ignore[arg-type, return-value]
+    first, second = (Actor(None, Place(i, "n", (), ()), room=3, load=2) for i in range(2))
+    pool._actors = [first, second]
+    alone, other = Attempt(Item("a"), number=2, alone="worker"), Attempt(Item("b"))
+    assert pool.free(alone, waiting=9) is None
+    assert pool.free(other, waiting=9) is second
+    second.load = 3
+    assert pool.free(other, waiting=9) is None
+    first.load, first.room = 1, 3  # It has ended one.
+    assert pool.free(alone, waiting=9) is None
+    assert pool.free(other, waiting=9) is None
+    first.load, first.room = 0, 3
+    assert pool.free(alone, waiting=9) is first
+
+
+def test_an_item_that_is_to_have_its_device_waits_for_all_actors_there() -> None:
+    pool = Pool(None, lambda: None, lambda worker: None, lambda node: None, 3, Deadlines(None))  # type: ignore[arg-type, return-value]
+    gpus = [0, 0, 1]
+    here, beside, elsewhere = (
+        Actor(None, Place(i, "n", (gpu,), ()), room=3, load=1) for i, gpu in enumerate(gpus)
+    )
+    pool._actors = [here, beside, elsewhere]
+    elsewhere.load = 3
+    attempt = Attempt(Item("a"), number=2, alone="device")
+    assert pool.free(attempt, waiting=9) is None
+    assert pool.free(Attempt(Item("b")), waiting=9) is None
+    assert pool.free(Attempt(Item("c"), alone="device"), waiting=9) is None
+    here.load = 0
+    assert pool.free(attempt, waiting=9) is None
+    assert pool.free(Attempt(Item("b")), waiting=9) is None
+    elsewhere.load = 2
+    assert pool.free(Attempt(Item("b")), waiting=9) is elsewhere
 
 
 def test_deadlines_follow_what_finished_items_took_per_byte() -> None:
