@@ -227,7 +227,7 @@ def print_outcome(
             for retry in figures["retries"]
         ]
         tables.print_table(
-            f"{len(told)} attempts were followed by another",
+            f"retries: {len(told)}",
             ("group", "attempt", "cause", "what happened"),
             told,
         )
