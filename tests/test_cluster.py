@@ -175,6 +175,7 @@ def test_anything_may_die_and_no_byte_changes(
     assert max(row["attempt"] for row in rows) <= max(started.values())
 
 
+@pytest.mark.slow
 def test_a_run_begun_on_one_cluster_is_finished_on_another(
     cluster: Cluster, many_layers: Path, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
