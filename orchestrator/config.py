@@ -205,7 +205,17 @@ class ClusterConfig(_Strict):
         None, ge=1, description="actors; default: as many as GPUs, CPUs and memory have room for"
     )
     max_attempts: int = Field(
-        4, ge=1, description="tries of a task whose worker died, before it counts as failed"
+        4, ge=1, description="tries of a task whose worker was lost, before it counts as failed"
+    )
+    task_timeout: float | None = Field(
+        None,
+        gt=0,
+        description="seconds until a worker counts as hung; default: ten times what the slowest "
+        "finished task took per byte, at least 600",
+    )
+    autoscaling: bool = Field(
+        False,
+        description="nodes join on demand: ask for them, and wait for what no node offers yet",
     )
 
 

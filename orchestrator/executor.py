@@ -19,6 +19,8 @@ import psutil
 import torch
 
 from orchestrator.config import ClusterConfig
+from orchestrator.retries import Again, Attempt, after_result
+from workers.devices import release_device_memory
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,33 @@ class WorkerSpec:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to an item on its way: ``"started"`` or ``"retried"``."""
+    """Something that happened to an item on its way.
+
+    Attributes:
+        kind: ``"started"``; ``"retried"``: the attempt has ended, and another will follow.
+        task_id: the item's.
+        attempt: 1 for the first.
+        message: why it is tried again.
+        error_type: the cause: ``"WorkerDied"``, ``"NodeLost"``, ``"TimedOut"``, or the error of a
+            device that had too little memory.
+        traceback: what is known of the worker's end, for people.
+    """
 
     kind: str
     task_id: str
     attempt: int
     message: str = ""
+    error_type: str = ""
+    traceback: str = ""
 
 
 Listener = Callable[[Event], None]
+
+
+def retried(again: Again) -> Event:
+    """The event of an attempt that is followed by another."""
+    task_id, attempt = again.attempt.item.task_id, again.attempt.number - 1
+    return Event("retried", task_id, attempt, again.message, again.error_type, again.evidence)
 
 
 class Executor(Protocol):
@@ -73,8 +93,9 @@ class Executor(Protocol):
     ) -> Iterator[Any]:
         """Yield one result or `Failure` per item, as they finish.
 
-        Failures of the infrastructure are retried, up to the limit; a `Failure` that a worker
-        returns is final.
+        Failures of the infrastructure are retried, up to the limit. A `Failure` that a worker
+        returns is final, but for the first of kind ``"device_memory"``: that item is tried once
+        more, with nothing else on its device.
         """
 
 
@@ -92,23 +113,33 @@ class SerialExecutor:
     def map(
         self, spec: WorkerSpec, items: Sequence[Any], on_event: Listener | None = None
     ) -> Iterator[Any]:
-        """See `Executor.map`; results come in the order of the items."""
+        """See `Executor.map`; results come in the order of the items, second attempts last."""
         if not items:
             return
+        notify = on_event or (lambda event: None)
         threads = torch.get_num_threads()
         torch.set_num_threads(spec.threads)
         pool = ThreadPoolExecutor(spec.in_flight)
         try:
             worker = spec.cls(**spec.kwargs)
-            running: deque[Future[Any]] = deque()
-            for item in items:
-                if len(running) == spec.in_flight:
-                    yield running.popleft().result()
-                if on_event is not None:
-                    on_event(Event("started", item.task_id, attempt=1))
-                running.append(pool.submit(worker.run, item))
-            while running:
-                yield running.popleft().result()
+            waiting = deque(Attempt(item) for item in items)
+            running: deque[tuple[Attempt, Future[Any]]] = deque()
+            while waiting or running:
+                room = 1 if waiting and waiting[0].alone else spec.in_flight
+                if not waiting or len(running) >= room:
+                    attempt, future = running.popleft()
+                    answer = after_result(attempt, future.result())
+                    if isinstance(answer, Again):
+                        waiting.append(answer.attempt)
+                        notify(retried(answer))
+                    else:
+                        yield answer
+                    continue
+                attempt = waiting.popleft()
+                if attempt.alone:
+                    release_device_memory(worker)
+                notify(Event("started", attempt.item.task_id, attempt.number))
+                running.append((attempt, pool.submit(worker.run, attempt.item)))
         finally:
             # What runs when nobody wants more results may take minutes, and is not waited for.
             pool.shutdown(wait=False, cancel_futures=True)
@@ -126,7 +157,13 @@ def open_executor(cluster: ClusterConfig) -> Iterator[Executor]:
 
     # Ray prints what happens to workers on standard output, where only results belong.
     with redirect_stdout(sys.stderr):
-        executor = RayExecutor(cluster.address, cluster.workers, cluster.max_attempts)
+        executor = RayExecutor(
+            cluster.address,
+            cluster.workers,
+            cluster.max_attempts,
+            cluster.task_timeout,
+            cluster.autoscaling,
+        )
         try:
             yield executor
         finally:

@@ -224,7 +224,7 @@ class Manifest:
 
     def record_event(self, event: Event) -> None:
         """Record that a task was started or retried."""
-        self._write_event({**asdict(event), "error_type": "", "traceback": ""})
+        self._write_event(asdict(event))
 
     def record_failure(self, failure: Failure) -> None:
         """Record that a task failed for good."""

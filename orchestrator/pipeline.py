@@ -228,7 +228,8 @@ def _run_and_commit(
     for outcome in executor.map(spec, todo, listen):
         outcome = replace(outcome, attempt=attempts.get(outcome.task_id, 1))
         if isinstance(outcome, Failure):
-            run.manifest.record_failure(outcome)
+            told = "\n".join(filter(None, (outcome.evidence, outcome.traceback)))
+            run.manifest.record_failure(replace(outcome, traceback=told))
         else:
             run.manifest.commit(outcome)
         yield outcome

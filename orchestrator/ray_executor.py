@@ -5,24 +5,26 @@ Retries and placement are the executor's own: Ray's ActorPool loses the item of 
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import signal
 import socket
+import sys
 import threading
-import traceback
-from collections import deque
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lestd_kernels.errors import LestdError, first_line
-from orchestrator.executor import Event, Listener, WorkerSpec
-from orchestrator.ray_pool import NotStarted, Pool, Started
-from orchestrator.tables import size
-from workers.contracts import Failure
+from orchestrator.executor import Event, Listener, WorkerSpec, retried
+from orchestrator.ray_pool import Died, NotStarted, Place, Pool, Ran, Started
+from orchestrator.retries import Again, Deadlines, Queue, after_error, after_loss, after_result
+from orchestrator.tables import err, size
 from workers.devices import gpu_memory_bytes
+from workers.watcher import Watcher
 
 # Tensors never go through the object store: the smallest one that Ray accepts will do.
 _OBJECT_STORE_BYTES = 80 * 2**20
@@ -30,6 +32,12 @@ _OBJECT_STORE_BYTES = 80 * 2**20
 _WORKERS_PER_GPU = 4
 _USABLE_GPU_MEMORY = 0.9
 _PROBE_SECONDS = 60
+# How often the cluster is asked for its nodes.
+_LOOK_SECONDS = 2.0
+# Workers that compute need some seconds to start; who waits longer wants to know for what.
+_PATIENCE_SECONDS = 60.0
+# Actors that wait for nodes which an autoscaler may add: they are the demand that it sees.
+_DEMANDED = 8
 
 
 class RayExecutor:
@@ -41,15 +49,24 @@ class RayExecutor:
     Args:
         address: the cluster to join; None for the default above.
         workers: number of actors; None for as many as GPUs, CPUs and memory have room for.
-        max_attempts: tries of an item whose actor died.
+        max_attempts: tries of an item whose actor was lost.
+        task_timeout: seconds that an item may take; None for what `Deadlines` finds plausible.
+        autoscaling: nodes join on demand, so what no node offers yet is waited for.
     """
 
     def __init__(
-        self, address: str | None = None, workers: int | None = None, max_attempts: int = 4
+        self,
+        address: str | None = None,
+        workers: int | None = None,
+        max_attempts: int = 4,
+        task_timeout: float | None = None,
+        autoscaling: bool = False,
     ) -> None:
         self._address = address or os.environ.get("RAY_ADDRESS")
         self._workers = workers
         self._max_attempts = max_attempts
+        self._task_timeout = task_timeout
+        self._autoscaling = autoscaling
         self._connection: Any = None
 
     def close(self) -> None:
@@ -67,6 +84,8 @@ class RayExecutor:
     ) -> Iterator[Any]:
         """See `Executor.map`; results come in the order in which actors finish.
 
+        Nodes may join and leave meanwhile: there are as many actors as they have room for.
+
         Raises:
             LestdError: the cluster does not answer, or has no GPU for CUDA workers.
         """
@@ -74,47 +93,69 @@ class RayExecutor:
             return
         ray = self._ray()
         need = self._need(spec)
-        pool = Pool(ray, self._actor_class(spec, need), spec.in_flight)
+        pool = Pool(
+            ray,
+            make=self._actor_class(spec, need),
+            locate=_place,
+            make_watcher=self._make_watcher,
+            in_flight=spec.in_flight,
+            deadlines=Deadlines(self._task_timeout),
+        )
         notify = on_event or (lambda event: None)
-        waiting: deque[tuple[Any, int]] = deque((item, 1) for item in items)
+        queue = Queue(items)
         failed_starts = 0
-        target = self._pool_size(need, len(items))
-        for _ in range(target):
-            pool.start()
+        looked_at, target = -math.inf, 0
+        patience = time.monotonic() + _PATIENCE_SECONDS
         try:
-            while waiting or pool.running:
-                while waiting and (actor := pool.free(waiting[0][1], len(waiting))):
-                    item, attempt = waiting.popleft()
-                    pool.submit(actor, item, attempt)
-                    notify(Event("started", item.task_id, attempt))
-                for outcome in pool.wait():
+            while queue or pool.running:
+                if time.monotonic() - looked_at > _LOOK_SECONDS:  # Nodes come and go.
+                    target = self._pool_size(need, len(queue) + pool.running)
+                    looked_at = time.monotonic()
+                pool.resize(target, len(queue))
+                if not pool.ready and time.monotonic() > patience:
+                    patience = math.inf
+                    _say_what_is_waited_for(need)
+                for attempt, actor in queue.hand_out(lambda a: pool.free(a, len(queue))):
+                    pool.submit(actor, attempt)
+                    notify(Event("started", attempt.item.task_id, attempt.number))
+                for outcome in pool.wait(min(1.0, queue.seconds_until_due())):
                     if isinstance(outcome, Started):
                         failed_starts = 0
-                    elif isinstance(outcome, NotStarted):
-                        failed_starts += 1
-                        if waiting and (outcome.broken or failed_starts >= self._max_attempts):
-                            item, attempt = waiting.popleft()
-                            kind = "application" if outcome.broken else "infrastructure"
-                            yield _failure(item, kind, outcome.error, attempt)
-                    elif outcome.error is None:
-                        yield outcome.result
-                    elif not outcome.died:
-                        yield _failure(outcome.item, "application", outcome.error, outcome.attempt)
-                    elif outcome.attempt >= self._max_attempts:
-                        error, attempt = outcome.error, outcome.attempt
-                        yield _failure(outcome.item, "infrastructure", error, attempt)
+                        continue
+                    if isinstance(outcome, NotStarted):
+                        failed_starts += not outcome.node_lost
+                        hopeless = failed_starts >= self._max_attempts and not pool.ready
+                        if queue and (outcome.broken or hopeless):
+                            yield after_error(
+                                queue.pop(),
+                                outcome.error,
+                                "application" if outcome.broken else "infrastructure",
+                            )
+                        continue
+                    following = self._judge(outcome, pool)
+                    if isinstance(following, Again):
+                        queue.add(following.attempt)
+                        notify(retried(following))
                     else:
-                        message = first_line(outcome.error)
-                        notify(Event("retried", outcome.item.task_id, outcome.attempt, message))
-                        waiting.append((outcome.item, outcome.attempt + 1))
-                    if pool.size < target and len(waiting) > pool.starting:
-                        pool.start()
+                        yield following
         finally:
             pool.close()
 
+    def _judge(self, outcome: Ran | Died, pool: Pool) -> Any:
+        """The answer for an item, or that it is tried again."""
+        if isinstance(outcome, Died):
+            lost_nodes = pool.lost_nodes()
+            return after_loss(outcome.attempt, outcome.loss, self._max_attempts, lost_nodes)
+        if outcome.error is not None:
+            return after_error(outcome.attempt, outcome.error, "application")
+        return after_result(outcome.attempt, outcome.result)
+
     def worker_memory_bytes(self) -> int:
-        """What the node with the most memory offers; Ray counts what was free when it started."""
-        return int(self._most("memory"))
+        """What the node with the most memory offers; Ray counts what was free when it started.
+
+        Nobody knows what nodes an autoscaler may add: they count as large enough.
+        """
+        return sys.maxsize if self._autoscaling else int(self._most("memory"))
 
     def _need(self, spec: WorkerSpec) -> dict[str, float]:
         """What a worker takes of its node's resources, by Ray's names.
@@ -125,17 +166,16 @@ class RayExecutor:
         Raises:
             LestdError: no node has a GPU, or none with the memory that a worker needs.
         """
-        need = {
-            "CPU": float(min(spec.threads, int(self._most("CPU")))),
-            "memory": float(min(spec.memory_bytes, int(self._most("memory")))),
-        }
+        need = {"CPU": float(spec.threads), "memory": float(spec.memory_bytes)}
+        if not self._autoscaling:
+            need = {name: min(much, int(self._most(name))) for name, much in need.items()}
         if spec.device == "cuda":
             need["GPU"] = self._gpu_share(spec.device_memory_bytes)
         return need
 
     def _gpu_share(self, memory_bytes: int | None) -> float:
         """1 / n where n workers share a GPU."""
-        if not self.has_cuda():
+        if not self.has_cuda() and not self._autoscaling:
             raise LestdError(
                 "device cuda is asked for, but no node of the Ray cluster has a GPU; use "
                 "--device cpu, or join a cluster that has one with --address"
@@ -156,15 +196,9 @@ class RayExecutor:
     def _smallest_gpu_bytes(self) -> int | None:
         """Memory of the smallest GPU, one asked on each node; None if none is free to answer."""
         ray = self._ray()
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
         probe = ray.remote(gpu_memory_bytes)
         asked = [
-            probe.options(
-                num_cpus=0,
-                num_gpus=1,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
-            ).remote()
+            probe.options(num_cpus=0, num_gpus=1, **_on_node(node["NodeID"])).remote()
             for node in self._nodes()
             if node["Resources"].get("GPU", 0) >= 1
         ]
@@ -191,6 +225,9 @@ class RayExecutor:
         )
         return lambda: options.remote(**spec.kwargs)
 
+    def _make_watcher(self, node: str) -> Any:
+        return self._ray().remote(Watcher).options(num_cpus=0, **_on_node(node)).remote()
+
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in self._ray().nodes() if node["Alive"]]
 
@@ -204,7 +241,7 @@ class RayExecutor:
             return min(self._workers, items)
         # Each node by itself: what is left over on two of them makes no worker.
         fitting = sum(_fitting(node["Resources"], need) for node in self._nodes())
-        return max(1, min(fitting, items))
+        return max(1, min(fitting + (_DEMANDED if self._autoscaling else 0), items))
 
     def _ray(self) -> Any:
         """Ray, connected.
@@ -232,26 +269,43 @@ class RayExecutor:
         return ray
 
 
+def _on_node(node: str) -> dict[str, Any]:
+    """Ray's options for a task or an actor of that node."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+
+
 def _fitting(offered: dict[str, float], need: dict[str, float]) -> int:
     """How many workers a node has room for."""
     counts = (int(offered.get(name, 0) / share) for name, share in need.items() if share)
     return min(counts, default=0)
 
 
-def _failure(item: Any, kind: Any, error: BaseException, attempt: int) -> Failure:
-    message = first_line(error)
-    if kind == "infrastructure":
-        message = (
-            f"its worker died {attempt} times (last: {message}); most often the machine ran out of "
-            "memory: use fewer workers, then run the same command again"
-        )
-    return Failure(
-        task_id=item.task_id,
-        kind=kind,
-        error_type=type(error).__name__,
-        message=message,
-        traceback="".join(traceback.format_exception(error)),
-        attempt=attempt,
+def _say_what_is_waited_for(need: dict[str, float]) -> None:
+    wanted = ", ".join(
+        f"{size(much)} of memory" if name == "memory" else f"{name} {much:g}"
+        for name, much in need.items()
+        if much
+    )
+    err.print(
+        f"no worker has started yet: none of the cluster's nodes has {wanted} free; waiting, see "
+        "ray status",
+        soft_wrap=True,
+    )
+
+
+def _place(worker: Any) -> Place:
+    """Where an actor runs; called in its process."""
+    import ray
+
+    # Ray redirects what a worker writes to files of its own.
+    logs = [Path(f"/proc/self/fd/{stream}") for stream in (2, 1)]
+    return Place(
+        process=os.getpid(),
+        node=ray.get_runtime_context().get_node_id(),
+        gpus=tuple(ray.get_gpu_ids()),
+        logs=tuple(str(log.readlink()) for log in logs if log.is_file()),
     )
 
 

@@ -16,6 +16,8 @@ from orchestrator.manifest import COMPUTING_STAGES
 from orchestrator.meter import Meter
 from orchestrator.pipeline import Outcome
 from orchestrator.plan import Plan
+from orchestrator.retries import retries
+from orchestrator.rundir import RunDirectory
 
 
 def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
@@ -106,9 +108,16 @@ def outcome_figures(
         "finished": len(rows),
         "finished_before": outcome.skipped,
         "failed": [
-            {"task_id": f.task_id, "kind": f.kind, "message": f.message, "attempt": f.attempt}
+            {
+                "task_id": f.task_id,
+                "kind": f.kind,
+                "message": f.message,
+                "attempt": f.attempt,
+                "evidence": f.evidence,
+            }
             for f in outcome.failures
         ],
+        "retries": told_retries(plan, run_dir),
         "dense_bytes": dense,
         "byte_budget": sum(row["byte_budget"] for row in rows),
         "stored_bytes": stored,
@@ -134,6 +143,17 @@ def outcome_figures(
     }
 
 
+def told_retries(plan: Plan, run_dir: Path) -> list[dict[str, Any]]:
+    """Every retry of a run, in order, by the names of the groups; none once it is cleaned up."""
+    groups = {planned.task.task_id: planned.task.group for planned in plan.tasks}
+    groups |= {task.task_id: task.group for task in plan.curve_tasks}
+    events = RunDirectory(run_dir).manifest.events().to_pylist()
+    return [
+        {"group": groups.get(retry.task_id, retry.task_id)} | asdict(retry)
+        for retry in retries(events)
+    ]
+
+
 def print_outcome(
     outcome: Outcome,
     out: Path,
@@ -146,9 +166,21 @@ def print_outcome(
     if json:
         tables.print_json(figures)
         return
+    if figures["retries"]:
+        told = [
+            (retry["group"], str(retry["attempt"]), retry["cause"], retry["message"])
+            for retry in figures["retries"]
+        ]
+        tables.print_table(
+            f"retries: {len(told)}",
+            ("group", "attempt", "cause", "what happened"),
+            told,
+        )
     if not outcome.complete:
         for failure in outcome.failures:
-            logs.error(failure.message, task_id=failure.task_id)
+            logs.error(failure.message, task_id=failure.task_id, evidence=failure.evidence or None)
+            if failure.evidence and not logs.in_json():
+                logs.log("message", failure.evidence)
         plan = outcome.plan
         tasks, finished = len(plan.tasks), len(outcome.rows)
         if not plan.decided:

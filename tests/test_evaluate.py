@@ -375,5 +375,5 @@ class BrokenWorker(EvalWorker):
 def test_an_error_of_many_lines_is_told_in_one() -> None:
     failure = BrokenWorker(str(MODEL)).run(EvalRequest("piece", (0,), ((1, 2),)))
     assert isinstance(failure, Failure)
-    assert failure.message == "RuntimeError: the kernel is missing"
+    assert failure.message == "piece: RuntimeError: the kernel is missing"
     assert "a page of advice" in failure.traceback

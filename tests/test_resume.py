@@ -1,18 +1,27 @@
 """Kill anything, run the same command again, get the same bytes."""
 
+import json
 import random
 import shutil
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from cli import digest_tree, lestd, run_lestd, start_lestd
 from conftest import LAYERS
 
+from orchestrator.config import RunConfig
+from orchestrator.executor import Listener, SerialExecutor, WorkerSpec
 from orchestrator.manifest import Manifest
+from orchestrator.pipeline import compress_model
+from orchestrator.source import resolve_source
+from orchestrator.summary import print_outcome
+from workers.contracts import Failure
 
 KEEP = ("--keep", 0.5)
 
@@ -101,10 +110,10 @@ def kill_and_resume(model: Path, out: Path, kills: int, seed: int) -> dict[str, 
     return done
 
 
+# A few kills on a cluster, of nodes as well, are in test_cluster.py.
 @pytest.mark.ray
-@pytest.mark.parametrize(
-    "kills", [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.timeout(900))])
 def test_kills_change_no_byte_and_repeat_no_finished_task(
     many_layers: Path, undisturbed: dict[str, str], tmp_path: Path, kills: int
 ) -> None:
@@ -164,3 +173,40 @@ def test_a_run_begun_serially_is_finished_on_ray(
     assert f"{len(finished)} of {LAYERS} tasks were finished before" in result.err
     assert finished.items() <= committed(tmp_path / "out.run").items()
     assert digest_tree(out) == undisturbed
+
+
+class BesideADeadWorker(SerialExecutor):
+    """Its last item is one that killed its worker."""
+
+    def map(
+        self, spec: WorkerSpec, items: Sequence[Any], on_event: Listener | None = None
+    ) -> Iterator[Any]:
+        yield from super().map(spec, items[:-1], on_event)
+        task_id = items[-1].task_id
+        yield Failure(
+            task_id, "infrastructure", "WorkerDied", "set aside", "trace", 2, "its last words"
+        )
+
+
+def test_what_a_dead_worker_leaves_behind_is_kept_and_told(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, run_dir = tmp_path / "out", tmp_path / "out.run"
+    source = resolve_source(str(tiny_llama))
+    outcome = compress_model(source, RunConfig(keep=0.5), BesideADeadWorker(), out, run_dir)
+    assert (len(outcome.rows), len(outcome.failures)) == (3, 1)
+    print_outcome(outcome, out, run_dir, json=False)
+    assert "its last words" in capsys.readouterr().err
+    print_outcome(outcome, out, run_dir, json=True)
+    assert json.loads(capsys.readouterr().out)["failed"][0]["evidence"] == "its last words"
+    (event,) = (e for e in Manifest(run_dir / "manifest").events().to_pylist() if e["traceback"])
+    assert (event["kind"], event["error_type"]) == ("failed", "WorkerDied")
+    assert event["traceback"] == "its last words\ntrace"
+    status = json.loads(lestd("status", out, "--json").out)
+    assert [e["message"] for e in status["layers"] if e["state"] == "failed"] == ["set aside"]
+
+    # The command is run again, and tells that it was.
+    result = lestd("compress", tiny_llama, "--out", out, *KEEP, "--executor", "serial")
+    assert result.code == 0, result.err
+    assert "retries: 1" in result.out
+    assert "WorkerDied" in result.out

@@ -172,16 +172,19 @@ class Result:
 class Failure:
     """Why an item has no result.
 
-    ``kind`` is ``"application"`` (bad input or a bug: not retried) or ``"infrastructure"``
-    (a worker or its machine died: retried up to the limit).
+    ``kind`` is ``"application"`` (bad input or a bug: not retried), ``"infrastructure"`` (a worker
+    or its machine was lost: retried up to the limit) or ``"device_memory"`` (a GPU has too little:
+    retried once with nothing else on it). ``evidence`` is what is known of the end of a worker that
+    was lost: Ray's words, its memory, the last lines of its log.
     """
 
     task_id: str
-    kind: Literal["application", "infrastructure"]
+    kind: Literal["application", "infrastructure", "device_memory"]
     error_type: str
     message: str
     traceback: str = field(default="", repr=False)
     attempt: int = 1
+    evidence: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)

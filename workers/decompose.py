@@ -19,7 +19,6 @@ import os
 import socket
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -41,6 +40,7 @@ from workers.devices import (
     reset_peak_memory,
     return_freed_memory,
 )
+from workers.failures import failure_of
 from workers.files import atomic_write
 
 
@@ -125,13 +125,8 @@ class DecomposeWorker:
         try:
             with self._line.pass_through() as advance:
                 return self._work(task, advance)
-        except LestdError as error:
-            return Failure(task.task_id, "application", type(error).__name__, str(error))
         except Exception as error:
-            text = f"{task.group}: {type(error).__name__}: {error}"
-            return Failure(
-                task.task_id, "application", type(error).__name__, text, traceback.format_exc()
-            )
+            return failure_of(task.task_id, task.group, error)
 
     def _work(self, task: Task, advance: Callable[[], None]) -> Result | CurveResult:
         # Host time: to wait for the device here would be to wait for another task's work.

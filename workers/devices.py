@@ -25,6 +25,11 @@ def gpu_memory_bytes() -> int:
     return torch.cuda.get_device_properties(0).total_memory
 
 
+def release_device_memory(worker: object) -> None:
+    """Give back what PyTorch keeps of the GPU's memory for later, in the process of a worker."""
+    torch.cuda.empty_cache()
+
+
 def return_freed_memory() -> None:
     """Have this process give memory of 1 MiB or more back as soon as it is freed (glibc).
 

@@ -11,7 +11,6 @@ import math
 import os
 import socket
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -23,8 +22,9 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from lestd_kernels.errors import LestdError, first_line
+from lestd_kernels.errors import LestdError
 from workers.contracts import EvalRequest, EvalResult, Failure
+from workers.failures import failure_of
 
 # Positions whose log-softmax is taken at once, in float32: with V = 150,000 that is 150 MB,
 # where all 2048 positions of a window would need 1.2 GB.
@@ -93,13 +93,8 @@ class EvalWorker:
         try:
             with torch.inference_mode():
                 return self._score(request)
-        except LestdError as error:
-            return Failure(request.task_id, "application", type(error).__name__, str(error))
         except Exception as error:
-            text = f"{type(error).__name__}: {first_line(error)}"
-            return Failure(
-                request.task_id, "application", type(error).__name__, text, traceback.format_exc()
-            )
+            return failure_of(request.task_id, request.task_id, error)
 
     @cached_property
     def _model(self) -> Any:

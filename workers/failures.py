@@ -1,0 +1,35 @@
+"""What a worker answers when it has no result."""
+
+from __future__ import annotations
+
+import traceback
+
+import torch
+
+from lestd_kernels.errors import LestdError, first_line
+from workers.contracts import Failure
+
+
+def failure_of(task_id: str, subject: str, error: Exception) -> Failure:
+    """The `Failure` for what was raised by work on an item that messages call `subject`."""
+    name = type(error).__name__
+    if isinstance(error, LestdError):
+        return Failure(task_id, "application", name, str(error))
+    if lacks_device_memory(error):
+        # PyTorch goes on with advice for those who write programs.
+        found = ". ".join(first_line(error).split(". ")[:2]).rstrip(".")
+        message = (
+            f"{subject}: the GPU has too little memory ({found}); use GPUs with more, or "
+            "start over with --device cpu"
+        )
+        return Failure(task_id, "device_memory", name, message, traceback.format_exc())
+    message = f"{subject}: {name}: {first_line(error)}"
+    return Failure(task_id, "application", name, message, traceback.format_exc())
+
+
+def lacks_device_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU's memory does not suffice, in a library's own words."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    words = ("out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
