@@ -69,12 +69,12 @@ def plan(
 ) -> None:
     """Show what a compression would do: reads headers only, writes nothing."""
     from orchestrator.plan import make_plan
-    from orchestrator.source import open_headers
+    from orchestrator.source import resolve_source
     from orchestrator.summary import describe_plan, print_plan
 
     options = {k: v for k, v in locals().items() if k in RunFile.model_fields and k != "model"}
     name, revision, run_config = run_options(model, config, options)
-    planned = make_plan(open_headers(name, revision), run_config)
+    planned = make_plan(resolve_source(name, revision), run_config)
     print_plan(name, describe_plan(planned, run_config, calibrate), json)
 
 
@@ -116,7 +116,7 @@ def compress(
     from orchestrator.executor import open_executor
     from orchestrator.pipeline import compress_model
     from orchestrator.plan import make_plan
-    from orchestrator.source import open_headers, resolve_source
+    from orchestrator.source import resolve_source
     from orchestrator.summary import (
         CompressionProgress,
         describe_plan,
@@ -129,7 +129,7 @@ def compress(
     name, revision, run_config = run_options(model, config, options)
     cluster_config = cluster_options(cluster, executor=executor, workers=workers, address=address)
     if dry_run:
-        planned = make_plan(open_headers(name, revision), run_config)
+        planned = make_plan(resolve_source(name, revision), run_config)
         print_plan(name, describe_plan(planned, run_config, calibrate), json)
         return
 

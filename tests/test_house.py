@@ -13,7 +13,14 @@ FILES = [path.relative_to(ROOT) for package in HOUSE for path in (ROOT / package
 PEFT_PLUGIN = Path("lestd_kernels/peft_plugin.py")
 ABOVE = {"orchestrator": (), "workers": ("orchestrator",), "lestd_kernels": HOUSE[:2]}
 ALLOWED = {
-    "workers": {"torch", "transformers", "workers", "lestd_kernels"},
+    "workers": {
+        "torch",
+        "transformers",
+        "workers",
+        "lestd_kernels",
+        "fsspec",
+        "huggingface_hub",
+    },
     "lestd_kernels": {"torch", "transformers", "safetensors", "triton", "lestd_kernels"},
 }
 
