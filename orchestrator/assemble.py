@@ -1,7 +1,8 @@
 """Manifest + source -> a directory that is a Hugging Face model.
 
 Finished payloads become shards as they are (by hard link, a copy where links are impossible);
-every other tensor is copied byte for byte in a stream. The directory is built beside its name and
+every other tensor is copied byte for byte in a stream, or fetched, where the source lies
+elsewhere. The directory is built beside its name and
 renamed last, so it is complete or absent. Memory stays bounded by the copy buffer.
 
 ``manifest/model.json`` states the run's fingerprint and the size and sha256 of every file: what
@@ -27,6 +28,7 @@ from lestd_kernels.errors import LestdError
 from orchestrator.manifest import Manifest, read_json, write_json
 from orchestrator.plan import Plan
 from orchestrator.source import Source, copy_side_files
+from orchestrator.untouched import UNTOUCHED_DIR, fetch_shard
 from workers.checkpoint import INDEX_FILE, read_header, write_safetensors_stream
 from workers.contracts import TensorRef
 from workers.files import (
@@ -36,6 +38,7 @@ from workers.files import (
     file_sha256,
     fsync_directory,
 )
+from workers.ranges import is_url
 
 MANIFEST_DIR = "manifest"
 _ABOUT = "model.json"
@@ -74,13 +77,13 @@ def assemble(
     busy = f"another driver assembles {out}; wait for it to end, or choose another --out"
     with explain_os_errors(building), building_directory(building, busy):
         weight_map = _link_payloads(rows, run_dir / "payloads", building)
-        weight_map |= _copy_untouched(plan.untouched, building)
+        weight_map |= _copy_untouched(plan.untouched, run_dir / UNTOUCHED_DIR, building)
         total = sum(row["stored_bytes"] for row in rows) + plan.untouched_bytes
         write_json(
             building / INDEX_FILE,
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
         )
-        copy_side_files(source.directory, building)
+        copy_side_files(source.fetch_side_files(), building)
         write_json(building / "config.json", compressed_config(source.config_json, rows))
         card = model_card(source, plan, rows, building)
         atomic_write(building / "README.md", lambda file: file.write(card.encode()))
@@ -97,31 +100,41 @@ def assemble(
         remove_model(out)
         building.replace(out)
         fsync_directory(out.parent)
+        shutil.rmtree(run_dir / UNTOUCHED_DIR, ignore_errors=True)
 
 
 def _link_payloads(rows: Iterable[dict[str, Any]], payloads: Path, target: Path) -> dict[str, str]:
     weight_map: dict[str, str] = {}
     for row in rows:
         shard = target / payload_shard_name(row)
-        payload = payloads / row["payload"]
-        try:
-            os.link(payload, shard)
-        except OSError:  # Another file system, or one without links.
-            with payload.open("rb") as original:
-                atomic_write(shard, partial(shutil.copyfileobj, original))
+        _link(payloads / row["payload"], shard)
         weight_map |= dict.fromkeys(read_header(shard), shard.name)
     return weight_map
 
 
-def _copy_untouched(untouched: Sequence[TensorRef], target: Path) -> dict[str, str]:
-    """One shard for the untouched tensors of each source shard; keeps the source's sharding."""
+def _link(path: Path, target: Path) -> None:
+    try:
+        os.link(path, target)
+    except OSError:  # Another file system, or one without links.
+        with path.open("rb") as original:
+            atomic_write(target, partial(shutil.copyfileobj, original))
+
+
+def _copy_untouched(untouched: Sequence[TensorRef], fetched: Path, target: Path) -> dict[str, str]:
+    """One shard for the untouched tensors of each source shard; keeps the source's sharding.
+
+    What has to be fetched from elsewhere is kept in `fetched`, and survives an interruption.
+    """
     by_shard: dict[str, list[TensorRef]] = {}
     for ref in untouched:
         by_shard.setdefault(ref.shard, []).append(ref)
     weight_map: dict[str, str] = {}
     for number, (_, refs) in enumerate(sorted(by_shard.items()), start=1):
         name = f"dense-{number:05d}-of-{len(by_shard):05d}.safetensors"
-        atomic_write(target / name, partial(write_safetensors_stream, refs=refs))
+        if is_url(refs[0].shard):
+            _link(fetch_shard(refs, fetched, name), target / name)
+        else:
+            atomic_write(target / name, partial(write_safetensors_stream, refs=refs))
         weight_map |= {ref.name: name for ref in refs}
     return weight_map
 

@@ -71,12 +71,12 @@ def plan(
 ) -> None:
     """Show what a compression would do: reads headers only, writes nothing."""
     from orchestrator.plan import make_plan
-    from orchestrator.source import open_headers
+    from orchestrator.source import resolve_source
     from orchestrator.summary import describe_plan, print_plan
 
     options = {k: v for k, v in locals().items() if k in RunFile.model_fields and k != "model"}
     name, revision, run_config = run_options(model, config, options)
-    planned = make_plan(open_headers(name, revision), run_config)
+    planned = make_plan(resolve_source(name, revision), run_config)
     print_plan(name, describe_plan(planned, run_config, calibrate), json)
 
 
@@ -122,7 +122,7 @@ def compress(
     from orchestrator.pipeline import compress_model
     from orchestrator.plan import make_plan
     from orchestrator.progress import CompressionProgress
-    from orchestrator.source import open_headers, resolve_source
+    from orchestrator.source import resolve_source
     from orchestrator.submit import jobs_address, run_as_job
     from orchestrator.summary import (
         describe_plan,
@@ -138,7 +138,7 @@ def compress(
     if jobs := jobs_address(cluster_config):
         raise typer.Exit(run_as_job(jobs, "compress", given | {"model": name}, cluster_config))
     if dry_run:
-        planned = make_plan(open_headers(name, revision), run_config)
+        planned = make_plan(resolve_source(name, revision), run_config)
         print_plan(name, describe_plan(planned, run_config, calibrate), json)
         return
 

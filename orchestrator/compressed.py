@@ -172,7 +172,7 @@ def _open_group(number: int, entry: Any, index: ShardIndex) -> CompressedGroup:
         return _find_tensors(entry, stored_specs(entry), index)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LestdError(
-            f"{index.directory / CONFIG_FILE}: quantization_config.groups[{number}] cannot be read "
+            f"{index.location}/{CONFIG_FILE}: quantization_config.groups[{number}] cannot be read "
             f"({type(error).__name__}: {error}); upgrade lestd, or {_COPY_AGAIN}"
         ) from error
 
@@ -209,7 +209,7 @@ def _find_tensors(
         ref = index.tensors.get(name)
         if ref is None:
             raise LestdError(
-                f"{index.directory} lacks the tensor {name}, which {CONFIG_FILE} names; "
+                f"{index.location} lacks the tensor {name}, which {CONFIG_FILE} names; "
                 f"{_COPY_AGAIN}"
             )
         if ref.shape != shape:

@@ -23,15 +23,8 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.errors import LestdError
-from orchestrator.source import (
-    BIN_FILE,
-    BIN_INDEX_FILE,
-    copy_side_files,
-    download,
-    is_side_file,
-    list_repository,
-    local_directory,
-)
+from orchestrator.location import download, hub_id, list_repository, local_directory, store_url
+from orchestrator.source import BIN_FILE, BIN_INDEX_FILE, copy_side_files, is_side_file
 from workers.checkpoint import (
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -117,6 +110,9 @@ def _open_pickled(model: str, revision: str | None) -> tuple[Path, dict[str, str
         names = {path.name for path in directory.iterdir()}
         _check_convertible(model, names)
         return directory, _bin_weight_map(directory, names)
+    if store_url(model, revision) is not None:
+        raise LestdError(f"{model} cannot be converted where it lies; copy it to a directory here")
+    model, revision = hub_id(model, revision)
     remote = list_repository(model, revision)
     if remote is None:
         raise LestdError(

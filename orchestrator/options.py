@@ -67,7 +67,10 @@ def absolute(path: Path | None) -> Path | None:
 
 
 Model = Annotated[
-    str | None, typer.Argument(help="Directory of a checkpoint, or a Hub id such as org/name.")
+    str | None,
+    typer.Argument(
+        help="Directory of a checkpoint, Hub id such as org/name, or URL (s3://, gs://)."
+    ),
 ]
 Out = Annotated[
     Path,

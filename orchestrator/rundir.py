@@ -6,6 +6,7 @@ OUT.run/
     plan.json     what is to be done
     payloads/     <task_id>-<sha256>.safetensors, one per finished task
     manifest/     see orchestrator.manifest
+    untouched/    see orchestrator.untouched; there while a model is put together
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from orchestrator.config import RunConfig
 from orchestrator.manifest import MANIFEST_FORMAT, Manifest, read_json, write_json
 from orchestrator.plan import Plan
 from orchestrator.source import Source
-from workers.checkpoint import hash_tensor, sample_digests
+from workers.checkpoint import hash_tensor
 from workers.decompose import software_versions
 from workers.files import explain_os_errors
+from workers.sampling import sample_digests, shard_stats
 
-_OURS = {"lock", "run.json", "plan.json", "payloads", "manifest"}
+_OURS = {"lock", "run.json", "plan.json", "payloads", "manifest", "untouched"}
 _TEMPORARY = ".tmp-"
 # `lestd status` takes the lock for a moment to see whether it is free.
 _LOCK_PATIENCE_SECONDS = 1.0
@@ -207,7 +209,7 @@ class RunDirectory:
             require_same(recorded, fingerprint, self.path)
             for leftover in self.path.rglob(f"{_TEMPORARY}*"):
                 leftover.unlink(missing_ok=True)
-        stats = _shard_stats(source)
+        stats = shard_stats(source.index)
         if recorded is not None and self._about("shard_stats") != stats:
             self._require_same_contents(source)
         if recorded is None or self._about("shard_stats") != stats:
@@ -234,7 +236,7 @@ class RunDirectory:
             if digest.hexdigest() != row["source_sha256"]:
                 raise LestdError(
                     f"{self.path} holds the result of {row['group']}, but its tensors "
-                    f"({', '.join(row['tensors'])}) in {source.directory} have changed since; "
+                    f"({', '.join(row['tensors'])}) in {source.index.location} have changed since; "
                     "restore them to continue, or start over with --fresh"
                 )
 
@@ -242,6 +244,7 @@ class RunDirectory:
         """Delete what a run makes, run.json last, but keep the lock that the caller holds."""
         shutil.rmtree(self.payloads, ignore_errors=True)
         shutil.rmtree(self.manifest.directory, ignore_errors=True)
+        shutil.rmtree(self.path / "untouched", ignore_errors=True)
         for name in ("plan.json", "run.json"):
             (self.path / name).unlink(missing_ok=True)
 
@@ -272,9 +275,3 @@ def _try_lock(handle: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _shard_stats(source: Source) -> dict[str, list[int]]:
-    """Size and time of change of every shard: cheap to compare, and no part of the identity."""
-    stats = {shard: (source.index.directory / shard).stat() for shard in source.index.shards}
-    return {shard: [stat.st_size, stat.st_mtime_ns] for shard, stat in stats.items()}

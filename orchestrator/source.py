@@ -1,51 +1,40 @@
-"""Where a model comes from: a local directory or a Hub id, resolved and checked once.
+"""A checkpoint that can be compressed, wherever it lies: found, and checked once.
 
-`resolve_source` has the weights at hand, downloaded if need be; `open_headers` knows everything
-about them but their values, and downloads only headers. No weight is read here, and no code that
-comes with a model is run.
+Of a model elsewhere only config, index and headers are fetched here: its tensors are read by byte
+range where they are needed. No weight is read here, and no code that comes with a model is run.
 """
 
 from __future__ import annotations
 
-import glob
+import atexit
 import json
+import re
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import (
-    HfApi,
-    get_session,
-    hf_hub_url,
-    hf_raise_for_status,
-    snapshot_download,
-)
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from transformers import AutoConfig, PretrainedConfig
 
 from lestd_kernels.errors import LestdError
 from orchestrator.architectures import check_family
-from workers.checkpoint import (
-    INDEX_FILE,
-    WEIGHTS_FILE,
-    ShardIndex,
-    read_weight_map,
+from orchestrator.location import (
+    are_cached,
+    download,
+    fetch_files,
+    find_cached,
+    hub_id,
+    list_repository,
+    local_directory,
+    store_url,
 )
-from workers.contracts import TensorRef
+from workers.checkpoint import INDEX_FILE, WEIGHTS_FILE, ShardIndex, read_weight_map
 from workers.files import atomic_write
-from workers.headers import LENGTH_BYTES, header_length, parse_header
+from workers.hub import HUB_SCHEME
+from workers.ranges import is_url, list_files
 
 CONFIG_FILE = "config.json"
 BIN_FILE = "pytorch_model.bin"
@@ -53,8 +42,8 @@ BIN_INDEX_FILE = "pytorch_model.bin.index.json"
 _SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm"}
 _SIDE_PREFIXES = ("LICENSE", "NOTICE", "README")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
-_FIRST_RANGE_BYTES = 256 * 1024
-_TIMEOUT_SECONDS = 30.0
+# Part of a URL: a name that no server and no URL parser takes for anything else.
+_PLAIN_NAME = re.compile(r"[\w.+=@ -]+(/[\w.+=@ -]+)*")
 
 
 @dataclass(frozen=True)
@@ -62,9 +51,10 @@ class Source:
     """A checkpoint that can be compressed.
 
     Attributes:
-        model: the directory or Hub id as the user gave it.
-        revision: commit of a Hub model; None for a local directory.
-        directory: local directory of the checkpoint.
+        model: the directory, Hub id or URL as the user gave it.
+        revision: commit of a Hub model; None for any other.
+        directory: local directory with config.json and, where the tensors are here too, all files
+            of the checkpoint.
         index: its tensors.
         config: its config, as Transformers understands it.
         config_json: its config.json as it stands in the file.
@@ -77,51 +67,101 @@ class Source:
     config: PretrainedConfig
     config_json: dict[str, Any]
 
+    def fetch_side_files(self) -> Path:
+        """A local directory with the files beside the weights (see `is_side_file`).
+
+        Raises:
+            LestdError: the model lies elsewhere, and they cannot be fetched.
+        """
+        url = self.index.location
+        if self.revision is not None and is_url(url):
+            names = list_repository(self.model, self.revision)
+            if names is None:
+                raise LestdError(
+                    f"the Hub cannot be reached for the tokenizer and other files of {self.model}; "
+                    "check the connection, and run the same command again to continue"
+                )
+            return download(self.model, self.revision, filter(is_side_file, names))
+        if is_url(url):
+            fetch_files(url, filter(is_side_file, list_files(url)), self.directory)
+        return self.directory
+
 
 def resolve_source(model: str, revision: str | None = None) -> Source:
-    """Find a checkpoint; download it, or what is new of it, if `model` is a Hub id.
+    """Find a checkpoint; of one elsewhere that is not in the local cache, read the headers.
 
     Raises:
         LestdError: it cannot be found, is pickled, is quantized already, is damaged, or belongs
             to an unknown family.
     """
-    return _open(model, revision, headers_only=False)
-
-
-def open_headers(model: str, revision: str | None = None) -> Source:
-    """As `resolve_source`, but of a Hub model download config, index and headers only.
-
-    The tensors of a Hub model then have an ``hf://`` address in place of a shard's path.
-
-    Raises:
-        LestdError: as `resolve_source`.
-    """
-    return _open(model, revision, headers_only=True)
-
-
-def _open(model: str, revision: str | None, headers_only: bool) -> Source:
     local = local_directory(model, revision)
     if local is not None:
         return _open_directory(model, None, local)
+    url = store_url(model, revision)
+    if url is not None:
+        return _open_store(url)
+    model, revision = hub_id(model, revision)
     names = list_repository(model, revision)
-    if names is None:
-        return _open_cached(model, revision)
-    directory = _fetch_config(model, revision, names)
+    if names is None:  # The Hub cannot be reached.
+        cached = find_cached(model, revision, CONFIG_FILE)
+        return _open_directory(model, cached.name, cached)
+    _require_config(model, names)
+    # The revision is the user's, not its commit: so the cache learns what it stands for.
+    directory = download(model, revision, {CONFIG_FILE, INDEX_FILE} & names)
     commit = directory.name
-    weight_map = {} if WEIGHTS_FILE in names else read_weight_map(directory / INDEX_FILE)
-    shards = {WEIGHTS_FILE} if WEIGHTS_FILE in names else set(weight_map.values())
+    weight_map = _check_before_weights(model, directory, names)
+    shards = set(weight_map.values()) or {WEIGHTS_FILE}
     if absent := sorted(shards - names):
         raise LestdError(
             f"{model} has no file {absent[0]}, but its {INDEX_FILE} names it; tell its publisher, "
             "or choose another --revision"
         )
-    if not headers_only:
-        side_files = {name for name in names if is_side_file(name)}
-        return _open_directory(model, commit, download(model, commit, side_files | shards))
-    headers = {shard: _fetch_header(model, commit, shard) for shard in sorted(shards)}
-    index = ShardIndex.from_headers(directory, headers, weight_map)
-    config_json = read_config_json(directory)
-    return Source(model, commit, directory, index, load_config(directory), config_json)
+    if are_cached(model, commit, shards):
+        directory = download(model, commit, filter(is_side_file, names))
+        return _open_directory(model, commit, directory)
+    index = ShardIndex.from_url(f"{HUB_SCHEME}{model}@{commit}", weight_map)
+    return Source(
+        model, commit, directory, index, load_config(directory), read_config_json(directory)
+    )
+
+
+def _open_store(url: str) -> Source:
+    """A model in a directory of a store."""
+    names = list_files(url)
+    _require_config(url, names)
+    scratch = tempfile.mkdtemp(prefix="lestd-")
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    directory = Path(scratch) / (url.rpartition("/")[2] or "model")
+    directory.mkdir()
+    fetch_files(url, {CONFIG_FILE, INDEX_FILE} & names, directory)
+    weight_map = _check_before_weights(url, directory, names)
+    index = ShardIndex.from_url(url, weight_map)
+    return Source(url, None, directory, index, load_config(directory), read_config_json(directory))
+
+
+def _require_config(model: str, names: set[str]) -> None:
+    if CONFIG_FILE not in names:
+        raise LestdError(f"{model} has no {CONFIG_FILE}, so it is not a Transformers model")
+
+
+def _check_before_weights(model: str, directory: Path, names: set[str]) -> dict[str, str]:
+    """Refuse what config and index rule out before anything larger follows.
+
+    Returns:
+        Tensor name -> shard; empty for a single file.
+    """
+    _check_config(model, read_config_json(directory))
+    check_not_pickled(model, names)
+    if WEIGHTS_FILE in names:
+        return {}
+    weight_map = read_weight_map(directory / INDEX_FILE)
+    for shard in sorted(set(weight_map.values())):
+        if not _PLAIN_NAME.fullmatch(shard):
+            raise LestdError(
+                f"{INDEX_FILE} of {model} names the shard {shard!r}, which has characters that "
+                "mean something in a URL; rename the shard"
+            )
+    return weight_map
 
 
 def is_side_file(name: str) -> bool:
@@ -146,105 +186,6 @@ def copy_side_files(source_dir: Path, target_dir: Path) -> None:
                 atomic_write(target_dir / path.name, partial(shutil.copyfileobj, original))
 
 
-def local_directory(model: str, revision: str | None) -> Path | None:
-    """The directory that `model` is; None where it can only be a Hub id.
-
-    Raises:
-        LestdError: it is a file, or a revision of a directory is asked for.
-    """
-    path = Path(model)
-    if path.is_dir():
-        if revision is not None:
-            raise LestdError(
-                f"{model} is a local directory and has no revision {revision!r}; leave --revision "
-                "out, or give a Hub id"
-            )
-        return path.absolute()
-    if path.exists():
-        raise LestdError(f"{model} is a file; give the directory of the model instead")
-    return None
-
-
-def list_repository(model: str, revision: str | None) -> set[str] | None:
-    """File names of a Hub model; None where the Hub cannot be reached.
-
-    Raises:
-        LestdError: `model` is no Hub id, model or revision do not exist, or access is not granted.
-    """
-    try:
-        with _explain_hub_errors(model, revision):
-            info = HfApi().model_info(model, revision=revision, timeout=_TIMEOUT_SECONDS)
-    except _HubUnreachableError:
-        return None
-    return {file.rfilename for file in info.siblings or ()}
-
-
-def download(model: str, revision: str | None, names: Iterable[str]) -> Path:
-    """Download files of a Hub model; those in the local cache are not fetched again.
-
-    Returns:
-        Directory in the cache of huggingface_hub, named by the commit that `revision` stands for.
-
-    Raises:
-        LestdError: the download failed.
-    """
-    patterns = [glob.escape(name) for name in sorted(names)]
-    with _explain_hub_errors(model, revision):
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-
-
-class _HubUnreachableError(LestdError):
-    """No answer from the Hub."""
-
-
-@contextmanager
-def _explain_hub_errors(model: str, revision: str | None) -> Iterator[None]:
-    where = f"{model} at revision {revision}" if revision else model
-    try:
-        yield
-    except LestdError:
-        raise
-    except HFValidationError as error:
-        raise LestdError(
-            f"{model} is neither a directory nor a Hub id; expected an existing directory or "
-            "OWNER/NAME"
-        ) from error
-    except GatedRepoError as error:
-        raise LestdError(
-            f"{model} is gated: accept its terms on its Hub page, log in with `hf auth login`, and "
-            "run the command again"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise LestdError(f"{model} has no revision {revision!r}; check --revision") from error
-    except RepositoryNotFoundError as error:
-        raise LestdError(
-            f"{model} is neither a directory here nor a model on the Hub that you may read; check "
-            "the spelling, or log in with `hf auth login` if it is private"
-        ) from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        hint = "log in with `hf auth login`" if status in (401, 403) else "try again later"
-        raise LestdError(f"the Hub answered {status} for {where}; {hint}") from error
-    except Exception as error:
-        # Whatever HTTP client huggingface_hub uses has errors of its own for a dead connection.
-        raise _HubUnreachableError(
-            f"{where} is no directory here, is not in the local cache, and the Hub cannot be "
-            f"reached ({type(error).__name__}); check the connection and HF_HUB_OFFLINE, or give a "
-            "local directory"
-        ) from error
-
-
-def _open_cached(model: str, revision: str | None) -> Source:
-    """A model of the Hub, which cannot be reached, from the local cache."""
-    with _explain_hub_errors(model, revision):
-        directory = Path(
-            snapshot_download(
-                model, revision=revision, local_files_only=True, allow_patterns=[CONFIG_FILE]
-            )
-        )
-    return _open_directory(model, directory.name, directory)
-
-
 def _open_directory(model: str, commit: str | None, directory: Path) -> Source:
     config_json = read_config_json(directory)
     _check_config(model, config_json)
@@ -253,19 +194,6 @@ def _open_directory(model: str, commit: str | None, directory: Path) -> Source:
     return Source(
         model, commit, directory, ShardIndex.from_directory(directory), config, config_json
     )
-
-
-def _fetch_config(model: str, revision: str | None, names: set[str]) -> Path:
-    """Download config and index, and refuse what they rule out before anything larger follows.
-
-    The revision is the user's, not its commit: so the cache learns what it stands for.
-    """
-    if CONFIG_FILE not in names:
-        raise LestdError(f"{model} has no {CONFIG_FILE}, so it is not a Transformers model")
-    directory = download(model, revision, {CONFIG_FILE, INDEX_FILE} & names)
-    _check_config(model, read_config_json(directory))
-    check_not_pickled(model, names)
-    return directory
 
 
 def check_not_pickled(model: str, names: set[str]) -> None:
@@ -278,10 +206,11 @@ def check_not_pickled(model: str, names: set[str]) -> None:
         return
     if convertible := sorted({BIN_FILE, BIN_INDEX_FILE} & names):
         out = Path(model).name + "-safetensors"
+        what = "COPY_OF_IT_HERE" if is_url(model) else shlex.quote(model)
         raise LestdError(
             f"{model} has only pickled weights ({convertible[0]}), which could run code when "
             "loaded; rewrite them first, without running any: "
-            f"lestd convert {shlex.quote(model)} {shlex.quote(out)}"
+            f"lestd convert {what} {shlex.quote(out)}"
         )
     if pickled := sorted(name for name in names if name.endswith(_PICKLE_SUFFIXES)):
         raise LestdError(
@@ -348,30 +277,3 @@ def load_config(directory: Path) -> PretrainedConfig:
         ) from error
     assert isinstance(config, PretrainedConfig)
     return config
-
-
-def _fetch_header(model: str, commit: str, shard: str) -> dict[str, TensorRef]:
-    """Read the header of a shard on the Hub by range requests."""
-    address = f"hf://{model}@{commit}/{shard}"
-    with _explain_hub_errors(model, commit):
-        content, file_bytes = _fetch_range(model, commit, shard, _FIRST_RANGE_BYTES)
-        stop = LENGTH_BYTES + header_length(content[:LENGTH_BYTES], address, file_bytes)
-        if stop > len(content):
-            content, file_bytes = _fetch_range(model, commit, shard, stop)
-        return parse_header(content[LENGTH_BYTES:stop], address, file_bytes)
-
-
-def _fetch_range(model: str, commit: str, shard: str, stop: int) -> tuple[bytes, int]:
-    """The first `stop` bytes of a file on the Hub, fewer if it is shorter, and its size."""
-    url = hf_hub_url(model, shard, revision=commit)
-    headers = build_hf_headers() | {"Range": f"bytes=0-{stop - 1}", "Accept-Encoding": "identity"}
-    # Streamed, so that a server that ignores Range cannot send the whole shard.
-    with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT_SECONDS) as response:
-        hf_raise_for_status(response)
-        if response.status_code != 206:
-            raise LestdError(
-                f"the server of {model} does not answer range requests; download the model and "
-                "give its directory"
-            )
-        file_bytes = int(response.headers["Content-Range"].rpartition("/")[2])
-        return response.read(), file_bytes

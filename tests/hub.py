@@ -7,6 +7,7 @@ in a process of its own: `call_with_hub`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+FAULTS = ("503", "dropped", "429", "dropped")
+
 
 @dataclass
 class Hub:
@@ -27,11 +30,23 @@ class Hub:
 
     A file named ``.gated`` in a repository makes its files answer 403; ``.broken`` makes its
     description answer 500; ``.no-range`` makes the server ignore Range headers.
+
+    Attributes:
+        sent_bytes: bytes sent of each file.
+        asked: file and byte range of every request that was answered in full.
+        flaky: while true, half of the requests for files end in one of `FAULTS`, in turn.
+        hold: a file and range; the request for it sets `held` and is not answered.
     """
 
     root: Path
     url: str = ""
     sent_bytes: dict[str, int] = field(default_factory=dict)
+    asked: list[tuple[str, int, int]] = field(default_factory=list)
+    flaky: bool = False
+    faults: int = 0
+    hold: tuple[str, int, int] | None = None
+    held: threading.Event = field(default_factory=threading.Event)
+    requests: Iterator[int] = field(default_factory=itertools.count)
 
     def commit(self, model: str) -> str:
         return hashlib.sha1(model.encode()).hexdigest()
@@ -51,6 +66,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             parts = unquote(urlsplit(self.path).path).strip("/").split("/")
             if parts[:2] == ["api", "models"]:
                 self.describe("/".join(parts[2:4]), parts[4:])
+            elif len(parts) < 5:
+                self.answer(404, b"{}")
             else:
                 self.send_file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
 
@@ -107,17 +124,34 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             content = path.read_bytes()
             headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
             headers["X_Repo_Commit"] = hub.commit(model)
-            status, body = 200, content
+            status, body, start = 200, content, 0
             asked = self.headers.get("Range")
             if asked and not (hub.root / model / ".no-range").exists():
-                start, _, stop = asked.removeprefix("bytes=").partition("-")
-                body = content[int(start) : int(stop) + 1 if stop else None]
-                last = int(start) + len(body) - 1
-                status, headers["Content_Range"] = 206, f"bytes {start}-{last}/{len(content)}"
+                first, _, last = asked.removeprefix("bytes=").partition("-")
+                start = int(first)
+                body = content[start : int(last) + 1 if last else None]
+                headers["Content_Range"] = f"bytes {start}-{start + len(body) - 1}/{len(content)}"
+                status = 206
             if self.command == "HEAD":
+                self.answer(status, body, **headers, Content_Length=str(len(body)))
+                return
+            request = (key, start, start + len(body))
+            if request == hub.hold:
+                hub.held.set()
+                self.close_connection = True
+                return
+            fault = FAULTS[hub.faults % len(FAULTS)] if next(hub.requests) % 2 else None
+            if hub.flaky and fault:
+                hub.faults += 1
+                if fault != "dropped":
+                    self.answer(int(fault), b"{}")
+                    return
                 headers["Content_Length"] = str(len(body))
+                body = body[: len(body) // 2]
+                self.close_connection = True
             else:
-                hub.sent_bytes[key] = hub.sent_bytes.get(key, 0) + len(body)
+                hub.asked.append(request)
+            hub.sent_bytes[key] = hub.sent_bytes.get(key, 0) + len(body)
             self.answer(status, body, **headers)
 
     return Handler
@@ -143,9 +177,10 @@ def serve_hub(root: Path) -> Iterator[Hub]:
 _PROGRAM = """
 import json, sys
 from pathlib import Path
+from huggingface_hub import snapshot_download
 from lestd_kernels.errors import LestdError
 from orchestrator.convert import convert
-from orchestrator.source import open_headers, resolve_source
+from orchestrator.source import resolve_source
 answers = []
 for name, *arguments in json.loads(sys.argv[1]):
     try:
@@ -153,7 +188,14 @@ for name, *arguments in json.loads(sys.argv[1]):
             index = convert(arguments[0], Path(arguments[1]))
             answers.append({"tensors": list(index.tensors)})
             continue
-        source = {"open_headers": open_headers, "resolve_source": resolve_source}[name](*arguments)
+        if name == "snapshot":
+            snapshot_download(arguments[0], revision=arguments[1])
+            answers.append({})
+            continue
+        source = resolve_source(*arguments)
+        if name == "side_files":
+            answers.append({"files": sorted(p.name for p in source.fetch_side_files().iterdir())})
+            continue
         tensors = source.index.tensors.items()
         refs = {n: [r.shard, r.shape, r.dtype, r.byte_range] for n, r in tensors}
         answers.append({

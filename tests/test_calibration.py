@@ -16,7 +16,7 @@ from orchestrator.calibration import _scaled, predict_seconds
 from orchestrator.config import RunConfig
 from orchestrator.manifest import COMPUTING_STAGES, Manifest
 from orchestrator.plan import make_plan
-from orchestrator.source import open_headers
+from orchestrator.source import resolve_source
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_one_head_is_left_at_least():
 
 def test_every_task_gets_seconds(tiny_llama):
     config = RunConfig(keep=0.4, layer_keep={"1": 0.6})
-    plan = make_plan(open_headers(str(tiny_llama), None), config)
+    plan = make_plan(resolve_source(str(tiny_llama)), config)
     threads = torch.get_num_threads()
     seconds = predict_seconds(plan, "cpu", 1)
     assert torch.get_num_threads() == threads
@@ -53,7 +53,7 @@ def test_every_task_gets_seconds(tiny_llama):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_here_is_not_measured(tiny_llama):
-    plan = make_plan(open_headers(str(tiny_llama), None), RunConfig(keep=0.4))
+    plan = make_plan(resolve_source(str(tiny_llama)), RunConfig(keep=0.4))
     with pytest.raises(LestdError, match="which has no GPU"):
         predict_seconds(plan, "cuda", 1)
 

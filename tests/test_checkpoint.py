@@ -27,19 +27,19 @@ from workers.checkpoint import (
     INDEX_FILE,
     WEIGHTS_FILE,
     ShardIndex,
-    check_finite,
     digest_safetensors,
     hash_tensor,
     read_header,
     read_tensor,
     read_weight_map,
-    sample_digests,
     write_safetensors,
     write_safetensors_stream,
 )
 from workers.contracts import TensorRef
+from workers.decompose import check_finite
 from workers.files import atomic_write, explain_os_errors, file_sha256
 from workers.headers import DTYPES
+from workers.sampling import sample_digests
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 NAMES = st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata__")

@@ -15,7 +15,14 @@ PEFT_PLUGIN = Path("lestd_kernels/peft_plugin.py")
 RAY = {Path("orchestrator/ray_executor.py"), Path("orchestrator/submit.py")}
 ABOVE = {"orchestrator": (), "workers": ("orchestrator",), "lestd_kernels": HOUSE[:2]}
 ALLOWED = {
-    "workers": {"torch", "transformers", "workers", "lestd_kernels"},
+    "workers": {
+        "torch",
+        "transformers",
+        "workers",
+        "lestd_kernels",
+        "fsspec",
+        "huggingface_hub",
+    },
     "lestd_kernels": {"torch", "transformers", "safetensors", "triton", "lestd_kernels"},
 }
 

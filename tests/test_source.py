@@ -20,7 +20,6 @@ from orchestrator.source import (
     BIN_INDEX_FILE,
     copy_side_files,
     is_side_file,
-    open_headers,
     resolve_source,
 )
 from workers.checkpoint import INDEX_FILE, WEIGHTS_FILE, ShardIndex
@@ -37,10 +36,10 @@ def model(tmp_path: Path) -> Path:
     return save_tiny("llama-gqa", tmp_path / "model")
 
 
-@pytest.mark.parametrize("function", [resolve_source, open_headers])
-def test_a_local_directory(model: Path, function: Any) -> None:
-    source = function(str(model))
-    assert source.model == str(model)
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_local_directory(model: Path, scheme: str) -> None:
+    source = resolve_source(f"{scheme}{model}")
+    assert source.model == f"{scheme}{model}"
     assert source.revision is None
     assert source.directory == model
     assert source.index == ShardIndex.from_directory(model)
@@ -56,9 +55,8 @@ def test_a_relative_directory(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def refused(model: Path | str, message: str, revision: str | None = None) -> str:
-    for function in (resolve_source, open_headers):
-        with pytest.raises(LestdError, match=message) as caught:
-            function(str(model), revision)
+    with pytest.raises(LestdError, match=message) as caught:
+        resolve_source(str(model), revision)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -84,6 +82,24 @@ def test_a_file(model: Path) -> None:
 
 def test_a_directory_has_no_revision(model: Path) -> None:
     refused(model, "has no revision 'v1'", "v1")
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "message"),
+    [
+        ("file:///no/such/thing", None, "does not exist; expected file:///PATH"),
+        ("file://relative", None, "does not exist; expected file:///PATH"),
+        ("nonsense://bucket/model", None, "Protocol not known: nonsense"),
+        ("zip://model::s3://bucket/a.zip", None, "is not the URL of a directory"),
+        ("s3://bucket/model?versionId=3", None, "is not the URL of a directory"),
+        ("s3://bucket/model", "v1", "has no revision 'v1'"),
+        ("hf://org/name@v1", "v2", "names another revision than --revision v2"),
+        ("hf://org", None, "the Hub cannot be reached"),
+        ("hf://a/b/c", None, "neither a directory nor a Hub id"),
+    ],
+)
+def test_urls_that_name_no_model(name: str, revision: str | None, message: str) -> None:
+    refused(name, message, revision)
 
 
 def test_no_config(model: Path) -> None:
@@ -260,22 +276,27 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     names = ("pickled", "quantized", "noconfig", "gated", "broken", "norange", "truncated",
              "lacking", "nobody", "sharded@v2")  # fmt: skip
     refusals = [
-        [function, f"org/{name.partition('@')[0]}", name.partition("@")[2] or None]
-        for function in ("open_headers", "resolve_source")
+        ["resolve_source", f"org/{name.partition('@')[0]}", name.partition("@")[2] or None]
         for name in names
     ]
     home = tmp_path_factory.mktemp("home")
     collected: dict[str, Any] = {"root": root}
     with serve_hub(root) as hub:
         collected["commit"] = hub.commit("org/sharded")
-        headers = [["open_headers", "org/sharded"], ["open_headers", "org/large"]]
+        headers = [["resolve_source", "org/sharded"], ["resolve_source", "hf://org/large@main"]]
         collected["headers"] = call_with_hub(hub.url, home, [*headers, *refusals])
         collected["sent"] = dict(hub.sent_bytes)
         hub.sent_bytes.clear()
         found = call_with_hub(
             hub.url,
             home,
-            [["resolve_source", "org/sharded", "v1"], ["resolve_source", "org/large"]],
+            [
+                ["side_files", "org/sharded"],
+                ["snapshot", "org/sharded", "v1"],
+                ["snapshot", "org/large", None],
+                ["resolve_source", "org/sharded", "v1"],
+                ["resolve_source", "org/large"],
+            ],
         )
         collected["found"], collected["downloaded"] = found, dict(hub.sent_bytes)
     collected["offline"] = call_with_hub(
@@ -283,14 +304,14 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         home,
         [
             ["resolve_source", "org/sharded", "v1"],
-            ["open_headers", "org/large"],
+            ["resolve_source", "org/large"],
             ["resolve_source", "org/nobody"],
         ],
     )
     refused_pairs = zip(refusals, collected["headers"][2:], strict=True)
     collected["refused"] = {
-        (function, f"{model}@{revision}" if revision else model): answer.get("error")
-        for (function, model, revision), answer in refused_pairs
+        f"{model}@{revision}" if revision else model: answer.get("error")
+        for (_, model, revision), answer in refused_pairs
     }
     return collected
 
@@ -322,36 +343,36 @@ def test_headers_are_all_that_is_fetched(answers: dict[str, Any]) -> None:
     assert ours == shards | {"org/sharded/config.json", f"org/sharded/{INDEX_FILE}"}
 
 
-def test_download_fetches_the_model_and_nothing_else(answers: dict[str, Any]) -> None:
-    source = answers["found"][0]
-    assert source["revision"] == answers["commit"]
+def test_side_files_are_fetched_and_nothing_else(answers: dict[str, Any]) -> None:
+    side_files = {"config.json", "generation_config.json", "tokenizer.json"}
+    assert set(answers["found"][0]["files"]) == side_files | {INDEX_FILE}
+
+
+@pytest.mark.parametrize(("position", "name"), [(3, "sharded"), (4, "large")])
+def test_a_snapshot_in_the_cache_is_used(answers: dict[str, Any], position: int, name: str) -> None:
+    source = answers["found"][position]
     directory = Path(source["directory"])
-    present = {path.name for path in directory.iterdir()}
-    original = answers["root"] / "org" / "sharded"
-    index = ShardIndex.from_directory(original)
-    side_files = {"config.json", "generation_config.json", "tokenizer.json", INDEX_FILE}
-    assert present == set(index.shards) | side_files
-    for name in present:
-        assert (directory / name).read_bytes() == (original / name).read_bytes()
+    assert source["revision"] == directory.name
+    expected = ShardIndex.from_directory(answers["root"] / "org" / name)
+    assert list(source["tensors"]) == list(expected.tensors)
     for shard, *_ in source["tensors"].values():
         assert Path(shard).parent == directory
 
 
 def test_what_is_in_the_cache_is_found_without_the_hub(answers: dict[str, Any]) -> None:
     sharded, large, nobody = answers["offline"]
-    assert sharded == answers["found"][0]
-    assert large == answers["found"][1]
+    assert sharded == answers["found"][3]
+    assert large == answers["found"][4]
     assert "the Hub cannot be reached" in nobody["error"]
 
 
-@pytest.mark.parametrize("function", ["open_headers", "resolve_source"])
 @pytest.mark.parametrize(
     ("model", "words"),
     [
         ("org/pickled", "lestd convert org/pickled pickled-safetensors"),
         ("org/quantized", "already quantized (quant_method 'awq'"),
         ("org/noconfig", "has no config.json"),
-        ("org/gated", "is gated: accept its terms"),
+        ("org/gated", "is gated: accept its terms at http://127.0.0.1"),
         ("org/broken", "the Hub answered 500 for org/broken"),
         ("org/truncated", "is truncated: tensor"),
         ("org/lacking", "names it"),
@@ -359,16 +380,13 @@ def test_what_is_in_the_cache_is_found_without_the_hub(answers: dict[str, Any]) 
         ("org/sharded@v2", "has no revision 'v2'"),
     ],
 )
-def test_refusals_of_the_hub(
-    answers: dict[str, Any], function: str, model: str, words: str
-) -> None:
-    error = answers["refused"][function, model]
+def test_refusals_of_the_hub(answers: dict[str, Any], model: str, words: str) -> None:
+    error = answers["refused"][model]
     assert error is not None
     assert words in error
     assert "\n" not in error
 
 
 def test_a_server_without_ranges(answers: dict[str, Any]) -> None:
-    """Reading headers stops before the shard is sent; downloading works."""
-    assert "does not answer range requests" in answers["refused"]["open_headers", "org/norange"]
-    assert answers["refused"]["resolve_source", "org/norange"] is None
+    """Reading headers stops before the shard is sent."""
+    assert "does not answer range requests" in answers["refused"]["org/norange"]

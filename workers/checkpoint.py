@@ -1,7 +1,8 @@
-"""A checkpoint on disk: which tensor lies where, exact range reads, atomic writes.
+"""A checkpoint: which tensor lies where, exact range reads, atomic writes.
 
 Everything about the tensors comes from the headers (`workers.headers`); data are read only by
-byte range, and every file is written beside its name and renamed when it is complete.
+byte range, from a path or a URL (`workers.ranges`), and every file is written beside its name and
+renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.errors import LestdError
+from workers import ranges
 from workers.contracts import TensorRef
 from workers.headers import (
     DTYPE_NAMES,
@@ -40,15 +43,22 @@ INDEX_FILE = "model.safetensors.index.json"
 _COPY_BYTES = 16 * 1024 * 1024
 # In one system call, which a signal may have to wait for.
 _KERNEL_COPY_BYTES = 256 * 1024 * 1024
-_SAMPLE_BYTES = 64 * 1024
+# Several chunks of `workers.ranges`, which are fetched at the same time.
+_FETCH_BYTES = 128 * 1024 * 1024
+_FIRST_FETCH_BYTES = 256 * 1024
 
 
-def read_header(path: Path) -> dict[str, TensorRef]:
+def read_header(path: Path | str) -> dict[str, TensorRef]:
     """Read the header of one safetensors file: tensor name -> where it lies, in data order.
+
+    Args:
+        path: of the file, or its URL.
 
     Raises:
         LestdError: the file cannot be read, is truncated, or its header is damaged.
     """
+    if isinstance(path, str):
+        return _fetch_header(path)
     try:
         with path.open("rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
@@ -58,17 +68,31 @@ def read_header(path: Path) -> dict[str, TensorRef]:
         raise LestdError(f"{path} cannot be read ({error.strerror or error})") from error
 
 
+def _fetch_header(url: str) -> dict[str, TensorRef]:
+    size, etag = ranges.stat(url)
+    version = ranges.file_version(size, etag)
+    content = bytearray(min(_FIRST_FETCH_BYTES, size))
+    ranges.read_ranges(url, version, [(0, memoryview(content))])
+    stop = LENGTH_BYTES + header_length(bytes(content[:LENGTH_BYTES]), url, size)
+    if stop > len(content):
+        rest = bytearray(stop - len(content))
+        ranges.read_ranges(url, version, [(len(content), memoryview(rest))])
+        content += rest
+    header = parse_header(bytes(content[LENGTH_BYTES:stop]), url, size)
+    return {name: replace(ref, version=version) for name, ref in header.items()}
+
+
 @dataclass(frozen=True)
 class ShardIndex:
     """What a checkpoint holds, as the headers of its shards say.
 
     Attributes:
-        directory: where the shards lie.
-        shards: paths of the shards relative to `directory`, sorted.
+        location: path or URL of the directory that the shards lie in.
+        shards: paths of the shards relative to `location`, sorted.
         tensors: tensor name -> where it lies, sorted by name.
     """
 
-    directory: Path
+    location: str
     shards: tuple[str, ...]
     tensors: dict[str, TensorRef]
 
@@ -87,7 +111,7 @@ class ShardIndex:
         # A single file goes before an index, as when Transformers loads the directory.
         if (directory / WEIGHTS_FILE).is_file():
             header = read_header(directory / WEIGHTS_FILE)
-            return cls.from_headers(directory, {WEIGHTS_FILE: header}, {})
+            return cls._from_headers(str(directory), {WEIGHTS_FILE: header}, {})
         if not (directory / INDEX_FILE).is_file():
             raise LestdError(
                 f"{directory} holds no safetensors checkpoint: expected {WEIGHTS_FILE}, or "
@@ -102,29 +126,36 @@ class ShardIndex:
                     "download it again"
                 )
             headers[shard] = read_header(directory / shard)
-        return cls.from_headers(directory, headers, weight_map)
+        return cls._from_headers(str(directory), headers, weight_map)
 
     @classmethod
-    def from_headers(
-        cls,
-        directory: Path,
-        headers: Mapping[str, Mapping[str, TensorRef]],
-        weight_map: Mapping[str, str],
-    ) -> ShardIndex:
-        """Join the headers of all shards, and check them against the index.
+    def from_url(cls, url: str, weight_map: Mapping[str, str]) -> ShardIndex:
+        """Read the headers of shards that lie elsewhere, several at a time.
 
         Args:
-            directory: where the shards, or the files beside them, lie.
-            headers: shard -> its header.
+            url: of the directory.
             weight_map: tensor name -> shard as the index says; empty for a single file.
 
         Raises:
-            LestdError: a tensor is absent from its shard, or lies in two.
+            LestdError: a shard cannot be read or is damaged, a tensor is absent from its shard,
+                or lies in two.
         """
+        shards = sorted(set(weight_map.values())) or [WEIGHTS_FILE]
+        found = ranges.in_parallel(read_header, [f"{url}/{shard}" for shard in shards])
+        return cls._from_headers(url, dict(zip(shards, found, strict=True)), weight_map)
+
+    @classmethod
+    def _from_headers(
+        cls,
+        location: str,
+        headers: Mapping[str, Mapping[str, TensorRef]],
+        weight_map: Mapping[str, str],
+    ) -> ShardIndex:
+        """Join the headers of all shards, and check them against the index."""
         for name, shard in weight_map.items():
             if name not in headers[shard]:
                 raise LestdError(
-                    f"tensor {name} is absent from {directory / shard}, where {INDEX_FILE} says "
+                    f"tensor {name} is absent from {location}/{shard}, where {INDEX_FILE} says "
                     "it lies; download both again"
                 )
         tensors: dict[str, TensorRef] = {}
@@ -136,7 +167,7 @@ class ShardIndex:
                         f"{ref.shard}; expected one; download the checkpoint again"
                     )
                 tensors[name] = ref
-        return cls(directory, tuple(sorted(headers)), dict(sorted(tensors.items())))
+        return cls(location, tuple(sorted(headers)), dict(sorted(tensors.items())))
 
     @property
     def stored_bytes(self) -> int:
@@ -188,45 +219,39 @@ def read_tensor(ref: TensorRef, digest: _Hash | None = None, *, pinned: bool = F
         Tensor of the shape and dtype of `ref`, on the CPU.
 
     Raises:
-        LestdError: the file ends early or cannot be read.
+        LestdError: the file ends early, has changed or cannot be read.
     """
     buffer = torch.empty(ref.stored_bytes, dtype=torch.uint8, pin_memory=pinned)
     view = buffer.numpy().data
-    with _open_shard(ref.shard) as file:
-        _read_exactly(file, ref, ref.byte_range[0], view)
+    if ranges.is_url(ref.shard):
+        ranges.read_ranges(ref.shard, ref.version, [(ref.byte_range[0], view)])
+    else:
+        with open_shard(ref.shard) as file:
+            read_exactly(file, ref, ref.byte_range[0], view)
     if digest is not None:
         digest.update(view)
     return buffer.view(DTYPES[ref.dtype]).reshape(ref.shape)
 
 
-def check_finite(tensor: Tensor, ref: TensorRef) -> None:
-    """Refuse a weight with NaN or Inf.
+def open_shard(shard: str) -> io.FileIO:
+    """Open a shard on this machine.
 
     Raises:
-        LestdError: names the tensor, its file and the first index that is not finite.
+        LestdError: it cannot be read.
     """
-    finite = torch.isfinite(tensor).reshape(-1)
-    if bool(finite.all()):
-        return
-    first = int(finite.to(torch.uint8).argmin())
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), tensor.shape))
-    raise LestdError(
-        f"tensor {ref.name} in {ref.shard} has {float(tensor.reshape(-1)[first])} at index "
-        f"{list(index)}, and every weight must be finite; download the shard again, or repair "
-        "the checkpoint"
-    )
-
-
-def _open_shard(shard: str) -> io.FileIO:
     try:
         return io.FileIO(shard)
     except OSError as error:
         raise LestdError(f"{shard} cannot be read ({error.strerror or error})") from error
 
 
-def _read_exactly(file: io.FileIO, ref: TensorRef, start: int, view: memoryview) -> None:
-    """Fill `view` from byte `start` on; one system call may return less than it was asked for."""
-    done = 0
+def read_exactly(file: io.FileIO, ref: TensorRef, start: int, view: memoryview) -> None:
+    """Fill `view` from byte `start` of the shard of `ref` on.
+
+    Raises:
+        LestdError: the file ends early or cannot be read.
+    """
+    done = 0  # One system call may return less than it was asked for.
     while done < len(view):
         try:
             count = os.preadv(file.fileno(), [view[done:]], start + done)
@@ -240,33 +265,6 @@ def _read_exactly(file: io.FileIO, ref: TensorRef, start: int, view: memoryview)
                 f"{ref.byte_range[1]}; the file has changed since its header was read"
             )
         done += count
-
-
-def sample_digests(index: ShardIndex) -> dict[str, str]:
-    """A cheap fingerprint of each shard: shard -> sha256 (hex).
-
-    Covers what the header says of each tensor, and the first and last 64 KiB of its data; a
-    fingerprint that differs proves a change, one that agrees makes it unlikely.
-
-    Raises:
-        LestdError: a shard cannot be read.
-    """
-    by_shard: dict[str, list[TensorRef]] = {shard: [] for shard in index.shards}
-    for ref in index.tensors.values():
-        by_shard[str(Path(ref.shard).relative_to(index.directory))].append(ref)
-    digests = {}
-    for shard, refs in by_shard.items():
-        digest = hashlib.sha256()
-        with _open_shard(str(index.directory / shard)) as file:
-            for ref in refs:
-                start, stop = ref.byte_range
-                digest.update(repr((ref.name, ref.dtype, ref.shape, start)).encode())
-                for at in sorted({start, max(start, stop - _SAMPLE_BYTES)}):
-                    sample = bytearray(min(_SAMPLE_BYTES, stop - at))
-                    _read_exactly(file, ref, at, memoryview(sample))
-                    digest.update(sample)
-        digests[shard] = digest.hexdigest()
-    return digests
 
 
 class _Sink(Protocol):
@@ -312,42 +310,57 @@ class _Digest:
 
 
 def hash_tensor(ref: TensorRef, digest: _Hash) -> None:
-    """Feed a tensor's bytes to a digest; memory stays within 16 MiB.
+    """Feed a tensor's bytes to a digest; memory stays within 16 MiB, 128 MiB from a URL.
 
     Raises:
-        LestdError: the file ends early or cannot be read.
+        LestdError: the file ends early, has changed or cannot be read.
     """
-    start, stop = ref.byte_range
-    buffer = memoryview(bytearray(min(_COPY_BYTES, stop - start)))
-    with _open_shard(ref.shard) as source:
-        while start < stop:
-            chunk = buffer[: min(len(buffer), stop - start)]
-            _read_exactly(source, ref, start, chunk)
-            digest.update(chunk)
-            start += len(chunk)
+    for piece in _pieces(ref):
+        digest.update(piece)
 
 
 def write_safetensors_stream(file: BinaryIO, refs: Iterable[TensorRef]) -> None:
     """Write a new shard of tensors that lie in other shards, copied byte for byte.
 
-    The system copies them where it can, from file to file; else through a buffer of 16 MiB.
-
     Raises:
-        LestdError: a source shard ends early or cannot be read.
+        LestdError: as `copy_tensor`.
     """
     ordered = sorted(refs, key=layout_key)
     file.write(build_header(ordered))
-    largest = max((ref.stored_bytes for ref in ordered), default=0)
-    buffer = memoryview(bytearray(min(_COPY_BYTES, largest)))
     for ref in ordered:
-        start, stop = ref.byte_range
-        with _open_shard(ref.shard) as source:
-            start += _copy_in_kernel(source, start, stop, file)
-            while start < stop:
-                chunk = buffer[: min(len(buffer), stop - start)]
-                _read_exactly(source, ref, start, chunk)
-                file.write(chunk)
-                start += len(chunk)
+        copy_tensor(ref, file)
+
+
+def copy_tensor(ref: TensorRef, file: BinaryIO) -> None:
+    """Append a tensor's bytes to a file.
+
+    The system copies them where it can, from file to file; else memory stays as in `hash_tensor`.
+
+    Raises:
+        LestdError: the source shard ends early, has changed or cannot be read.
+    """
+    done = 0
+    if not ranges.is_url(ref.shard):
+        with open_shard(ref.shard) as source:
+            done = _copy_in_kernel(source, *ref.byte_range, file)
+    for piece in _pieces(ref, done):
+        file.write(piece)
+
+
+def _pieces(ref: TensorRef, done: int = 0) -> Iterator[memoryview]:
+    """A tensor's bytes but the first `done`, in order; a piece is overwritten by the next."""
+    start, stop = ref.byte_range[0] + done, ref.byte_range[1]
+    remote = ranges.is_url(ref.shard)
+    buffer = memoryview(bytearray(min(_FETCH_BYTES if remote else _COPY_BYTES, stop - start)))
+    with nullcontext() if remote or start == stop else open_shard(ref.shard) as source:
+        while start < stop:
+            piece = buffer[: min(len(buffer), stop - start)]
+            if source is None:
+                ranges.read_ranges(ref.shard, ref.version, [(start, piece)])
+            else:
+                read_exactly(source, ref, start, piece)
+            yield piece
+            start += len(piece)
 
 
 def _copy_in_kernel(source: io.FileIO, start: int, stop: int, file: BinaryIO) -> int:

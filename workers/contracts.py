@@ -15,14 +15,15 @@ from lestd_kernels.tensorize import GroupLayout
 
 @dataclass(frozen=True)
 class TensorRef:
-    """Where one tensor lies on disk, as its shard's header says.
+    """Where one tensor lies, as its shard's header says.
 
     Attributes:
         name: name of the tensor in the checkpoint.
-        shard: absolute path of the safetensors file.
+        shard: absolute path or URL of the safetensors file.
         shape: shape as stored, ``(out, in)`` for the weight of a linear module.
         dtype: safetensors' name of the dtype: ``"BF16"``, ``"F16"``, ``"F32"``, ...
         byte_range: ``(start, stop)`` in the file, header included.
+        version: what the file at a URL was when its header was read; empty for a path.
     """
 
     name: str
@@ -30,10 +31,11 @@ class TensorRef:
     shape: tuple[int, ...]
     dtype: str
     byte_range: tuple[int, int]
+    version: str = ""
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of data of the tensor on disk."""
+        """Bytes of data of the tensor."""
         return self.byte_range[1] - self.byte_range[0]
 
 

@@ -32,8 +32,8 @@ from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import METHODS, Decomposed, MethodArgs
 from lestd_kernels.methods.steps import Stopwatch
 from lestd_kernels.tensorize import unfold_weights
-from workers.checkpoint import check_finite, digest_safetensors, read_tensor, write_safetensors
-from workers.contracts import CurveResult, CurveTask, Failure, Result, Task
+from workers.checkpoint import digest_safetensors, read_tensor, write_safetensors
+from workers.contracts import CurveResult, CurveTask, Failure, Result, Task, TensorRef
 from workers.devices import (
     device_name,
     peak_memory_bytes,
@@ -243,3 +243,21 @@ class DecomposeWorker:
             tensors = done.decomposition.named_tensors(task.tensor_prefix)
             tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
         return done, tensors, peak_memory_bytes(self._device)
+
+
+def check_finite(tensor: Tensor, ref: TensorRef) -> None:
+    """Refuse a weight with NaN or Inf.
+
+    Raises:
+        LestdError: names the tensor, its file and the first index that is not finite.
+    """
+    finite = torch.isfinite(tensor).reshape(-1)
+    if bool(finite.all()):
+        return
+    first = int(finite.to(torch.uint8).argmin())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), tensor.shape))
+    raise LestdError(
+        f"tensor {ref.name} in {ref.shard} has {float(tensor.reshape(-1)[first])} at index "
+        f"{list(index)}, and every weight must be finite; download the shard again, or repair "
+        "the checkpoint"
+    )

@@ -150,7 +150,7 @@ class Architecture(BaseModel):
 def _find_weight(index: ShardIndex, name: str) -> TensorRef:
     if name not in index.tensors:
         raise LestdError(
-            f"tensor {name} is absent from the checkpoint in {index.directory}, which its "
+            f"tensor {name} is absent from the checkpoint in {index.location}, which its "
             "config.json says it has; download it again, or use the config.json that belongs to it"
         )
     return index.tensors[name]

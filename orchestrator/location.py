@@ -1,0 +1,143 @@
+"""Where a model lies, as its user names it, and how its small files come here.
+
+A model is a directory, a Hub id ``OWNER/NAME`` (also ``hf://OWNER/NAME@REVISION``), or the URL of
+a directory in a store that fsspec knows: ``s3://BUCKET/PREFIX``, ``gs://BUCKET/PREFIX``.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+
+from lestd_kernels.errors import LestdError
+from workers import ranges
+from workers.hub import HUB_SCHEME, TIMEOUT_SECONDS, HubUnreachableError, explain_hub_errors
+from workers.retries import patiently
+
+_FILE_SCHEME = "file://"
+
+
+def local_directory(model: str, revision: str | None) -> Path | None:
+    """The directory that `model` is; None where it can only be elsewhere.
+
+    Raises:
+        LestdError: it is a file, or a revision of a directory is asked for.
+    """
+    if ranges.is_url(model) and not model.startswith(_FILE_SCHEME):
+        return None
+    path = Path(model.removeprefix(_FILE_SCHEME))
+    if model.startswith(_FILE_SCHEME) and not (path.is_absolute() and path.exists()):
+        raise LestdError(f"{model} does not exist; expected file:///PATH/OF/A/DIRECTORY")
+    if path.is_dir():
+        if revision is not None:
+            raise LestdError(
+                f"{model} is a local directory and has no revision {revision!r}; leave --revision "
+                "out, or give a Hub id"
+            )
+        return path.absolute()
+    if path.exists():
+        raise LestdError(f"{model} is a file; give the directory of the model instead")
+    return None
+
+
+def store_url(model: str, revision: str | None) -> str | None:
+    """The URL of the directory in a store that `model` is; None where it is a Hub id.
+
+    Raises:
+        LestdError: a revision of it is asked for, or it is no plain URL.
+    """
+    if not ranges.is_url(model) or model.startswith(HUB_SCHEME):
+        return None
+    if revision is not None:
+        raise LestdError(
+            f"{model} has no revision {revision!r}; leave --revision out, or give a Hub id"
+        )
+    if "::" in model or "?" in model or "#" in model:
+        raise LestdError(
+            f"{model} is not the URL of a directory; expected one such as s3://BUCKET/PREFIX, "
+            "without '::', '?' and '#'"
+        )
+    return model.rstrip("/")
+
+
+def hub_id(model: str, revision: str | None) -> tuple[str, str | None]:
+    """Hub id and revision that `model` names, with or without ``hf://``.
+
+    Raises:
+        LestdError: it names another revision than `revision`.
+    """
+    if not model.startswith(HUB_SCHEME):
+        return model, revision
+    name, _, own = model.removeprefix(HUB_SCHEME).rstrip("/").partition("@")
+    if own and revision not in (None, own):
+        raise LestdError(f"{model} names another revision than --revision {revision}; give one")
+    return name, own or revision
+
+
+def list_repository(model: str, revision: str | None) -> set[str] | None:
+    """File names of a Hub model; None where the Hub cannot be reached.
+
+    Raises:
+        LestdError: `model` is no Hub id, model or revision do not exist, or access is not granted.
+    """
+
+    def listed() -> set[str] | None:
+        try:
+            with explain_hub_errors(model, revision):
+                info = HfApi().model_info(model, revision=revision, timeout=TIMEOUT_SECONDS)
+        except HubUnreachableError:
+            return None
+        return {file.rfilename for file in info.siblings or ()}
+
+    return patiently(listed)
+
+
+def download(model: str, revision: str | None, names: Iterable[str]) -> Path:
+    """Download files of a Hub model; those in the local cache are not fetched again.
+
+    Returns:
+        Directory in the cache of huggingface_hub, named by the commit that `revision` stands for.
+
+    Raises:
+        LestdError: the download failed.
+    """
+    patterns = [glob.escape(name) for name in sorted(names)]
+
+    def downloaded() -> Path:
+        with explain_hub_errors(model, revision):
+            return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+
+    return patiently(downloaded)
+
+
+def find_cached(model: str, revision: str | None, name: str) -> Path:
+    """The snapshot in the local cache that holds at least this file of a Hub model.
+
+    Raises:
+        LestdError: it is not there.
+    """
+    with explain_hub_errors(model, revision):
+        return Path(
+            snapshot_download(
+                model, revision=revision, local_files_only=True, allow_patterns=[name]
+            )
+        )
+
+
+def are_cached(model: str, commit: str, names: Iterable[str]) -> bool:
+    """Whether the local cache holds all these files of a Hub model."""
+    found = (try_to_load_from_cache(model, name, revision=commit) for name in names)
+    return all(isinstance(path, str) for path in found)
+
+
+def fetch_files(url: str, names: Iterable[str], directory: Path) -> None:
+    """Copy small files of a directory in a store.
+
+    Raises:
+        LestdError: one is missing, or cannot be read.
+    """
+    for name in sorted(names):
+        (directory / name).write_bytes(ranges.read_file(f"{url}/{name}"))

@@ -1,0 +1,76 @@
+"""Tensors that are copied as they are, from a source that lies elsewhere.
+
+They are most of a model, and fetching them may take hours. A shard of them grows in the run
+directory, and a progress file beside it says how much of it is whole: it is written after each
+tensor, when the tensor is on disk, so that an assembly that was killed fetches none of them twice.
+
+    untouched/dense-00001-of-00004.safetensors
+    untouched/dense-00001-of-00004.safetensors.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from orchestrator.manifest import write_json
+from workers.checkpoint import copy_tensor
+from workers.contracts import TensorRef
+from workers.headers import build_header, layout_key
+
+UNTOUCHED_DIR = "untouched"
+
+
+def fetch_shard(refs: Sequence[TensorRef], directory: Path, name: str) -> Path:
+    """Fetch tensors into a shard; go on after the last one that an earlier call has finished.
+
+    Args:
+        refs: the tensors, in shards that lie elsewhere.
+        directory: where unfinished shards are kept; made if need be.
+        name: of the shard.
+
+    Returns:
+        Path of the finished shard: the same bytes as `workers.checkpoint.write_safetensors_stream`
+        writes.
+
+    Raises:
+        LestdError: a source shard has changed or cannot be read.
+    """
+    directory.mkdir(exist_ok=True)
+    path, progress = directory / name, directory / f"{name}.json"
+    ordered = sorted(refs, key=layout_key)
+    header = build_header(ordered)
+    content = hashlib.sha256(header)
+    for ref in ordered:
+        content.update(repr((ref.shard, ref.version, ref.byte_range)).encode())
+    done = _bytes_done(path, progress, content.hexdigest())
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    with os.fdopen(descriptor, "r+b") as file:
+        file.truncate(done)
+        file.seek(done)
+        position = len(header)
+        if done == 0:
+            file.write(header)
+        for ref in ordered:
+            position += ref.stored_bytes
+            if position <= done:
+                continue
+            copy_tensor(ref, file)
+            file.flush()
+            os.fsync(file.fileno())
+            record = {"content": content.hexdigest(), "bytes": position}
+            write_json(progress, record)
+    return path
+
+
+def _bytes_done(path: Path, progress: Path, content: str) -> int:
+    """How many bytes of the shard are whole: 0 where they are of other tensors, or unknown."""
+    try:
+        record = json.loads(progress.read_bytes())
+        done, size = int(record["bytes"]), path.stat().st_size
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    return done if record["content"] == content and size >= done else 0
