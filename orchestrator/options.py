@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from workers.files import as_path
+
 
 class Scope(StrEnum):
     """Which weights are compressed."""
@@ -67,13 +69,14 @@ def absolute(path: Path | None) -> Path | None:
 Model = Annotated[
     str | None, typer.Argument(help="Directory of a checkpoint, or a Hub id such as org/name.")
 ]
+# Typer knows no unions: what `as_path` returns is an `AnyPath`.
 Out = Annotated[
     Path,
-    typer.Argument(help="The compressed model's directory, given as --out.", callback=absolute),
+    typer.Argument(help="The compressed model's directory, given as --out.", parser=as_path),
 ]
 RunDir = Annotated[
     Path | None,
-    typer.Option(help="Run directory.", show_default="OUT.run, beside OUT", callback=absolute),
+    typer.Option(help="Run directory.", show_default="OUT.run, beside OUT", parser=as_path),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Keep = Annotated[

@@ -12,7 +12,7 @@ import socket
 import threading
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,32 @@ class RayExecutor:
     def worker_memory_bytes(self) -> int:
         """What the node with the most memory offers; Ray counts what was free when it started."""
         return int(self._most("memory"))
+
+    def on_nodes(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+        """See `Executor.on_nodes`; a node that is too busy to answer is left out."""
+        ray = self._ray()
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        remote = ray.remote(function)
+        asked = {}
+        for node in self._nodes():
+            # The head of a cluster may have no CPU, and so no workers.
+            here = node["NodeManagerHostname"] == socket.gethostname()
+            if not here and node["Resources"].get("CPU", 0) >= 1:
+                there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                answer = remote.options(num_cpus=0, scheduling_strategy=there).remote(*arguments)
+                asked[answer] = node["NodeManagerHostname"]
+        if not asked:
+            return {}
+        done, busy = ray.wait([*asked], num_returns=len(asked), timeout=_PROBE_SECONDS)
+        for reference in busy:
+            ray.cancel(reference)
+        answers = {}
+        for reference in done:
+            # A node that has died since has nothing to say.
+            with suppress(ray.exceptions.RayError):
+                answers[asked[reference]] = ray.get(reference)
+        return answers
 
     def _need(self, spec: WorkerSpec) -> dict[str, float]:
         """What a worker takes of its node's resources, by Ray's names.

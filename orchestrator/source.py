@@ -11,7 +11,7 @@ import glob
 import json
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +44,7 @@ from workers.checkpoint import (
     read_weight_map,
 )
 from workers.contracts import TensorRef
-from workers.files import atomic_write
+from workers.files import AnyPath, atomic_write
 from workers.headers import LENGTH_BYTES, header_length, parse_header
 
 CONFIG_FILE = "config.json"
@@ -134,14 +134,16 @@ def is_side_file(name: str) -> bool:
     return Path(name).suffix in _SIDE_SUFFIXES or name.startswith(_SIDE_PREFIXES)
 
 
-def copy_side_files(source_dir: Path, target_dir: Path) -> None:
-    """Copy the files that belong to a model beside its weights: see `is_side_file`.
+def copy_side_files(
+    source_dir: Path, target_dir: AnyPath, but: Container[str] = frozenset()
+) -> None:
+    """Copy the files that belong to a model beside its weights, see `is_side_file`, but some.
 
     Raises:
         OutOfSpaceError: no space left.
     """
     for path in sorted(source_dir.iterdir()):
-        if is_side_file(path.name) and path.is_file():
+        if is_side_file(path.name) and path.name not in but and path.is_file():
             with path.open("rb") as original:
                 atomic_write(target_dir / path.name, partial(shutil.copyfileobj, original))
 

@@ -14,10 +14,16 @@ from orchestrator.evaluation import Evaluation, evaluate, open_model
 from orchestrator.executor import Event, Executor
 from orchestrator.export import Export
 from orchestrator.inspection import stored_scope_bytes
-from orchestrator.manifest import COMPUTING_STAGES
 from orchestrator.pipeline import Outcome
 from orchestrator.plan import Plan
+from orchestrator.schemas import COMPUTING_STAGES
 from workers.contracts import CurveResult, Failure, Result, Task
+from workers.files import AnyPath
+
+_COPY_COMMANDS = {
+    "s3": "aws s3 sync {} DIRECTORY",
+    "gs": "gcloud storage rsync --recursive {} DIRECTORY",
+}
 
 
 def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
@@ -140,7 +146,7 @@ class CompressionProgress:
 
 
 def outcome_figures(
-    outcome: Outcome, out: Path, run_dir: Path, seconds: dict[str, float] | None
+    outcome: Outcome, out: AnyPath, run_dir: AnyPath, seconds: dict[str, float] | None
 ) -> dict[str, Any]:
     """Figures of a compression, as plain values; `seconds` are the predicted ones, by group."""
     plan, rows = outcome.plan, outcome.rows
@@ -186,8 +192,8 @@ def outcome_figures(
 
 def print_outcome(
     outcome: Outcome,
-    out: Path,
-    run_dir: Path,
+    out: AnyPath,
+    run_dir: AnyPath,
     json: bool,
     seconds: dict[str, float] | None = None,
 ) -> None:
@@ -245,6 +251,13 @@ def print_outcome(
         f"model {out}",
         soft_wrap=True,
     )
+    if not isinstance(out, Path):
+        tables.out.print(
+            "from_pretrained loads from a disk: copy the directory there first, for example with "
+            f"`{_COPY_COMMANDS[out.protocol].format(out)}`",
+            markup=False,
+            soft_wrap=True,
+        )
     if run_dir.exists():
         tables.out.print(
             f"run   {run_dir} (payloads and manifest; lestd clean drops it)", soft_wrap=True

@@ -13,7 +13,7 @@ FILES = [path.relative_to(ROOT) for package in HOUSE for path in (ROOT / package
 PEFT_PLUGIN = Path("lestd_kernels/peft_plugin.py")
 ABOVE = {"orchestrator": (), "workers": ("orchestrator",), "lestd_kernels": HOUSE[:2]}
 ALLOWED = {
-    "workers": {"torch", "transformers", "workers", "lestd_kernels"},
+    "workers": {"fsspec", "torch", "transformers", "upath", "workers", "lestd_kernels"},
     "lestd_kernels": {"torch", "transformers", "safetensors", "triton", "lestd_kernels"},
 }
 

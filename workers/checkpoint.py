@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lestd_kernels.errors import LestdError
 from workers.contracts import TensorRef
+from workers.files import AnyPath, open_binary
 from workers.headers import (
     DTYPE_NAMES,
     DTYPES,
@@ -43,15 +44,15 @@ _KERNEL_COPY_BYTES = 256 * 1024 * 1024
 _SAMPLE_BYTES = 64 * 1024
 
 
-def read_header(path: Path) -> dict[str, TensorRef]:
+def read_header(path: AnyPath) -> dict[str, TensorRef]:
     """Read the header of one safetensors file: tensor name -> where it lies, in data order.
 
     Raises:
         LestdError: the file cannot be read, is truncated, or its header is damaged.
     """
     try:
-        with path.open("rb") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
+        file_bytes = path.stat().st_size
+        with open_binary(path) as file:
             length = header_length(file.read(LENGTH_BYTES), str(path), file_bytes)
             return parse_header(file.read(length), str(path), file_bytes)
     except OSError as error:
@@ -144,7 +145,7 @@ class ShardIndex:
         return sum(ref.stored_bytes for ref in self.tensors.values())
 
 
-def read_weight_map(path: Path) -> dict[str, str]:
+def read_weight_map(path: AnyPath) -> dict[str, str]:
     """Read the ``weight_map`` of an index file: tensor name -> shard, relative to the file.
 
     Raises:
