@@ -46,9 +46,9 @@ from orchestrator.options import (
     Threads,
     TypeModeOption,
     Workers,
-    absolute,
 )
 from orchestrator.rundir import RunDirectory, default_run_dir
+from workers.files import as_path
 
 
 @app.command()
@@ -83,7 +83,7 @@ def plan(
 @app.command()
 def compress(
     out: Annotated[
-        Path, typer.Option(help="Directory of the compressed model.", callback=absolute)
+        Path, typer.Option(help="Directory of the compressed model, or URL.", parser=as_path)
     ],
     model: Model = None,
     keep: Keep = None,

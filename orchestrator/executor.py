@@ -88,6 +88,9 @@ class Executor(Protocol):
     def worker_memory_bytes(self) -> int:
         """The most main memory that a worker can have, as things are now."""
 
+    def on_nodes(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+        """What a function answers on every other machine that workers may run on, by its name."""
+
     def map(
         self, spec: WorkerSpec, items: Sequence[Any], on_event: Listener | None = None
     ) -> Iterator[Any]:
@@ -109,6 +112,10 @@ class SerialExecutor:
     def worker_memory_bytes(self) -> int:
         """What this machine has free."""
         return int(psutil.virtual_memory().available)
+
+    def on_nodes(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+        """See `Executor.on_nodes`; there is no other machine."""
+        return {}
 
     def map(
         self, spec: WorkerSpec, items: Sequence[Any], on_event: Listener | None = None

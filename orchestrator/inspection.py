@@ -6,21 +6,22 @@ Both read files only, need no source and no lock, and work while a run goes on.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lestd_kernels.errors import LestdError
-from orchestrator.assemble import MANIFEST_DIR, about_model, payload_shard_name
+from orchestrator.assemble import MANIFEST_DIR, about_model, is_complete, payload_shard_name
 from orchestrator.manifest import Manifest, payload_problem, read_json, slice_count
 from orchestrator.rundir import RunDirectory
 from workers.checkpoint import INDEX_FILE, read_header, read_weight_map
+from workers.files import AnyPath, in_parallel
 
 _PLANNED = {"task_id": str, "layer": int, "group": str, "byte_budget": int}
 
 
-def run_status(run_dir: Path, out: Path) -> dict[str, Any]:
+def run_status(run_dir: AnyPath, out: AnyPath) -> dict[str, Any]:
     """State of a run, as plain values.
 
     Returns:
@@ -67,7 +68,7 @@ def run_status(run_dir: Path, out: Path) -> dict[str, Any]:
         layers.append(entry)
 
     counts = _counts(entry["state"] for entry in layers)
-    complete = counts["done"] == len(layers) and (out / INDEX_FILE).is_file()
+    complete = counts["done"] == len(layers) and is_complete(out)
     state = "running" if locked else "complete" if complete else "stopped"
     passes: dict[str, Any] = {}
     if pass_one := [entry["curve"] for entry in layers if "curve" in entry]:
@@ -81,7 +82,7 @@ def _counts(states: Iterable[str]) -> dict[str, int]:
     return {state: counted[state] for state in ("done", "running", "failed", "remaining")}
 
 
-def _read_plan(path: Path) -> tuple[list[dict[str, Any]], bool]:
+def _read_plan(path: AnyPath) -> tuple[list[dict[str, Any]], bool]:
     """The layers of a run's plan, each with the keys of `_PLANNED`; whether budgets are decided."""
     plan = read_json(path)
     layers = plan.get("layers")
@@ -109,7 +110,7 @@ class Verification:
     problems: tuple[str, ...]
 
 
-def verify(out: Path, run_dir: Path) -> Verification:
+def verify(out: AnyPath, run_dir: AnyPath) -> Verification:
     """Check every payload, and every file of the model, against the manifest.
 
     Looks at the run directory, at the compressed model, or at both: sizes, sha256, the tensors
@@ -125,16 +126,15 @@ def verify(out: Path, run_dir: Path) -> Verification:
     if run.exists:
         rows, found = _check_manifest(run.manifest)
         problems += found
-        for row in rows:
-            checked += 1
-            problems += _check_payload(row, run.payloads)
+        checked += len(rows)
+        problems += _check_payloads(rows, run.payloads)
     if (out / MANIFEST_DIR).is_dir():
         rows, found = _check_manifest(Manifest(out / MANIFEST_DIR))
         problems += found
-        for row in rows:
-            checked += 1
-            problems += _check_payload(row | {"payload": payload_shard_name(row)}, out)
-        problems += _check_files(out, {payload_shard_name(row) for row in rows})
+        checked += len(rows)
+        shards = [row | {"payload": payload_shard_name(row)} for row in rows]
+        problems += _check_payloads(shards, out)
+        problems += _check_files(out, {row["payload"] for row in shards})
         problems += _check_index(out)
     elif run.exists and (out / "config.json").is_file():
         problems.append(f"{out} has no {MANIFEST_DIR} to check it against")
@@ -158,7 +158,12 @@ def _check_manifest(manifest: Manifest) -> tuple[list[dict[str, Any]], list[str]
     return rows, problems
 
 
-def _check_payload(row: dict[str, Any], directory: Path) -> list[str]:
+def _check_payloads(rows: Sequence[dict[str, Any]], directory: AnyPath) -> list[str]:
+    found = in_parallel(lambda row: _check_payload(row, directory), rows)
+    return [problem for problems in found for problem in problems]
+
+
+def _check_payload(row: dict[str, Any], directory: AnyPath) -> list[str]:
     if problem := payload_problem(row, directory):
         return [problem]
     path = directory / row["payload"]
@@ -170,7 +175,7 @@ def _check_payload(row: dict[str, Any], directory: Path) -> list[str]:
     return []
 
 
-def _check_files(out: Path, checked: set[str]) -> list[str]:
+def _check_files(out: AnyPath, checked: set[str]) -> list[str]:
     """Compare the files that are not checked yet with what the model says of itself."""
     try:
         about = about_model(out)
@@ -178,14 +183,16 @@ def _check_files(out: Path, checked: set[str]) -> list[str]:
         return [str(error)]
     files = {} if about is None else about.get("files")
     if not isinstance(files, dict) or not all(map(_is_described, files.values())) or not files:
-        return [f"{out / MANIFEST_DIR} does not say what files the model has"]
-    problems = (
-        payload_problem(
-            {"payload": name, "payload_bytes": stated["bytes"], "sha256": stated["sha256"]}, out
-        )
+        return [
+            f"{out / MANIFEST_DIR} does not say what files the model has; where lestd compress was "
+            "interrupted, run it again"
+        ]
+    rows = [
+        {"payload": name, "payload_bytes": stated["bytes"], "sha256": stated["sha256"]}
         for name, stated in sorted(files.items())
         if name not in checked
-    )
+    ]
+    problems = in_parallel(lambda row: payload_problem(row, out), rows)
     return [problem for problem in problems if problem is not None]
 
 
@@ -193,7 +200,7 @@ def _is_described(stated: Any) -> bool:
     return isinstance(stated, dict) and {"bytes", "sha256"} <= stated.keys()
 
 
-def _check_index(out: Path) -> list[str]:
+def _check_index(out: AnyPath) -> list[str]:
     index = out / INDEX_FILE
     try:
         weight_map = read_weight_map(index)

@@ -5,10 +5,10 @@
     manifest/curves/<task_id>.parquet   one row per byte budget of a group's curve, if asked for
     manifest/events/<time>.parquet      one row: started, retried, failed
 
-The group row is the commit. It is written after the payload is on disk under a name that carries
-its sha256, so a crash at any moment leaves either a finished task or no trace of it. A curve has
-no payload: its file is its commit. Every file is readable on its own by anything that reads
-Parquet; a damaged one costs its own task only.
+The group row is the commit. It is written after the payload is on disk, or in an object store,
+under a name that carries its sha256, so a crash at any moment leaves either a finished task or no
+trace of it. A curve has no payload: its file is its commit. Every file is readable on its own by
+anything that reads Parquet; a damaged one costs its own task only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -26,124 +25,17 @@ import pyarrow.parquet as pq
 
 from lestd_kernels.errors import LestdError
 from orchestrator.executor import Event
+from orchestrator.schemas import CURVES, EVENTS, GROUPS, KEYS, SLICES, STAGES
 from workers.contracts import CurveResult, CurveTask, Failure, Result
-from workers.files import atomic_write, file_sha256
-
-MANIFEST_FORMAT = 1
-STAGES = ("read", "stage1", "rank_search", "stage2", "error", "write")
-"""Stages whose seconds have a column of their own in `groups`."""
-COMPUTING_STAGES = STAGES[1:-1]
-"""Those inside the decomposition."""
-
-
-def _schema(fields: Sequence[tuple[str, pa.DataType]]) -> pa.Schema:
-    return pa.schema(fields, metadata={"lestd_manifest_format": str(MANIFEST_FORMAT)})
-
-
-GROUPS = _schema(
-    [
-        ("task_id", pa.string()),
-        ("layer", pa.int32()),
-        ("group", pa.string()),
-        ("tensors", pa.list_(pa.string())),
-        ("method", pa.string()),
-        ("pattern", pa.string()),
-        ("R1", pa.int32()),
-        ("R2", pa.int32()),
-        ("R3", pa.int32()),
-        ("nnz", pa.int64()),
-        ("density", pa.float64()),
-        ("codec", pa.string()),
-        ("dense_bytes", pa.int64()),
-        ("byte_budget", pa.int64()),
-        ("stored_bytes", pa.int64()),
-        ("relative_error", pa.float64()),
-        ("squared_norm", pa.float64()),
-        ("squared_error", pa.float64()),
-        ("squared_energy_stage1", pa.float64()),
-        ("squared_energy_stage2", pa.float64()),
-        ("threshold", pa.float64()),
-        ("hooi_iterations", pa.int32()),
-        *((f"seconds_{stage}", pa.float64()) for stage in STAGES),
-        ("started_at", pa.timestamp("us", tz="UTC")),
-        ("peak_memory_bytes", pa.int64()),
-        ("device", pa.string()),
-        ("worker", pa.string()),
-        ("node", pa.string()),
-        ("attempt", pa.int32()),
-        ("payload", pa.string()),
-        ("payload_bytes", pa.int64()),
-        ("sha256", pa.string()),
-        ("source_sha256", pa.string()),
-        ("format", pa.string()),
-        ("versions", pa.string()),
-    ]
+from workers.files import (
+    AnyPath,
+    atomic_write,
+    file_sha256,
+    in_parallel,
+    list_files,
+    make_directory,
+    read_files,
 )
-
-SLICES = _schema(
-    [
-        ("task_id", pa.string()),
-        ("layer", pa.int32()),
-        ("group", pa.string()),
-        ("projection", pa.string()),
-        ("head", pa.int32()),
-        ("nnz", pa.int64()),
-        ("density", pa.float64()),
-        ("core_bytes", pa.float64()),
-        ("relative_error", pa.float64()),
-        ("squared_norm", pa.float64()),
-        ("squared_energy", pa.float64()),
-    ]
-)
-
-CURVES = _schema(
-    [
-        ("task_id", pa.string()),
-        ("layer", pa.int32()),
-        ("group", pa.string()),
-        ("tensors", pa.list_(pa.string())),
-        ("method", pa.string()),
-        ("pattern", pa.string()),
-        ("byte_budget", pa.int64()),
-        ("R1", pa.int32()),
-        ("R2", pa.int32()),
-        ("R3", pa.int32()),
-        ("predicted_squared_error", pa.float64()),
-        ("squared_norm", pa.float64()),
-        ("dense_bytes", pa.int64()),
-        ("uniform_byte_budget", pa.int64()),
-        ("uniform_squared_error", pa.float64()),
-        *((f"seconds_{stage}", pa.float64()) for stage in STAGES),
-        ("started_at", pa.timestamp("us", tz="UTC")),
-        ("peak_memory_bytes", pa.int64()),
-        ("device", pa.string()),
-        ("worker", pa.string()),
-        ("node", pa.string()),
-        ("attempt", pa.int32()),
-        ("source_sha256", pa.string()),
-        ("versions", pa.string()),
-    ]
-)
-
-EVENTS = _schema(
-    [
-        ("at", pa.timestamp("us", tz="UTC")),
-        ("task_id", pa.string()),
-        ("kind", pa.string()),
-        ("attempt", pa.int32()),
-        ("error_type", pa.string()),
-        ("message", pa.string()),
-        ("traceback", pa.string()),
-    ]
-)
-
-
-_KEYS = {
-    *("task_id", "layer", "group", "payload", "payload_bytes", "sha256", "format"),
-    *("dense_bytes", "stored_bytes", "byte_budget", "kind"),
-    *("predicted_squared_error", "uniform_byte_budget", "uniform_squared_error"),
-}
-"""Columns that no row can do without; others may be null, where a version did not know them."""
 
 
 def _microseconds(seconds: float) -> int:
@@ -184,7 +76,7 @@ def slice_rows(result: Result) -> list[dict[str, Any]]:
     return [key | asdict(one) for one in result.slices]
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
+def write_rows(path: AnyPath, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
     """Write rows to one Parquet file, atomically and on disk when this returns.
 
     Raises:
@@ -198,7 +90,7 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) ->
 class Damaged:
     """A file of the manifest that cannot be read, and why."""
 
-    path: Path
+    path: AnyPath
     reason: str
 
 
@@ -208,8 +100,8 @@ class Manifest:
     Readers may look while a run goes on: files appear whole or not at all.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = Path(directory)
+    def __init__(self, directory: AnyPath) -> None:
+        self.directory = directory
 
     # -- writing: the driver only ------------------------------------------------------------
 
@@ -236,9 +128,9 @@ class Manifest:
         name = f"{at:020d}-{row['task_id'][:16]}.parquet"
         write_rows(self._part("events", name), [row | {"at": at // 1000}], EVENTS)
 
-    def _part(self, table: str, name: str) -> Path:
+    def _part(self, table: str, name: str) -> AnyPath:
         folder = self.directory / table
-        folder.mkdir(parents=True, exist_ok=True)
+        make_directory(folder)
         return folder / name
 
     # -- reading -----------------------------------------------------------------------------
@@ -268,37 +160,40 @@ class Manifest:
         found = []
         tables = {"groups": GROUPS, "slices": SLICES, "curves": CURVES, "events": EVENTS}
         for table, schema in tables.items():
-            for path in self._files(table):
-                problem = _read_part(path, schema)
-                if isinstance(problem, Damaged):
-                    found.append(problem)
+            found += [part for part in self._parts(table, schema) if isinstance(part, Damaged)]
         return found
 
-    def _files(self, table: str) -> list[Path]:
+    def _parts(self, table: str, schema: pa.Schema) -> list[pa.Table | Damaged]:
         # A compressed model has one file per table; a run directory one per row, in a folder.
-        single = self.directory / f"{table}.parquet"
-        return [single] if single.is_file() else sorted((self.directory / table).glob("*.parquet"))
+        single, folder = self.directory / f"{table}.parquet", self.directory / table
+        paths = [single]
+        if not single.is_file():
+            paths = [folder / name for name in list_files(folder) if name.endswith(".parquet")]
+        contents = read_files(paths)
+        return [_read_part(*each, schema) for each in zip(paths, contents, strict=True)]
 
     def _read(self, table: str, schema: pa.Schema) -> pa.Table:
-        parts = [_read_part(path, schema) for path in self._files(table)]
+        parts = self._parts(table, schema)
         whole = [part for part in parts if not isinstance(part, Damaged)]
         return pa.concat_tables(whole) if whole else schema.empty_table()
 
-    def completed(self, task_ids: Iterable[str], payload_dir: Path) -> dict[str, dict[str, Any]]:
+    def completed(self, task_ids: Iterable[str], payload_dir: AnyPath) -> dict[str, dict[str, Any]]:
         """Group rows of those tasks that are done, by task id.
 
         A row is trusted only if its payload is there with the size and sha256 that it states, and
-        so are the rows of its slices.
+        so are the rows of its slices. The payload is read to know its sha256, from an object store
+        too: what a store says of an object is what its writer said, and a resumed run reads less
+        than it would compute again.
         """
         wanted = set(task_ids)
         slices = self.slice_counts()
-        return {
-            row["task_id"]: row
+        rows = [
+            row
             for row in self.groups().to_pylist()
-            if row["task_id"] in wanted
-            and slices[row["task_id"]] == slice_count(row)
-            and payload_problem(row, payload_dir) is None
-        }
+            if row["task_id"] in wanted and slices[row["task_id"]] == slice_count(row)
+        ]
+        problems = in_parallel(lambda row: payload_problem(row, payload_dir), rows)
+        return {row["task_id"]: row for row, bad in zip(rows, problems, strict=True) if bad is None}
 
     def completed_curves(self, tasks: Iterable[CurveTask]) -> dict[str, list[dict[str, Any]]]:
         """Rows of those curves that are whole, by budget, by task id."""
@@ -319,10 +214,12 @@ class Manifest:
         """Number of rows in `slices` of each task."""
         return Counter(self.slices()["task_id"].to_pylist())
 
-    def export(self, target: Path, task_ids: Iterable[str], curve_ids: Iterable[str] = ()) -> None:
+    def export(
+        self, target: AnyPath, task_ids: Iterable[str], curve_ids: Iterable[str] = ()
+    ) -> None:
         """Write the rows of these tasks, ``groups.parquet`` and the others, for a model."""
         wanted = {*task_ids, *curve_ids}
-        target.mkdir(parents=True, exist_ok=True)
+        make_directory(target)
         groups = self.groups()
         order = {task_id: i for i, task_id in enumerate(groups["task_id"].to_pylist())}
         tables = {"groups": groups, "slices": self.slices(), "curves": self.curves()}
@@ -333,10 +230,12 @@ class Manifest:
                 write_rows(target / f"{name}.parquet", rows, table.schema)
 
 
-def _read_part(path: Path, schema: pa.Schema) -> pa.Table | Damaged:
+def _read_part(path: AnyPath, content: bytes | OSError, schema: pa.Schema) -> pa.Table | Damaged:
+    if isinstance(content, OSError):
+        return Damaged(path, str(content))
     try:
-        table = pq.read_table(path, partitioning=None)
-        for key in sorted(_KEYS & set(schema.names)):
+        table = pq.read_table(pa.BufferReader(content), partitioning=None)
+        for key in sorted(KEYS & set(schema.names)):
             if key not in table.column_names or table[key].null_count:
                 return Damaged(path, f"it has rows without {key}")
         # Columns that a newer version added are dropped, those of a later one are null.
@@ -358,19 +257,20 @@ def slice_count(row: dict[str, Any]) -> int:
     return sum(module["slices"] for module in json.loads(row["format"])["modules"].values())
 
 
-def payload_problem(row: dict[str, Any], payload_dir: Path) -> str | None:
+def payload_problem(row: dict[str, Any], payload_dir: AnyPath) -> str | None:
     """Why a group row's payload cannot be trusted; None if it can."""
     path = payload_dir / row["payload"]
     if not path.is_file():
         return f"{path} is missing"
-    if path.stat().st_size != row["payload_bytes"]:
-        return f"{path} has {path.stat().st_size} bytes, the manifest says {row['payload_bytes']}"
+    found = path.stat().st_size
+    if found != row["payload_bytes"]:
+        return f"{path} has {found} bytes, the manifest says {row['payload_bytes']}"
     if file_sha256(path) != row["sha256"]:
         return f"{path} does not have the sha256 that the manifest states"
     return None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: AnyPath) -> dict[str, Any]:
     """Read a JSON object that LeSTD wrote.
 
     Raises:
@@ -385,7 +285,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def write_json(path: Path, data: dict[str, Any]) -> None:
+def write_json(path: AnyPath, data: dict[str, Any]) -> None:
     """Write a JSON object, atomically, with sorted keys."""
-    text = json.dumps(data, indent=2, sort_keys=True) + "\n"
-    atomic_write(path, lambda file: file.write(text.encode()))
+    content = json_bytes(data)
+    atomic_write(path, lambda file: file.write(content))
+
+
+def json_bytes(data: dict[str, Any]) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()

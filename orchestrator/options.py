@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.logs import LogFormat
+from workers.files import as_path
 
 
 class Scope(StrEnum):
@@ -72,13 +73,14 @@ Model = Annotated[
         help="Directory of a checkpoint, Hub id such as org/name, or URL (s3://, gs://)."
     ),
 ]
+# Typer knows no unions: what `as_path` returns is an `AnyPath`.
 Out = Annotated[
     Path,
-    typer.Argument(help="The compressed model's directory, given as --out.", callback=absolute),
+    typer.Argument(help="The compressed model's directory, given as --out.", parser=as_path),
 ]
 RunDir = Annotated[
     Path | None,
-    typer.Option(help="Run directory.", show_default="OUT.run, beside OUT", callback=absolute),
+    typer.Option(help="Run directory.", show_default="OUT.run, beside OUT", parser=as_path),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Keep = Annotated[

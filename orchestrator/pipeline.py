@@ -9,6 +9,7 @@ from what is committed, so a killed run decides the same again.
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from orchestrator.source import Source
 from orchestrator.tables import size
 from workers.contracts import CurveResult, CurveTask, Failure, Result, Task
 from workers.decompose import STATIONS, DecomposeWorker
+from workers.files import AnyPath, list_files, not_shared, unseen
+from workers.ranges import is_url
 
 # Called with every finished or failed task, the number done and the number planned.
 OnProgress = Callable[[Result | CurveResult | Failure, int, int], None]
@@ -65,8 +68,8 @@ def compress_model(
     source: Source,
     config: RunConfig,
     executor: Executor,
-    out: Path,
-    run_dir: Path,
+    out: AnyPath,
+    run_dir: AnyPath,
     *,
     fresh: bool = False,
     on_start: OnStart | None = None,
@@ -79,7 +82,8 @@ def compress_model(
         source: the checkpoint.
         config: what to compute.
         executor: who computes.
-        out: directory of the compressed model; appears when it is complete.
+        out: directory of the compressed model; appears when it is complete, see
+            `orchestrator.assemble`.
         run_dir: where the run keeps its payloads and manifest.
         fresh: forget what an earlier run left at `out` and `run_dir`.
         on_start: called as a pass begins.
@@ -96,10 +100,10 @@ def compress_model(
     began = time.monotonic()
     plan = make_plan(source, config)
     run = RunDirectory(run_dir)
-    _require_apart(source.directory, out, run_dir)
+    _require_apart(source, out, run_dir)
     run.check_usable()
     model = check_output(out)
-    with run.locked():
+    with run.locked() as require_lock:
         if fresh:
             _require_disk(plan, out, run_dir, reclaimed=_file_bytes(out, run_dir))
             remove_model(out)
@@ -131,14 +135,16 @@ def compress_model(
                 todo.sort(key=lambda task: task.dense_bytes, reverse=True)
                 spec = _worker_spec(plan, config, current["config"]["device"], run)
                 finished = skipped
+                _require_shared(source, run, executor)
                 for outcome in _run_and_commit(executor, spec, todo, run, on_event):
+                    require_lock()
                     if isinstance(outcome, Failure):
                         failures.append(outcome)
                     else:
                         finished += 1
                     if on_progress is not None:
                         on_progress(outcome, finished, len(tasks))
-                done = _completed(run, tasks)
+                done |= _completed(run, todo)
             return _Pass(done, tuple(failures), skipped)
 
         plans, curves = [plan], {}
@@ -158,6 +164,7 @@ def compress_model(
             if not complete or no_worse_than_uniform(rows, curves):
                 break
         if complete and (encoded.skipped < len(tasks) or model is None):
+            require_lock()
             if on_start is not None:
                 on_start("assemble", (), set())
             assemble(source, plan, rows, run_dir, out, current)
@@ -197,7 +204,8 @@ def _device(config: RunConfig, recorded: dict[str, Any] | None, executor: Execut
 
 
 def _worker_spec(plan: Plan, config: RunConfig, device: str, run: RunDirectory) -> WorkerSpec:
-    payload_dir = str(run.payloads.resolve())
+    payloads = run.payloads
+    payload_dir = str(payloads.resolve() if isinstance(payloads, Path) else payloads)
     return WorkerSpec(
         DecomposeWorker,
         {"payload_dir": payload_dir, "device": device, "threads": config.threads},
@@ -237,34 +245,63 @@ def _run_and_commit(
             return  # No other task would fare better.
 
 
-def _require_apart(source: Path, out: Path, run_dir: Path) -> None:
+def _require_apart(source: Source, out: AnyPath, run_dir: AnyPath) -> None:
     """Refuse directories that lie in one another, where replacing one would delete another."""
-    source, out, run_dir = (path.resolve() for path in (source, out, run_dir))
-    for inner, outer in ((run_dir, out), (out, run_dir), (source, out), (source, run_dir)):
-        if inner.is_relative_to(outer):
+    out, run_dir = (path.resolve() if isinstance(path, Path) else path for path in (out, run_dir))
+    location = source.index.location
+    model = location if is_url(location) else source.directory.resolve()
+    for inner, outer in ((run_dir, out), (out, run_dir), (model, out), (model, run_dir)):
+        if f"{inner}/".startswith(str(outer).rstrip("/") + "/"):
             raise LestdError(
                 f"{inner} lies in {outer}; the model, --out and --run-dir must be directories of "
                 "their own"
             )
 
 
-def _require_disk(plan: Plan, out: Path, run_dir: Path, reclaimed: int) -> None:
-    """Refuse a run that its disks cannot hold; `reclaimed` bytes are about to be deleted."""
-    payloads = run_dir / "payloads"
-    present = sum(p.stat().st_size for p in payloads.iterdir()) if payloads.is_dir() else 0
-    run_disk, out_disk = _existing(run_dir), _existing(out)
-    run_needs, out_needs = max(plan.run_disk_bytes - present, 0), plan.out_disk_bytes
-    if run_disk.stat().st_dev == out_disk.stat().st_dev:
-        needs = [(run_disk, run_needs + out_needs)]
-    else:  # Payloads cannot be linked into the model, and are copied.
-        needs = [(run_disk, run_needs), (out_disk, out_needs + plan.run_disk_bytes)]
-    for disk, needed in needs:
+def _require_disk(plan: Plan, out: AnyPath, run_dir: AnyPath, reclaimed: int) -> None:
+    """Refuse a run that its disks cannot hold; `reclaimed` bytes are about to be deleted.
+
+    An object store is taken to hold whatever it is given.
+    """
+    needs: dict[int, tuple[Path, int]] = {}
+    if isinstance(run_dir, Path):
+        present = sum(list_files(run_dir / "payloads").values())
+        disk = _existing(run_dir)
+        needs[disk.stat().st_dev] = disk, max(plan.run_disk_bytes - present, 0)
+    if isinstance(out, Path):
+        disk = _existing(out)
+        device = disk.stat().st_dev
+        if device in needs:  # Payloads are linked into the model.
+            disk, needed = needs[device]
+            needs[device] = disk, needed + plan.out_disk_bytes
+        else:
+            needs[device] = disk, plan.out_disk_bytes + plan.run_disk_bytes
+    for disk, needed in needs.values():
         free = shutil.disk_usage(disk).free + reclaimed
         if free < needed:
             raise LestdError(
                 f"the disk of {disk} has {size(free)} free, but the run needs {size(needed)} "
                 "there; free some, or choose another --out and --run-dir"
             )
+
+
+def _require_shared(source: Source, run: RunDirectory, executor: Executor) -> None:
+    """Refuse nodes that do not see the disks of the run and of the source."""
+    shard = next(iter(source.index.tensors.values())).shard
+    paths = [] if "://" in shard else [shard]
+    probe = run.path / f".tmp-probe-{secrets.token_hex(8)}"
+    if isinstance(probe, Path):
+        # A fresh file: a directory of the same name may be there on a node of its own disk.
+        probe.touch()
+        paths.append(str(probe.resolve()))
+    try:
+        answers = executor.on_nodes(unseen, paths) if paths else {}
+    finally:
+        if isinstance(probe, Path):
+            probe.unlink()
+    if blind := {node: absent for node, absent in answers.items() if absent}:
+        absent = {str(Path(path).parent) for paths in blind.values() for path in paths}
+        raise LestdError(not_shared(sorted(blind), sorted(absent)))
 
 
 def _require_memory(plan: Plan, executor: Executor) -> None:
@@ -283,7 +320,8 @@ def _existing(path: Path) -> Path:
     return next(p for p in (path, *path.parents) if p.exists())
 
 
-def _file_bytes(*directories: Path) -> int:
-    """Bytes of all files below directories; one with several links counts once."""
-    stats = [p.lstat() for d in directories for p in d.rglob("*") if p.is_file()]
+def _file_bytes(*directories: AnyPath) -> int:
+    """Bytes of all files below local directories; one with several links counts once."""
+    local = [directory for directory in directories if isinstance(directory, Path)]
+    stats = [p.lstat() for d in local for p in d.rglob("*") if p.is_file()]
     return sum({stat.st_ino: stat.st_size for stat in stats}.values())

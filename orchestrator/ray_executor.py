@@ -13,16 +13,17 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lestd_kernels.errors import LestdError, first_line
+from orchestrator import logs
 from orchestrator.executor import Event, Listener, WorkerSpec, retried
 from orchestrator.ray_pool import Died, NotStarted, Place, Pool, Ran, Started
 from orchestrator.retries import Again, Deadlines, Queue, after_error, after_loss, after_result
-from orchestrator.tables import err, size
+from orchestrator.tables import size
 from workers.devices import gpu_memory_bytes
 from workers.watcher import Watcher
 
@@ -157,6 +158,29 @@ class RayExecutor:
         """
         return sys.maxsize if self._autoscaling else int(self._most("memory"))
 
+    def on_nodes(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+        """See `Executor.on_nodes`; a node that is too busy to answer is left out."""
+        ray = self._ray()
+        remote = ray.remote(function)
+        asked = {}
+        for node in self._nodes():
+            # The head of a cluster may have no CPU, and so no workers.
+            here = node["NodeManagerHostname"] == socket.gethostname()
+            if not here and node["Resources"].get("CPU", 0) >= 1:
+                answer = remote.options(num_cpus=0, **_on_node(node["NodeID"])).remote(*arguments)
+                asked[answer] = node["NodeManagerHostname"]
+        if not asked:
+            return {}
+        done, busy = ray.wait([*asked], num_returns=len(asked), timeout=_PROBE_SECONDS)
+        for reference in busy:
+            ray.cancel(reference)
+        answers = {}
+        for reference in done:
+            # A node that has died since has nothing to say.
+            with suppress(ray.exceptions.RayError):
+                answers[asked[reference]] = ray.get(reference)
+        return answers
+
     def _need(self, spec: WorkerSpec) -> dict[str, float]:
         """What a worker takes of its node's resources, by Ray's names.
 
@@ -288,10 +312,10 @@ def _say_what_is_waited_for(need: dict[str, float]) -> None:
         for name, much in need.items()
         if much
     )
-    err.print(
+    logs.log(
+        "message",
         f"no worker has started yet: none of the cluster's nodes has {wanted} free; waiting, see "
         "ray status",
-        soft_wrap=True,
     )
 
 

@@ -1,7 +1,7 @@
 """The run directory: everything a run knows, and the right of one driver to write it.
 
-OUT.run/
-    lock          held by the driver while it runs
+OUT.run/          on a disk or in an object store
+    lock          held by the driver while it runs: a lock, in an object store a lease
     run.json      fingerprint: configuration, source, software
     plan.json     what is to be done
     payloads/     <task_id>-<sha256>.safetensors, one per finished task
@@ -15,32 +15,36 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from upath import UPath
 
 from lestd_kernels.decomposition import FORMAT_VERSION
 from lestd_kernels.errors import LestdError
 from orchestrator.config import RunConfig
-from orchestrator.manifest import MANIFEST_FORMAT, Manifest, read_json, write_json
+from orchestrator.lease import is_held, leased
+from orchestrator.manifest import Manifest, read_json, write_json
 from orchestrator.plan import Plan
+from orchestrator.schemas import MANIFEST_FORMAT
 from orchestrator.source import Source
 from workers.checkpoint import hash_tensor
 from workers.decompose import software_versions
-from workers.files import explain_os_errors
+from workers.files import AnyPath, explain_os_errors, make_directory, remove_tree
 from workers.sampling import sample_digests, shard_stats
 
 _OURS = {"lock", "run.json", "plan.json", "payloads", "manifest", "untouched"}
+_AnyPathT = TypeVar("_AnyPathT", Path, UPath)
 _TEMPORARY = ".tmp-"
 # `lestd status` takes the lock for a moment to see whether it is free.
 _LOCK_PATIENCE_SECONDS = 1.0
 
 
-def default_run_dir(out: Path) -> Path:
+def default_run_dir(out: _AnyPathT) -> _AnyPathT:
     """``OUT.run``, beside the output.
 
     Raises:
@@ -69,7 +73,7 @@ def fingerprint(source: Source, config: RunConfig, device: str) -> dict[str, Any
     return result
 
 
-def require_same(recorded: dict[str, Any], current: dict[str, Any], where: Path) -> None:
+def require_same(recorded: dict[str, Any], current: dict[str, Any], where: AnyPath) -> None:
     """Refuse to go on with another configuration or source.
 
     Raises:
@@ -98,17 +102,22 @@ def _short(value: Any) -> str:
 
 
 class RunDirectory:
-    """One run's directory on disk."""
+    """One run's directory."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: AnyPath) -> None:
+        self.path = path
         self.payloads = self.path / "payloads"
         self.manifest = Manifest(self.path / "manifest")
 
     @property
     def exists(self) -> bool:
-        """Whether a run was begun here."""
-        return (self.path / "run.json").is_file()
+        """Whether a run was begun here.
+
+        Raises:
+            LestdError: the object store that it lies in does not answer.
+        """
+        with explain_os_errors(self.path):
+            return (self.path / "run.json").is_file()
 
     def fingerprint(self) -> dict[str, Any] | None:
         """The fingerprint of the run that was begun here; None if none was.
@@ -132,32 +141,47 @@ class RunDirectory:
         Raises:
             LestdError: the path is a file, or holds files that a run does not make.
         """
-        if not self.path.exists():
-            return
-        if not self.path.is_dir():
-            raise LestdError(f"{self.path} is a file; choose another --run-dir")
-        for entry in sorted(self.path.iterdir()):
-            if entry.name not in _OURS and not entry.name.startswith(_TEMPORARY):
+        with explain_os_errors(self.path):
+            if not self.path.exists():
+                return
+            if not self.path.is_dir():
+                raise LestdError(f"{self.path} is a file; choose another --run-dir")
+            names = sorted(entry.name for entry in self.path.iterdir())
+        for name in names:
+            if name not in _OURS and not name.startswith(_TEMPORARY):
                 raise LestdError(
-                    f"{self.path} is not empty and holds {entry.name}, which no run of lestd "
+                    f"{self.path} is not empty and holds {name}, which no run of lestd "
                     "makes; choose another --run-dir"
                 )
         self.fingerprint()
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[Callable[[], None]]:
         """Be the one driver of this run while the context lasts; ends with the process.
+
+        Yields:
+            A function that raises LestdError when another driver has taken the run over, as it can
+            where the directory is in an object store.
 
         Raises:
             LestdError: another driver holds the lock.
         """
+        if isinstance(self.path, UPath):
+            with leased(self.path / "lock", self.path) as check:
+                yield check
+        else:
+            with self._flocked(self.path):
+                yield lambda: None
+
+    @contextmanager
+    def _flocked(self, directory: Path) -> Iterator[None]:
+        lock = directory / "lock"
         patience = time.monotonic() + _LOCK_PATIENCE_SECONDS
-        while (handle := self._open_locked()) is None:
+        while (handle := _open_locked(lock)) is None:
             if time.monotonic() > patience:
-                holder = _read_holder(self.path / "lock")
                 raise LestdError(
-                    f"another driver ({holder}) works on {self.path}; wait for it to end, or stop "
-                    "it, then run the same command again"
+                    f"another driver ({_read_holder(lock)}) works on {directory}; wait for it to "
+                    "end, or stop it, then run the same command again"
                 )
             time.sleep(0.02)
         try:
@@ -167,29 +191,17 @@ class RunDirectory:
         finally:
             if not self.exists:  # Nothing was begun: leave nothing behind.
                 with suppress(OSError):
-                    (self.path / "lock").unlink()
-                    self.path.rmdir()
+                    lock.unlink()
+                    directory.rmdir()
             os.close(handle)
-
-    def _open_locked(self) -> int | None:
-        """An open descriptor of the lock file that holds the lock; None if another has it."""
-        lock = self.path / "lock"
-        with explain_os_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            # A driver that began nothing removes its lock file: one that is gone locks nothing.
-            if _try_lock(handle) and os.fstat(handle).st_ino == lock.stat().st_ino:
-                return handle
-        except FileNotFoundError:
-            pass
-        os.close(handle)
-        return None
 
     def is_locked(self) -> bool:
         """Whether a driver runs on this directory now."""
+        lock = self.path / "lock"
+        if isinstance(lock, UPath):
+            return is_held(lock)
         try:
-            handle = os.open(self.path / "lock", os.O_RDWR)
+            handle = os.open(lock, os.O_RDWR)
         except OSError:
             return False
         try:
@@ -207,8 +219,9 @@ class RunDirectory:
         recorded = self.fingerprint()
         if recorded is not None:
             require_same(recorded, fingerprint, self.path)
-            for leftover in self.path.rglob(f"{_TEMPORARY}*"):
-                leftover.unlink(missing_ok=True)
+            if isinstance(self.path, Path):
+                for leftover in self.path.rglob(f"{_TEMPORARY}*"):
+                    leftover.unlink(missing_ok=True)
         stats = shard_stats(source.index)
         if recorded is not None and self._about("shard_stats") != stats:
             self._require_same_contents(source)
@@ -216,7 +229,7 @@ class RunDirectory:
             about = {"model": source.model, "revision": source.revision}
             run = {"fingerprint": fingerprint, "source": about, "shard_stats": stats}
             write_json(self.path / "run.json", run)
-        self.payloads.mkdir(exist_ok=True)
+        make_directory(self.payloads)
         self.write_plan(plan)
 
     def write_plan(self, plan: Plan) -> None:
@@ -242,9 +255,9 @@ class RunDirectory:
 
     def remove_contents(self) -> None:
         """Delete what a run makes, run.json last, but keep the lock that the caller holds."""
-        shutil.rmtree(self.payloads, ignore_errors=True)
-        shutil.rmtree(self.manifest.directory, ignore_errors=True)
-        shutil.rmtree(self.path / "untouched", ignore_errors=True)
+        remove_tree(self.payloads)
+        remove_tree(self.manifest.directory)
+        remove_tree(self.path / "untouched")
         for name in ("plan.json", "run.json"):
             (self.path / name).unlink(missing_ok=True)
 
@@ -259,7 +272,22 @@ class RunDirectory:
         self.check_usable()
         with self.locked():
             self.remove_contents()
-            shutil.rmtree(self.path)
+            remove_tree(self.path)
+
+
+def _open_locked(lock: Path) -> int | None:
+    """An open descriptor of the lock file that holds the lock; None if another has it."""
+    with explain_os_errors(lock.parent):
+        make_directory(lock.parent)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        # A driver that began nothing removes its lock file: one that is gone locks nothing.
+        if _try_lock(handle) and os.fstat(handle).st_ino == lock.stat().st_ino:
+            return handle
+    except FileNotFoundError:
+        pass
+    os.close(handle)
+    return None
 
 
 def _read_holder(lock: Path) -> str:

@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import tempfile
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from orchestrator.location import (
     store_url,
 )
 from workers.checkpoint import INDEX_FILE, WEIGHTS_FILE, ShardIndex, read_weight_map
-from workers.files import atomic_write
+from workers.files import AnyPath, atomic_write
 from workers.hub import HUB_SCHEME
 from workers.ranges import is_url, list_files
 
@@ -174,14 +175,16 @@ def is_side_file(name: str) -> bool:
     return Path(name).suffix in _SIDE_SUFFIXES or name.startswith(_SIDE_PREFIXES)
 
 
-def copy_side_files(source_dir: Path, target_dir: Path) -> None:
-    """Copy the files that belong to a model beside its weights: see `is_side_file`.
+def copy_side_files(
+    source_dir: Path, target_dir: AnyPath, but: Container[str] = frozenset()
+) -> None:
+    """Copy the files that belong to a model beside its weights, see `is_side_file`, but some.
 
     Raises:
         OutOfSpaceError: no space left.
     """
     for path in sorted(source_dir.iterdir()):
-        if is_side_file(path.name) and path.is_file():
+        if is_side_file(path.name) and path.name not in but and path.is_file():
             with path.open("rb") as original:
                 atomic_write(target_dir / path.name, partial(shutil.copyfileobj, original))
 

@@ -12,12 +12,18 @@ from orchestrator.evaluation import Evaluation, evaluate, open_model
 from orchestrator.executor import Executor
 from orchestrator.export import Export
 from orchestrator.inspection import stored_scope_bytes
-from orchestrator.manifest import COMPUTING_STAGES
 from orchestrator.meter import Meter
 from orchestrator.pipeline import Outcome
 from orchestrator.plan import Plan
 from orchestrator.retries import retries
 from orchestrator.rundir import RunDirectory
+from orchestrator.schemas import COMPUTING_STAGES
+from workers.files import AnyPath
+
+_COPY_COMMANDS = {
+    "s3": "aws s3 sync {} DIRECTORY",
+    "gs": "gcloud storage rsync --recursive {} DIRECTORY",
+}
 
 
 def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
@@ -90,7 +96,7 @@ def predicted_seconds(plan: Plan, config: RunConfig) -> dict[str, float]:
 
 
 def outcome_figures(
-    outcome: Outcome, out: Path, run_dir: Path, seconds: dict[str, float] | None
+    outcome: Outcome, out: AnyPath, run_dir: AnyPath, seconds: dict[str, float] | None
 ) -> dict[str, Any]:
     """Figures of a compression, as plain values; `seconds` are the predicted ones, by group."""
     plan, rows = outcome.plan, outcome.rows
@@ -143,7 +149,7 @@ def outcome_figures(
     }
 
 
-def told_retries(plan: Plan, run_dir: Path) -> list[dict[str, Any]]:
+def told_retries(plan: Plan, run_dir: AnyPath) -> list[dict[str, Any]]:
     """Every retry of a run, in order, by the names of the groups; none once it is cleaned up."""
     groups = {planned.task.task_id: planned.task.group for planned in plan.tasks}
     groups |= {task.task_id: task.group for task in plan.curve_tasks}
@@ -156,8 +162,8 @@ def told_retries(plan: Plan, run_dir: Path) -> list[dict[str, Any]]:
 
 def print_outcome(
     outcome: Outcome,
-    out: Path,
-    run_dir: Path,
+    out: AnyPath,
+    run_dir: AnyPath,
     json: bool,
     seconds: dict[str, float] | None = None,
 ) -> None:
@@ -227,6 +233,13 @@ def print_outcome(
         f"model {out}",
         soft_wrap=True,
     )
+    if not isinstance(out, Path):
+        tables.out.print(
+            "from_pretrained loads from a disk: copy the directory there first, for example with "
+            f"`{_COPY_COMMANDS[out.protocol].format(out)}`",
+            markup=False,
+            soft_wrap=True,
+        )
     if run_dir.exists():
         tables.out.print(
             f"run   {run_dir} (payloads and manifest; lestd clean drops it)", soft_wrap=True

@@ -99,7 +99,7 @@ def test_both_passes_of_global_allocation_are_measured(tiny_llama, monkeypatch):
         return method.decompose(unfolding, layout, byte_budget, value_dtype, args, curve_budgets)
 
     monkeypatch.setitem(METHODS, "lestd", replace(method, decompose=spy))
-    plan = make_plan(open_headers(str(tiny_llama), None), RunConfig(keep=0.4, allocation="global"))
+    plan = make_plan(resolve_source(str(tiny_llama)), RunConfig(keep=0.4, allocation="global"))
     predict_seconds(plan, "cpu", 1)
     first = plan.tasks[0]  # All layers are alike: one kind, measured once and warmed up before.
     curve, encode = (

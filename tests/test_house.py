@@ -10,18 +10,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 HOUSE = ("orchestrator", "workers", "lestd_kernels")
 FILES = [path.relative_to(ROOT) for package in HOUSE for path in (ROOT / package).rglob("*.py")]
-RAY = (Path("orchestrator/ray_executor.py"), Path("orchestrator/metrics.py"))
 PEFT_PLUGIN = Path("lestd_kernels/peft_plugin.py")
-RAY = {Path("orchestrator/ray_executor.py"), Path("orchestrator/submit.py")}
+RAY = {Path(f"orchestrator/{name}.py") for name in ("ray_executor", "submit", "metrics")}
 ABOVE = {"orchestrator": (), "workers": ("orchestrator",), "lestd_kernels": HOUSE[:2]}
 ALLOWED = {
     "workers": {
-        "torch",
-        "transformers",
-        "workers",
-        "lestd_kernels",
         "fsspec",
         "huggingface_hub",
+        "torch",
+        "transformers",
+        "upath",
+        "workers",
+        "lestd_kernels",
     },
     "lestd_kernels": {"torch", "transformers", "safetensors", "triton", "lestd_kernels"},
 }

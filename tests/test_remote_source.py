@@ -295,11 +295,8 @@ def test_an_interrupted_shard_goes_on_after_its_last_whole_tensor(
 @pytest.fixture(scope="module")
 def s3(model: Path) -> Iterator[Any]:
     """A bucket with the model, and this process's environment set for it."""
-    with s3_server() as (_, environment), pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
+    with s3_server():
         store = fsspec.filesystem("s3")
-        store.mkdir("models")
         store.put(str(model), "models/org/tiny", recursive=True)
         yield store
         type(store).clear_instance_cache()

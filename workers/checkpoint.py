@@ -23,6 +23,7 @@ from torch import Tensor
 from lestd_kernels.errors import LestdError
 from workers import ranges
 from workers.contracts import TensorRef
+from workers.files import AnyPath, in_parallel, open_binary
 from workers.headers import (
     DTYPE_NAMES,
     DTYPES,
@@ -48,7 +49,7 @@ _FETCH_BYTES = 128 * 1024 * 1024
 _FIRST_FETCH_BYTES = 256 * 1024
 
 
-def read_header(path: Path | str) -> dict[str, TensorRef]:
+def read_header(path: AnyPath | str) -> dict[str, TensorRef]:
     """Read the header of one safetensors file: tensor name -> where it lies, in data order.
 
     Args:
@@ -60,8 +61,8 @@ def read_header(path: Path | str) -> dict[str, TensorRef]:
     if isinstance(path, str):
         return _fetch_header(path)
     try:
-        with path.open("rb") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
+        file_bytes = path.stat().st_size
+        with open_binary(path) as file:
             length = header_length(file.read(LENGTH_BYTES), str(path), file_bytes)
             return parse_header(file.read(length), str(path), file_bytes)
     except OSError as error:
@@ -141,7 +142,7 @@ class ShardIndex:
                 or lies in two.
         """
         shards = sorted(set(weight_map.values())) or [WEIGHTS_FILE]
-        found = ranges.in_parallel(read_header, [f"{url}/{shard}" for shard in shards])
+        found = in_parallel(read_header, [f"{url}/{shard}" for shard in shards])
         return cls._from_headers(url, dict(zip(shards, found, strict=True)), weight_map)
 
     @classmethod
@@ -175,7 +176,7 @@ class ShardIndex:
         return sum(ref.stored_bytes for ref in self.tensors.values())
 
 
-def read_weight_map(path: Path) -> dict[str, str]:
+def read_weight_map(path: AnyPath) -> dict[str, str]:
     """Read the ``weight_map`` of an index file: tensor name -> shard, relative to the file.
 
     Raises:

@@ -41,7 +41,7 @@ from workers.devices import (
     return_freed_memory,
 )
 from workers.failures import failure_of
-from workers.files import atomic_write
+from workers.files import as_path, atomic_write, not_shared
 
 
 def payload_name(task_id: str, sha256: str) -> str:
@@ -90,13 +90,13 @@ class DecomposeWorker:
     `run` may be called from several threads; more than `STATIONS` at a time gain nothing.
 
     Args:
-        payload_dir: where payloads go; on a disk that the driver sees too.
+        payload_dir: path or URL where payloads go; the driver sees it too.
         device: ``"cpu"`` or ``"cuda"``.
         threads: CPU threads to compute with. Part of the run's configuration, because the order
             of a reduction, and so the last bit of a result, depends on it.
 
     Raises:
-        LestdError: device ``"cuda"`` where there is no GPU.
+        LestdError: device ``"cuda"`` where there is no GPU, or no `payload_dir` as seen from here.
     """
 
     def __init__(self, payload_dir: str, device: str = "cpu", threads: int = 1) -> None:
@@ -105,6 +105,9 @@ class DecomposeWorker:
                 f"device cuda asked for, but this worker on {socket.gethostname()} sees no GPU; "
                 "use --device cpu, or run where PyTorch sees one"
             )
+        self._payload_dir = as_path(payload_dir)
+        if isinstance(self._payload_dir, Path) and not self._payload_dir.is_dir():
+            raise LestdError(not_shared([socket.gethostname()], [payload_dir]))
         return_freed_memory()
         self._line = _Line(STATIONS)
         # One thread computes for all tasks: OpenMP's threads belong to the thread that uses them.
@@ -113,14 +116,13 @@ class DecomposeWorker:
         )
         # TF32 keeps 10 bits of mantissa: too few for factors that are to be orthonormal.
         torch.backends.cuda.matmul.allow_tf32 = False
-        self._payload_dir = Path(payload_dir)
         self._device = torch.device(device)
         self._name = f"{socket.gethostname()}:{os.getpid()}"
 
     def run(self, task: Task) -> Result | CurveResult | Failure:
         """Decompose one task, or find its curve; never raises for a problem with its input.
 
-        Returns when the payload, if there is one, is on disk.
+        Returns when the payload, if there is one, is on disk or in its store.
         """
         try:
             with self._line.pass_through() as advance:

@@ -9,7 +9,7 @@ has reached.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -200,12 +200,6 @@ def read_file(url: str) -> bytes:
     content = bytearray(size)
     read_ranges(url, file_version(size, etag), [(0, memoryview(content))])
     return bytes(content)
-
-
-def in_parallel(call: Any, items: Sequence[Any]) -> list[Any]:
-    """The results of a call that waits for a server, for each item, in order."""
-    with ThreadPoolExecutor(_PARALLEL, "look") as pool:
-        return list(pool.map(call, items))
 
 
 def open_store(url: str) -> tuple[Any, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from workers import ranges
 from workers.checkpoint import ShardIndex, open_shard, read_exactly
 from workers.contracts import TensorRef
+from workers.files import in_parallel
 
 _SAMPLE_BYTES = 64 * 1024
 
@@ -87,8 +88,9 @@ def shard_stats(index: ShardIndex) -> dict[str, list[int | str]]:
         LestdError: a shard cannot be looked up.
     """
     addresses = [f"{index.location}/{shard}" for shard in index.shards]
+    found: list[list[int | str]]
     if ranges.is_url(index.location):
-        found = [list(stat) for stat in ranges.in_parallel(ranges.stat, addresses)]
+        found = [[*stat] for stat in in_parallel(ranges.stat, addresses)]
     else:
         stats = [Path(address).stat() for address in addresses]
         found = [[stat.st_size, stat.st_mtime_ns] for stat in stats]
