@@ -263,7 +263,8 @@ def test_the_image_has_every_package() -> None:
     setup = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = {name.partition(".")[0] for name in setup["tool"]["setuptools"]["packages"]}
     files = {setup["project"]["readme"], *setup["project"]["license-files"]}
-    assert copied == packages | files | {"pyproject.toml", "constraints.txt"}
+    files |= {"pyproject.toml", "constraints.txt", "cluster_configs/autoscaling.yaml"}
+    assert copied == packages | files
 
 
 def test_the_cluster_shares_a_volume() -> None:

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from cli import lestd, start_lestd
 
-from orchestrator.schemas import STAGES
 from orchestrator.metrics import METRICS
+from orchestrator.schemas import STAGES
 
 DASHBOARD = Path(__file__).parents[1] / "cluster_configs" / "grafana" / "lestd.json"
 # Ray's own metrics that the dashboard shows; those of GPUs come from nodes that have one.
