@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import boto3
+import s3fs
 from moto.server import ThreadedMotoServer
 
 BUCKET = "models"
@@ -40,3 +41,5 @@ def s3_server() -> Iterator[tuple[str, dict[str, str]]]:
             else:
                 os.environ[name] = value
         server.stop()
+        # fsspec keeps what it has made, with the address of this server.
+        s3fs.S3FileSystem.clear_instance_cache()

@@ -394,9 +394,15 @@ def test_a_file_size_limit_is_a_full_disk_too(tiny_llama: Path, tmp_path: Path) 
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    "place", [("--workers", 1), ("--executor", "serial")], ids=["ray", "serial"]
+    ("place", "number"),
+    [
+        (("--workers", 1), signal.SIGINT),
+        pytest.param(("--workers", 1), signal.SIGTERM, marks=pytest.mark.slow),
+        (("--executor", "serial"), signal.SIGINT),
+        (("--executor", "serial"), signal.SIGTERM),
+    ],
+    ids=["ray-int", "ray-term", "serial-int", "serial-term"],
 )
 def test_ctrl_c_keeps_what_is_done(
     many_layers: Path, tmp_path: Path, number: signal.Signals, place: tuple[str, object]
@@ -424,6 +430,7 @@ def test_ctrl_c_keeps_what_is_done(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced(tiny_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start_lestd(

@@ -169,6 +169,7 @@ def test_a_checkpoint_without_the_base_models_prefix(tmp_path: Path) -> None:
     assert torch.equal(*logits)
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub(tmp_path: Path) -> None:
     local = save_tiny("qwen2", tmp_path / "hub" / "owner" / "name")
     expected = compress(local, tmp_path / "expected", "--keep", 0.5)

@@ -299,7 +299,6 @@ def s3(model: Path) -> Iterator[Any]:
         store = fsspec.filesystem("s3")
         store.put(str(model), "models/org/tiny", recursive=True)
         yield store
-        type(store).clear_instance_cache()
 
 
 def test_plan_of_a_model_in_s3(s3: Any, model: Path) -> None:

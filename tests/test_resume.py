@@ -158,6 +158,7 @@ def test_a_damaged_payload_is_made_again_and_nothing_else(
     assert lestd("verify", out).code == 0
 
 
+@pytest.mark.slow
 def test_a_run_begun_serially_is_finished_on_ray(
     many_layers: Path, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:

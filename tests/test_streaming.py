@@ -126,9 +126,10 @@ def test_a_failure_anywhere_names_its_task_and_holds_up_no_other(
         before(monkeypatch, {bad.byte_budget: lambda: 1 / 0})
     if place == "write":  # Every task of this one; what the next ones need comes too late for it.
         made = [bad]
-    else:
-        payloads.mkdir()
+    payloads.mkdir()
     worker = DecomposeWorker(str(payloads))
+    if place == "write":
+        payloads.rmdir()
     with ThreadPoolExecutor(STATIONS) as pool:
         outcomes = list(pool.map(worker.run, made))
     failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
