@@ -7,6 +7,7 @@ a directory in a store that fsspec knows: ``s3://BUCKET/PREFIX``, ``gs://BUCKET/
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from workers.hub import HUB_SCHEME, TIMEOUT_SECONDS, HubUnreachableError, explai
 from workers.retries import patiently
 
 _FILE_SCHEME = "file://"
+_USERINFO = re.compile(r"([\w+.-]+)://([^/?#]*)@")
 
 
 def local_directory(model: str, revision: str | None) -> Path | None:
@@ -47,18 +49,27 @@ def store_url(model: str, revision: str | None) -> str | None:
     """The URL of the directory in a store that `model` is; None where it is a Hub id.
 
     Raises:
-        LestdError: a revision of it is asked for, or it is no plain URL.
+        LestdError: a revision of it is asked for, it has a password in it, or it is no plain URL.
     """
     if not ranges.is_url(model) or model.startswith(HUB_SCHEME):
         return None
+    for protocol, user in _USERINFO.findall(model):
+        # What others have before an @ is a name: abfs://CONTAINER@ACCOUNT.
+        if ":" in user or protocol in ("http", "https"):
+            raise LestdError(
+                f"a URL of {protocol}:// has a password or token before its '@', which would end "
+                "up in the run directory and in logs; put credentials into the store's own "
+                "configuration"
+            )
+    if "::" in model or "?" in model or "#" in model:
+        # After a '?' there may be a signature, which is as good as a password.
+        raise LestdError(
+            f"{model.partition('?')[0]} is not the URL of a directory; expected one such as "
+            "s3://BUCKET/PREFIX, without '::', '?' and '#'"
+        )
     if revision is not None:
         raise LestdError(
             f"{model} has no revision {revision!r}; leave --revision out, or give a Hub id"
-        )
-    if "::" in model or "?" in model or "#" in model:
-        raise LestdError(
-            f"{model} is not the URL of a directory; expected one such as s3://BUCKET/PREFIX, "
-            "without '::', '?' and '#'"
         )
     return model.rstrip("/")
 
@@ -84,15 +95,15 @@ def list_repository(model: str, revision: str | None) -> set[str] | None:
         LestdError: `model` is no Hub id, model or revision do not exist, or access is not granted.
     """
 
-    def listed() -> set[str] | None:
-        try:
-            with explain_hub_errors(model, revision):
-                info = HfApi().model_info(model, revision=revision, timeout=TIMEOUT_SECONDS)
-        except HubUnreachableError:
-            return None
+    def listed() -> set[str]:
+        with explain_hub_errors(model, revision):
+            info = HfApi().model_info(model, revision=revision, timeout=TIMEOUT_SECONDS)
         return {file.rfilename for file in info.siblings or ()}
 
-    return patiently(listed)
+    try:
+        return patiently(listed)
+    except HubUnreachableError:
+        return None
 
 
 def download(model: str, revision: str | None, names: Iterable[str]) -> Path:

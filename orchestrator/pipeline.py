@@ -26,6 +26,7 @@ from orchestrator.plan import Plan, decide, make_plan, no_worse_than_uniform
 from orchestrator.rundir import RunDirectory, fingerprint, require_same
 from orchestrator.source import Source
 from orchestrator.tables import size
+from orchestrator.untouched import UNTOUCHED_DIR
 from workers.contracts import CurveResult, CurveTask, Failure, Result, Task
 from workers.decompose import STATIONS, DecomposeWorker
 from workers.files import AnyPath, list_files, not_shared, unseen
@@ -261,19 +262,25 @@ def _require_apart(source: Source, out: AnyPath, run_dir: AnyPath) -> None:
 def _require_disk(plan: Plan, out: AnyPath, run_dir: AnyPath, reclaimed: int) -> None:
     """Refuse a run that its disks cannot hold; `reclaimed` bytes are about to be deleted.
 
-    An object store is taken to hold whatever it is given.
+    What is copied from a source elsewhere is fetched into a local run directory, and kept there
+    until the model is whole. An object store is taken to hold whatever it is given.
     """
     needs: dict[int, tuple[Path, int]] = {}
+    fetched = 0
     if isinstance(run_dir, Path):
-        present = sum(list_files(run_dir / "payloads").values())
+        if any(is_url(ref.shard) for ref in plan.untouched):
+            fetched = plan.untouched_bytes
+        present = {} if reclaimed else list_files(run_dir / "payloads")
+        kept = {} if reclaimed else list_files(run_dir / UNTOUCHED_DIR)
+        needed = max(plan.run_disk_bytes - sum(present.values()), 0)
         disk = _existing(run_dir)
-        needs[disk.stat().st_dev] = disk, max(plan.run_disk_bytes - present, 0)
+        needs[disk.stat().st_dev] = disk, needed + max(fetched - sum(kept.values()), 0)
     if isinstance(out, Path):
         disk = _existing(out)
         device = disk.stat().st_dev
-        if device in needs:  # Payloads are linked into the model.
+        if device in needs:  # Payloads, and what was fetched, are linked into the model.
             disk, needed = needs[device]
-            needs[device] = disk, needed + plan.out_disk_bytes
+            needs[device] = disk, needed + plan.out_disk_bytes - fetched
         else:
             needs[device] = disk, plan.out_disk_bytes + plan.run_disk_bytes
     for disk, needed in needs.values():

@@ -2,13 +2,12 @@
 
 Nothing is kept on this side: the Hub knows what has arrived. Files that it has are not sent again,
 and where hf_xet is installed (a dependency of huggingface_hub on the usual platforms), neither is
-what has arrived of a file.
+what has arrived of a file. All of it is published by one commit in the end, so nobody ever loads
+half a model, or one model's config.json with another's weights.
 """
 
 from __future__ import annotations
 
-import glob
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +15,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
 from lestd_kernels.errors import LestdError, first_line
 from orchestrator import logs, tables
@@ -26,6 +26,8 @@ from orchestrator.inspection import verify
 
 _OUR_SHARDS = ("lestd-*.safetensors", "dense-*.safetensors")
 _WEIGHT_SUFFIXES = {".safetensors", ".bin"}
+# Sent between two lines of progress.
+_BATCH_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ def push(directory: Path, repository: str, private: bool, branch: str | None) ->
             is public, access is not granted, or the upload broke off.
     """
     names = _finished_files(directory)
-    if not tables.err.is_terminal:  # There huggingface_hub draws bars; in a log it speaks if asked.
-        logging.getLogger("huggingface_hub").setLevel(logging.INFO)
+    if logs.in_json() or not tables.err.is_terminal:  # Bars would be drawn into the log.
+        disable_progress_bars()
     with _explain_hub_errors(repository), warnings.catch_warnings():
         # Ours is no data set: the Parquet files are the model's manifest.
         warnings.filterwarnings("ignore", message=".*commit a data file")
@@ -78,18 +80,37 @@ def push(directory: Path, repository: str, private: bool, branch: str | None) ->
                 f"{url.repo_id} is public; make it private in its settings on the Hub, or leave "
                 "--private out"
             )
-        _refuse_other_weights(url.repo_id, {file.rfilename for file in info.siblings or ()}, names)
-        commit = api.upload_folder(
-            repo_id=url.repo_id,
-            folder_path=directory,
-            revision=branch,
+        present = {file.rfilename for file in info.siblings or ()}
+        _refuse_other_weights(url.repo_id, present, names)
+        additions = [CommitOperationAdd(name, directory / name) for name in names]
+        size = sum(addition.upload_info.size for addition in additions)
+        sent = 0
+        for batch in _batches(additions):
+            # Publishes nothing; upload_folder would make a commit of every few hundred files.
+            api.preupload_lfs_files(url.repo_id, batch, revision=branch, free_memory=False)
+            sent += sum(addition.upload_info.size for addition in batch)
+            arrived = f"{tables.size(sent)} of {tables.size(size)} uploaded"
+            logs.log("message", f"{arrived}; the model appears when all of it is there")
+        stale = [name for name in sorted(present - set(names)) if _is_our_shard(name)]
+        commit = api.create_commit(
+            url.repo_id,
+            [*additions, *map(CommitOperationDelete, stale)],
             commit_message="Upload a model compressed with LeSTD",
-            allow_patterns=[glob.escape(name) for name in names],
-            delete_patterns=list(_OUR_SHARDS),
+            revision=branch,
         )
-    size = sum((directory / name).stat().st_size for name in names)
     page = str(url) if branch is None else f"{url}/tree/{branch}"
     return Pushed(page, url.repo_id, commit.oid, len(names), size)
+
+
+def _batches(additions: list[CommitOperationAdd]) -> Iterator[list[CommitOperationAdd]]:
+    batch: list[CommitOperationAdd] = []
+    for addition in additions:
+        batch.append(addition)
+        if sum(each.upload_info.size for each in batch) >= _BATCH_BYTES:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def _finished_files(directory: Path) -> list[str]:
@@ -133,12 +154,16 @@ def _refuse_other_weights(repository: str, present: set[str], names: list[str]) 
         LestdError: the repository holds weights that no push of ours put there.
     """
     for name in sorted(present - set(names)):
-        ours = any(fnmatch(name, pattern) for pattern in _OUR_SHARDS)
-        if Path(name).suffix in _WEIGHT_SUFFIXES and "/" not in name and not ours:
+        weights = Path(name).suffix in _WEIGHT_SUFFIXES and "/" not in name
+        if weights and not _is_our_shard(name):
             raise LestdError(
                 f"{repository} holds {name}, weights of another model; choose another REPO, or "
                 "delete that file there"
             )
+
+
+def _is_our_shard(name: str) -> bool:
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in _OUR_SHARDS)
 
 
 @contextmanager

@@ -105,6 +105,7 @@ def resolve_source(model: str, revision: str | None = None) -> Source:
     names = list_repository(model, revision)
     if names is None:  # The Hub cannot be reached.
         cached = find_cached(model, revision, CONFIG_FILE)
+        _require_cached_weights(model, cached)
         return _open_directory(model, cached.name, cached)
     _require_config(model, names)
     # The revision is the user's, not its commit: so the cache learns what it stands for.
@@ -124,6 +125,19 @@ def resolve_source(model: str, revision: str | None = None) -> Source:
     return Source(
         model, commit, directory, index, load_config(directory), read_config_json(directory)
     )
+
+
+def _require_cached_weights(model: str, snapshot: Path) -> None:
+    """Refuse a snapshot of which lestd itself has downloaded no more than config and index."""
+    shards = {WEIGHTS_FILE}
+    if (snapshot / INDEX_FILE).is_file() and not (snapshot / WEIGHTS_FILE).is_file():
+        shards = set(read_weight_map(snapshot / INDEX_FILE).values())
+    pickled = any((snapshot / name).is_file() for name in (BIN_FILE, BIN_INDEX_FILE))
+    if not pickled and not all((snapshot / shard).is_file() for shard in shards):
+        raise LestdError(
+            f"the Hub cannot be reached and the local cache lacks {model}'s weights; check the "
+            "connection and HF_HUB_OFFLINE, or hf download it first"
+        )
 
 
 def _open_store(url: str) -> Source:

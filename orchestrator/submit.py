@@ -31,6 +31,7 @@ import workers
 from lestd_kernels.errors import LestdError, first_line
 from orchestrator import logs
 from orchestrator.config import ClusterConfig
+from orchestrator.location import store_url
 
 PACKAGES = (orchestrator, workers, lestd_kernels)
 """What every node of the job runs, whatever is installed there."""
@@ -131,6 +132,7 @@ def job_command(
         (folder / "cluster.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
         given["cluster"] = "cluster.yaml"
     model = str(given.pop("model"))
+    store_url(model, given.get("revision"))  # Refuses a password: the cluster shows the command.
     words = ["python", "-m", "orchestrator", command]
     words.append(os.path.abspath(model) if Path(model).exists() else model)  # noqa: PTH100
     for name, value in given.items():

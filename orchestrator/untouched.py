@@ -3,6 +3,8 @@
 They are most of a model, and fetching them may take hours. A shard of them grows in the run
 directory, and a progress file beside it says how much of it is whole: it is written after each
 tensor, when the tensor is on disk, so that an assembly that was killed fetches none of them twice.
+A finished shard is linked into the model where both are on one disk: from then on it is not written
+to, but replaced.
 
     untouched/dense-00001-of-00004.safetensors
     untouched/dense-00001-of-00004.safetensors.json
@@ -19,6 +21,7 @@ from pathlib import Path
 from orchestrator.manifest import write_json
 from workers.checkpoint import copy_tensor
 from workers.contracts import TensorRef
+from workers.files import explain_os_errors
 from workers.headers import build_header, layout_key
 
 UNTOUCHED_DIR = "untouched"
@@ -38,6 +41,7 @@ def fetch_shard(refs: Sequence[TensorRef], directory: Path, name: str) -> Path:
 
     Raises:
         LestdError: a source shard has changed or cannot be read.
+        OutOfSpaceError: no space left.
     """
     directory.mkdir(exist_ok=True)
     path, progress = directory / name, directory / f"{name}.json"
@@ -46,9 +50,12 @@ def fetch_shard(refs: Sequence[TensorRef], directory: Path, name: str) -> Path:
     content = hashlib.sha256(header)
     for ref in ordered:
         content.update(repr((ref.shard, ref.version, ref.byte_range)).encode())
-    done = _bytes_done(path, progress, content.hexdigest())
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    with os.fdopen(descriptor, "r+b") as file:
+    size = len(header) + sum(ref.stored_bytes for ref in ordered)
+    done = _bytes_done(path, progress, content.hexdigest(), size)
+    if done == 0:
+        progress.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    with explain_os_errors(path), path.open("r+b" if done else "xb") as file:
         file.truncate(done)
         file.seek(done)
         position = len(header)
@@ -66,11 +73,14 @@ def fetch_shard(refs: Sequence[TensorRef], directory: Path, name: str) -> Path:
     return path
 
 
-def _bytes_done(path: Path, progress: Path, content: str) -> int:
-    """How many bytes of the shard are whole: 0 where they are of other tensors, or unknown."""
+def _bytes_done(path: Path, progress: Path, content: str, size: int) -> int:
+    """How many bytes of the shard may stay: 0 where they are of other tensors, or unknown."""
     try:
         record = json.loads(progress.read_bytes())
-        done, size = int(record["bytes"]), path.stat().st_size
+        done, found = int(record["bytes"]), path.stat()
     except (OSError, ValueError, KeyError, TypeError):
         return 0
-    return done if record["content"] == content and size >= done else 0
+    if record["content"] != content or found.st_size < done:
+        return 0
+    finished = done == found.st_size == size
+    return done if finished or found.st_nlink == 1 else 0

@@ -29,7 +29,8 @@ class Hub:
     """Repositories by id, and what was sent of them.
 
     A file named ``.gated`` in a repository makes its files answer 403; ``.broken`` makes its
-    description answer 500; ``.no-range`` makes the server ignore Range headers.
+    description answer 500; ``.no-range`` makes the server ignore Range headers; ``.drop-once``
+    drops the connection of the first request for its description.
 
     Attributes:
         sent_bytes: bytes sent of each file.
@@ -94,6 +95,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if not self.exists(model, rest[1] if rest else "main"):
                 return
             directory = hub.root / model
+            if (directory / ".drop-once").exists():
+                (directory / ".drop-once").unlink()
+                self.close_connection = True
+                return
             if (directory / ".broken").exists():
                 self.answer(500, b"{}")
                 return
@@ -181,6 +186,8 @@ from huggingface_hub import snapshot_download
 from lestd_kernels.errors import LestdError
 from orchestrator.convert import convert
 from orchestrator.source import resolve_source
+from workers import retries
+retries._FIRST_PAUSE_SECONDS = 0.01
 answers = []
 for name, *arguments in json.loads(sys.argv[1]):
     try:

@@ -22,10 +22,24 @@ SHARD = "lestd-00001-self_attn.safetensors"
 
 _PROGRAM = """
 import json, os, sys
+from huggingface_hub import _commit_api, constants
 from typer.testing import CliRunner
+from orchestrator import push
 from orchestrator.cli import app
-answers = []
-for token, arguments in json.loads(sys.argv[1]):
+
+answers, sent = [], []
+
+def upload(*, additions, **_):
+    # In place of hf_xet, whose protocol is its own, and which sends nothing that is there.
+    sent.extend(additions)
+    if len(sent) == 3:
+        raise ConnectionError("cut off")
+
+_commit_api._upload_xet_files = upload
+for token, arguments, *xet in json.loads(sys.argv[1]):
+    constants.HF_HUB_DISABLE_XET = not xet
+    if xet:
+        push._BATCH_BYTES = 1
     os.environ.update({"HF_TOKEN": token} if token else {})
     token or os.environ.pop("HF_TOKEN", None)
     done = CliRunner().invoke(app, ["push", *arguments])
@@ -36,7 +50,9 @@ print(json.dumps(answers))
 
 def environment(hub: UploadHub, home: Path, **more: str) -> dict[str, str]:
     # The protocol of hf-xet is its own; its absence is a case that huggingface_hub supports.
-    return hub_environment(hub.url, home) | {"HF_HUB_DISABLE_XET": "1"} | more
+    given = hub_environment(hub.url, home) | {"HF_HUB_DISABLE_XET": "1"} | more
+    del given["HF_HUB_DISABLE_PROGRESS_BARS"]  # There is no terminal: lestd draws none.
+    return given
 
 
 def push_each(hub: UploadHub, home: Path, calls: list[Any]) -> list[list[Any]]:
@@ -119,6 +135,8 @@ def story(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
             [WRITER, [str(model), "me/model", "--json"]],
             [WRITER, [str(model), "hidden", "--private", "--revision", "v/2"]],
             [WRITER, [str(model), "broken/model"]],
+            [WRITER, [str(model), "me/chunked"], "xet"],
+            [WRITER, [str(model), "me/chunked"], "xet"],
         ]
         answers = push_each(hub, home, calls)
     (model / "notes.txt").unlink()
@@ -164,6 +182,17 @@ def test_nothing_changes_beside_the_model(story: Story, model: Path) -> None:
 def test_a_second_push_sends_nothing(story: Story) -> None:
     code, out, _ = story.answers[10]
     assert (code, json.loads(out)["url"]) == (0, f"{story.hub.url}/me/model")
+
+
+def test_one_commit_publishes_all_of_it_where_xet_is_used(story: Story, model: Path) -> None:
+    (broken, _, why), (code, _, log) = story.answers[13:]
+    assert (broken, code) == (2, 0)
+    assert "the upload to me/chunked broke off (ConnectionError: cut off)" in why
+    assert log.count(" uploaded; the model appears when all of it is there") == len(contents(model))
+    *_, (added, deleted) = story.hub.commits
+    assert (added, deleted) == (sorted(contents(model)), [])
+    on_hub = story.hub.files["me/chunked@main"]
+    assert {name: on_hub[name] for name in added} == contents(model)
 
 
 def test_a_private_repository_of_ones_own_and_a_branch(story: Story, model: Path) -> None:

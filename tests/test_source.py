@@ -268,6 +268,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name in ("gated", "broken"):
         (root / "org" / name / f".{name}").touch()
     (root / "org" / "norange" / ".no-range").touch()
+    (sharded / ".drop-once").touch()
     content = (root / "org" / "truncated" / WEIGHTS_FILE).read_bytes()
     (root / "org" / "truncated" / WEIGHTS_FILE).write_bytes(content[:-5])
     lacking = save_tiny("gptj", root / "org" / "lacking")
@@ -306,6 +307,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             ["resolve_source", "org/sharded", "v1"],
             ["resolve_source", "org/large"],
             ["resolve_source", "org/nobody"],
+            ["resolve_source", "org/lacking"],
+            ["resolve_source", "org/truncated"],
         ],
     )
     refused_pairs = zip(refusals, collected["headers"][2:], strict=True)
@@ -360,10 +363,13 @@ def test_a_snapshot_in_the_cache_is_used(answers: dict[str, Any], position: int,
 
 
 def test_what_is_in_the_cache_is_found_without_the_hub(answers: dict[str, Any]) -> None:
-    sharded, large, nobody = answers["offline"]
+    sharded, large, nobody, *without_weights = answers["offline"]
     assert sharded == answers["found"][3]
     assert large == answers["found"][4]
     assert "the Hub cannot be reached" in nobody["error"]
+    for name, answer in zip(("lacking", "truncated"), without_weights, strict=True):
+        said = f"the Hub cannot be reached and the local cache lacks org/{name}'s weights"
+        assert answer["error"].startswith(said)
 
 
 @pytest.mark.parametrize(

@@ -115,10 +115,7 @@ def _fill(url: str, version: str, start: int, view: memoryview, stopped: Event) 
                 if stopped.is_set():
                     return
                 if done + len(piece) > len(view):
-                    raise LestdError(
-                        f"the server of {url} does not answer range requests; copy the model to a "
-                        "directory and give that"
-                    )
+                    raise _without_ranges(url)
                 view[done : done + len(piece)] = piece
                 done += len(piece)
             if done < len(view):
@@ -147,13 +144,46 @@ def _stream(url: str, start: int, stop: int) -> Iterator[bytes]:
         return
     with explain_store_errors(url):
         store, path = open_store(url)
+        read = partial(_read_http, store) if _is_http(url) else store.cat_file
         while start < stop:
             end = min(start + _STORE_ANSWER_BYTES, stop)
-            answer = store.cat_file(path, start=start, end=end)
+            answer = read(path, start=start, end=end)
             if not answer:
                 return
             yield answer
             start += len(answer)
+
+
+def _is_http(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
+def _read_http(store: Any, url: str, start: int, end: int) -> bytes:
+    """As the store's `cat_file`, which takes in a whole file where a server ignores the range."""
+    import fsspec.asyn
+
+    async def fetch() -> bytes:
+        headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+        options = dict(store.kwargs)
+        headers = options.pop("headers", {}) | headers
+        session = await store.set_session()
+        async with session.get(store.encode_url(url), headers=headers, **options) as response:
+            if response.status == 404:
+                raise FileNotFoundError(url)
+            response.raise_for_status()
+            given = response.headers.get("Content-Range", "")
+            if response.status != 206 or not given.startswith(f"bytes {start}-"):
+                raise _without_ranges(url)  # The body is not read.
+            return bytes(await response.read())
+
+    return bytes(fsspec.asyn.sync(store.loop, fetch))
+
+
+def _without_ranges(url: str) -> LestdError:
+    return LestdError(
+        f"the server of {url} does not answer range requests; copy the model to a directory and "
+        "give that"
+    )
 
 
 def _stat(url: str) -> tuple[int, str]:
@@ -166,10 +196,7 @@ def _stat(url: str) -> tuple[int, str]:
         store.invalidate_cache()
         info = store.info(path)
         if info.get("size") is None or info.get("partial") is False:
-            raise LestdError(
-                f"the server of {url} does not answer range requests; copy the model to a "
-                "directory and give that"
-            )
+            raise _without_ranges(url)
         return int(info["size"]), str(info.get("ETag") or info.get("etag") or "").strip('"')
 
 
