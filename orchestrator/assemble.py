@@ -11,6 +11,7 @@ On a disk the directory is built beside its name and renamed last, so it is comp
 object store has no rename, and the objects appear one by one. There model.json is put first, with
 the names of what is to come, and config.json last: without it no library loads the model, and
 lestd does not take it for complete but knows what to delete. An interrupted assembly starts over.
+Whoever writes or deletes there holds a lease, ``.OUT.assembling`` beside it.
 """
 
 from __future__ import annotations
@@ -19,20 +20,21 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jinja2 import Environment, StrictUndefined
 from upath import UPath
 
 from lestd_kernels.decomposition import FORMAT_VERSION
 from lestd_kernels.errors import LestdError
+from orchestrator.card import CARD_FILE, model_card
+from orchestrator.lease import leased
 from orchestrator.manifest import Manifest, json_bytes, read_json, write_json
 from orchestrator.plan import Plan
+from orchestrator.rundir import require_same
 from orchestrator.source import CONFIG_FILE, Source, copy_side_files, is_side_file
 from orchestrator.untouched import UNTOUCHED_DIR, fetch_shard
 from workers.checkpoint import INDEX_FILE, read_header, write_safetensors_stream
@@ -46,17 +48,19 @@ from workers.files import (
     file_sha256,
     fsync_directory,
     in_parallel,
+    is_file,
     list_files,
+    list_names,
     make_directory,
+    remove_file,
     remove_tree,
 )
 from workers.ranges import is_url
 
 MANIFEST_DIR = "manifest"
 _ABOUT = "model.json"
-_CARD = "README.md"
 # Written anew, whatever the source has under these names.
-_OF_OUR_OWN = (CONFIG_FILE, _CARD)
+_OF_OUR_OWN = (CONFIG_FILE, CARD_FILE)
 _MANIFEST_FILES = {"groups.parquet", "slices.parquet", "curves.parquet", _ABOUT}
 
 
@@ -72,6 +76,7 @@ def assemble(
     run_dir: AnyPath,
     out: AnyPath,
     fingerprint: dict[str, Any],
+    require_lock: Callable[[], None],
 ) -> None:
     """Build the compressed model at `out` from the run's finished payloads.
 
@@ -83,19 +88,22 @@ def assemble(
         out: the model's directory; an earlier model of lestd there is replaced, in an object store
             before the new one is there.
         fingerprint: the run's.
+        require_lock: raises LestdError when the run is no longer this driver's.
 
     Raises:
         LestdError: no space left, a source shard changed under the run, `out` has become
-            somebody else's, another driver assembles it, or the object store does not answer.
+            somebody else's, another driver assembles it or has taken the run over, or the object
+            store does not answer.
     """
     if isinstance(out, UPath):
-        _assemble_in_store(source, plan, rows, run_dir, out, fingerprint)
+        _assemble_in_store(source, plan, rows, run_dir, out, fingerprint, require_lock)
     else:
         building = out.with_name(f".{out.name}.assembling")
         make_directory(out.parent)
         busy = f"another driver assembles {out}; wait for it to end, or choose another --out"
         with explain_os_errors(building), building_directory(building, busy):
-            _build(source, plan, rows, run_dir, building, fingerprint)
+            names = _file_names(source, plan, rows)
+            _build(source, plan, rows, run_dir, building, fingerprint, names, require_lock)
             fsync_directory(building)
             remove_model(out)
             building.replace(out)
@@ -110,14 +118,38 @@ def _assemble_in_store(
     run_dir: AnyPath,
     out: UPath,
     fingerprint: dict[str, Any],
+    require_lock: Callable[[], None],
 ) -> None:
     """Build the model where nothing can be renamed; what is about to be there is stated first."""
-    remove_model(out)
-    names = [payload_shard_name(row) for row in rows]
-    names += [*_dense_shards(plan.untouched), INDEX_FILE, *_OF_OUR_OWN]
-    names += filter(is_side_file, list_files(source.fetch_side_files()))
-    _write_about(out, fingerprint, {name: {} for name in names})
-    _build(source, plan, rows, run_dir, out, fingerprint)
+    names = _file_names(source, plan, rows)
+    with _sole_writer(out) as require_out:
+
+        def check() -> None:
+            require_lock()
+            require_out()
+
+        # Another run's driver may have finished it while this one computed.
+        if (about := check_output(out)) is not None:
+            require_same(about["fingerprint"], fingerprint, out)
+            return
+        _remove_objects(out)
+        check()
+        _write_about(out, fingerprint, {name: {} for name in names})
+        _build(source, plan, rows, run_dir, out, fingerprint, names, check)
+
+
+@contextmanager
+def _sole_writer(out: UPath) -> Iterator[Callable[[], None]]:
+    """Keep the drivers of other runs from `out` while the context lasts; see `leased`."""
+    with leased(out.with_name(f".{out.name}.assembling"), out) as check:
+        yield check
+
+
+def _file_names(source: Source, plan: Plan, rows: Sequence[dict[str, Any]]) -> set[str]:
+    """Names of all files of the model but those of its manifest."""
+    side_files = filter(is_side_file, list_files(source.fetch_side_files()))
+    shards = map(payload_shard_name, rows)
+    return {*shards, *_dense_shards(plan.untouched), INDEX_FILE, *side_files, *_OF_OUR_OWN}
 
 
 def _build(
@@ -127,29 +159,36 @@ def _build(
     run_dir: AnyPath,
     target: AnyPath,
     fingerprint: dict[str, Any],
+    names: Collection[str],
+    check: Callable[[], None],
 ) -> None:
-    """Write every file of the model, config.json last."""
-    weight_map = _link_payloads(rows, run_dir / "payloads", target)
-    weight_map |= _copy_untouched(plan.untouched, run_dir, target)
+    """Write every file of the model, config.json last; `check` is called before each."""
+    weight_map = _link_payloads(rows, run_dir / "payloads", target, check)
+    weight_map |= _copy_untouched(plan.untouched, run_dir, target, check)
+    check()
     total = sum(row["stored_bytes"] for row in rows) + plan.untouched_bytes
     write_json(
         target / INDEX_FILE,
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
     )
-    side_files = source.fetch_side_files()
-    copy_side_files(side_files, target, but=_OF_OUR_OWN)
+    check()
+    copy_side_files(source.fetch_side_files(), target, but=_OF_OUR_OWN)
     card = model_card(source, plan, rows, target)
-    atomic_write(target / _CARD, lambda file: file.write(card.encode()))
+    check()
+    atomic_write(target / CARD_FILE, lambda file: file.write(card.encode()))
+    check()
     Manifest(run_dir / MANIFEST_DIR).export(
         target / MANIFEST_DIR,
         [row["task_id"] for row in rows],
         [task.task_id for task in plan.curve_tasks],
     )
     config = json_bytes(compressed_config(source.config_json, rows))
-    described = _describe_files(target, rows) | {
+    described = _describe_files(target, rows, names) | {
         CONFIG_FILE: {"bytes": len(config), "sha256": hashlib.sha256(config).hexdigest()}
     }
+    check()
     _write_about(target, fingerprint, described)
+    check()
     atomic_write(target / CONFIG_FILE, lambda file: file.write(config))
 
 
@@ -164,9 +203,10 @@ def _write_about(
 
 
 def _link_payloads(
-    rows: Sequence[dict[str, Any]], payloads: AnyPath, target: AnyPath
+    rows: Sequence[dict[str, Any]], payloads: AnyPath, target: AnyPath, check: Callable[[], None]
 ) -> dict[str, str]:
     def link(row: dict[str, Any]) -> dict[str, str]:
+        check()
         shard = target / payload_shard_name(row)
         _link(payloads / row["payload"], shard)
         return dict.fromkeys(read_header(shard), shard.name)
@@ -195,11 +235,12 @@ def _dense_shards(untouched: Sequence[TensorRef]) -> dict[str, list[TensorRef]]:
 
 
 def _copy_untouched(
-    untouched: Sequence[TensorRef], run_dir: AnyPath, target: AnyPath
+    untouched: Sequence[TensorRef], run_dir: AnyPath, target: AnyPath, check: Callable[[], None]
 ) -> dict[str, str]:
     """Copy what is not compressed; what a local run directory has of it is not fetched again."""
     weight_map: dict[str, str] = {}
     for name, refs in _dense_shards(untouched).items():
+        check()
         if is_url(refs[0].shard) and isinstance(run_dir, Path):
             _link(fetch_shard(refs, run_dir / UNTOUCHED_DIR, name), target / name)
         else:  # An unfinished object cannot be kept: what is killed is fetched again.
@@ -209,11 +250,22 @@ def _copy_untouched(
 
 
 def _describe_files(
-    directory: AnyPath, rows: Iterable[dict[str, Any]]
+    directory: AnyPath, rows: Sequence[dict[str, Any]], names: Collection[str]
 ) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of every file but the manifest's own; payloads were read when it was due."""
+    """Size and sha256 of every file but config.json and the manifest's own.
+
+    Payloads were read when it was due.
+
+    Raises:
+        LestdError: there are other files than those of these names.
+    """
     known = {payload_shard_name(row): row["sha256"] for row in rows}
     sizes = list_files(directory)
+    if changed := sizes.keys() ^ (set(names) - {CONFIG_FILE}):
+        raise LestdError(
+            f"{directory / min(changed)} was put there or deleted by somebody else while the model "
+            "was assembled; leave there only what lestd made, and run the same command again"
+        )
     others = [name for name in sizes if name not in known]
     digests = in_parallel(lambda name: file_sha256(directory / name), others)
     known |= dict(zip(others, digests, strict=True))
@@ -233,51 +285,6 @@ def compressed_config(
     }
 
 
-def model_card(
-    source: Source, plan: Plan, rows: Sequence[dict[str, Any]], directory: AnyPath
-) -> str:
-    """The model's README.md: source, method, sizes, and how to load it."""
-    stored = sum(row["stored_bytes"] for row in rows)
-    template = files("orchestrator").joinpath("model_card.md.jinja").read_text(encoding="utf-8")
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=False)
-    return environment.from_string(template).render(
-        # A path of this machine is nobody else's business; a Hub id is a name.
-        name=source.model if source.revision else source.directory.name,
-        source=source,
-        plan=plan,
-        rows=rows,
-        method=rows[0]["method"],
-        pattern=rows[0]["pattern"],
-        metadata=card_metadata(source.directory),
-        stored_bytes=stored,
-        keep=stored / plan.dense_bytes,
-        model_keep=(stored + plan.untouched_bytes) / plan.model_bytes,
-        model_stored_bytes=stored + plan.untouched_bytes,
-        file_bytes=sum(
-            size for name, size in list_files(directory).items() if name.endswith(".safetensors")
-        ),
-        mib=lambda size: f"{size / 2**20:,.2f} MiB",
-    )
-
-
-def card_metadata(directory: Path) -> dict[str, Any]:
-    """Licence and language from the source's model card, if it has one; they bind ours too."""
-    card = directory / _CARD
-    if not card.is_file():
-        return {}
-    text = card.read_text(encoding="utf-8", errors="replace")
-    if not text.startswith("---\n") or "\n---" not in text[4:]:
-        return {}
-    try:
-        metadata = yaml.safe_load(text[4 : text.index("\n---", 4)])
-    except yaml.YAMLError:
-        return {}
-    if not isinstance(metadata, dict):
-        return {}
-    kept = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
-    return {key: metadata[key] for key in kept if key in metadata}
-
-
 def about_model(out: AnyPath) -> dict[str, Any] | None:
     """What ``manifest/model.json`` says of a compressed model; None if there is none.
 
@@ -285,17 +292,38 @@ def about_model(out: AnyPath) -> dict[str, Any] | None:
         LestdError: the file is damaged.
     """
     path = out / MANIFEST_DIR / _ABOUT
-    if not path.is_file():
+    if not is_file(path):
         return None
     about = read_json(path)
-    if not all(isinstance(about.get(key), dict) for key in ("fingerprint", "files")):
+    parts = [about.get("fingerprint"), files := about.get("files")]
+    if isinstance(files, dict):
+        parts += files.values()
+    if not all(isinstance(part, dict) for part in parts):
         raise LestdError(f"{path} is damaged: expected fingerprint and files; move {out} away")
     return about
 
 
 def is_complete(out: AnyPath) -> bool:
-    """Whether a model is assembled at `out`."""
-    return (out / CONFIG_FILE).is_file() and (out / MANIFEST_DIR / _ABOUT).is_file()
+    """Whether a model is assembled at `out`.
+
+    Raises:
+        LestdError: its model.json is damaged, or the object store does not answer.
+    """
+    about = about_model(out)
+    return about is not None and _is_whole(out, about)
+
+
+def _is_whole(out: AnyPath, about: dict[str, Any]) -> bool:
+    """Whether what model.json states is there."""
+    found = list_files(out)
+    files = about["files"]
+    if CONFIG_FILE not in found or not all("bytes" in stated for stated in files.values()):
+        return False
+    # On a disk it appeared at once; in a store, objects of two drivers may lie side by side.
+    return isinstance(out, Path) or all(
+        name == CARD_FILE or found.get(name) == stated["bytes"]  # People edit the card.
+        for name, stated in files.items()
+    )
 
 
 def check_output(out: AnyPath) -> dict[str, Any] | None:
@@ -305,26 +333,29 @@ def check_output(out: AnyPath) -> dict[str, Any] | None:
         LestdError: it is, or holds, something that lestd did not make and nobody may overwrite;
             or the object store does not answer.
     """
-    with explain_os_errors(out):
-        about = _check_ours(out)
-        return about if is_complete(out) else None
+    about = _check_ours(out)
+    return about if about is not None and _is_whole(out, about) else None
 
 
 def _check_ours(out: AnyPath) -> dict[str, Any] | None:
-    linked = isinstance(out, Path) and (out.is_symlink() or os.path.ismount(out))
-    if linked or (out.exists() and not out.is_dir()):
+    if isinstance(out, Path):
+        is_directory = out.is_dir() or not out.exists()
+        taken = out.is_symlink() or os.path.ismount(out) or not is_directory
+    else:
+        taken = is_file(out)
+    if taken:
         raise LestdError(
             f"{out} is a link, a mount point or a file, and cannot be replaced by a finished "
             "model; choose a new name for --out"
         )
-    if not out.exists() or not any(out.iterdir()):
+    names = list_names(out)
+    if not names:
         return None
     about = about_model(out)
     ours = {MANIFEST_DIR} if about is None else {MANIFEST_DIR, *about["files"]}
-    foreign = [str(entry) for entry in out.iterdir() if entry.name not in ours]
-    if (out / MANIFEST_DIR).is_dir():
-        inside = (out / MANIFEST_DIR).iterdir()
-        foreign += [str(entry) for entry in inside if entry.name not in _MANIFEST_FILES]
+    foreign = [str(out / name) for name in names if name not in ours]
+    inside = out / MANIFEST_DIR
+    foreign += [str(inside / name) for name in list_names(inside) if name not in _MANIFEST_FILES]
     if foreign:
         raise LestdError(
             f"{out} is not empty, and {min(foreign)} was not made by lestd; move it away, or "
@@ -340,16 +371,12 @@ def remove_model(out: AnyPath) -> None:
     first and model.json last, so what a crash leaves neither loads nor is taken for another's.
 
     Raises:
-        LestdError: it holds something that lestd did not make.
+        LestdError: it holds something that lestd did not make; in an object store also: another
+            driver is at work there, or it cannot be deleted.
     """
     if isinstance(out, UPath):
-        with explain_os_errors(out):
-            about = _check_ours(out)
-            names = [] if about is None else [*about["files"]]
-            (out / CONFIG_FILE).unlink(missing_ok=True)
-            in_parallel(lambda name: (out / name).unlink(missing_ok=True), names)
-            for name in (*sorted(_MANIFEST_FILES - {_ABOUT}), _ABOUT):
-                (out / MANIFEST_DIR / name).unlink(missing_ok=True)
+        with _sole_writer(out):
+            _remove_objects(out)
         return
     replaced = out.with_name(f".{out.name}.replaced")
     if replaced.exists():
@@ -358,3 +385,12 @@ def remove_model(out: AnyPath) -> None:
     if out.exists() and any(out.iterdir()):
         out.replace(replaced)
         shutil.rmtree(replaced)
+
+
+def _remove_objects(out: UPath) -> None:
+    about = _check_ours(out)
+    names = [] if about is None else [*about["files"]]
+    remove_file(out / CONFIG_FILE)
+    in_parallel(lambda name: remove_file(out / name), names)
+    for name in (*sorted(_MANIFEST_FILES - {_ABOUT}), _ABOUT):
+        remove_file(out / MANIFEST_DIR / name)

@@ -22,7 +22,7 @@ from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 
 from lestd_kernels.errors import LestdError
-from orchestrator.assemble import card_metadata
+from orchestrator.card import card_metadata
 from orchestrator.compressed import CompressedGroup, CompressedModel, open_compressed
 from orchestrator.manifest import write_json
 from orchestrator.source import CONFIG_FILE, copy_side_files

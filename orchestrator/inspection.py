@@ -16,7 +16,7 @@ from orchestrator.assemble import MANIFEST_DIR, about_model, is_complete, payloa
 from orchestrator.manifest import Manifest, payload_problem, read_json, slice_count
 from orchestrator.rundir import RunDirectory
 from workers.checkpoint import INDEX_FILE, read_header, read_weight_map
-from workers.files import AnyPath, in_parallel
+from workers.files import AnyPath, in_parallel, is_directory, is_file
 
 _PLANNED = {"task_id": str, "layer": int, "group": str, "byte_budget": int}
 
@@ -128,7 +128,7 @@ def verify(out: AnyPath, run_dir: AnyPath) -> Verification:
         problems += found
         checked += len(rows)
         problems += _check_payloads(rows, run.payloads)
-    if (out / MANIFEST_DIR).is_dir():
+    if is_directory(out / MANIFEST_DIR):
         rows, found = _check_manifest(Manifest(out / MANIFEST_DIR))
         problems += found
         checked += len(rows)
@@ -136,7 +136,7 @@ def verify(out: AnyPath, run_dir: AnyPath) -> Verification:
         problems += _check_payloads(shards, out)
         problems += _check_files(out, {row["payload"] for row in shards})
         problems += _check_index(out)
-    elif run.exists and (out / "config.json").is_file():
+    elif run.exists and is_file(out / "config.json"):
         problems.append(f"{out} has no {MANIFEST_DIR} to check it against")
     if not checked and not problems:
         raise LestdError(f"neither {out} nor {run_dir} holds anything that lestd made")

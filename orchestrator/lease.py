@@ -3,8 +3,8 @@
 An object that its holder writes again every few seconds. Whoever finds it unchanged for longer
 than `LEASE_SECONDS`, by the store's own clock, takes the holder for dead and takes it over.
 
-It is a courtesy, not a guard. A store cannot stop a driver that was only asleep, and need not: two
-drivers of one run write the same bytes under the same names. The lease saves them the work.
+A store cannot stop a driver that was only asleep: before it writes what another driver must not
+find, the holder asks the store whether the lease is still its own.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import cast
 
 from upath import UPath
 
 from lestd_kernels.errors import LestdError
-from workers.files import explain_os_errors
+from workers.retries import patiently
+from workers.stores import ask, delete, explain_store_errors, undeletable
 
 LEASE_SECONDS = 30.0
 """A lease that was not renewed for so long is nobody's."""
 _HEARTBEAT_SECONDS = 5.0
+_PAUSE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,21 +58,25 @@ def leased(lease: UPath, directory: UPath) -> Iterator[Callable[[], None]]:
         directory: what it is about, for messages.
 
     Yields:
-        A function that raises LestdError when another driver has taken the lease over.
+        A function that asks the store, and raises LestdError when another driver has taken the
+        lease over.
 
     Raises:
-        LestdError: another driver holds it and renews it, or the store does not answer.
+        LestdError: another driver holds it and renews it, it was left and cannot be deleted, or
+            the store does not answer.
     """
     holder = f"process {os.getpid()} on {socket.gethostname()}"
     content = json.dumps({"holder": holder, "token": secrets.token_hex(16)}).encode()
-    with explain_os_errors(lease):
+    with explain_store_errors(lease):
         _acquire(lease, content, directory)
-    ended, lost = threading.Event(), threading.Event()
-    renewing = threading.Thread(target=_renew, args=(lease, content, ended, lost), daemon=True)
+    ended = threading.Event()
+    renewing = threading.Thread(target=_renew, args=(lease, content, ended), daemon=True)
     renewing.start()
 
     def check() -> None:
-        if lost.is_set():
+        # Where the whole process slept, the thread that renews has not seen anything yet.
+        seen = _look(lease)
+        if seen is None or seen.content != content:
             raise LestdError(
                 f"another driver has taken over {directory}, because this one was not heard of for "
                 f"{LEASE_SECONDS:.0f} s; let it finish, or stop it and run the same command again"
@@ -94,16 +101,13 @@ def is_held(lease: UPath) -> bool:
 
 def _acquire(lease: UPath, content: bytes, directory: UPath) -> None:
     first: _Seen | None = None
-    while True:
-        try:
-            # The store writes it only where there is none.
-            lease.fs.pipe_file(lease.path, content, mode="create")
-            return
-        except FileExistsError:
-            pass
+    while not _create(lease, content):
         seen = _look(lease)
-        if seen is None:
+        if seen is None:  # Given up a moment ago.
+            time.sleep(_PAUSE_SECONDS)
             continue
+        if seen.content == content:  # The answer to our put was lost, and it was put again.
+            return
         if first is not None and seen != first:
             raise LestdError(
                 f"another driver ({seen.holder}) works on {directory}; wait for it to end, or stop "
@@ -111,27 +115,43 @@ def _acquire(lease: UPath, content: bytes, directory: UPath) -> None:
             )
         first = seen
         if (_store_time(lease) - seen.written).total_seconds() > LEASE_SECONDS:
-            lease.unlink(missing_ok=True)
+            with suppress(FileNotFoundError, PermissionError):
+                lease.fs.rm_file(lease.path)
+            if _look(lease) == seen:  # Another driver's would be another.
+                raise undeletable(lease)
         else:
-            time.sleep(1)
+            time.sleep(_PAUSE_SECONDS)
 
 
-def _renew(lease: UPath, content: bytes, ended: threading.Event, lost: threading.Event) -> None:
+def _create(lease: UPath, content: bytes) -> bool:
+    """Write the lease where there is none, which the store decides; whether it was written."""
+
+    def create() -> bool:
+        with explain_store_errors(lease):
+            try:
+                lease.fs.pipe_file(lease.path, content, mode="create")
+            except FileExistsError:
+                return False
+            return True
+
+    return patiently(create)
+
+
+def _renew(lease: UPath, content: bytes, ended: threading.Event) -> None:
     while not ended.wait(_HEARTBEAT_SECONDS):
         # What a store does not answer now it may the next time.
         with suppress(Exception):
             seen = _look(lease)
             if seen is None or seen.content != content:
-                lost.set()
                 return
             lease.fs.pipe_file(lease.path, content)
 
 
 def _look(lease: UPath) -> _Seen | None:
-    try:
-        return _Seen(lease.fs.cat_file(lease.path), _written(lease))
-    except FileNotFoundError:
-        return None
+    return cast(
+        "_Seen | None",
+        ask(lease, lambda: _Seen(lease.fs.cat_file(lease.path), _written(lease))),
+    )
 
 
 def _store_time(lease: UPath) -> datetime:
@@ -141,7 +161,7 @@ def _store_time(lease: UPath) -> datetime:
     try:
         return _written(probe)
     finally:
-        probe.unlink(missing_ok=True)
+        delete(probe)
 
 
 def _written(path: UPath) -> datetime:

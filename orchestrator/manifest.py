@@ -31,9 +31,12 @@ from workers.files import (
     AnyPath,
     atomic_write,
     file_sha256,
+    file_size,
     in_parallel,
+    is_file,
     list_files,
     make_directory,
+    read_file,
     read_files,
 )
 
@@ -167,7 +170,7 @@ class Manifest:
         # A compressed model has one file per table; a run directory one per row, in a folder.
         single, folder = self.directory / f"{table}.parquet", self.directory / table
         paths = [single]
-        if not single.is_file():
+        if not is_file(single):
             paths = [folder / name for name in list_files(folder) if name.endswith(".parquet")]
         contents = read_files(paths)
         return [_read_part(*each, schema) for each in zip(paths, contents, strict=True)]
@@ -260,9 +263,9 @@ def slice_count(row: dict[str, Any]) -> int:
 def payload_problem(row: dict[str, Any], payload_dir: AnyPath) -> str | None:
     """Why a group row's payload cannot be trusted; None if it can."""
     path = payload_dir / row["payload"]
-    if not path.is_file():
+    found = file_size(path)
+    if found is None:
         return f"{path} is missing"
-    found = path.stat().st_size
     if found != row["payload_bytes"]:
         return f"{path} has {found} bytes, the manifest says {row['payload_bytes']}"
     if file_sha256(path) != row["sha256"]:
@@ -274,10 +277,10 @@ def read_json(path: AnyPath) -> dict[str, Any]:
     """Read a JSON object that LeSTD wrote.
 
     Raises:
-        LestdError: the file is missing or damaged.
+        LestdError: the file is missing or damaged, or the object store does not answer.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_file(path))
     except (OSError, ValueError, RecursionError) as error:
         raise LestdError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(data, dict):

@@ -103,8 +103,9 @@ def compress_model(
     run = RunDirectory(run_dir)
     _require_apart(source, out, run_dir)
     run.check_usable()
-    model = check_output(out)
+    check_output(out)
     with run.locked() as require_lock:
+        model = check_output(out)  # Whoever held the lock may have finished it meanwhile.
         if fresh:
             _require_disk(plan, out, run_dir, reclaimed=_file_bytes(out, run_dir))
             remove_model(out)
@@ -168,7 +169,7 @@ def compress_model(
             require_lock()
             if on_start is not None:
                 on_start("assemble", (), set())
-            assemble(source, plan, rows, run_dir, out, current)
+            assemble(source, plan, rows, run_dir, out, current, require_lock)
     seconds = time.monotonic() - began
     found = _first_rows(curves)
     return Outcome(plan, tuple(rows), encoded.failures, encoded.skipped, found, seconds)

@@ -11,7 +11,6 @@ OUT.run/          on a disk or in an object store
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -34,7 +33,17 @@ from orchestrator.schemas import MANIFEST_FORMAT
 from orchestrator.source import Source
 from workers.checkpoint import hash_tensor
 from workers.decompose import software_versions
-from workers.files import AnyPath, explain_os_errors, make_directory, remove_tree
+from workers.files import (
+    AnyPath,
+    explain_os_errors,
+    is_directory,
+    is_file,
+    list_names,
+    make_directory,
+    remove_file,
+    remove_tree,
+    try_lock,
+)
 from workers.sampling import sample_digests, shard_stats
 
 _OURS = {"lock", "run.json", "plan.json", "payloads", "manifest", "untouched"}
@@ -116,8 +125,7 @@ class RunDirectory:
         Raises:
             LestdError: the object store that it lies in does not answer.
         """
-        with explain_os_errors(self.path):
-            return (self.path / "run.json").is_file()
+        return is_file(self.path / "run.json")
 
     def fingerprint(self) -> dict[str, Any] | None:
         """The fingerprint of the run that was begun here; None if none was.
@@ -139,15 +147,12 @@ class RunDirectory:
         """Refuse a directory that holds anything that is not ours.
 
         Raises:
-            LestdError: the path is a file, or holds files that a run does not make.
+            LestdError: the path is a file, or holds files that a run does not make; or the object
+                store does not answer.
         """
-        with explain_os_errors(self.path):
-            if not self.path.exists():
-                return
-            if not self.path.is_dir():
-                raise LestdError(f"{self.path} is a file; choose another --run-dir")
-            names = sorted(entry.name for entry in self.path.iterdir())
-        for name in names:
+        if is_file(self.path):
+            raise LestdError(f"{self.path} is a file; choose another --run-dir")
+        for name in list_names(self.path):
             if name not in _OURS and not name.startswith(_TEMPORARY):
                 raise LestdError(
                     f"{self.path} is not empty and holds {name}, which no run of lestd "
@@ -196,7 +201,11 @@ class RunDirectory:
             os.close(handle)
 
     def is_locked(self) -> bool:
-        """Whether a driver runs on this directory now."""
+        """Whether a driver runs on this directory now.
+
+        Raises:
+            LestdError: its file system has no locks, or its object store does not answer.
+        """
         lock = self.path / "lock"
         if isinstance(lock, UPath):
             return is_held(lock)
@@ -205,7 +214,7 @@ class RunDirectory:
         except OSError:
             return False
         try:
-            return not _try_lock(handle)
+            return not try_lock(handle, lock.parent)
         finally:
             os.close(handle)
 
@@ -254,12 +263,16 @@ class RunDirectory:
                 )
 
     def remove_contents(self) -> None:
-        """Delete what a run makes, run.json last, but keep the lock that the caller holds."""
+        """Delete what a run makes, run.json last, but keep the lock that the caller holds.
+
+        Raises:
+            LestdError: an object store does not delete it.
+        """
         remove_tree(self.payloads)
         remove_tree(self.manifest.directory)
         remove_tree(self.path / "untouched")
         for name in ("plan.json", "run.json"):
-            (self.path / name).unlink(missing_ok=True)
+            remove_file(self.path / name)
 
     def remove(self) -> None:
         """Delete the directory.
@@ -267,12 +280,17 @@ class RunDirectory:
         Raises:
             LestdError: it holds no run, or a driver is at work in it.
         """
-        if not self.path.exists():
+        if not is_directory(self.path) and not is_file(self.path):
             raise LestdError(f"{self.path} does not exist; there is nothing to delete")
         self.check_usable()
         with self.locked():
             self.remove_contents()
-            remove_tree(self.path)
+            if isinstance(self.path, Path):
+                remove_tree(self.path)
+            else:  # There is no directory, and the lease is given up last.
+                for name in list_names(self.path):
+                    if name.startswith(_TEMPORARY):
+                        remove_file(self.path / name)
 
 
 def _open_locked(lock: Path) -> int | None:
@@ -282,10 +300,13 @@ def _open_locked(lock: Path) -> int | None:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         # A driver that began nothing removes its lock file: one that is gone locks nothing.
-        if _try_lock(handle) and os.fstat(handle).st_ino == lock.stat().st_ino:
+        if try_lock(handle, lock.parent) and os.fstat(handle).st_ino == lock.stat().st_ino:
             return handle
     except FileNotFoundError:
         pass
+    except LestdError:
+        os.close(handle)
+        raise
     os.close(handle)
     return None
 
@@ -295,11 +316,3 @@ def _read_holder(lock: Path) -> str:
         return lock.read_text(encoding="utf-8", errors="replace").strip() or "unknown"
     except OSError:
         return "unknown"
-
-
-def _try_lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

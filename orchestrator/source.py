@@ -14,7 +14,6 @@ import shutil
 import tempfile
 from collections.abc import Container
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from orchestrator.location import (
     store_url,
 )
 from workers.checkpoint import INDEX_FILE, WEIGHTS_FILE, ShardIndex, read_weight_map
-from workers.files import AnyPath, atomic_write
+from workers.files import AnyPath, copy_file
 from workers.hub import HUB_SCHEME
 from workers.ranges import is_url, list_files
 
@@ -199,8 +198,7 @@ def copy_side_files(
     """
     for path in sorted(source_dir.iterdir()):
         if is_side_file(path.name) and path.name not in but and path.is_file():
-            with path.open("rb") as original:
-                atomic_write(target_dir / path.name, partial(shutil.copyfileobj, original))
+            copy_file(path, target_dir / path.name)
 
 
 def _open_directory(model: str, commit: str | None, directory: Path) -> Source:

@@ -18,7 +18,7 @@ from orchestrator.plan import Plan
 from orchestrator.retries import retries
 from orchestrator.rundir import RunDirectory
 from orchestrator.schemas import COMPUTING_STAGES
-from workers.files import AnyPath
+from workers.files import AnyPath, is_directory
 
 _COPY_COMMANDS = {
     "s3": "aws s3 sync {} DIRECTORY",
@@ -240,7 +240,7 @@ def print_outcome(
             markup=False,
             soft_wrap=True,
         )
-    if run_dir.exists():
+    if is_directory(run_dir):
         tables.out.print(
             f"run   {run_dir} (payloads and manifest; lestd clean drops it)", soft_wrap=True
         )

@@ -8,7 +8,6 @@ import json
 import random
 import signal
 import subprocess
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -211,13 +210,11 @@ def test_a_write_that_fails_leaves_no_object(server: str) -> None:
 def test_one_driver_at_a_time(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "_HEARTBEAT_SECONDS", 0.2)
     lock = as_path(f"{bucket}/run/lock")
-    with (
-        leased(lock, lock.parent) as check,
-        pytest.raises(LestdError, match=r"another driver \(process \d+ on .*\) works on s3://"),
-        leased(lock, lock.parent),
-    ):
-        raise AssertionError("two drivers")
-    check()
+    words = r"another driver \(process \d+ on .*\) works on s3://"
+    with leased(lock, lock.parent) as check:
+        with pytest.raises(LestdError, match=words), leased(lock, lock.parent):
+            raise AssertionError("two drivers")
+        check()
     assert not lock.exists()
 
 
@@ -237,20 +234,17 @@ def test_the_lease_of_a_dead_driver_is_taken_over(
 def test_a_driver_whose_lease_was_taken_stops(
     model: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "_HEARTBEAT_SECONDS", 0.05)
+    """Before its own thread has seen it: the whole process slept."""
+    monkeypatch.setattr(lease, "_HEARTBEAT_SECONDS", 60)
     lock = as_path(f"{bucket}/out.run/lock")
-    taken = threading.Event()
 
-    class Slow(DecomposeWorker):
+    class Slept(DecomposeWorker):
         def run(self, task: object) -> object:
             result = super().run(task)
-            if not taken.is_set():
-                lock.write_text('{"holder": "another", "token": "1"}')
-                time.sleep(1)
-                taken.set()
+            lock.write_text('{"holder": "another", "token": "1"}')
             return result
 
-    monkeypatch.setattr(pipeline, "DecomposeWorker", Slow)
+    monkeypatch.setattr(pipeline, "DecomposeWorker", Slept)
     refused(lestd("compress", model, "--out", f"{bucket}/out", *SERIAL), "taken over")
     # It is the other's, and stays.
     assert json.loads(lock.read_text())["holder"] == "another"

@@ -23,7 +23,7 @@ from torch import Tensor
 from lestd_kernels.errors import LestdError
 from workers import ranges
 from workers.contracts import TensorRef
-from workers.files import AnyPath, in_parallel, open_binary
+from workers.files import AnyPath, file_size, in_parallel, open_binary, read_file
 from workers.headers import (
     DTYPE_NAMES,
     DTYPES,
@@ -61,8 +61,8 @@ def read_header(path: AnyPath | str) -> dict[str, TensorRef]:
     if isinstance(path, str):
         return _fetch_header(path)
     try:
-        file_bytes = path.stat().st_size
         with open_binary(path) as file:
+            file_bytes = file_size(path) or 0
             length = header_length(file.read(LENGTH_BYTES), str(path), file_bytes)
             return parse_header(file.read(length), str(path), file_bytes)
     except OSError as error:
@@ -183,7 +183,7 @@ def read_weight_map(path: AnyPath) -> dict[str, str]:
         LestdError: the file is not an index, or names a shard outside its directory.
     """
     try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
+        weight_map = json.loads(read_file(path))["weight_map"]
         shards = set(weight_map.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LestdError(

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import traceback
+from typing import Literal
 
 import torch
 
 from lestd_kernels.errors import LestdError, first_line
 from workers.contracts import Failure
+from workers.retries import TransientError
 
 
 def failure_of(task_id: str, subject: str, error: Exception) -> Failure:
     """The `Failure` for what was raised by work on an item that messages call `subject`."""
     name = type(error).__name__
     if isinstance(error, LestdError):
-        return Failure(task_id, "application", name, str(error))
+        kind: Literal["application", "infrastructure"] = "application"
+        if isinstance(error, TransientError):  # It has been tried for long.
+            kind = "infrastructure"
+        return Failure(task_id, kind, name, str(error))
     if lacks_device_memory(error):
         # PyTorch goes on with advice for those who write programs.
         found = ". ".join(first_line(error).split(". ")[:2]).rstrip(".")

@@ -4,7 +4,8 @@ On a disk: temporary name, fsync, rename. In an object store there is no rename,
 needed: an object appears whole when its upload ends, and an upload that is given up leaves nothing.
 
 A place is named by an `AnyPath`: a plain `pathlib.Path`, or for ``s3://`` and ``gs://`` a `UPath`,
-which has the same methods over fsspec. What the two do differently is in this file.
+which has the same methods over fsspec. What the two do differently is in this file, and how
+objects are read and written in `workers.stores`.
 """
 
 from __future__ import annotations
@@ -12,29 +13,29 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import io
 import os
 import posixpath
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from upath import UPath
 
 from lestd_kernels.errors import LestdError, OutOfSpaceError, first_line
+from workers import stores
 
 AnyPath = Path | UPath
 
+# Of flock: another process has the lock.
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Stores whose objects appear whole and are listed at once: protocol -> extra of lestd.
 _STORES = {"s3": "s3", "gs": "gcs"}
 _GLOB_CHARACTERS = "*?[]{}"
-_CHUNK_BYTES = 8 * 2**20
 _AT_ONCE = 8
 
 _Item = TypeVar("_Item")
@@ -87,13 +88,13 @@ def atomic_write(path: AnyPath, write: Callable[[BinaryIO], object]) -> None:
 
     Args:
         path: the file; its directory must exist.
-        write: gets the open file.
+        write: gets the open file; in an object store it is called again where a try has failed.
 
     Raises:
         LestdError: no space left, or the store refuses or does not answer.
     """
     if isinstance(path, UPath):
-        _upload(path, write)
+        stores.upload(path, write)
         return
     temp = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(8)}")
     with explain_os_errors(path):
@@ -107,42 +108,6 @@ def atomic_write(path: AnyPath, write: Callable[[BinaryIO], object]) -> None:
             temp.unlink(missing_ok=True)
             raise
         fsync_directory(path.parent)
-
-
-def _upload(path: UPath, write: Callable[[BinaryIO], object]) -> None:
-    with _explain_store_errors(path):
-        file = path.fs.open(path.path, "wb")
-    try:
-        write(cast(BinaryIO, _Upload(path, file)))
-    except BaseException:
-        # To close the file would be to publish what there is of it.
-        file.closed = True
-        with _explain_store_errors(path):
-            file.discard()
-        raise
-    with _explain_store_errors(path):
-        file.close()
-
-
-class _Upload(io.RawIOBase):
-    """Feeds an object's upload in small chunks: fsspec keeps a second copy of what it is given."""
-
-    def __init__(self, path: UPath, file: Any) -> None:
-        self._path = path
-        self._file = file
-
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return int(self._file.tell())
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        with _explain_store_errors(self._path):
-            for start in range(0, len(view), _CHUNK_BYTES):
-                self._file.write(view[start : start + _CHUNK_BYTES])
-        return len(view)
 
 
 def fsync_directory(directory: Path) -> None:
@@ -167,10 +132,8 @@ def building_directory(path: Path, busy: str) -> Iterator[None]:
     path.mkdir(exist_ok=True)
     handle = os.open(path, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise LestdError(busy) from None
+        if not try_lock(handle, path.parent):
+            raise LestdError(busy)
         for leftover in path.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         try:
@@ -182,18 +145,31 @@ def building_directory(path: Path, busy: str) -> Iterator[None]:
         os.close(handle)
 
 
+def try_lock(handle: int, directory: Path) -> bool:
+    """Lock an open file in `directory`; whether no other process has it locked.
+
+    Raises:
+        LestdError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD:
+            return False
+        raise LestdError(
+            f"{directory} is on a file system without locks ({error.strerror}); mount it with "
+            "flock, or choose another --run-dir and --out"
+        ) from error
+    return True
+
+
 @contextmanager
-def explain_os_errors(path: AnyPath) -> Iterator[None]:
-    """Turn a full disk or quota, and whatever an object store says, into a sentence.
+def explain_os_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or quota into a sentence.
 
     Raises:
         OutOfSpaceError: no space was left while writing `path`.
-        LestdError: the object store of `path` refuses, or does not answer.
     """
-    if isinstance(path, UPath):
-        with _explain_store_errors(path):
-            yield
-        return
     try:
         yield
     except OSError as error:
@@ -207,32 +183,30 @@ def explain_os_errors(path: AnyPath) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _explain_store_errors(path: UPath) -> Iterator[None]:
-    try:
-        yield
-    except LestdError:
-        raise
-    except Exception as error:
-        # Every store's client has errors of its own for a dead connection or absent credentials.
-        raise LestdError(
-            f"{path} cannot be read or written ({type(error).__name__}: {first_line(error)}); "
-            "check the address, the credentials and the network, then run the same command again"
-        ) from error
-
-
 def open_binary(path: AnyPath) -> BinaryIO:
-    """Open a file to be read from its start, without fetching much more than is asked for."""
-    if isinstance(path, UPath):
-        opened = path.fs.open(path.path, "rb", block_size=_CHUNK_BYTES, cache_type="readahead")
-        return cast(BinaryIO, opened)
-    return path.open("rb")
+    """Open a file to be read from its start, without fetching much more than is asked for.
+
+    Raises:
+        OSError: a local file cannot be read.
+        LestdError: one in an object store cannot be; so does every read.
+    """
+    return stores.open_object(path) if isinstance(path, UPath) else path.open("rb")
 
 
 def file_sha256(path: AnyPath) -> str:
     """sha256 (hex) of a file's content."""
     with open_binary(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def read_file(path: AnyPath) -> bytes:
+    """The content of a small file.
+
+    Raises:
+        OSError: a local file cannot be read.
+        LestdError: one in an object store is absent, or cannot be read.
+    """
+    return stores.read_objects([path])[0] if isinstance(path, UPath) else path.read_bytes()
 
 
 def read_files(paths: Sequence[AnyPath]) -> list[bytes | OSError]:
@@ -242,9 +216,7 @@ def read_files(paths: Sequence[AnyPath]) -> list[bytes | OSError]:
         As many as `paths`; the error of a local file that cannot be read.
     """
     if paths and isinstance(paths[0], UPath):
-        objects = [cast(UPath, path).path for path in paths]
-        contents = paths[0].fs.cat(objects)
-        return [contents[name] for name in objects]
+        return [*stores.read_objects([cast(UPath, path) for path in paths])]
     return [_read_local(cast(Path, path)) for path in paths]
 
 
@@ -255,14 +227,55 @@ def _read_local(path: Path) -> bytes | OSError:
         return error
 
 
+def file_size(path: AnyPath) -> int | None:
+    """Bytes of a file; None where there is none.
+
+    Raises:
+        LestdError: the object store does not say. (fsspec's own `is_file` takes that for absence.)
+    """
+    if isinstance(path, UPath):
+        found = stores.look_up(path)
+        return int(found["size"]) if found is not None and found["type"] == "file" else None
+    return path.stat().st_size if path.is_file() else None
+
+
+def is_file(path: AnyPath) -> bool:
+    """Whether there is such a file.
+
+    Raises:
+        LestdError: the object store does not say.
+    """
+    return file_size(path) is not None
+
+
+def is_directory(path: AnyPath) -> bool:
+    """Whether there is such a directory; in an object store, whether anything lies below it.
+
+    Raises:
+        LestdError: the object store does not say.
+    """
+    return bool(stores.entries(path)) if isinstance(path, UPath) else path.is_dir()
+
+
+def list_names(directory: AnyPath) -> list[str]:
+    """Names of all that lies in a directory, sorted; none where there is no directory.
+
+    Raises:
+        LestdError: the object store does not say.
+    """
+    if isinstance(directory, UPath):
+        return sorted(_name(entry) for entry in stores.entries(directory))
+    return sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
+
+
+def _name(entry: dict[str, Any]) -> str:
+    return str(entry["name"]).rstrip("/").rpartition("/")[2]
+
+
 def list_files(directory: AnyPath) -> dict[str, int]:
     """Files in a directory, not below it: name -> bytes. None where there is no directory."""
     if isinstance(directory, UPath):
-        try:
-            entries = directory.fs.ls(directory.path, detail=True)
-        except FileNotFoundError:
-            return {}
-        sizes = {e["name"].rpartition("/")[2]: e["size"] for e in entries if e["type"] == "file"}
+        sizes = {_name(e): e["size"] for e in stores.entries(directory) if e["type"] == "file"}
     elif directory.is_dir():
         sizes = {p.name: p.stat().st_size for p in directory.iterdir() if p.is_file()}
     else:
@@ -276,11 +289,23 @@ def make_directory(path: AnyPath) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
+def remove_file(path: AnyPath) -> None:
+    """Delete a file, if it is there.
+
+    Raises:
+        LestdError: the object store does not delete it.
+    """
+    stores.delete(path) if isinstance(path, UPath) else path.unlink(missing_ok=True)
+
+
 def remove_tree(path: AnyPath) -> None:
-    """Delete whatever is below `path`, and `path`, as far as it is there."""
+    """Delete whatever is below `path`, and `path`, as far as it is there.
+
+    Raises:
+        LestdError: the object store does not delete it.
+    """
     if isinstance(path, UPath):
-        with suppress(FileNotFoundError):
-            path.fs.rm(path.path, recursive=True)
+        stores.delete_tree(path)
     else:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -292,11 +317,14 @@ def copy_file(source: AnyPath, target: AnyPath) -> None:
         LestdError: as `atomic_write`.
     """
     if isinstance(source, UPath) and isinstance(target, UPath) and source.fs is target.fs:
-        with explain_os_errors(target):
-            source.fs.cp_file(source.path, target.path)
+        stores.copy_object(source, target)
         return
-    with open_binary(source) as original:
-        atomic_write(target, partial(shutil.copyfileobj, original, length=_CHUNK_BYTES))
+
+    def copy(file: BinaryIO) -> None:
+        with open_binary(source) as original:
+            shutil.copyfileobj(original, file, length=stores.CHUNK_BYTES)
+
+    atomic_write(target, copy)
 
 
 def in_parallel(function: Callable[[_Item], _Answer], items: Iterable[_Item]) -> list[_Answer]:

@@ -25,7 +25,7 @@ _CHUNK_BYTES = 32 * 1024 * 1024
 _STORE_ANSWER_BYTES = 8 * 1024 * 1024
 # Without a byte between them; about two minutes.
 _TRIES = 9
-_NO_CREDENTIALS = {
+NO_CREDENTIALS = {
     "NoCredentialsError",
     "PartialCredentialsError",
     "CredentialRetrievalError",
@@ -272,7 +272,7 @@ def explain_store_errors(url: str) -> Iterator[None]:
         ) from error
     except Exception as error:
         # Every store's client has errors of its own for a dead connection.
-        if type(error).__name__ in _NO_CREDENTIALS:
+        if type(error).__name__ in NO_CREDENTIALS:
             raise LestdError(
                 f"{url} cannot be read without credentials ({_said(error)}); put them into the "
                 "environment or the store's own configuration, on every machine that reads it"

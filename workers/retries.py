@@ -41,13 +41,13 @@ def is_transient_status(status: int) -> bool:
     return status in (408, 429) or status >= 500
 
 
-def patiently(call: Callable[[], T]) -> T:
+def patiently(call: Callable[[], T], tries: int = _TRIES) -> T:
     """Make a short request, again if need be.
 
     Raises:
         LestdError: what `call` raised, the last time.
     """
-    for failures in range(1, _TRIES):
+    for failures in range(1, tries):
         try:
             return call()
         except TransientError as error:

@@ -1,0 +1,62 @@
+"""The README.md of a compressed model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from orchestrator.plan import Plan
+from orchestrator.source import Source
+from workers.files import AnyPath, list_files
+
+CARD_FILE = "README.md"
+
+
+def model_card(
+    source: Source, plan: Plan, rows: Sequence[dict[str, Any]], directory: AnyPath
+) -> str:
+    """The model's README.md: source, method, sizes, and how to load it."""
+    stored = sum(row["stored_bytes"] for row in rows)
+    template = files("orchestrator").joinpath("model_card.md.jinja").read_text(encoding="utf-8")
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=False)
+    return environment.from_string(template).render(
+        # A path of this machine is nobody else's business; a Hub id is a name.
+        name=source.model if source.revision else source.directory.name,
+        source=source,
+        plan=plan,
+        rows=rows,
+        method=rows[0]["method"],
+        pattern=rows[0]["pattern"],
+        metadata=card_metadata(source.directory),
+        stored_bytes=stored,
+        keep=stored / plan.dense_bytes,
+        model_keep=(stored + plan.untouched_bytes) / plan.model_bytes,
+        model_stored_bytes=stored + plan.untouched_bytes,
+        file_bytes=sum(
+            size for name, size in list_files(directory).items() if name.endswith(".safetensors")
+        ),
+        mib=lambda size: f"{size / 2**20:,.2f} MiB",
+    )
+
+
+def card_metadata(directory: Path) -> dict[str, Any]:
+    """Licence and language from the source's model card, if it has one; they bind ours too."""
+    card = directory / CARD_FILE
+    if not card.is_file():
+        return {}
+    text = card.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("---\n") or "\n---" not in text[4:]:
+        return {}
+    try:
+        metadata = yaml.safe_load(text[4 : text.index("\n---", 4)])
+    except yaml.YAMLError:
+        return {}
+    if not isinstance(metadata, dict):
+        return {}
+    kept = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
+    return {key: metadata[key] for key in kept if key in metadata}
