@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import traceback
+from typing import Literal
 
 import torch
 
 from lestd_kernels.errors import LestdError, first_line
 from workers.contracts import Failure
+from workers.retries import TransientError
 
 
 def failure_of(task_id: str, subject: str, error: Exception) -> Failure:
     """The `Failure` for what was raised by work on an item that messages call `subject`."""
     name = type(error).__name__
+    if isinstance(error, TransientError):
+        return Failure(task_id, "infrastructure", name, str(error))
     if isinstance(error, LestdError):
         return Failure(task_id, "application", name, str(error))
     if lacks_device_memory(error):
@@ -23,8 +28,23 @@ def failure_of(task_id: str, subject: str, error: Exception) -> Failure:
             "start over with --device cpu"
         )
         return Failure(task_id, "device_memory", name, message, traceback.format_exc())
+    kind: Literal["application", "infrastructure"] = (
+        "infrastructure" if _is_of_the_machine(error) else "application"
+    )
     message = f"{subject}: {name}: {first_line(error)}"
-    return Failure(task_id, "application", name, message, traceback.format_exc())
+    return Failure(task_id, kind, name, message, traceback.format_exc())
+
+
+def _is_of_the_machine(error: BaseException) -> bool:
+    """Whether a GPU or a file system failed, rather than the work.
+
+    After most CUDA errors nothing on the GPU works any more in this process; another may do.
+    """
+    if isinstance(error, OSError):
+        return error.errno in (errno.EIO, errno.ESTALE)
+    return isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and "CUDA error" in str(error)
+    )
 
 
 def lacks_device_memory(error: BaseException) -> bool:
