@@ -96,10 +96,10 @@ class Executor(Protocol):
     ) -> Iterator[Any]:
         """Yield one result or `Failure` per item, as they finish.
 
-        Failures of the infrastructure are retried on other workers, up to the limit; in this process
-        there is no other, so they are final. Any other `Failure` that a worker returns is final, but
-        for the first of kind ``"device_memory"``: that item is tried once more, with nothing else on
-        its device.
+        Failures of the infrastructure are retried on other workers, up to the limit; within one
+        process, where there is no other, they are final. Any other `Failure` that a worker returns
+        is final, but for the first of kind ``"device_memory"``: that item is tried once more, with
+        nothing else on its device.
         """
 
 
@@ -164,7 +164,7 @@ def open_executor(cluster: ClusterConfig) -> Iterator[Executor]:
     from orchestrator.ray_executor import RayExecutor
 
     # Ray prints what happens to workers on standard output, where only results belong.
-    with redirect_stdout(logs.Lines()):  # type: ignore[type-var]
+    with redirect_stdout(logs.Lines()):
         executor = RayExecutor(
             cluster.address,
             cluster.workers,
