@@ -211,7 +211,7 @@ class ClusterConfig(_Strict):
         None,
         gt=0,
         description="seconds until a worker counts as hung; default: ten times what the slowest "
-        "finished task took per byte, at least 600",
+        "finished task took per byte, at least 600; until one has finished, six hours",
     )
     autoscaling: bool = Field(
         False,

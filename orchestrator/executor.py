@@ -7,7 +7,6 @@ The same worker class runs in-process and as an actor.
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 import psutil
 import torch
 
+from orchestrator import logs
 from orchestrator.config import ClusterConfig
 from orchestrator.retries import Again, Attempt, after_result
 from workers.devices import release_device_memory
@@ -57,8 +57,8 @@ class Event:
         task_id: the item's.
         attempt: 1 for the first.
         message: why it is tried again.
-        error_type: the cause: ``"WorkerDied"``, ``"NodeLost"``, ``"TimedOut"``, or the error of a
-            device that had too little memory.
+        error_type: the cause: ``"WorkerDied"``, ``"WorkerFailed"``, ``"NodeLost"``, ``"TimedOut"``,
+            or the error of a device that had too little memory.
         traceback: what is known of the worker's end, for people.
     """
 
@@ -96,9 +96,10 @@ class Executor(Protocol):
     ) -> Iterator[Any]:
         """Yield one result or `Failure` per item, as they finish.
 
-        Failures of the infrastructure are retried, up to the limit. A `Failure` that a worker
-        returns is final, but for the first of kind ``"device_memory"``: that item is tried once
-        more, with nothing else on its device.
+        Failures of the infrastructure are retried on other workers, up to the limit; within one
+        process, where there is no other, they are final. Any other `Failure` that a worker returns
+        is final, but for the first of kind ``"device_memory"``: that item is tried once more, with
+        nothing else on its device.
         """
 
 
@@ -163,7 +164,7 @@ def open_executor(cluster: ClusterConfig) -> Iterator[Executor]:
     from orchestrator.ray_executor import RayExecutor
 
     # Ray prints what happens to workers on standard output, where only results belong.
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(logs.Lines()):
         executor = RayExecutor(
             cluster.address,
             cluster.workers,

@@ -6,8 +6,10 @@ programs. Results are no log: they go to standard output.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import re
 import sys
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -19,6 +21,7 @@ LOGGER = logging.getLogger("lestd")
 # People see these in other ways: a bar or the lines of progress, and the tables at the end.
 _ONLY_JSON = ("run_started", "task_started", "run_ended")
 _SHORT_ID = 8
+_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class LogFormat(StrEnum):
@@ -94,6 +97,21 @@ def log(event: str, message: str, level: int = logging.INFO, **fields: Any) -> N
     """
     known = {name: value for name, value in fields.items() if value is not None}
     LOGGER.log(level, message, extra={"event": event, "fields": known})
+
+
+class Lines(io.TextIOBase):
+    """A stream whose lines are logged as messages, without their colors."""
+
+    def __init__(self) -> None:
+        self._begun = ""
+
+    def write(self, text: str) -> int:
+        """Log the lines that this completes."""
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            if plain := _ESCAPE.sub("", line).strip():
+                log("message", plain)
+        return len(text)
 
 
 def error(message: object, **fields: Any) -> None:

@@ -5,9 +5,9 @@ Retries and placement are the executor's own: Ray's ActorPool loses the item of 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-import secrets
 import signal
 import socket
 import sys
@@ -15,20 +15,30 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lestd_kernels.errors import LestdError, first_line
 from orchestrator import logs
 from orchestrator.executor import Event, Listener, WorkerSpec, retried
-from orchestrator.ray_pool import Died, NotStarted, Place, Pool, Ran, Started
-from orchestrator.retries import Again, Deadlines, Queue, after_error, after_loss, after_result
+from orchestrator.ray_connect import join_or_start
+from orchestrator.ray_deaths import Place
+from orchestrator.ray_pool import Died, NotStarted, Pool, Ran, Started
+from orchestrator.retries import (
+    Again,
+    Attempt,
+    Deadlines,
+    Queue,
+    after_error,
+    after_loss,
+    after_result,
+)
 from orchestrator.tables import size
+from workers.contracts import Failure
 from workers.devices import gpu_memory_bytes
 from workers.watcher import Watcher
 
-# Tensors never go through the object store: the smallest one that Ray accepts will do.
-_OBJECT_STORE_BYTES = 80 * 2**20
 # More than a few only wait for one another's kernels; and not all memory is free memory.
 _WORKERS_PER_GPU = 4
 _USABLE_GPU_MEMORY = 0.9
@@ -37,8 +47,12 @@ _PROBE_SECONDS = 60
 _LOOK_SECONDS = 2.0
 # Workers that compute need some seconds to start; who waits longer wants to know for what.
 _PATIENCE_SECONDS = 60.0
+_REMINDER_SECONDS = 300.0
+# A node where no worker can be made has room for the next one at once.
+_PAUSE_SECONDS = 30.0
 # Actors that wait for nodes which an autoscaler may add: they are the demand that it sees.
 _DEMANDED = 8
+_LESTD_ERROR = f"{LestdError.__module__}.{LestdError.__name__}: "
 
 
 class RayExecutor:
@@ -104,7 +118,7 @@ class RayExecutor:
         )
         notify = on_event or (lambda event: None)
         queue = Queue(items)
-        failed_starts = 0
+        failed_starts, paused_until, told = 0, -math.inf, False
         looked_at, target = -math.inf, 0
         patience = time.monotonic() + _PATIENCE_SECONDS
         try:
@@ -112,10 +126,14 @@ class RayExecutor:
                 if time.monotonic() - looked_at > _LOOK_SECONDS:  # Nodes come and go.
                     target = self._pool_size(need, len(queue) + pool.running)
                     looked_at = time.monotonic()
-                pool.resize(target, len(queue))
-                if not pool.ready and time.monotonic() > patience:
-                    patience = math.inf
-                    _say_what_is_waited_for(need)
+                exist = pool.ready + pool.starting
+                paused = exist and time.monotonic() < paused_until
+                pool.resize(min(target, exist) if paused else target, len(queue))
+                if pool.ready:
+                    patience = time.monotonic() + _PATIENCE_SECONDS
+                elif time.monotonic() > patience:
+                    patience = time.monotonic() + _REMINDER_SECONDS
+                    _say_what_is_waited_for(need, self._autoscaling)
                 for attempt, actor in queue.hand_out(lambda a: pool.free(a, len(queue))):
                     pool.submit(actor, attempt)
                     notify(Event("started", attempt.item.task_id, attempt.number))
@@ -124,14 +142,16 @@ class RayExecutor:
                         failed_starts = 0
                         continue
                     if isinstance(outcome, NotStarted):
-                        failed_starts += not outcome.node_lost
-                        hopeless = failed_starts >= self._max_attempts and not pool.ready
-                        if queue and (outcome.broken or hopeless):
-                            yield after_error(
-                                queue.pop(),
-                                outcome.error,
-                                "application" if outcome.broken else "infrastructure",
-                            )
+                        if outcome.node_lost:
+                            continue
+                        failed_starts = 0 if pool.ready else failed_starts + 1
+                        if pool.ready or pool.starting:  # It may be this one's node alone.
+                            paused_until = time.monotonic() + _PAUSE_SECONDS
+                            told = told or _say_that_others_go_on(outcome)
+                        elif failed_starts >= self._max_attempts:
+                            while queue:
+                                pool.release(attempt := queue.pop())
+                                yield _never_begun(attempt, outcome)
                         continue
                     following = self._judge(outcome, pool)
                     if isinstance(following, Again):
@@ -279,7 +299,7 @@ class RayExecutor:
         import ray
 
         try:
-            _join_or_start(ray, self._address)
+            join_or_start(ray, self._address)
         except (OSError, RuntimeError, ValueError) as error:
             raise LestdError(
                 f"the Ray cluster at {self._address or 'this machine'} does not answer "
@@ -306,16 +326,48 @@ def _fitting(offered: dict[str, float], need: dict[str, float]) -> int:
     return min(counts, default=0)
 
 
-def _say_what_is_waited_for(need: dict[str, float]) -> None:
+def _never_begun(attempt: Attempt, outcome: NotStarted) -> Failure:
+    """The failure of an item for which no worker could be made."""
+    failure = after_error(
+        attempt, outcome.error, "application" if outcome.broken else "infrastructure"
+    )
+    return replace(failure, message=_own_words(outcome.error))
+
+
+def _own_words(error: BaseException) -> str:
+    """What a worker says that could not be made: Ray's words and a traceback come before it."""
+    lines = str(error).strip().splitlines()
+    indented = [number for number, line in enumerate(lines) if line.startswith(" ")]
+    own = lines[indented[-1] + 1 :] if indented else []
+    return own[0].removeprefix(_LESTD_ERROR) if own else first_line(error)
+
+
+def _say_that_others_go_on(outcome: NotStarted) -> bool:
+    logs.log(
+        "message",
+        f"a worker could not be made ({_own_words(outcome.error)}); going on with the others, "
+        f"tried again every {_PAUSE_SECONDS:.0f} s",
+        logging.WARNING,
+    )
+    return True
+
+
+def _say_what_is_waited_for(need: dict[str, float], autoscaling: bool) -> None:
     wanted = ", ".join(
         f"{size(much)} of memory" if name == "memory" else f"{name} {much:g}"
         for name, much in need.items()
         if much
     )
+    advice = (
+        "; if no node type offers that, use fewer --threads, or node types with more memory (their "
+        "resources must name it)"
+        if autoscaling
+        else ""
+    )
     logs.log(
         "message",
-        f"no worker has started yet: none of the cluster's nodes has {wanted} free; waiting, see "
-        "ray status",
+        f"no worker is running: none of the cluster's nodes has {wanted} free; waiting, see ray "
+        f"status{advice}",
     )
 
 
@@ -331,51 +383,3 @@ def _place(worker: Any) -> Place:
         gpus=tuple(ray.get_gpu_ids()),
         logs=tuple(str(log.readlink()) for log in logs if log.is_file()),
     )
-
-
-def _join_or_start(ray: Any, address: str | None) -> None:
-    quiet = {"log_to_driver": False, "logging_level": "error"}
-    if address is None:
-        address = _running_here()
-    if address is not None and address != "local":
-        host, port = _host_and_port(address)
-        if port is not None:
-            # Ray would try for minutes; whoever does not answer this will not answer Ray.
-            socket.create_connection((host, port), timeout=10).close()
-        ray.init(address=address, **quiet)
-        return
-    # A token for this cluster alone; left to itself, Ray writes one into the home directory, where
-    # it changes what other clusters of this user ask for.
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        **quiet,
-    )
-
-
-def _running_here() -> str | None:
-    """Address of the cluster that runs on this machine, if one does.
-
-    ``ray start`` leaves its address in a file, where it stays when the cluster dies; so whether
-    anybody listens there is asked first.
-    """
-    file = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
-    try:
-        address = file.read_text(encoding="utf-8").strip()
-        host, port = _host_and_port(address)
-        if port is None:
-            return None
-        socket.create_connection((host, port), timeout=2).close()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return address
-
-
-def _host_and_port(address: str) -> tuple[str, int | None]:
-    """Parts of ``HOST:PORT``; no port for another kind of address, such as ``ray://...``."""
-    host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdecimal():
-        return address, None
-    return host, int(port)

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from lestd_kernels.errors import first_line
+from orchestrator.ray_deaths import Place, WorkerUnfitError, evidence_of, how_it_ended
 from orchestrator.retries import Attempt, Cause, Deadlines, Loss
-from orchestrator.tables import size
+from workers.contracts import Failure
 from workers.devices import release_device_memory
 from workers.watcher import Remains
 
 _ANSWER_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an actor runs: the process, Ray's id of the node, its GPUs there, and its log files."""
-
-    process: int
-    node: str
-    gpus: tuple[Any, ...]
-    logs: tuple[str, ...]
+# Who has just answered is not asked whether it is alive.
+_IDLE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -60,12 +51,18 @@ class Died:
 
 @dataclass(eq=False)
 class Actor:
-    """A running actor: the items that it has, and how many it may have."""
+    """A running actor: the items that it has, and how many it may have.
+
+    Attributes:
+        since: when it started, or ended its work on the last item, by `time.monotonic`.
+        overdue: items that it has had for too long, and for how many seconds they might be had.
+    """
 
     handle: Any
     place: Place
     room: int
     load: int = 0
+    since: float = field(default_factory=time.monotonic)
     overdue: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -139,12 +136,28 @@ class Pool:
         return {node["NodeID"] for node in self._ray.nodes() if not node["Alive"]}
 
     def resize(self, target: int, waiting: int) -> None:
-        """Have `target` actors, but start none for which no item waits."""
-        while self.ready + self.starting < target and self.starting < waiting:
-            actor = self._make()
-            self._starting[actor.__ray_call__.remote(self._locate)] = actor
-        while self.starting > waiting:  # Whatever they wait for is not needed any more.
+        """Have `target` actors, but start none for which no item waits.
+
+        Those that have no work are ended where they are too many: an autoscaler takes a node away
+        once nothing is on it. So are those of lost nodes, which the next item would only wait for.
+        """
+        lost = self.lost_nodes()
+        for actor in [actor for actor in self._actors if not actor.load]:
+            if actor.place.node in lost:
+                self._discard(actor)
+        # Whatever they wait for is not needed any more.
+        while self.starting > max(0, min(waiting, target - self.ready)):
             self._ray.kill(self._starting.popitem()[1])
+        reserved = self._reserved and self._reserved[0]
+        for actor in [a for a in self._actors if not a.load and a.device != reserved]:
+            if self.ready > target:
+                self._discard(actor)
+        while self.ready + self.starting < target and self.starting < waiting:
+            handle = self._make()
+            self._starting[handle.__ray_call__.remote(self._locate)] = handle
+        if not self.starting:  # A watcher, too, keeps an autoscaler from taking its node away.
+            for node in self._watchers.keys() - {actor.place.node for actor in self._actors}:
+                self._ray.kill(self._watchers.pop(node))
 
     def free(self, attempt: Attempt, waiting: int) -> Actor | None:
         """The actor that is to have the next item, one that has the fewest; None: not yet.
@@ -152,6 +165,26 @@ class Pool:
         An item whose worker died has the next one for itself: if it dies again, no other item
         pays for it. What an actor has in advance is not taken from those that are starting.
         """
+        while (actor := self._best(attempt, waiting)) is not None:
+            # It may have died since it last did something; that is not to be the item's fault.
+            if actor.load or time.monotonic() - actor.since < _IDLE_SECONDS or self._answers(actor):
+                return actor
+            self._discard(actor)
+        return None
+
+    def _answers(self, actor: Actor) -> bool:
+        try:
+            self._ray.get(actor.handle.__ray_ready__.remote(), timeout=_ANSWER_SECONDS)
+        except self._ray.exceptions.RayError:
+            return False
+        return True
+
+    def _discard(self, actor: Actor) -> None:
+        """End an actor that has no work."""
+        self._actors.remove(actor)
+        self._ray.kill(actor.handle)
+
+    def _best(self, attempt: Attempt, waiting: int) -> Actor | None:
         if attempt.alone == "device":
             return self._free_device(attempt)
         reserved = self._reserved and self._reserved[0]
@@ -188,6 +221,11 @@ class Pool:
         self._ray.wait(emptied, num_returns=len(emptied), timeout=_ANSWER_SECONDS)
         return sharing[0]
 
+    def release(self, attempt: Attempt) -> None:
+        """An item needs the device no more that is reserved for it, if one is."""
+        if self._reserved is not None and self._reserved[1] is attempt:
+            self._reserved = None
+
     def submit(self, actor: Actor, attempt: Attempt) -> None:
         """Give an item to an actor."""
         actor.load += 1
@@ -212,10 +250,19 @@ class Pool:
 
     def _end_overdue(self) -> None:
         now = time.monotonic()
+        late = []
         for actor, attempt, began in self._running.values():
             limit = self._deadlines.seconds(attempt.item)
-            if now - began > limit and actor in self._actors:
-                actor.overdue[attempt.item.task_id] = limit
+            if now - max(began, actor.since) > limit and actor in self._actors:
+                late.append((actor, attempt.item.task_id, limit))
+        if not late:
+            return
+        # The driver may have been away for long: what is there by now is not late.
+        done, _ = self._ray.wait([*self._running], num_returns=self.running, timeout=0)
+        answered = {self._running[reference][0] for reference in done}
+        for actor, task_id, limit in late:
+            if actor not in answered:
+                actor.overdue[task_id] = limit
         for actor in [actor for actor in self._actors if actor.overdue]:
             self._drop(actor, None)
 
@@ -236,20 +283,23 @@ class Pool:
 
     def _settle_run(self, reference: Any) -> Ran | Died:
         actor, attempt, began = self._running.pop(reference)
-        if self._reserved is not None and self._reserved[1] is attempt:
-            self._reserved = None
+        self.release(attempt)
         try:
             result = self._ray.get(reference)
+            if isinstance(result, Failure) and result.kind == "infrastructure":
+                raise WorkerUnfitError(result)
         except self._ray.exceptions.RayTaskError as error:
             outcome: Ran | Died = Ran(attempt, error=error)
-        except self._ray.exceptions.RayError as error:
+        except (self._ray.exceptions.RayError, WorkerUnfitError) as error:
             if actor in self._actors:
                 self._drop(actor, error)
             outcome = Died(attempt, self._loss(actor, attempt, error))
         else:
-            self._deadlines.finished(attempt.item, time.monotonic() - began)
+            took = time.monotonic() - max(began, actor.since)
+            self._deadlines.finished(attempt.item, took)
             outcome = Ran(attempt, result)
         actor.load -= 1
+        actor.since = time.monotonic()
         actor.room = self._in_flight
         if not actor.load:
             self._ends.pop(actor, None)
@@ -264,11 +314,13 @@ class Pool:
         if actor.overdue:
             cause: Cause = "TimedOut"
             message = f"its worker took longer than {max(actor.overdue.values()):.0f} s"
+        elif isinstance(error, WorkerUnfitError):
+            cause, message = "WorkerFailed", error.message
         elif lost:
             cause, message = "NodeLost", f"the node {actor.place.node[:8]} was lost"
         else:
-            cause, message = "WorkerDied", _how_it_ended(error, remains)
-        evidence = _evidence(actor.place, remains, error)
+            cause, message = "WorkerDied", how_it_ended(error, remains)
+        evidence = evidence_of(actor.place, remains, error)
         self._ends[actor] = _End(cause, message, actor.load == 1, evidence)
 
     def _loss(self, actor: Actor, attempt: Attempt, error: BaseException) -> Loss:
@@ -276,6 +328,8 @@ class Pool:
         cause, message = end.cause, end.message
         if cause == "TimedOut" and attempt.item.task_id not in actor.overdue:
             cause, message = "WorkerDied", "its worker was ended, for another of its items hung"
+        if cause == "WorkerFailed" and not isinstance(error, WorkerUnfitError):
+            cause, message = "WorkerDied", "its worker was ended, for it had failed another item"
         return Loss(cause, message, actor.place.node, end.alone, error, end.evidence)
 
     def _remains(self, place: Place) -> Remains:
@@ -296,43 +350,3 @@ class Pool:
         handles = [actor.handle for actor in self._actors]
         for handle in [*handles, *self._starting.values(), *self._watchers.values()]:
             self._ray.kill(handle)
-
-
-def _how_it_ended(error: BaseException | None, remains: Remains) -> str:
-    """A worker's death as a clause: the exit code or signal as far as anybody knows it."""
-    text = str(error)
-    memory = ""
-    if remains.memory_bytes is not None:
-        memory = f" with {size(remains.memory_bytes)} of memory in use"
-    if code := re.search(r"exit code (-?\d+)", text):
-        return f"its worker ended with exit code {code[1]}{memory}"
-    if signal := re.search(r"\*\*\* (SIG[A-Z]+) received", remains.log):
-        return f"its worker was ended by {signal[1]}{memory}"
-    if "Out of memory" in text or "OutOfMemory" in type(error).__name__ or "low memory" in text:
-        return f"Ray ended its worker because the node ran out of memory{memory}"
-    if remains.oom_kills:
-        return f"its worker was killed when its machine ran out of memory{memory}"
-    if "Worker exit" in text:
-        return f"its worker was killed or crashed{memory}"
-    return f"its worker was lost ({text.splitlines()[-1] if text else 'no cause is known'}){memory}"
-
-
-def _evidence(place: Place, remains: Remains, error: BaseException | None) -> str:
-    """What is known of a worker's death, for people: a line each, then its last log lines."""
-    lines = [f"worker: process {place.process} on node {place.node}"]
-    if error is not None:
-        said = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
-        # Without the advice that follows, which is always the same.
-        told = (said[-1] if said else first_line(error)).partition(" Some common causes")[0]
-        lines.append(f"Ray: {told}")
-    if remains.memory_bytes is not None:
-        used = f"{size(remains.memory_bytes)} in use {remains.seconds_before:.1f} s before"
-        if remains.peak_memory_bytes is not None:
-            used += f", at most {size(remains.peak_memory_bytes)} until then"
-        if remains.free_bytes is not None:
-            used += f"; the machine had {size(remains.free_bytes)} available"
-        lines.append(f"memory: {used}")
-    if remains.oom_kills:
-        lines.append(f"kernel: ended {remains.oom_kills} processes there for lack of memory")
-    lines.append(f"last lines of its log:\n{remains.log}" if remains.log else "its log is empty")
-    return "\n".join(lines)

@@ -5,6 +5,7 @@ is to blame decides how often:
 
     node lost       nobody's fault: up to the limit of attempts
     worker died     the item's, if it had the worker to itself: the second time it is set aside
+    worker failed   the same; the worker was ended because its GPU or its files gave errors
     timed out       the same; the worker was ended because it did not answer
     device memory   retried once, by itself on its GPU (see `Executor.map`)
 """
@@ -29,9 +30,10 @@ _FIRST_TIMEOUT_SECONDS = 6 * 3600.0
 _LEAST_TIMEOUT_SECONDS = 600.0
 _TIMEOUT_FACTOR = 10.0
 
-Cause = Literal["WorkerDied", "NodeLost", "TimedOut"]
+Cause = Literal["WorkerDied", "WorkerFailed", "NodeLost", "TimedOut"]
 _HINTS: dict[Cause, str] = {
     "WorkerDied": "most often memory is short: use fewer workers or larger machines",
+    "WorkerFailed": "see whether the machines' GPUs, disks and network are well",
     "NodeLost": "see why the cluster loses its nodes",
     "TimedOut": "if it is only slow, set a longer task_timeout in the cluster file",
 }

@@ -154,6 +154,25 @@ def test_gpu_workers_are_spot_and_scale_and_the_head_is_not_and_does_not(path: P
 
 
 @pytest.mark.parametrize("path", LAUNCHER, ids=str)
+def test_every_node_type_names_an_image_that_is_to_be_edited(path: Path) -> None:
+    """What Ray takes by itself has no driver that this PyTorch works with."""
+    for node_type in load(path)["available_node_types"].values():
+        node = node_type["node_config"]
+        disk = node.get("disks", [{}])[0].get("initializeParams", {})
+        assert node.get("ImageId") or disk.get("sourceImage")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    named = [line for line in lines if line.lstrip().startswith(("ImageId:", "sourceImage:"))]
+    assert len(named) == 2
+    assert all("# EDIT" in line for line in named)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_driver_that_a_node_needs_is_named(folder: str) -> None:
+    text = (CONFIGS / folder / "README.md").read_text(encoding="utf-8")
+    assert "driver 580 or newer" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("path", LAUNCHER, ids=str)
 def test_nodes_install_this_checkout(path: Path) -> None:
     config = load(path)
     (target,) = config["file_mounts"]
@@ -275,3 +294,5 @@ def test_the_cluster_shares_a_volume() -> None:
     for group in [cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]]:
         (volume,) = group["template"]["spec"]["volumes"]
         assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+        # Pods run as a user of this group, and must write there.
+        assert group["template"]["spec"]["securityContext"] == {"fsGroup": 100}

@@ -1,16 +1,21 @@
 """Executors: every item gets one answer, whatever its worker does."""
 
+import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lestd_kernels.errors import LestdError
+from orchestrator import logs
 from orchestrator.config import ClusterConfig
 from orchestrator.executor import (
     Event,
@@ -44,9 +49,11 @@ class Squarer:
     def __init__(self, memory: str, threads: int = 1) -> None:
         torch.set_num_threads(threads)
         self._memory = Path(memory)
+        self._unfit = False
 
     def run(self, job: Job) -> Answer | Failure:
         crashes = self._memory / job.task_id
+        seen = crashes.exists()
         if job.action == "refuse":
             return Failure(job.task_id, "application", "ValueError", "bad input")
         if job.action == "raise":
@@ -59,6 +66,10 @@ class Squarer:
             os.kill(os.getpid(), signal.SIGSEGV)
         if job.action == "exit":
             sys.exit(4)
+        if self._unfit or job.action == "spoil" or (job.action == "spoil once" and not seen):
+            crashes.touch()
+            self._unfit = True  # As after a CUDA error: nothing works any more in this process.
+            return failure_of(job.task_id, "block", torch.AcceleratorError("CUDA error: gone"))
         if job.action == "hang":  # No thread of it answers anybody.
             os.kill(os.getpid(), signal.SIGSTOP)
         if job.action == "too large" or (job.action == "too large once" and not crashes.exists()):
@@ -76,6 +87,24 @@ class Unloadable:
 
     def run(self, job: Job) -> Answer:
         raise AssertionError("never made, so never run")
+
+
+class OnlyOne(Squarer):
+    """A worker of which one can be made, as where one node of two is ill."""
+
+    def __init__(self, memory: str) -> None:
+        try:
+            Path(memory, "made").mkdir()
+        except FileExistsError:
+            raise LestdError("this node sees no GPU") from None
+        super().__init__(memory)
+
+    def run(self, job: Job) -> Answer | Failure:
+        deadline = time.monotonic() + 30
+        while not (self._memory / "told").exists():  # The others are given time to fail.
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return super().run(job)
 
 
 @pytest.mark.parametrize("in_flight", [1, 3, 9])
@@ -110,6 +139,27 @@ def test_what_lacks_memory_is_tried_again_with_nothing_in_flight(tmp_path: Path)
         ("retried", "once", 1),
         ("retried", "always", 1),
     ]
+
+
+def test_in_one_process_a_failure_of_the_machine_is_final(tmp_path: Path) -> None:
+    spec = WorkerSpec(Squarer, {"memory": str(tmp_path)})
+    results = list(SerialExecutor().map(spec, [Job("spoil", "spoil"), Job("after")]))
+    assert [(r.task_id, r.kind, r.attempt) for r in results] == [
+        ("spoil", "infrastructure", 1),
+        ("after", "infrastructure", 1),
+    ]
+
+
+def test_what_others_print_is_logged_line_by_line(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.use(logs.LogFormat.json)
+    try:
+        stream = logs.Lines()
+        print("\x1b[33m(raylet)\x1b[0m A worker", "died", file=stream)
+        print("\n\x1b[36mand\x1b[39m", end="\nunfinished", file=stream, flush=True)
+    finally:
+        logs.use(logs.LogFormat.text)
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["message"] for line in lines] == ["(raylet) A worker died", "and"]
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +236,101 @@ def test_a_worker_that_cannot_be_made_is_not_tried_for_ever(ray_executor: Execut
     assert sorted(r.task_id for r in results) == ["a", "b"]
     assert all(r.kind == "application" for r in results)
     assert all("no such model" in r.traceback for r in results)
+    assert {r.message for r in results} == {"RuntimeError: no such model"}
+
+
+@pytest.mark.ray
+def test_where_some_workers_cannot_be_made_the_others_do_the_work(
+    ray_executor: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def log(event: str, message: str, *rest: Any) -> None:
+        if not message.startswith("("):  # What Ray says of its own accord.
+            told.append(message)
+            Path(tmp_path, "told").touch()
+
+    monkeypatch.setattr(logs, "log", log)
+    jobs = [Job(str(i), number=i) for i in range(12)]
+    results = list(ray_executor.map(WorkerSpec(OnlyOne, {"memory": str(tmp_path)}), jobs))
+    assert sorted(r.number for r in results) == [i * i for i in range(12)]
+    assert len({r.pid for r in results}) == 1
+    assert len(told) == 1
+    assert "could not be made (this node sees no GPU)" in told[0]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_worker_whose_device_is_gone_is_replaced(ray_executor: Executor, tmp_path: Path) -> None:
+    """Left alive it would be the fastest of all, and fail the whole queue."""
+    jobs = [Job("once", "spoil once", 3), Job("always", "spoil")]
+    jobs += [Job(str(i), number=i) for i in range(12)]
+    events: list[Event] = []
+    spec = WorkerSpec(Squarer, {"memory": str(tmp_path)})
+    results = {r.task_id: r for r in ray_executor.map(spec, jobs, events.append)}
+    assert [results[str(i)].number for i in range(12)] == [i * i for i in range(12)]
+    assert results["once"].number == 9
+    always = results["always"]
+    assert (always.kind, always.error_type, always.attempt) == ("infrastructure", "WorkerFailed", 2)
+    assert "CUDA error: gone" in always.message
+    retried = [(e.task_id, e.error_type) for e in events if e.kind == "retried"]
+    assert sorted(retried) == [("always", "WorkerFailed"), ("once", "WorkerFailed")]
+
+
+class EnoughError(Exception):
+    """Ends what would wait for ever."""
+
+
+@pytest.mark.ray
+def test_what_no_node_offers_is_asked_for_again_and_again(
+    ray_executor: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def log(event: str, message: str, *rest: Any) -> None:
+        if not message.startswith("("):
+            told.append(message)
+        if len(told) == 2:
+            raise EnoughError
+
+    monkeypatch.setattr(logs, "log", log)
+    monkeypatch.setattr(ray_executor, "_autoscaling", True)
+    for name in ("_PATIENCE_SECONDS", "_REMINDER_SECONDS"):
+        monkeypatch.setattr(f"orchestrator.ray_executor.{name}", 0.1)
+    spec = WorkerSpec(Squarer, {"memory": str(tmp_path)}, threads=10_000, memory_bytes=2**50)
+    with pytest.raises(EnoughError):
+        list(ray_executor.map(spec, [Job("a")]))
+    assert told[0] == told[1]
+    assert "CPU 10000" in told[0]
+    assert "--threads, or node types with more memory" in told[0]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_what_ray_prints_is_logged_as_json() -> None:
+    code = """if True:
+        import sys, tempfile
+        from orchestrator import logs
+        from orchestrator.config import ClusterConfig
+        from orchestrator.executor import WorkerSpec, open_executor
+        from test_executor import Job, Squarer
+        logs.use(logs.LogFormat.json)
+        with open_executor(ClusterConfig(address="local", workers=1)) as executor:
+            spec = WorkerSpec(Squarer, {"memory": tempfile.mkdtemp()})
+            results = list(executor.map(spec, [Job("a", "crash")]))
+        print(results[0].error_type)
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent,
+        env=os.environ | {"PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parent}"},
+    )
+    assert ended.stdout == "WorkerDied\n"
+    messages = [json.loads(line)["message"] for line in ended.stderr.splitlines()]
+    assert any(message.startswith("(raylet) ") for message in messages), messages
 
 
 @pytest.mark.ray

@@ -1,11 +1,17 @@
 """What follows a lost worker: who is tried again, when, how often, and what is told of it."""
 
+import errno
+import time
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from orchestrator.ray_pool import Actor, Place, Pool
+from lestd_kernels.errors import LestdError
+from orchestrator.ray_deaths import Place
+from orchestrator.ray_pool import Actor, Pool
 from orchestrator.retries import (
     Again,
     Attempt,
@@ -18,6 +24,9 @@ from orchestrator.retries import (
     retries,
 )
 from workers.contracts import Failure
+from workers.failures import failure_of
+from workers.retries import TransientError
+from workers.watcher import Remains
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ def test_whoever_was_there_when_a_worker_died_is_tried_again_by_itself() -> None
     assert (following.error_type, following.evidence) == ("WorkerDied", "the log")
 
 
-@pytest.mark.parametrize("cause", ["WorkerDied", "TimedOut"])
+@pytest.mark.parametrize("cause", ["WorkerDied", "WorkerFailed", "TimedOut"])
 def test_who_ends_two_workers_of_its_own_is_set_aside(cause: Any) -> None:
     assert isinstance(through(loss(), loss(cause, alone=True)), Again)
     failure = through(loss(), loss(cause, alone=True), loss(cause, alone=True))
@@ -134,6 +143,125 @@ def test_an_item_that_is_to_have_its_device_waits_for_all_actors_there() -> None
     assert pool.free(Attempt(Item("b")), waiting=9) is None
     elsewhere.load = 2
     assert pool.free(Attempt(Item("b")), waiting=9) is elsewhere
+
+
+class FakeRay:
+    """What a pool asks of Ray, with handles that are their own references."""
+
+    class exceptions:  # noqa: N801
+        RayError = OSError
+        RayTaskError = KeyError
+
+    def __init__(self, lost: tuple[str, ...] = (), answered: tuple[str, ...] = ()) -> None:
+        self.lost, self.answered = lost, answered
+        self.killed: list[Any] = []
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"NodeID": node, "Alive": False} for node in self.lost]
+
+    def kill(self, handle: Any) -> None:
+        self.killed.append(handle)
+
+    def get(self, reference: Any, timeout: float | None = None) -> Any:
+        if reference == "dead":
+            raise OSError("The actor is dead")
+        return Remains()
+
+    def wait(self, references: Any, num_returns: int, timeout: float) -> Any:
+        return [one for one in references if one in self.answered], []
+
+
+def handle(reference: str) -> Any:
+    """An actor that answers, or does not."""
+    remote = SimpleNamespace(remote=lambda *arguments: reference)
+    return SimpleNamespace(__ray_ready__=remote, reference=reference)
+
+
+def pool_of(fake: FakeRay, *actors: Actor, limit: float | None = None) -> Pool:
+    pool = Pool(fake, lambda: None, lambda worker: None, lambda node: None, 3, Deadlines(limit))  # type: ignore[arg-type, return-value]
+    pool._actors = list(actors)
+    return pool
+
+
+def test_idle_actors_go_with_their_node() -> None:
+    """An item must not find out for each of them that its node is gone."""
+    there = Actor(handle("alive"), Place(1, "n", (), ()), room=3)
+    gone, busy = (Actor(handle("dead"), Place(i, "m", (), ()), room=3, load=i) for i in range(2))
+    fake = FakeRay(lost=("m",))
+    pool = pool_of(fake, there, gone, busy)
+    pool.resize(3, waiting=0)
+    assert fake.killed == [gone.handle]
+    assert pool.ready == 2
+    assert pool.free(Attempt(Item("a")), waiting=9) is there
+
+
+def test_who_died_while_it_had_nothing_is_given_nothing() -> None:
+    dead = Actor(handle("dead"), Place(1, "n", (), ()), room=3, since=float("-inf"))
+    alive = Actor(handle("alive"), Place(2, "n", (), ()), room=3, since=float("-inf"))
+    fake = FakeRay()
+    pool = pool_of(fake, dead, alive)
+    assert pool.free(Attempt(Item("a")), waiting=9) is alive
+    assert (fake.killed, pool.ready) == ([dead.handle], 1)
+
+
+def test_who_has_no_work_goes_when_less_is_needed() -> None:
+    """But for those whose device is reserved: their memory was just given back for an item."""
+    busy, idle, kept = (
+        Actor(handle("alive"), Place(gpu, "n", (gpu,), ()), room=3, load=gpu == 0)
+        for gpu in range(3)
+    )
+    elsewhere = Actor(handle("alive"), Place(3, "m", (), ()), room=3)
+    fake = FakeRay()
+    pool = pool_of(fake, elsewhere, busy, idle, kept)
+    pool._watchers = {"n": "its watcher", "m": "another"}
+    attempt = Attempt(Item("a"), alone="device")
+    pool._reserved = (kept.device, attempt)
+    pool.resize(1, waiting=1)
+    assert fake.killed == [elsewhere.handle, idle.handle, "another"]
+    pool.release(Attempt(Item("another"), alone="device"))
+    pool.resize(1, waiting=1)
+    assert pool.ready == 2
+    pool.release(attempt)
+    pool.resize(1, waiting=1)
+    assert fake.killed[3:] == [kept.handle]
+
+
+def test_an_item_has_its_time_from_when_the_one_before_it_was_done() -> None:
+    now = time.monotonic()
+    actors = [Actor(handle("alive"), Place(i, "n", (), ()), room=3, load=1) for i in range(3)]
+    for actor in actors[1:]:
+        actor.since = now - 100
+    fake = FakeRay(answered=("second",))
+    pool = pool_of(fake, *actors, limit=50)
+    pool._running = {
+        name: (actor, Attempt(Item(name)), now - 100)
+        for name, actor in zip(("first", "second", "third"), actors, strict=True)
+    }
+    pool._end_overdue()
+    # The first had to wait for its worker, the second's answer is there.
+    assert pool._actors == actors[:2]
+    assert list(actors[2].overdue) == ["third"]
+
+
+def errors() -> list[tuple[Exception, str]]:
+    return [
+        (torch.AcceleratorError("CUDA error: an illegal memory access"), "infrastructure"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), "infrastructure"),
+        (RuntimeError("CUDA error: out of memory"), "device_memory"),
+        (OSError(errno.ESTALE, "Stale file handle"), "infrastructure"),
+        (OSError(errno.EIO, "Input/output error"), "infrastructure"),
+        (OSError(errno.EACCES, "Permission denied"), "application"),
+        (TransientError("the server is busy"), "infrastructure"),
+        (LestdError("no such tensor"), "application"),
+        (RuntimeError("a bug"), "application"),
+    ]
+
+
+@pytest.mark.parametrize(("error", "kind"), errors(), ids=lambda one: str(one)[:30])
+def test_what_the_machine_did_is_no_fault_of_the_work(error: Exception, kind: str) -> None:
+    failure = failure_of("a", "block", error)
+    assert failure.kind == kind
+    assert str(error) in failure.message or "too little memory" in failure.message
 
 
 def test_deadlines_follow_what_finished_items_took_per_byte() -> None:

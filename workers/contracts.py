@@ -175,10 +175,10 @@ class Failure:
     """Why an item has no result.
 
     ``kind`` is ``"application"`` (bad input or a bug: not retried), ``"infrastructure"`` (a worker
-    or its machine was lost, or a store did not answer: retried up to the limit) or
-    ``"device_memory"`` (a GPU has too little: retried once with nothing else on it). ``evidence``
-    is what is known of the end of a worker that was lost: Ray's words, its memory, the last lines
-    of its log.
+    or its machine was lost or failed, or a store did not answer: retried elsewhere up to the limit)
+    or ``"device_memory"`` (a GPU has too little: retried once with nothing else on it).
+    ``evidence`` is what is known of the end of a worker that was lost: Ray's words, its memory, the
+    last lines of its log.
     """
 
     task_id: str

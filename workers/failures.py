@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import traceback
 from typing import Literal
 
@@ -15,11 +16,10 @@ from workers.retries import TransientError
 def failure_of(task_id: str, subject: str, error: Exception) -> Failure:
     """The `Failure` for what was raised by work on an item that messages call `subject`."""
     name = type(error).__name__
+    if isinstance(error, TransientError):  # It has been tried for long.
+        return Failure(task_id, "infrastructure", name, str(error))
     if isinstance(error, LestdError):
-        kind: Literal["application", "infrastructure"] = "application"
-        if isinstance(error, TransientError):  # It has been tried for long.
-            kind = "infrastructure"
-        return Failure(task_id, kind, name, str(error))
+        return Failure(task_id, "application", name, str(error))
     if lacks_device_memory(error):
         # PyTorch goes on with advice for those who write programs.
         found = ". ".join(first_line(error).split(". ")[:2]).rstrip(".")
@@ -28,8 +28,23 @@ def failure_of(task_id: str, subject: str, error: Exception) -> Failure:
             "start over with --device cpu"
         )
         return Failure(task_id, "device_memory", name, message, traceback.format_exc())
+    kind: Literal["application", "infrastructure"] = (
+        "infrastructure" if _is_of_the_machine(error) else "application"
+    )
     message = f"{subject}: {name}: {first_line(error)}"
-    return Failure(task_id, "application", name, message, traceback.format_exc())
+    return Failure(task_id, kind, name, message, traceback.format_exc())
+
+
+def _is_of_the_machine(error: BaseException) -> bool:
+    """Whether a GPU or a file system failed, rather than the work.
+
+    After most CUDA errors nothing on the GPU works any more in this process; another may do.
+    """
+    if isinstance(error, OSError):
+        return error.errno in (errno.EIO, errno.ESTALE)
+    return isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and "CUDA error" in str(error)
+    )
 
 
 def lacks_device_memory(error: BaseException) -> bool:
