@@ -245,6 +245,7 @@ def test_a_cluster_that_does_not_answer_is_named(model: Path, tmp_path: Path) ->
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_address_of_a_cluster_that_died_does_no_harm(model: Path, tmp_path: Path) -> None:
     """``ray start`` leaves one behind; a cluster of its own is started then."""
     with tempfile.TemporaryDirectory() as ray_dir:  # Sockets need a shorter path than tmp_path.
@@ -294,6 +295,7 @@ def test_an_output_that_is_not_ours_is_left_alone(model: Path, tmp_path: Path) -
     assert (run_dir / "notes.txt").read_text() == "keep me"
 
 
+@pytest.mark.slow
 def test_two_drivers_cannot_share_a_run(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with RunDirectory(tmp_path / "out.run").locked():
@@ -399,7 +401,7 @@ def test_a_file_size_limit_is_a_full_disk_too(tiny_llama: Path, tmp_path: Path) 
     [
         (("--workers", 1), signal.SIGINT),
         pytest.param(("--workers", 1), signal.SIGTERM, marks=pytest.mark.slow),
-        (("--executor", "serial"), signal.SIGINT),
+        pytest.param(("--executor", "serial"), signal.SIGINT, marks=pytest.mark.slow),
         (("--executor", "serial"), signal.SIGTERM),
     ],
     ids=["ray-int", "ray-term", "serial-int", "serial-term"],

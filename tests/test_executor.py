@@ -171,7 +171,7 @@ def ray_executor() -> Iterator[Executor]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("in_flight", [1, 3])
+@pytest.mark.parametrize("in_flight", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_every_item_gets_one_answer(ray_executor: Executor, tmp_path: Path, in_flight: int) -> None:
     jobs = [Job(str(i), number=i) for i in range(6)]
     jobs += [Job("once", "crash once", 7), Job("always", "crash"), Job("refuse", "refuse")]

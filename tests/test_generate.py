@@ -157,6 +157,7 @@ def test_the_forward_is_one_graph_and_generates_the_same(pairs, case):
     assert torch.equal(model.generate(**prompts(), **settings), expected)
 
 
+@pytest.mark.slow
 def test_inductor_in_its_default_mode(pairs):
     model = pairs[CASES[0]].load()
     compiled = torch.compile(model, fullgraph=True)

@@ -218,6 +218,7 @@ def test_the_mixing_is_orthogonal(width):
     torch.testing.assert_close(Q @ Q.T, torch.eye(width))
 
 
+@pytest.mark.slow
 def test_memory_holds_one_tensor_at_a_time(tmp_path):
     """12 layers take no more than 2, and neither much more than the largest tensor."""
     code = """
