@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXAMPLE := examples/tiny-llama-wikitext2
 OUT := demo-out/tiny-llama-lestd
+# Two files of tests at a time; more would have more Rays at a time than small machines bear.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -49,10 +51,10 @@ demo: .venv/installed ## Compress the example at keep 0.6, judge it before and a
 	@echo "  lestd compress YOUR_MODEL --keep 0.6 --out YOUR_MODEL-lestd"
 
 test: .venv/installed-dev ## Run the test suite
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: .venv/installed-dev ## Run the test suite with the slow tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: .venv/installed-dev ## Lint, format and types
 	$(BIN)/ruff check .

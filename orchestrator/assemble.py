@@ -32,7 +32,7 @@ from lestd_kernels.decomposition import FORMAT_VERSION
 from lestd_kernels.errors import LestdError
 from orchestrator.card import CARD_FILE, model_card
 from orchestrator.lease import leased
-from orchestrator.manifest import Manifest, json_bytes, read_json, write_json
+from orchestrator.manifest import MANIFEST_DIR, Manifest, json_bytes, read_json, write_json
 from orchestrator.plan import Plan
 from orchestrator.rundir import require_same
 from orchestrator.source import CONFIG_FILE, Source, copy_side_files, is_side_file
@@ -57,7 +57,6 @@ from workers.files import (
 )
 from workers.ranges import is_url
 
-MANIFEST_DIR = "manifest"
 _ABOUT = "model.json"
 # Written anew, whatever the source has under these names.
 _OF_OUR_OWN = (CONFIG_FILE, CARD_FILE)

@@ -21,6 +21,7 @@ from orchestrator import cli_models, logs, tables  # noqa: F401 - cli_models reg
 from orchestrator.app import app
 from orchestrator.config import RunFile, cluster_options, run_options
 from orchestrator.logs import LogFormat
+from orchestrator.manifest import default_run_dir
 from orchestrator.options import (
     Address,
     AllocationOption,
@@ -47,7 +48,7 @@ from orchestrator.options import (
     TypeModeOption,
     Workers,
 )
-from orchestrator.rundir import RunDirectory, default_run_dir
+from orchestrator.rundir import RunDirectory
 from workers.files import as_path
 
 

@@ -1,9 +1,14 @@
-"""The manifest: what is known of every finished task, one small Parquet file per row.
+"""The manifest: what is known of a run, in Parquet files that appear whole or not at all.
 
-    manifest/groups/<task_id>.parquet   one row: the group is done     (written last)
-    manifest/slices/<task_id>.parquet   one row per slice of the group (written before it)
-    manifest/curves/<task_id>.parquet   one row per byte budget of a group's curve, if asked for
-    manifest/events/<time>.parquet      one row: started, retried, failed
+    manifest/groups/<task_id>.parquet       one row: the group is done     (written last)
+    manifest/slices/<task_id>.parquet       one row per slice of the group (written before it)
+    manifest/curves/<task_id>.parquet       one row per byte budget of a group's curve
+    manifest/events/<time>.parquet          one row: started, retried, failed
+    manifest/runs/<invocation>.parquet      one row: a call of `lestd compress`
+    manifest/evaluations/<id>.parquet       one row per metric
+    manifest/<table>.parquet                rows of many such files, once compacted
+
+Their columns are in `orchestrator.schemas`, for people in docs/manifest.md.
 
 The group row is the commit. It is written after the payload is on disk, or in an object store,
 under a name that carries its sha256, so a crash at any moment leaves either a finished task or no
@@ -16,38 +21,87 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from typing import Any, Literal, TypeVar, cast
 
 from lestd_kernels.errors import LestdError
 from orchestrator.executor import Event
-from orchestrator.schemas import CURVES, EVENTS, GROUPS, KEYS, SLICES, STAGES
+from orchestrator.rows import (
+    Damaged,
+    TableRead,
+    compact_table,
+    compacted_path,
+    part_path,
+    read_table,
+    write_rows,
+)
+from orchestrator.schemas import (
+    CURVES,
+    EVALUATIONS,
+    EVENTS,
+    GROUPS,
+    RUNS,
+    SLICES,
+    STAGES,
+    TABLES,
+    TableSpec,
+)
 from workers.contracts import CurveResult, CurveTask, Failure, Result
 from workers.files import (
     AnyPath,
+    as_path,
     atomic_write,
     file_sha256,
     file_size,
     in_parallel,
-    is_file,
-    list_files,
+    list_names,
     make_directory,
     read_file,
-    read_files,
 )
+
+MANIFEST_DIR = "manifest"
+TableType = Literal["arrow", "pandas", "polars"]
+"""What a table is given as; the libraries are imported when they are asked for."""
+_AnyPathT = TypeVar("_AnyPathT", bound=AnyPath)
+
+
+def default_run_dir(out: _AnyPathT) -> _AnyPathT:
+    """``OUT.run``, beside the output.
+
+    Raises:
+        LestdError: `out` is the root directory.
+    """
+    if not out.name:
+        raise LestdError(f"{out} cannot be the directory of a model; name one inside it")
+    return cast(_AnyPathT, out.with_name(out.name + ".run"))
+
+
+def manifest_directory(path: AnyPath) -> AnyPath:
+    """The manifest directory of a run directory, a compressed model, or a model in the making.
+
+    Raises:
+        LestdError: there is none; or the object store does not answer.
+    """
+    candidates = [path] if path.name == MANIFEST_DIR else [path / MANIFEST_DIR]
+    if path.name and path.name != MANIFEST_DIR:
+        candidates.append(default_run_dir(path) / MANIFEST_DIR)
+    for directory in candidates:
+        if list_names(directory):
+            return directory
+    raise LestdError(
+        f"{path} has no manifest, and neither has a run beside it; name the directory of a "
+        "compressed model or of a run, as given to --out or --run-dir"
+    )
 
 
 def _microseconds(seconds: float) -> int:
     return round(seconds * 1_000_000)
 
 
-def _common_fields(result: Result | CurveResult, schema: pa.Schema) -> dict[str, Any]:
+def _common_fields(result: Result | CurveResult, spec: TableSpec) -> dict[str, Any]:
     fields = asdict(result)
-    row = {name: fields[name] for name in schema.names if name in fields}
+    row = {name: fields[name] for name in spec.schema.names if name in fields}
     row |= {f"seconds_{stage}": result.seconds.get(stage, 0.0) for stage in STAGES}
     row["started_at"] = _microseconds(result.started_at)
     row["versions"] = json.dumps(result.versions, sort_keys=True)
@@ -79,32 +133,25 @@ def slice_rows(result: Result) -> list[dict[str, Any]]:
     return [key | asdict(one) for one in result.slices]
 
 
-def write_rows(path: AnyPath, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
-    """Write rows to one Parquet file, atomically and on disk when this returns.
+class Manifest:
+    """The manifest of a run or of a compressed model.
+
+        Manifest("OUT").slices()            # a pyarrow.Table
+        Manifest("OUT").groups("pandas")    # a pandas.DataFrame
+
+    Readers may look while a run goes on, and see what was committed when they looked.
+
+    Args:
+        path: path or URL of a compressed model, of a run directory, of an output whose run is not
+            finished, or of a ``manifest`` directory, which is made on the first write.
 
     Raises:
-        OutOfSpaceError: no space left.
-    """
-    table = pa.Table.from_pylist(list(rows), schema=schema)
-    atomic_write(path, lambda file: pq.write_table(table, file, compression="zstd"))
-
-
-@dataclass(frozen=True)
-class Damaged:
-    """A file of the manifest that cannot be read, and why."""
-
-    path: AnyPath
-    reason: str
-
-
-class Manifest:
-    """The manifest in a directory; made on the first write.
-
-    Readers may look while a run goes on: files appear whole or not at all.
+        LestdError: there is no manifest at a path that is not itself called ``manifest``.
     """
 
-    def __init__(self, directory: AnyPath) -> None:
-        self.directory = directory
+    def __init__(self, path: str | AnyPath) -> None:
+        path = as_path(path) if isinstance(path, str) else path
+        self.directory = path if path.name == MANIFEST_DIR else manifest_directory(path)
 
     # -- writing: the driver only ------------------------------------------------------------
 
@@ -112,10 +159,10 @@ class Manifest:
         """Record a finished task: slice rows first, then the group row, which means done."""
         name = f"{result.task_id}.parquet"
         if isinstance(result, CurveResult):
-            write_rows(self._part("curves", name), curve_rows(result), CURVES)
+            write_rows(part_path(self.directory, CURVES, name), curve_rows(result), CURVES)
             return
-        write_rows(self._part("slices", name), slice_rows(result), SLICES)
-        write_rows(self._part("groups", name), [group_row(result)], GROUPS)
+        write_rows(part_path(self.directory, SLICES, name), slice_rows(result), SLICES)
+        write_rows(part_path(self.directory, GROUPS, name), [group_row(result)], GROUPS)
 
     def record_event(self, event: Event) -> None:
         """Record that a task was started or retried."""
@@ -123,62 +170,81 @@ class Manifest:
 
     def record_failure(self, failure: Failure) -> None:
         """Record that a task failed for good."""
-        row = {name: getattr(failure, name) for name in EVENTS.names if hasattr(failure, name)}
+        names = EVENTS.schema.names
+        row = {name: getattr(failure, name) for name in names if hasattr(failure, name)}
         self._write_event(row | {"kind": "failed"})
 
     def _write_event(self, row: dict[str, Any]) -> None:
         at = time.time_ns()
         name = f"{at:020d}-{row['task_id'][:16]}.parquet"
-        write_rows(self._part("events", name), [row | {"at": at // 1000}], EVENTS)
+        write_rows(part_path(self.directory, EVENTS, name), [row | {"at": at // 1000}], EVENTS)
 
-    def _part(self, table: str, name: str) -> AnyPath:
-        folder = self.directory / table
-        make_directory(folder)
-        return folder / name
+    def record_run(self, row: dict[str, Any]) -> None:
+        """Record a call of compress, as it begins and again as it ends; a row of `runs`."""
+        name = f"{row['invocation']}.parquet"
+        write_rows(part_path(self.directory, RUNS, name), [row], RUNS)
+
+    def record_evaluation(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Record the metrics of one evaluation: rows of `evaluations` with one evaluation_id."""
+        name = f"{rows[0]['evaluation_id']}.parquet"
+        write_rows(part_path(self.directory, EVALUATIONS, name), rows, EVALUATIONS)
+
+    def compact(self, check: Callable[[], None] = lambda: None) -> int:
+        """Put the part files of every table together; see `orchestrator.rows.compact_table`."""
+        return sum(compact_table(self.directory, spec, check) for spec in TABLES.values())
 
     # -- reading -----------------------------------------------------------------------------
 
-    def groups(self) -> pa.Table:
+    def groups(self, to: TableType = "arrow") -> Any:
         """All group rows, by layer."""
-        return self._read("groups", GROUPS).sort_by(
-            [("layer", "ascending"), ("group", "ascending")]
-        )
+        return self.table("groups", to)
 
-    def slices(self) -> pa.Table:
-        """All slice rows; those of one group lie together, in the order of its slices."""
-        return self._read("slices", SLICES)
+    def slices(self, to: TableType = "arrow") -> Any:
+        """All slice rows, by layer; those of one group in the order of its slices."""
+        return self.table("slices", to)
 
-    def curves(self) -> pa.Table:
+    def curves(self, to: TableType = "arrow") -> Any:
         """All rows of curves, by layer and budget."""
-        return self._read("curves", CURVES).sort_by(
-            [("layer", "ascending"), ("group", "ascending"), ("byte_budget", "ascending")]
-        )
+        return self.table("curves", to)
 
-    def events(self) -> pa.Table:
+    def events(self, to: TableType = "arrow") -> Any:
         """All events, oldest first."""
-        return self._read("events", EVENTS).sort_by("at")
+        return self.table("events", to)
+
+    def runs(self, to: TableType = "arrow") -> Any:
+        """All calls of compress, oldest first."""
+        return self.table("runs", to)
+
+    def evaluations(self, to: TableType = "arrow") -> Any:
+        """All metrics of all evaluations, oldest first."""
+        return self.table("evaluations", to)
+
+    def table(self, name: str, to: TableType = "arrow") -> Any:
+        """A table by its name.
+
+        Returns:
+            ``pyarrow.Table``, ``pandas.DataFrame`` or ``polars.DataFrame``.
+
+        Raises:
+            ImportError: pandas or polars is asked for and not installed.
+            LestdError: the object store does not answer.
+        """
+        rows = self.read(name).rows
+        if to == "pandas":
+            return rows.to_pandas()
+        if to == "polars":
+            import polars
+
+            return polars.from_arrow(rows)
+        return rows
+
+    def read(self, name: str) -> TableRead:
+        """A table by its name, with the files that could not be read."""
+        return read_table(self.directory, TABLES[name])
 
     def damaged(self) -> list[Damaged]:
         """Files that cannot be read as rows of their table."""
-        found = []
-        tables = {"groups": GROUPS, "slices": SLICES, "curves": CURVES, "events": EVENTS}
-        for table, schema in tables.items():
-            found += [part for part in self._parts(table, schema) if isinstance(part, Damaged)]
-        return found
-
-    def _parts(self, table: str, schema: pa.Schema) -> list[pa.Table | Damaged]:
-        # A compressed model has one file per table; a run directory one per row, in a folder.
-        single, folder = self.directory / f"{table}.parquet", self.directory / table
-        paths = [single]
-        if not is_file(single):
-            paths = [folder / name for name in list_files(folder) if name.endswith(".parquet")]
-        contents = read_files(paths)
-        return [_read_part(*each, schema) for each in zip(paths, contents, strict=True)]
-
-    def _read(self, table: str, schema: pa.Schema) -> pa.Table:
-        parts = self._parts(table, schema)
-        whole = [part for part in parts if not isinstance(part, Damaged)]
-        return pa.concat_tables(whole) if whole else schema.empty_table()
+        return [bad for name in TABLES for bad in self.read(name).damaged]
 
     def completed(self, task_ids: Iterable[str], payload_dir: AnyPath) -> dict[str, dict[str, Any]]:
         """Group rows of those tasks that are done, by task id.
@@ -223,36 +289,10 @@ class Manifest:
         """Write the rows of these tasks, ``groups.parquet`` and the others, for a model."""
         wanted = {*task_ids, *curve_ids}
         make_directory(target)
-        groups = self.groups()
-        order = {task_id: i for i, task_id in enumerate(groups["task_id"].to_pylist())}
-        tables = {"groups": groups, "slices": self.slices(), "curves": self.curves()}
-        for name, table in tables.items():
-            rows = [row for row in table.to_pylist() if row["task_id"] in wanted]
-            rows.sort(key=lambda row: order.get(row["task_id"], 0))
+        for spec in (GROUPS, SLICES, CURVES):
+            rows = [row for row in self.table(spec.name).to_pylist() if row["task_id"] in wanted]
             if rows:
-                write_rows(target / f"{name}.parquet", rows, table.schema)
-
-
-def _read_part(path: AnyPath, content: bytes | OSError, schema: pa.Schema) -> pa.Table | Damaged:
-    if isinstance(content, OSError):
-        return Damaged(path, str(content))
-    try:
-        table = pq.read_table(pa.BufferReader(content), partitioning=None)
-        for key in sorted(KEYS & set(schema.names)):
-            if key not in table.column_names or table[key].null_count:
-                return Damaged(path, f"it has rows without {key}")
-        # Columns that a newer version added are dropped, those of a later one are null.
-        return pa.Table.from_pydict(
-            {
-                field.name: table[field.name].cast(field.type)
-                if field.name in table.column_names
-                else pa.nulls(len(table), field.type)
-                for field in schema
-            },
-            schema=schema,
-        )
-    except (pa.ArrowException, OSError, ValueError) as error:
-        return Damaged(path, str(error).splitlines()[0])
+                write_rows(compacted_path(target, spec), rows, spec)
 
 
 def slice_count(row: dict[str, Any]) -> int:

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from lestd_kernels.errors import LestdError, OutOfSpaceError
-from orchestrator.assemble import MANIFEST_DIR, assemble, check_output, remove_model
+from orchestrator.assemble import assemble, check_output, remove_model
 from orchestrator.config import RunConfig
 from orchestrator.executor import Event, Executor, Listener, WorkerSpec
-from orchestrator.manifest import Manifest
+from orchestrator.manifest import MANIFEST_DIR, Manifest
 from orchestrator.plan import Plan, decide, make_plan, no_worse_than_uniform
 from orchestrator.rundir import RunDirectory, fingerprint, require_same
 from orchestrator.source import Source

@@ -21,8 +21,9 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 
 from lestd_kernels.errors import LestdError, first_line
 from orchestrator import logs, tables
-from orchestrator.assemble import MANIFEST_DIR, about_model
+from orchestrator.assemble import about_model
 from orchestrator.inspection import verify
+from orchestrator.manifest import MANIFEST_DIR
 
 _OUR_SHARDS = ("lestd-*.safetensors", "dense-*.safetensors")
 _WEIGHT_SUFFIXES = {".safetensors", ".bin"}

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from upath import UPath
 
@@ -27,9 +27,8 @@ from lestd_kernels.decomposition import FORMAT_VERSION
 from lestd_kernels.errors import LestdError
 from orchestrator.config import RunConfig
 from orchestrator.lease import is_held, leased
-from orchestrator.manifest import Manifest, read_json, write_json
+from orchestrator.manifest import MANIFEST_DIR, Manifest, read_json, write_json
 from orchestrator.plan import Plan
-from orchestrator.schemas import MANIFEST_FORMAT
 from orchestrator.source import Source
 from workers.checkpoint import hash_tensor
 from workers.decompose import software_versions
@@ -47,21 +46,9 @@ from workers.files import (
 from workers.sampling import sample_digests, shard_stats
 
 _OURS = {"lock", "run.json", "plan.json", "payloads", "manifest", "untouched"}
-_AnyPathT = TypeVar("_AnyPathT", Path, UPath)
 _TEMPORARY = ".tmp-"
 # `lestd status` takes the lock for a moment to see whether it is free.
 _LOCK_PATIENCE_SECONDS = 1.0
-
-
-def default_run_dir(out: _AnyPathT) -> _AnyPathT:
-    """``OUT.run``, beside the output.
-
-    Raises:
-        LestdError: `out` is the root directory.
-    """
-    if not out.name:
-        raise LestdError(f"{out} cannot be the directory of a model; name one inside it")
-    return out.with_name(out.name + ".run")
 
 
 def fingerprint(source: Source, config: RunConfig, device: str) -> dict[str, Any]:
@@ -72,7 +59,6 @@ def fingerprint(source: Source, config: RunConfig, device: str) -> dict[str, Any
     """
     fields = {
         "format_version": FORMAT_VERSION,
-        "manifest_format": MANIFEST_FORMAT,
         "config": config.model_dump(mode="json") | {"device": device},
         "source": {"config.json": source.config_json, "shards": sample_digests(source.index)},
         "versions": software_versions(),
@@ -116,7 +102,7 @@ class RunDirectory:
     def __init__(self, path: AnyPath) -> None:
         self.path = path
         self.payloads = self.path / "payloads"
-        self.manifest = Manifest(self.path / "manifest")
+        self.manifest = Manifest(self.path / MANIFEST_DIR)
 
     @property
     def exists(self) -> bool:

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -31,11 +32,12 @@ _NODE = {"num_cpus": 2, "num_gpus": 1, "object_store_memory": 80 * 2**20}
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     """A head without room for work, and two nodes with a GPU each."""
-    with pytest.MonkeyPatch.context() as patch:
+    # Sockets lie there, and their paths may not be long.
+    with tempfile.TemporaryDirectory() as short, pytest.MonkeyPatch.context() as patch:
         # Where Ray notes the address of the last cluster, for others to join.
-        patch.setenv("RAY_TMPDIR", str(tmp_path_factory.mktemp("ray")))
+        patch.setenv("RAY_TMPDIR", short)
         one = Cluster(
             initialize_head=True,
             head_node_args={

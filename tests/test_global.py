@@ -16,7 +16,8 @@ from cli import digest_tree, lestd, start_lestd
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from orchestrator.manifest import Manifest, write_rows
+from orchestrator.manifest import Manifest
+from orchestrator.rows import write_rows
 from orchestrator.schemas import CURVES
 
 LAYERS = 12
