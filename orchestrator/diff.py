@@ -68,6 +68,7 @@ def compare(before: str, after: str) -> Row:
     common.sort(key=lambda group: (old.groups[group]["layer"], group))
     both = {group: (old.groups[group], new.groups[group]) for group in common}
     same = [one["sha256"] == other["sha256"] for one, other in both.values()]
+    clocked = bool(old.data.calls) == bool(new.data.calls)
     only = [sorted(a.groups.keys() - b.groups.keys()) for a, b in ((old, new), (new, old))]
     return {
         **{name: _about(side) for name, side in (("before", old), ("after", new))},
@@ -78,7 +79,7 @@ def compare(before: str, after: str) -> Row:
         "configuration": _changed(old.configuration, new.configuration) + _sources(both),
         "bytes": _figures(lambda side: _bytes(side, common), old, new),
         "error": _figures(lambda side: _errors(side, common), old, new),
-        "time": _figures(_seconds, old, new),
+        "time": _figures(lambda side: _seconds(side, clocked), old, new),
         "quality": _quality(old.data.evaluations, new.data.evaluations),
         "layers": [_layer(one, other) for one, other in both.values()],
     }
@@ -149,13 +150,15 @@ def _changed(old: _Configuration, new: _Configuration) -> list[Row]:
     """The entries that differ; what one side has no record of is not compared."""
     both = [key for key in old.known if key in new.known]
     found = [(key, old.known[key], new.known[key]) for key in both]
-    for title, one, other in (
-        ("{}", old.config, new.config),
-        ("version of {}", old.versions, new.versions),
-    ):
-        if one is not None and other is not None:
-            keys = dict.fromkeys([*one, *other])
-            found += [(title.format(key), one.get(key), other.get(key)) for key in keys]
+    if old.config is not None and new.config is not None:
+        keys = dict.fromkeys([*old.config, *new.config])
+        found += [(key, old.config.get(key), new.config.get(key)) for key in keys]
+    if old.versions is not None and new.versions is not None:
+        found += [
+            (f"version of {key}", value, new.versions[key])
+            for key, value in old.versions.items()
+            if key in new.versions
+        ]
     return [
         {"what": what, "before": before, "after": after}
         for what, before, after in found
@@ -253,11 +256,15 @@ def _relative(pairs: Sequence[tuple[float | None, float | None]]) -> float | Non
     return math.sqrt(math.fsum(error for error, _ in known) / norm)
 
 
-def _seconds(side: _Side) -> list[tuple[str, str, Any]]:
+def _seconds(side: _Side, clocked: bool) -> list[tuple[str, str, Any]]:
+    """Times; that of the wall only where it was taken in the same way on both sides.
+
+    Where no calls are recorded it runs from the first task's start to the last one's end.
+    """
     stages = {row["stage"]: row["seconds"] for row in side.data.stages}
     peaks = [row["peak_memory_bytes"] for row in side.data.layers if row["peak_memory_bytes"]]
     return [
-        ("wall time", "seconds", side.data.summary["seconds"]),
+        ("wall time", "seconds", side.data.summary["seconds"] if clocked else None),
         ("of all workers", "seconds", math.fsum(stages.values())),
         ("decomposing", "seconds", math.fsum(stages.get(stage, 0.0) for stage in COMPUTING_STAGES)),
         *((stage, "seconds", seconds) for stage, seconds in stages.items()),

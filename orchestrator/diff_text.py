@@ -12,7 +12,7 @@ from orchestrator import logs, tables
 from orchestrator.diff import Row, by_difference
 
 _SHOWN_LAYERS, _SHOWN_NAMES = 10, 3
-_BAR = 12
+_BAR, _BAR_WIDTH = 12, 96
 _BETTER, _WORSE = "green", "red"
 
 
@@ -130,26 +130,25 @@ def _print_layers(layers: Sequence[Row], every_layer: bool) -> None:
     differing = by_difference(layers)
     shown = list(layers) if every_layer else differing[:_SHOWN_LAYERS]
     largest = max((abs(one["relative_error"]["change"] or 0.0) for one in shown), default=0.0)
+    wide = tables.out.width >= _BAR_WIDTH
     rows = []
     for one in shown:
         stored, error = one["stored_bytes"], one["relative_error"]
-        rows.append(
-            (
-                str(one["layer"]),
-                _figure(stored["after"], "bytes"),
-                *_change(stored, "bytes", higher_is_better=False),
-                _sides(tables.ranks(one["before"]), tables.ranks(one["after"])),
-                _figure(error["after"], ""),
-                *_change(error, "", higher_is_better=False),
-                _bar(error["change"] or 0.0, largest),
-            )
-        )
+        cells = [
+            str(one["layer"]),
+            _figure(stored["after"], "bytes"),
+            _change(stored, "bytes", higher_is_better=False)[1],
+            _sides(tables.ranks(one["before"]), tables.ranks(one["after"])),
+            _figure(error["after"], ""),
+            _change(error, "", higher_is_better=False)[0],
+        ]
+        rows.append(cells + ([_bar(error["change"] or 0.0, largest)] if wide else []))
     if not rows:
         return
     title = f"layers: {len(differing)} of {len(layers)} differ"
     if len(shown) < len(differing):
         title += f", the {len(shown)} that differ most; --all shows every one"
-    columns = ("layer", "stored", "change", "%", "ranks", "error", "change", "%", "")
+    columns = ["layer", "stored", "%", "ranks", "error", "change", *([""] if wide else [])]
     tables.print_table(title, columns, rows)
 
 
