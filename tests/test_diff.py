@@ -160,7 +160,9 @@ def test_what_only_one_side_records_is_no_difference(runs: Path, tmp_path: Path)
     recorded["versions"] = json.dumps(fingerprint["versions"] | {"python": "3"})
     shutil.rmtree(tmp_path / "run" / "manifest" / "runs", ignore_errors=True)
     write(tmp_path / "run", "runs", call("a", 0, seconds=99.0, **recorded))
-    shown = lestd("diff", runs / "small", tmp_path / "run")
+    shutil.copytree(runs / "small", tmp_path / "model")
+    (tmp_path / "model" / "manifest" / "runs.parquet").unlink(missing_ok=True)
+    shown = lestd("diff", tmp_path / "model", tmp_path / "run")
     assert len(shown.out.splitlines()) == 3
     assert "the payloads are identical" in shown.out
 

@@ -52,7 +52,6 @@ def put_damage(folder: Path, table: str) -> set[Path]:
         part = pq.read_table(own[0], partitioning=None) if own else made_up(other)
         pq.write_table(part, folder / f"of-{other}.parquet")
         bad.append(f"of-{other}")
-    (folder / "notes.txt").write_text("not asked for, not looked at")
     return {folder / f"{name}.parquet" for name in bad}
 
 
