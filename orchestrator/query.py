@@ -33,14 +33,15 @@ _LOCKED: dict[str, str | bool | int | float | list[str]] = {
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
     "temp_directory": "",  # What does not fit into memory is not spilled to a disk.
-    "memory_limit": "4GB",
+    "memory_limit": "2GB",
 }
 _Answer = TypeVar("_Answer")
+_ERROR = re.compile(r"^[A-Z][\w ]*Error: ")
 _WORD = re.compile(r"\w+")
 # Functions whose argument names a table, in ways that are not seen from outside.
 _NAME_ANY = {"query", "query_table"}
-# What duckdb adds for people at its own prompt: the place in the text, and settings to change.
-_NOT_OURS = ("LINE ", "Database is launched", "Unused blocks", "Launch the database", "Or set")
+# What duckdb says beside the reason: where in the text, and the signatures of a function.
+_BESIDE = re.compile(r"LINE \d+:|[\^ ]*$|.*:$|\w+\(.*\)( -> .*)?$")
 
 
 @dataclass(frozen=True)
@@ -195,14 +196,20 @@ def _explained(ask: Callable[[], _Answer]) -> _Answer:
             f"the query reaches out of its tables ({_sentence(error)}); it can read "
             f"{', '.join(TABLES)} only"
         ) from error
+    except (duckdb.OutOfMemoryException, MemoryError) as error:
+        raise LestdError(
+            f"the query needs more than {_LOCKED['memory_limit']} of memory; aggregate or filter "
+            "before joining and sorting, or join tables on run and task_id"
+        ) from error
     except (duckdb.Error, pa.ArrowException, OSError) as error:
         raise LestdError(
-            f"the query cannot be answered: {_sentence(error)}; lestd query --help shows the "
-            'tables and examples, "DESCRIBE slices" the columns of one'
+            f"the query cannot be answered: {_sentence(error)}; lestd query --help has examples, "
+            "DESCRIBE slices shows the columns of a table"
         ) from error
 
 
 def _sentence(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines()]
-    said = [line for line in lines if line.strip("^ ") and not line.startswith(_NOT_OURS)]
-    return "; ".join(said[:2]).rstrip(".!")
+    """The first two lines that say something, without the name of the exception before them."""
+    lines = [line.strip() for line in _ERROR.sub("", str(error), count=1).splitlines()]
+    said = [line.rstrip(".!") for line in lines if not _BESIDE.match(line)]
+    return "; ".join(said[:2])

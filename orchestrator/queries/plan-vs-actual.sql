@@ -15,13 +15,31 @@ with
         from groups
         group by run
     ),
+    points as (
+        select
+            run, layer, "group", byte_budget, predicted_squared_error as squared_error,
+            lead(byte_budget) over curve - byte_budget as step,
+            lead(predicted_squared_error) over curve - predicted_squared_error as change
+        from curves
+        window curve as (partition by run, layer, "group" order by byte_budget)
+    ),
+    -- Of all groups or of none: on its curve, between two points where the budget lies there.
     predicted as (
         select
             groups.run,
-            case when count(*) = count(curves.task_id) then sum(predicted_squared_error) end
-                as squared_error
+            case
+                when count(*) = count(points.squared_error)
+                then sum(
+                    points.squared_error
+                    + coalesce((groups.byte_budget - points.byte_budget) / step * change, 0)
+                )
+            end as squared_error
         from groups
-        left join curves using (run, layer, "group", byte_budget)
+        asof left join points
+            on groups.run = points.run
+            and groups.layer = points.layer
+            and groups."group" = points."group"
+            and groups.byte_budget >= points.byte_budget
         group by groups.run
     ),
     known as (
