@@ -10,7 +10,6 @@ import typer
 
 from orchestrator import logs, tables
 from orchestrator.app import app
-from orchestrator.config import cluster_options
 from orchestrator.logs import LogFormat
 from orchestrator.meter import Meter
 from orchestrator.options import (
@@ -106,6 +105,7 @@ def evaluate(
 ) -> None:
     """Measure token and word perplexity over non-overlapping windows of a text."""
     given = dict(locals())
+    from orchestrator.config import cluster_options
     from orchestrator.executor import open_executor
     from orchestrator.submit import jobs_address, run_as_job
     from orchestrator.summary import evaluate_models, print_evaluations

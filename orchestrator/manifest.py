@@ -23,10 +23,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from typing import Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from lestd_kernels.errors import LestdError
-from orchestrator.executor import Event
 from orchestrator.rows import (
     Damaged,
     TableRead,
@@ -59,6 +58,9 @@ from workers.files import (
     make_directory,
     read_file,
 )
+
+if TYPE_CHECKING:  # It imports torch, which readers of a manifest need not wait for.
+    from orchestrator.executor import Event
 
 MANIFEST_DIR = "manifest"
 TableType = Literal["arrow", "pandas", "polars"]

@@ -6,11 +6,12 @@ A task names tensors; a worker reads them itself, writes a payload, and returns 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lestd_kernels.budget import CurvePoint
-from lestd_kernels.methods import SliceStats
-from lestd_kernels.tensorize import GroupLayout
+if TYPE_CHECKING:  # They import torch, which readers of a manifest need not wait for.
+    from lestd_kernels.budget import CurvePoint
+    from lestd_kernels.methods import SliceStats
+    from lestd_kernels.tensorize import GroupLayout
 
 
 @dataclass(frozen=True)
