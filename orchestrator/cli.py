@@ -164,6 +164,7 @@ def compress(
                 on_start=shown.on_start,
                 on_event=shown.on_event,
                 on_progress=shown.on_progress,
+                planned_seconds=None if seconds is None else sum(seconds.values()),
             )
             shown.ended(outcome)
     except KeyboardInterrupt:

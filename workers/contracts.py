@@ -131,8 +131,9 @@ class Result:
     Energies and errors are squared Frobenius norms in the units of the weights;
     `relative_error` is not squared, and is recomputed from the tensors as stored.
     `seconds` has one entry per stage; `started_at` is seconds since the epoch. `slices` is the
-    manifest's table of that name. `device` names the hardware: the GPU, or the machine and the
-    vector instructions of its CPU.
+    manifest's table of that name. `singular_values_1` and `_2` are those of the mode-1 and mode-2
+    unfoldings of the weights, descending. `device` names the hardware: the GPU, or the machine and
+    the vector instructions of its CPU.
     """
 
     task_id: str
@@ -168,6 +169,8 @@ class Result:
     node: str
     versions: dict[str, str]
     slices: tuple[SliceStats, ...]
+    singular_values_1: tuple[float, ...]
+    singular_values_2: tuple[float, ...]
     attempt: int = 1
 
 
@@ -179,7 +182,7 @@ class Failure:
     or its machine was lost or failed, or a store did not answer: retried elsewhere up to the limit)
     or ``"device_memory"`` (a GPU has too little: retried once with nothing else on it).
     ``evidence`` is what is known of the end of a worker that was lost: Ray's words, its memory, the
-    last lines of its log.
+    last lines of its log. ``worker``, host:pid, is who had the item; empty where nobody had.
     """
 
     task_id: str
@@ -189,6 +192,7 @@ class Failure:
     traceback: str = field(default="", repr=False)
     attempt: int = 1
     evidence: str = field(default="", repr=False)
+    worker: str = ""
 
 
 @dataclass(frozen=True)

@@ -209,6 +209,8 @@ class DecomposeWorker:
             node=socket.gethostname(),
             versions=software_versions(),
             slices=done.slices,
+            singular_values_1=done.singular_values[0],
+            singular_values_2=done.singular_values[1],
         )
 
     def _read(self, task: Task) -> tuple[dict[str, Tensor], str]:
