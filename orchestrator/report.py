@@ -117,6 +117,7 @@ def render(data: ReportData) -> str:
         scripts=[Markup(script) for script in scripts],
         hashes=" ".join(map(_csp_hash, scripts)),
         style=Markup(_file("report.css")),
+        judged=next((e for e in data.evaluations if e["change"] is not None), None),
         ranks=ranks,
     )
 

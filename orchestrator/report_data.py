@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from orchestrator.manifest import Manifest
+from orchestrator.manifest import MANIFEST_DIR, Manifest
 from orchestrator.report_timeline import lost_attempts, stage_seconds, timeline
 from orchestrator.rundir import RunDirectory
 from orchestrator.schemas import COMPUTING_STAGES, STAGES
@@ -24,6 +24,7 @@ PROJECTIONS = ("q", "k", "v", "o")
 """The order in which projections are shown; others follow by name."""
 
 Row = dict[str, Any]
+_RUN = ".run"
 _NEVER = datetime.min.replace(tzinfo=UTC)
 
 
@@ -78,6 +79,8 @@ def gather(path: str) -> ReportData:
         name: manifest.read(name)
         for name in ("runs", "groups", "slices", "curves", "events", "evaluations")
     }
+    if not len(found["evaluations"].rows) and (model := _model_of(manifest)):
+        found["evaluations"] = model.read("evaluations")
     encoded = found["groups"].rows.to_pylist()
     groups = _latest(encoded)
     curves = list({row["task_id"]: row for row in found["curves"].rows.to_pylist()}.values())
@@ -105,6 +108,14 @@ def gather(path: str) -> ReportData:
             for bad in table.damaged
         ],
     )
+
+
+def _model_of(manifest: Manifest) -> Manifest | None:
+    """The manifest of the model that a run made, where evaluations are kept; None if none is."""
+    run = manifest.directory.parent
+    if not run.name.endswith(_RUN):
+        return None
+    return Manifest(run.with_name(run.name.removesuffix(_RUN)) / MANIFEST_DIR)
 
 
 def _latest(rows: Sequence[Row]) -> list[Row]:

@@ -40,7 +40,7 @@ function colorAt(colors, share) {
   const channels = [below, below + 1].map((index) =>
     [1, 3, 5].map((at) => parseInt(colors[index].slice(at, at + 2), 16)));
   const mixed = channels[0].map((c, i) => Math.round(c + (channels[1][i] - c) * (place - below)));
-  return `rgb(${mixed.join(",")})`;
+  return `#${mixed.map((channel) => channel.toString(16).padStart(2, "0")).join("")}`;
 }
 
 // Layers by number, with gaps where some are not finished; by name where several share a number.
@@ -82,25 +82,26 @@ function drawHeads(width, theme) {
   const projections = unique(heads.column("projection"));
   const panels = Math.min(projections.length, width >= 720 ? 4 : 2);
   const lines = Math.ceil(projections.length / panels);
-  const [top, bottom, left, right, across, between] = [72, 46, 50, 10, 34, 58];
+  const [top, bottom, left, right, across, between] = [86, 46, 50, 12, 34, 58];
   const tall = clamp(rows.names.length * 18, 130, 620);
   const height = top + bottom + lines * tall + (lines - 1) * between;
   const wide = (width - left - right - (panels - 1) * across) / panels;
   const [inner, outer] = [width - left - right, height - top - bottom];
+  const above = (pixels) => ({ y: 1 + pixels / outer, yref: "paper" });
   const layout = {
     height,
     margin: { l: left, r: right, t: top, b: bottom },
-    annotations: [],
+    annotations: [{
+      text: METRICS[metric], showarrow: false, x: 0, xref: "paper", xanchor: "left", yanchor: "bottom", ...above(58),
+    }],
     coloraxis: {
       colorscale: scaleOf(SCALES[metric]),
       colorbar: {
-        orientation: "h", thickness: 10, len: Math.min(320, inner), lenmode: "pixels", x: 0, xanchor: "left",
-        y: height - 4, yref: "container", yanchor: "top", outlinewidth: 0,
-        title: { text: METRICS[metric], side: "top", font: { size: 12 } }, nticks: 5,
+        orientation: "h", thickness: 10, len: Math.min(320, inner), lenmode: "pixels", x: 0, xref: "paper", xpad: 0,
+        xanchor: "left", yanchor: "top", ypad: 0, outlinewidth: 0, nticks: 5, ...above(56),
       },
     },
   };
-  layout.coloraxis.colorbar.y = 1;
   const at = new Map(rows.names.map((name, index) => [name, index]));
   const [layer, group, projection, head, value] =
     ["layer", "group", "projection", "head", metric].map((name) => heads.column(name));
@@ -177,7 +178,7 @@ function drawErrors(width, theme) {
 function drawBytes(width, theme) {
   const dense = tables.layers.column("dense_bytes");
   const [unit, scale] = byteUnit(largest(dense));
-  const { x, layout } = layerPlot(theme, unit, { barmode: "overlay", legend: legendBelow(theme) });
+  const { x, layout } = layerPlot(theme, unit, { barmode: "overlay", legend: legendAbove() });
   const hovertemplate = `layer %{x}: %{y:.4~f} ${unit}<extra>%{fullData.name}</extra>`;
   const scaled = (name) => tables.layers.column(name).map((bytes) => bytes / scale);
   const traces = [
@@ -249,7 +250,7 @@ function drawSpectra(width, theme) {
   const layout = {
     height: 380,
     xaxis: axis(theme, `index of the singular value, mode ${wanted}`, { rangemode: "tozero", zeroline: false }),
-    yaxis: axis(theme, "singular value (units of the weights)", { type: "log", exponentformat: "power", dtick: "D2" }),
+    yaxis: axis(theme, "singular value (units of the weights)", { type: "log", tickformat: "~g", dtick: "D2" }),
   };
   return { traces, layout };
 }
@@ -334,7 +335,7 @@ function drawTimeline(width, theme) {
       tickvals: ticks, ticktext: ticks.map((index) => label(workers[index])), zeroline: false, showgrid: false,
       range: [workers.length - 0.4, -0.6],
     }),
-    legend: legendBelow(theme),
+    legend: legendAbove(),
   };
   return { traces, layout };
 }
@@ -352,7 +353,7 @@ function drawStages(width, theme) {
   return { traces, layout: { height: 250, xaxis: axis(theme, `worker time (${unit})`), yaxis: axis(theme, "") } };
 }
 
-const legendBelow = () => ({ orientation: "h", x: 0, y: 1, yanchor: "bottom", xanchor: "left" });
+const legendAbove = () => ({ orientation: "h", x: 0, y: 1, yanchor: "bottom", xanchor: "left" });
 
 const DRAW = {
   heads: drawHeads, errors: drawErrors, bytes: drawBytes, ranks: drawRanks, spectra: drawSpectra,
