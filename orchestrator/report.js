@@ -75,6 +75,8 @@ const figures = [...document.querySelectorAll("figure[data-figure]")];
 
 function drawAll() {
   figures.forEach(draw);
+  // What is drawn, for whoever waits for it.
+  document.documentElement.dataset.drawn = `${currentTheme().dark ? "dark" : "light"} ${document.documentElement.clientWidth}`;
 }
 
 for (const figure of figures) {
@@ -183,4 +185,3 @@ for (const numbers of document.querySelectorAll(".numbers")) {
 }
 
 drawAll();
-document.documentElement.dataset.drawn = String(figures.length);
