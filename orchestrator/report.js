@@ -44,7 +44,8 @@ function currentTheme() {
   const names = ["text", "muted", "line", "surface", "accent", "second", "faint", "bad"];
   const colors = Object.fromEntries(names.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
   const dark = !printing && matchMedia("(prefers-color-scheme: dark)").matches;
-  return { ...colors, dark, touch: matchMedia("(pointer: coarse)").matches };
+  // Where a finger scrolls the page, figures do not zoom.
+  return { ...colors, dark, touch: matchMedia("(pointer: coarse), (max-width: 40rem)").matches };
 }
 
 function draw(figure) {
@@ -55,7 +56,7 @@ function draw(figure) {
   const config = {
     displaylogo: false,
     displayModeBar: theme.touch ? false : "hover",
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
+    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
     toImageButtonOptions: { filename: figure.dataset.figure },
   };
   Plotly.react(holder, traces, {
@@ -81,6 +82,15 @@ function drawAll() {
 
 for (const figure of figures) {
   figure.addEventListener("change", () => draw(figure));
+}
+
+for (const key of document.querySelectorAll(".key")) {
+  for (const [name, color] of Object.values(STAGES)) {
+    const entry = document.createElement("li");
+    entry.style.setProperty("--color", color);
+    entry.textContent = name;
+    key.append(entry);
+  }
 }
 
 let width = document.documentElement.clientWidth;

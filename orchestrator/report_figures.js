@@ -328,14 +328,14 @@ function drawTimeline(width, theme) {
   const every = Math.ceil(workers.length / 60);
   const ticks = range(workers.length).filter((index) => index % every === 0);
   const layout = {
-    height: clamp(workers.length * 34, 60, 900) + 130,
+    height: clamp(workers.length * 34, 60, 900) + 80,
     barmode: "overlay",
+    showlegend: false,
     xaxis: axis(theme, `time since the first start${call === "all" ? "" : " of this call"} (${unit})`, { rangemode: "tozero" }),
     yaxis: axis(theme, "", {
       tickvals: ticks, ticktext: ticks.map((index) => label(workers[index])), zeroline: false, showgrid: false,
       range: [workers.length - 0.4, -0.6],
     }),
-    legend: legendAbove(),
   };
   return { traces, layout };
 }
