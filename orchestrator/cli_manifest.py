@@ -1,4 +1,4 @@
-"""The commands that read manifests."""
+"""The commands that read manifests: report, diff."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from lestd_kernels.errors import LestdError
 from orchestrator import tables
 from orchestrator.app import app
+from orchestrator.options import Json
 from workers.files import as_path, atomic_write
 
 
@@ -36,6 +37,7 @@ def report(
 ) -> None:
     """Show a run as one page: bytes, error, heads, layers, spectra, time, quality."""
     from orchestrator import report as report_html
+    from orchestrator import report_markdown
     from orchestrator.report_data import gather
 
     target = out or as_path(f"report.{format}")
@@ -45,9 +47,28 @@ def report(
         report_html.require_plotly()
         page = report_html.render(gather(run))
     else:
-        from orchestrator import report_markdown
-
         page = report_markdown.render(gather(run))
     content = page.encode()
     atomic_write(target, lambda file: file.write(content))
     tables.out.print(f"{target}: {tables.size(len(content))}", soft_wrap=True)
+
+
+@app.command()
+def diff(
+    before: Annotated[str, typer.Argument(help="A model, a run directory, or a URL of one.")],
+    after: Annotated[str, typer.Argument(help="What it is compared with.")],
+    every_layer: Annotated[
+        bool, typer.Option("--all", help="Every layer, not only those that differ most.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Show what changed between two runs, finished or not: configuration, bytes, error, time,
+    quality, layers. Exits with 0 whether or not anything did."""
+    from orchestrator.diff import compare
+    from orchestrator.diff_text import print_diff
+
+    found = compare(before, after)
+    if json:
+        tables.print_json(found)
+    else:
+        print_diff(found, every_layer)
