@@ -291,3 +291,13 @@ def test_the_largest_models_have_a_page(tmp_path: Path) -> None:
     assert "400 of 400 layers done" in page.text
     assert len(table(page, "heads")) == 204_800
     assert (tmp_path / "page.html").stat().st_size < 30e6
+
+
+def test_a_report_in_markdown_needs_no_plotly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    out = tmp_path / "report.md"
+    finished = lestd("report", run_of(tmp_path / "run"), "--format", "md", "--out", out)
+    assert finished.code == 0, finished.err
+    assert out.read_text(encoding="utf-8").startswith("#")

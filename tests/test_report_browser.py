@@ -97,6 +97,7 @@ def open_page(browser: Any) -> Iterator[Open]:
             is_mobile=phone,
             accept_downloads=True,
         )
+        context.set_default_timeout(15_000)
         opened.append(context)
         page = context.new_page()
         page.on("console", lambda message: said.append(message.text))
@@ -172,7 +173,7 @@ def test_evaluations_stand_before_and_after(run: Path, open_page: Open) -> None:
     page = open_page(run / "report.html")
     for metric in {row["metric"] for row in rows}:
         values = {row["compressed"]: row["value"] for row in rows if row["metric"] == metric}
-        line = page.inner_text(f"h2:text('Quality') + .panel tr:has-text('{metric}')")
+        line = page.inner_text(f"#quality tr:has-text('{metric}')")
         assert f"{values[False]:,.4f}" in line
         assert f"{values[True]:,.4f}" in line
 
