@@ -27,6 +27,7 @@ from orchestrator.tables import finite, ranks, size
 
 _SIGNIFICANT_DIGITS = 7
 _POINTS_OF_A_SPECTRUM = 64
+_FIRST_POINTS = 16
 _MEANINGS = {
     "energy_share": ("squared_energy / squared_norm", ""),
     "slices": ("heads of all finished layers", ""),
@@ -192,13 +193,14 @@ def _plain(value: Any) -> Any:
 
 
 def _drawn_spectra(data: ReportData) -> list[Row]:
-    """The points of each spectrum that are drawn: evenly spread, with the first, rank and last."""
+    """The points of each spectrum that are drawn: its steep begin, its rank, the rest evenly."""
     rows = {(row["layer"], row["group"]): index for index, row in enumerate(data.layers)}
     drawn = []
     for spectrum in data.spectra:
         values = spectrum["singular_values"]
         step = (len(values) - 1) / (_POINTS_OF_A_SPECTRUM - 1)
         places = {round(point * step) for point in range(_POINTS_OF_A_SPECTRUM)}
+        places |= set(range(min(len(values), _FIRST_POINTS)))
         places |= {spectrum["rank"] - 1} & set(range(len(values))) if spectrum["rank"] else set()
         drawn += [
             {

@@ -242,8 +242,8 @@ function drawSpectra(width, theme) {
     text: kept.map((one) => `layer ${layers[one.row]}: rank R${wanted} = ${ranks[one.row]}`),
     hovertemplate: "%{text}<extra></extra>",
     marker: {
-      size: 7, color: kept.map((one) => layers[one.row]), cmin: 0, cmax: most, colorscale: scaleOf(colors),
-      line: { width: 1, color: theme.surface }, showscale: only === "all" && lines.size > 1,
+      size: lines.size > 40 ? 4 : 7, color: kept.map((one) => layers[one.row]), cmin: 0, cmax: most, colorscale: scaleOf(colors),
+      line: { width: lines.size > 40 ? 0 : 1, color: theme.surface }, showscale: only === "all" && lines.size > 1,
       colorbar: { title: { text: "layer", side: "top" }, thickness: 10, outlinewidth: 0, tickformat: "d", nticks: 5 },
     },
   });
