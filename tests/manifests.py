@@ -6,8 +6,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from orchestrator.rows import compacted_path, write_rows
-from orchestrator.schemas import EVALUATIONS, EVENTS, GROUPS, RUNS, SLICES
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from orchestrator.schemas import TABLES
 
 BEGAN = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -132,8 +134,8 @@ def evaluation(compressed: bool, metric: str, value: float, **more: Any) -> dict
 
 def write(directory: Path, **tables: list[dict[str, Any]]) -> Path:
     """Write tables by name into ``directory/manifest``; returns `directory`."""
-    specs = {spec.name: spec for spec in (GROUPS, SLICES, RUNS, EVENTS, EVALUATIONS)}
     (directory / "manifest").mkdir(parents=True)
     for name, rows in tables.items():
-        write_rows(compacted_path(directory / "manifest", specs[name]), rows, specs[name])
+        table = pa.Table.from_pylist(rows, schema=TABLES[name].schema)
+        pq.write_table(table, directory / "manifest" / f"{name}.parquet")
     return directory
