@@ -1,8 +1,9 @@
-"""The commands that work on manifests: query, diff, compact."""
+"""The commands that work on manifests: query, report, diff, compact."""
 
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,15 @@ from lestd_kernels.errors import LestdError
 from orchestrator import logs, tables
 from orchestrator.app import app
 from orchestrator.options import Json, Out, RunDir
-from workers.files import AnyPath, as_path
+from workers.files import AnyPath, as_path, atomic_write
+
+
+class ReportFormat(StrEnum):
+    """What a report is written as."""
+
+    html = "html"
+    md = "md"
+
 
 _QUERY_HELP = """Ask the manifests of runs in SQL, while a run goes on or after it.
 
@@ -113,6 +122,37 @@ def _asked(arguments: list[str], name: str | None) -> tuple[list[AnyPath], str]:
 
 
 @app.command()
+def report(
+    run: Annotated[
+        str, typer.Argument(help="A compressed model or a run: path or URL, finished or not.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write.", parser=as_path, show_default="report.html, report.md"),
+    ] = None,
+    format: Annotated[
+        ReportFormat, typer.Option(help="html: one page with figures; md: text and tables.")
+    ] = ReportFormat.html,
+) -> None:
+    """Show a run as one page: bytes, error, heads, layers, spectra, time, quality."""
+    from orchestrator import report as report_html
+    from orchestrator import report_markdown
+    from orchestrator.report_data import gather
+
+    target = out or as_path(f"report.{format}")
+    if isinstance(target, Path) and not target.parent.is_dir():
+        raise LestdError(f"--out {target}: there is no directory {target.parent}; make it first")
+    if format is ReportFormat.html:
+        report_html.require_plotly()
+        page = report_html.render(gather(run))
+    else:
+        page = report_markdown.render(gather(run))
+    content = page.encode()
+    atomic_write(target, lambda file: file.write(content))
+    tables.out.print(f"{target}: {tables.size(len(content))}", soft_wrap=True)
+
+
+@app.command()
 def diff(
     before: Annotated[str, typer.Argument(help="A model, a run directory, or a URL of one.")],
     after: Annotated[str, typer.Argument(help="What it is compared with.")],
@@ -136,25 +176,9 @@ def diff(
 @app.command()
 def compact(out: Out, run_dir: RunDir = None) -> None:
     """Put a run's manifest together, one file per table: faster to read. Safe at any moment."""
-    from orchestrator.manifest import default_run_dir
-    from orchestrator.rundir import RunDirectory
+    from orchestrator.rundir import compact as compact_manifest
 
-    run = RunDirectory(run_dir or default_run_dir(out))
-    if not run.exists:
-        raise LestdError(
-            f"{run.path} holds no run; a finished model's own manifest is compact already"
-        )
-    with run.locked() as check:
-        before = _count_files(run.manifest.directory)
-        run.manifest.compact(check)
-        after = _count_files(run.manifest.directory)
-    tables.out.print(
-        f"{run.manifest.directory}: {before} files became {after}", markup=False, soft_wrap=True
-    )
-
-
-def _count_files(manifest: AnyPath) -> int:
-    from orchestrator.schemas import TABLES
-    from workers.files import list_files
-
-    return sum(len(list_files(folder)) for folder in (manifest, *(manifest / t for t in TABLES)))
+    place = run_dir or out
+    gone = compact_manifest(place)
+    said = f"{gone} files were put together" if gone else "there was nothing to put together"
+    tables.out.print(f"{place}: {said}", markup=False, soft_wrap=True)
