@@ -84,7 +84,7 @@ def write_oracle_tasks(folder: Path, data: Path = DATA, train: str = "") -> None
             "task": name,
             "dataset_path": "json",
             "dataset_name": None,
-            "dataset_kwargs": {"data_files": found},
+            "dataset_kwargs": {"data_files": found, "cache_dir": str(folder / "cache")},
             "training_split": "train" if name == train else None,
             "validation_split": None,
             "test_split": None,

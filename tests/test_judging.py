@@ -239,8 +239,6 @@ def test_batches_change_the_last_digits_at_most(tmp_path: Path) -> None:
 
 def test_examples_before_questions_are_those_of_one_process(tmp_path: Path) -> None:
     """lm-eval draws them with one generator, question after question."""
-    from judging import judge_by_lm_eval
-
     data = tmp_path / "data"
     shutil.copytree(DATA / "mathqa", data / "mathqa")
     lines = (data / "mathqa" / "test.jsonl").read_text().splitlines(keepends=True)

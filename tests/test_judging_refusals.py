@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -58,7 +60,7 @@ def data(tmp_path: Path) -> Path:
 )
 def test_options_that_cannot_be(options: tuple[object, ...], message: str, tmp_path: Path) -> None:
     err = refused(MODEL, *options, "--run-dir", tmp_path / "run")
-    assert __import__("re").search(message, err), err
+    assert re.search(message, err), err
     assert not (tmp_path / "run").exists()
 
 
@@ -74,8 +76,6 @@ def test_without_lm_eval_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_judging_alone_imports_lm_eval() -> None:
-    import subprocess
-
     code = (
         "import sys, orchestrator.cli, orchestrator.summary, orchestrator.recording\n"
         "print({'lm_eval', 'datasets'} & set(sys.modules))"

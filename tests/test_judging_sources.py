@@ -21,10 +21,11 @@ SERIAL = ("--executor", "serial", "--json")
 
 
 def write_task(folder: Path, name: str, prompt: str, **more: Any) -> None:
+    data_files = {"test": str(DATA / "mathqa" / "test.jsonl")}
     task = {
         "task": name,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(DATA / "mathqa" / "test.jsonl")}},
+        "dataset_kwargs": {"data_files": data_files, "cache_dir": str(folder / "cache")},
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": prompt,
