@@ -33,13 +33,13 @@ def truthfulqa_rows() -> list[dict[str, Any]]:
     rows = []
     with (DATA / "truthfulqa" / "TruthfulQA.csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            wrong = row["Incorrect Answers"].split("; ")
-            right = row["Correct Answers"].split("; ")
+            wrong = re.findall(r"[^;\s][^;]*(?<!\s)", row["Incorrect Answers"])
+            right = re.findall(r"[^;\s][^;]*(?<!\s)", row["Correct Answers"])
             rows.append(
                 {
-                    "question": row["Question"],
+                    "question": row["Question"].strip(),
                     "mc1_targets": {
-                        "choices": [row["Best Answer"], *wrong],
+                        "choices": [row["Best Answer"].strip(), *wrong],
                         "labels": [1, *[0] * len(wrong)],
                     },
                     "mc2_targets": {
