@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from lestd_kernels.errors import LestdError
-from orchestrator import cli_manifest, cli_models, logs, tables  # noqa: F401 - their commands
+from orchestrator import cli_evaluate, cli_manifest, cli_models, logs, tables  # noqa: F401
 from orchestrator.app import app
 from orchestrator.logs import LogFormat
 from orchestrator.options import (

@@ -1,4 +1,4 @@
-"""The commands that work on models, compressed or not: convert, export, evaluate, bench, push."""
+"""The commands that work on models, compressed or not: convert, export, bench, push."""
 
 from __future__ import annotations
 
@@ -8,30 +8,21 @@ from typing import Annotated
 
 import typer
 
-from orchestrator import logs, tables
+from orchestrator import tables
 from orchestrator.app import app
-from orchestrator.logs import LogFormat
 from orchestrator.meter import Meter
 from orchestrator.options import (
-    Address,
     Batch,
     BenchThreads,
-    ClusterFile,
     ComputeDtype,
     DeviceOption,
-    ExecutorOption,
     ExportDtype,
     Json,
-    LogFormatOption,
-    MaxWindows,
     NewTokens,
     Plot,
     PromptTokens,
     Repeats,
     Revision,
-    Threads,
-    Window,
-    Workers,
     absolute,
 )
 
@@ -82,46 +73,6 @@ def export(
     with Meter("export", "bytes") as meter:
         exported = export_dense(model, dense, chosen, meter.update)
     print_export(exported, json)
-
-
-@app.command()
-def evaluate(
-    model: Annotated[Path, typer.Argument(help="Directory of a compressed or a dense model.")],
-    text: Annotated[Path, typer.Option(help="UTF-8 text to predict.")],
-    against: Annotated[
-        Path | None, typer.Option(help="A second model, usually the dense one, to compare with.")
-    ] = None,
-    window: Window = None,
-    max_windows: MaxWindows = None,
-    dtype: ComputeDtype = "auto",
-    device: DeviceOption = None,
-    threads: Threads = None,
-    executor: ExecutorOption = None,
-    workers: Workers = None,
-    address: Address = None,
-    cluster: ClusterFile = None,
-    log_format: LogFormatOption = LogFormat.text,
-    json: Json = False,
-) -> None:
-    """Measure token and word perplexity over non-overlapping windows of a text."""
-    given = dict(locals())
-    from orchestrator.config import cluster_options
-    from orchestrator.executor import open_executor
-    from orchestrator.recording import default_evaluation_dir, manifest_of_evaluations
-    from orchestrator.submit import jobs_address, run_as_job
-    from orchestrator.summary import evaluate_models, print_evaluations
-
-    logs.use(log_format)
-    cluster_config = cluster_options(cluster, executor=executor, workers=workers, address=address)
-    if jobs := jobs_address(cluster_config):
-        raise typer.Exit(run_as_job(jobs, "evaluate", given, cluster_config))
-    models = [model] if against is None else [against, model]
-    settings = {"window": window, "max_windows": max_windows, "dtype": dtype}
-    settings |= {"device": device or "auto", "threads": 1 if threads is None else threads}
-    manifest = manifest_of_evaluations(model, default_evaluation_dir(model))
-    with open_executor(cluster_config) as runner:
-        evaluations = evaluate_models(models, text, runner, settings, manifest)
-    print_evaluations(evaluations, json)
 
 
 @app.command()

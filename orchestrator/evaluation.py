@@ -152,6 +152,7 @@ def evaluate(
     dtype: str = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     threads: int = 1,
+    gpus: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Measure token and word perplexity.
@@ -164,6 +165,7 @@ def evaluate(
         dtype: one of `DTYPES`.
         device: where workers compute; ``"auto"`` takes GPUs where there are any.
         threads: CPU threads of a worker. The last bit of the result depends on it.
+        gpus: GPUs of a CUDA worker, which divide the model's layers.
         progress: called with ``(windows done, windows in all)``.
 
     Raises:
@@ -172,6 +174,7 @@ def evaluate(
     """
     start = time.perf_counter()
     _require_positive("threads", threads)
+    _require_positive("gpus", gpus)
     _require_positive("max-windows", max_windows)
     if dtype not in DTYPES:
         raise LestdError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -200,12 +203,14 @@ def evaluate(
             "dtype": dtype,
             "device": device,
             "threads": threads,
+            "gpus": gpus,
         },
         threads=threads,
         # Twice the weights leaves room for 16-bit weights computed in float32; logits are held
         # in the compute dtype and, chunk by chunk, in float32.
         memory_bytes=_WORKER_BASE_BYTES + 2 * model.bytes_on_disk + 4 * length * model.vocabulary,
         device=device,
+        gpus=gpus,
     )
     nll, workers = _score(spec, _pieces(token_ids, length), executor, model.directory, progress)
     tokens = len(token_ids) - 1

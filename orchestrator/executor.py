@@ -36,7 +36,8 @@ class WorkerSpec:
         memory_bytes: main memory that a worker is expected to need.
         device: ``"cpu"`` or ``"cuda"``.
         device_memory_bytes: GPU memory that a CUDA worker is expected to need; workers for which
-            there is room share a GPU. None: a worker has a GPU of its own.
+            there is room share a GPU. None: a worker has `gpus` of its own.
+        gpus: GPUs of a CUDA worker, on one node.
         in_flight: items that a worker is given at a time; with more than one, `run` is called in
             as many threads.
     """
@@ -47,6 +48,7 @@ class WorkerSpec:
     memory_bytes: int = 0
     device: str = "cpu"
     device_memory_bytes: int | None = None
+    gpus: int = 1
     in_flight: int = 1
 
 

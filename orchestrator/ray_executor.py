@@ -211,14 +211,26 @@ class RayExecutor:
         slow, not impossible: it has a node for itself.
 
         Raises:
-            LestdError: no node has a GPU, or none with the memory that a worker needs.
+            LestdError: no node has a GPU, or none with the memory that a worker needs; or none has
+                as many.
         """
         need = {"CPU": float(spec.threads), "memory": float(spec.memory_bytes)}
         if not self._autoscaling:
             need = {name: min(much, int(self._most(name))) for name, much in need.items()}
         if spec.device == "cuda":
             need["GPU"] = self._gpu_share(spec.device_memory_bytes)
+            if spec.gpus > 1:
+                need["GPU"] = self._whole_gpus(spec.gpus)
         return need
+
+    def _whole_gpus(self, count: int) -> float:
+        most = int(self._most("GPU"))
+        if count > most and not self._autoscaling:
+            raise LestdError(
+                f"a worker is to have {count} GPUs, but no node of the Ray cluster has more than "
+                f"{most}; give a smaller --gpus, or join a cluster that has one with --address"
+            )
+        return float(count)
 
     def _gpu_share(self, memory_bytes: int | None) -> float:
         """1 / n where n workers share a GPU."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import transformers
 
 from lestd_kernels.errors import LestdError
 from orchestrator import logs
-from orchestrator.evaluation import Evaluation, EvaluationModel
+from orchestrator.evaluation import Evaluation, EvaluationModel, open_model
 from orchestrator.inspection import stored_scope_bytes
 from orchestrator.manifest import MANIFEST_DIR, Manifest
 from orchestrator.source import read_config_json
@@ -87,6 +88,18 @@ def model_facts(model: EvaluationModel) -> ModelFacts:
     )
 
 
+def open_models(
+    models: Sequence[Path], window: int | None = None
+) -> list[tuple[EvaluationModel, ModelFacts]]:
+    """Find all models, and what identifies them, before the first is evaluated.
+
+    Raises:
+        LestdError: see `open_model`.
+    """
+    opened = [open_model(model, window) for model in models]
+    return [(model, model_facts(model)) for model in opened]
+
+
 def is_compressed(directory: Path) -> bool:
     """Whether a model is one of lestd, by its config.json."""
     quantization = read_config_json(directory).get("quantization_config")
@@ -99,7 +112,7 @@ def default_evaluation_dir(model: Path) -> Path:
     Raises:
         LestdError: `model` is the root directory.
     """
-    model = model.absolute()
+    model = Path(os.path.abspath(model))  # noqa: PTH100 - a link's target has other neighbors
     if not model.name:
         raise LestdError(f"{model} cannot be the directory of a model; name one inside it")
     return model.with_name(model.name + ".eval")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from orchestrator import logs, tables
 from orchestrator.config import RunConfig
-from orchestrator.evaluation import Evaluation, evaluate, open_model
+from orchestrator.evaluation import Evaluation, EvaluationModel, evaluate
 from orchestrator.executor import Executor
 from orchestrator.export import Export
 from orchestrator.inspection import stored_scope_bytes
@@ -16,7 +17,7 @@ from orchestrator.manifest import Manifest
 from orchestrator.meter import Meter
 from orchestrator.pipeline import Outcome
 from orchestrator.plan import Plan
-from orchestrator.recording import model_facts, record, text_rows
+from orchestrator.recording import ModelFacts, record, text_rows
 from orchestrator.retries import retries
 from orchestrator.rundir import RunDirectory
 from orchestrator.schemas import COMPUTING_STAGES
@@ -297,40 +298,39 @@ def print_export(export: Export, json: bool) -> None:
 
 
 def evaluate_models(
-    models: list[Path],
+    models: Sequence[tuple[EvaluationModel, ModelFacts]],
     text: Path,
     executor: Executor,
     settings: dict[str, Any],
     manifest: Manifest,
 ) -> list[Evaluation]:
-    """Evaluate models one after the other, with progress; all are opened before the first.
+    """Evaluate models one after the other, with progress, and record what is found.
 
-    `settings` has ``window``, for `open_model`, and what `evaluate` takes by keyword. What is
-    found is recorded in the manifest.
+    `settings` has what `evaluate` takes by keyword.
     """
-    opened = [open_model(model, settings["window"]) for model in models]
-    facts = [model_facts(model) for model in opened]
-    options = {name: value for name, value in settings.items() if name != "window"}
     evaluations = []
-    for model, known in zip(opened, facts, strict=True):
+    for model, facts in models:
         with Meter(f"evaluate {model.directory.name}", "windows") as meter:
-            evaluation = evaluate(model, text, executor, progress=meter.update, **options)
-        record(text_rows(known, evaluation), manifest)
+            evaluation = evaluate(model, text, executor, progress=meter.update, **settings)
+        record(text_rows(facts, evaluation), manifest)
         evaluations.append(evaluation)
     return evaluations
 
 
-def print_evaluations(evaluations: list[Evaluation], json: bool) -> None:
-    """One table, a row per model; the sizes are counted from the files."""
-    text = evaluations[0].text
+def describe_evaluations(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+    """Evaluations on one text as plain values; the sizes are counted from the files."""
     entries = []
     for one in evaluations:
         entry = asdict(one) | {"weights_in_scope": stored_scope_bytes(Path(one.model))}
         del entry["text"], entry["text_sha256"]  # They are the same for all.
         entries.append(entry)
-    if json:
-        tables.print_json({"text": text, "models": entries})
-        return
+    return {"text": evaluations[0].text, "models": entries}
+
+
+def print_evaluations(evaluations: Sequence[Evaluation]) -> None:
+    """One table, a row per model."""
+    described = describe_evaluations(evaluations)
+    text, entries = described["text"], described["models"]
     scopes = [entry["weights_in_scope"] for entry in entries if entry["weights_in_scope"]]
     rows = []
     for entry in entries:

@@ -25,6 +25,7 @@ from orchestrator.executor import (
     WorkerSpec,
     open_executor,
 )
+from orchestrator.ray_executor import RayExecutor
 from workers.contracts import Failure
 from workers.failures import failure_of
 
@@ -370,3 +371,16 @@ def test_a_gpu_that_is_not_there_is_missed_at_once(ray_executor: Executor) -> No
     assert not ray_executor.has_cuda()
     with pytest.raises(LestdError, match="no node of the Ray cluster has a GPU"):
         list(ray_executor.map(WorkerSpec(Squarer, {}, device="cuda"), [Job("a")]))
+
+
+def test_a_worker_of_several_gpus_has_them_on_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = RayExecutor()
+    resources = {"CPU": 8.0, "memory": 2.0**34}
+    nodes = [{"Alive": True, "Resources": resources | {"GPU": gpus}} for gpus in (2.0, 4.0)]
+    monkeypatch.setattr(executor, "_nodes", lambda: nodes)
+    monkeypatch.setattr(executor, "has_cuda", lambda: True)
+    need = executor._need(WorkerSpec(Squarer, {}, device="cuda", gpus=4))
+    assert need["GPU"] == 4
+    assert executor._pool_size(need, items=9) == 1
+    with pytest.raises(LestdError, match=r"to have 5 GPUs, but no node .* has more than 4"):
+        executor._need(WorkerSpec(Squarer, {}, device="cuda", gpus=5))

@@ -10,7 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 HOUSE = ("orchestrator", "workers", "lestd_kernels")
 FILES = [path.relative_to(ROOT) for package in HOUSE for path in (ROOT / package).rglob("*.py")]
-PEFT_PLUGIN = Path("lestd_kernels/peft_plugin.py")
+# Extras, each in files of its own that only those who need it import.
+EXTRAS = {
+    Path("lestd_kernels/peft_plugin.py"): {"peft"},
+    Path("workers/judge.py"): {"lm_eval", "numpy"},
+    Path("workers/judge_tasks.py"): {"datasets", "lm_eval", "numpy", "tqdm"},
+}
 RAY = {Path(f"orchestrator/{name}.py") for name in ("ray_executor", "submit", "metrics")}
 ABOVE = {"orchestrator": (), "workers": ("orchestrator",), "lestd_kernels": HOUSE[:2]}
 ALLOWED = {
@@ -50,7 +55,7 @@ def test_imports_run_downwards(path: Path) -> None:
     found = imports(path)
     assert not found & set(ABOVE[package])
     if package in ALLOWED:
-        allowed = ALLOWED[package] | ({"peft"} if path == PEFT_PLUGIN else set())
+        allowed = ALLOWED[package] | EXTRAS.get(path, set())
         assert found - set(sys.stdlib_module_names) <= allowed
     if path not in RAY:
         assert "ray" not in found

@@ -218,11 +218,14 @@ def test_a_ray_client_address_leads_to_the_jobs_api(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_model_is_evaluated_there(head: Head, tiny_llama: Path, wikitext: Path) -> None:
+def test_a_model_is_evaluated_there(
+    head: Head, tiny_llama: Path, wikitext: Path, tmp_path: Path
+) -> None:
     words = ("evaluate", tiny_llama.relative_to(ROOT), "--text", wikitext.relative_to(ROOT))
-    result = head.lestd(*words, "--window", 64, "--max-windows", 4)
+    kept = ("--run-dir", tmp_path / "eval")
+    result = head.lestd(*words, "--window", 64, "--max-windows", 4, *kept)
     assert result.code == 0, result.err + result.out
-    options = ("--text", wikitext, "--window", 64, "--max-windows", 4, *SERIAL)
+    options = ("--text", wikitext, "--window", 64, "--max-windows", 4, *kept, *SERIAL)
     here = lestd("evaluate", tiny_llama, *options)
     assert here.code == 0
     figures = here.out.splitlines()[-2].split("│")[-3:]

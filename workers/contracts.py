@@ -231,3 +231,51 @@ class EvalResult:
     tokens: tuple[int, ...]
     seconds: float
     worker: str
+
+
+@dataclass(frozen=True)
+class JudgeRequest:
+    """Some documents of a task of lm-eval, to be judged by one worker.
+
+    Attributes:
+        task_id: names the piece in failure reports.
+        name: task, group or tag that was asked for, by which the task is found.
+        task: the task.
+        documents: index of the first document, and of the one after the last.
+        sha256: of all requests of the task, as the driver has built them; a worker that builds
+            others has other data or another version of lm-eval.
+    """
+
+    task_id: str
+    name: str
+    task: str
+    documents: tuple[int, int]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class JudgeResult:
+    """What a piece's documents scored; plain values that JSON can hold.
+
+    Attributes:
+        task_id: the request's.
+        task: the request's.
+        documents: the request's.
+        metrics: filter -> metric -> value of each document, in their order. A value is a number,
+            or a list that the metric's aggregation understands.
+        responses: of each document, the model's responses to each of its requests.
+        filtered: filter -> of each document, the filtered response to each of its requests.
+        cut: inputs of the model that were longer than its positions, and lost their beginning.
+        seconds: time the piece took, without loading the model.
+        worker: who did it, ``host:pid``.
+    """
+
+    task_id: str
+    task: str
+    documents: tuple[int, int]
+    metrics: dict[str, dict[str, list[Any]]]
+    responses: list[Any]
+    filtered: dict[str, list[Any]]
+    cut: int
+    seconds: float
+    worker: str

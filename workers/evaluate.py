@@ -50,7 +50,7 @@ def window_nll(logits: Tensor, targets: Tensor) -> float:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bar and no loading report on the terminal while the context lasts."""
     bar = transformers_logging.is_progress_bar_enabled()
     verbosity = transformers_logging.get_verbosity()
@@ -62,6 +62,47 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bar:
             transformers_logging.enable_progress_bar()
+
+
+def load_model(model_dir: str, dtype: str, device: str, gpus: int = 1) -> Any:
+    """Load a dense or a compressed model, in evaluation mode; no code of the model is run.
+
+    Args:
+        model_dir: its directory.
+        dtype: compute dtype: ``"auto"`` (the checkpoint's own), ``"bfloat16"``, ``"float16"`` or
+            ``"float32"``.
+        device: ``"cpu"`` or ``"cuda"``.
+        gpus: with more than one, layers are divided among the GPUs that this process sees.
+
+    Raises:
+        LestdError: a tensor is absent or has another shape than config.json makes it.
+    """
+    # Importing anything from lestd_kernels has registered its quantizer by now.
+    with quiet_transformers():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model_dir,
+            dtype=dtype,
+            device_map="auto" if device == "cuda" and gpus > 1 else {"": device},
+            local_files_only=True,
+            trust_remote_code=False,
+            # Mismatches are refused below, in one sentence, together with absent tensors:
+            # those Transformers would only warn of, and draw at random.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    model, loading = loaded
+    if absent := sorted(loading["missing_keys"]):
+        raise LestdError(
+            f"{model_dir} lacks {len(absent)} of the model's tensors, the first is {absent[0]}; "
+            "get the checkpoint again"
+        )
+    if mismatched := sorted(loading["mismatched_keys"]):
+        name, found, expected = mismatched[0]
+        raise LestdError(
+            f"{model_dir}: tensor {name} has shape {tuple(found)}, config.json makes it "
+            f"{tuple(expected)}; get the checkpoint again"
+        )
+    return model
 
 
 class EvalWorker:
@@ -77,15 +118,22 @@ class EvalWorker:
         device: ``"cpu"`` or ``"cuda"``.
         threads: CPU threads to compute with; they decide the order of reductions, so the last
             bit of a score.
+        gpus: GPUs to divide the model among.
     """
 
     def __init__(
-        self, model_dir: str, dtype: str = "auto", device: str = "cpu", threads: int = 1
+        self,
+        model_dir: str,
+        dtype: str = "auto",
+        device: str = "cpu",
+        threads: int = 1,
+        gpus: int = 1,
     ) -> None:
         torch.set_num_threads(threads)
         self._model_dir = model_dir
         self._dtype = dtype
         self._device = device
+        self._gpus = gpus
         self._name = f"{socket.gethostname()}:{os.getpid()}"
 
     def run(self, request: EvalRequest) -> EvalResult | Failure:
@@ -98,32 +146,7 @@ class EvalWorker:
 
     @cached_property
     def _model(self) -> Any:
-        # Importing anything from lestd_kernels has registered its quantizer by now.
-        with _quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self._model_dir,
-                dtype=self._dtype,
-                device_map={"": self._device},
-                local_files_only=True,
-                trust_remote_code=False,
-                # Mismatches are refused below, in one sentence, together with absent tensors:
-                # those Transformers would only warn of, and draw at random.
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-        model, loading = loaded
-        if absent := sorted(loading["missing_keys"]):
-            raise LestdError(
-                f"{self._model_dir} lacks {len(absent)} of the model's tensors, the first is "
-                f"{absent[0]}; get the checkpoint again"
-            )
-        if mismatched := sorted(loading["mismatched_keys"]):
-            name, found, expected = mismatched[0]
-            raise LestdError(
-                f"{self._model_dir}: tensor {name} has shape {tuple(found)}, config.json makes it "
-                f"{tuple(expected)}; get the checkpoint again"
-            )
-        return model  # from_pretrained leaves it in evaluation mode
+        return load_model(self._model_dir, self._dtype, self._device, self._gpus)
 
     def _score(self, request: EvalRequest) -> EvalResult:
         model = self._model
