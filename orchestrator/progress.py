@@ -9,7 +9,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
-from lestd_kernels.methods.steps import relative
+from lestd_kernels.methods.statistics import relative
 from orchestrator import logs, tables
 from orchestrator.executor import Event
 from orchestrator.meter import Meter
