@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from lestd_kernels.errors import LestdError
-from orchestrator import cli_models, logs, tables  # noqa: F401 - cli_models registers its commands
+from orchestrator import cli_models, cli_sweep, logs, tables  # noqa: F401 - they register commands
 from orchestrator.app import app
 from orchestrator.config import RunFile, cluster_options, run_options
 from orchestrator.logs import LogFormat
