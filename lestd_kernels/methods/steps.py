@@ -344,5 +344,9 @@ def workspace_bytes(shape: GroupShape, core_elements: int) -> int:
 
 
 def reuse_bytes(shape: GroupShape) -> int:
-    """Upper bound of what a group takes that is kept for further budgets: rotation and bases."""
-    return shape.layout.elements * 4 + 4 * shape.layout.width**2
+    """Upper bound of what is kept of a group for further budgets: rotation, bases, reordered copy.
+
+    With one budget they are gone before the memory of `workspace_bytes` peaks.
+    """
+    copies = 2 if shape.learned else 1
+    return copies * shape.layout.elements * 4 + 4 * shape.layout.width**2
