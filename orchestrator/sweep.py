@@ -19,12 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from lestd_kernels.errors import LestdError
 from orchestrator import logs, tables
 from orchestrator.bench import write_figure
 from orchestrator.bundles import compress_together
 from orchestrator.config import RunConfig
-from orchestrator.evaluation import open_model
+from orchestrator.evaluation import evaluate, open_model
 from orchestrator.executor import Executor
 from orchestrator.manifest import MANIFEST_DIR, Manifest, default_run_dir
 from orchestrator.meter import Meter
@@ -32,7 +34,6 @@ from orchestrator.pipeline import Outcome, compress_model
 from orchestrator.plan import make_plan
 from orchestrator.progress import SweepProgress
 from orchestrator.source import Source, read_config_json
-from orchestrator.summary import evaluate_models
 from workers.checkpoint import ShardIndex
 from workers.decompose import software_versions
 from workers.files import file_sha256
@@ -151,7 +152,7 @@ def judge(
         model: its directory.
         text: the text.
         executor: who computes.
-        settings: see `summary.evaluate_models`.
+        settings: ``window``, for `open_model`, and what `evaluate` takes by keyword.
         kept: where evaluations are kept.
 
     Returns:
@@ -160,11 +161,16 @@ def judge(
     index = ShardIndex.from_directory(model)
     shards = sample_digests(index)
     model_id = _digest({"config.json": read_config_json(model), "shards": shards})
-    deciding = settings | {"text_sha256": file_sha256(text)} | software_versions()
+    tokenizer = {path.name: file_sha256(path) for path in sorted(model.glob("tokenizer*"))}
+    deciding = settings | {"text_sha256": file_sha256(text), "tokenizer": tokenizer}
+    deciding |= software_versions() | {"transformers": transformers.__version__}
     name = _digest({"model_id": model_id} | deciding)[:32]
     rows = [row for row in kept.evaluations().to_pylist() if row["evaluation_id"] == name]
     if not rows:
-        [evaluation] = evaluate_models([model], text, executor, settings)
+        opened = open_model(model, settings["window"])
+        options = {key: value for key, value in settings.items() if key != "window"}
+        with Meter(f"evaluate {model.name}", "windows") as meter:
+            evaluation = evaluate(opened, text, executor, progress=meter.update, **options)
         common = {
             "evaluation_id": name,
             "at": time.time_ns() // 1000,
@@ -176,7 +182,7 @@ def judge(
             "higher_is_better": False,
             "samples": evaluation.windows,
             "tokens": evaluation.tokens,
-            "settings": json.dumps(deciding, sort_keys=True, default=str),
+            "settings": json.dumps(deciding, sort_keys=True),
             "dtype": evaluation.dtype,
             "device": evaluation.device,
             "seconds": evaluation.seconds,
@@ -191,15 +197,11 @@ def judge(
 
 
 def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def check_judgeable(source: Source, text: Path, window: int | None) -> Path:
+def check_judgeable(source: Source, text: Path, window: int | None) -> None:
     """Refuse, before anything is compressed, what could not be judged afterwards.
-
-    Returns:
-        Directory of the dense model.
 
     Raises:
         LestdError: the checkpoint is not in a local directory or has no usable tokenizer, or there
@@ -213,7 +215,6 @@ def check_judgeable(source: Source, text: Path, window: int | None) -> Path:
     if not text.is_file():
         raise LestdError(f"the text {text} cannot be read (no such file); check --text")
     open_model(source.directory, window)
-    return source.directory
 
 
 def sweep_points(
@@ -232,7 +233,7 @@ def sweep_points(
         out: directory of the sweep.
         text: what to judge by; None: sizes and errors only.
         executor: who computes.
-        settings: see `summary.evaluate_models`.
+        settings: see `judge`.
     """
     kept = Manifest(out / MANIFEST_DIR)
 
@@ -316,7 +317,7 @@ def save_curve(points: Sequence[Point], title: str, path: Path) -> None:
     axes.plot(sizes, [point.quality[name] for point in compressed], "o-", color="tab:blue")
     whole = dense.model_bytes_on_disk / 2**20
     axes.plot([whole], [dense.quality[name]], "s", color="0.4")
-    label = {"textcoords": "offset points", "va": "bottom"}
+    label: dict[str, Any] = {"textcoords": "offset points", "va": "bottom"}
     for x, point in zip(sizes, compressed, strict=True):
         at = (x, point.quality[name])
         axes.annotate(f"keep {point.keep:g}", at, (5, 3), ha="left", **label)
