@@ -317,12 +317,12 @@ def save_curve(points: Sequence[Point], title: str, path: Path) -> None:
     axes.plot(sizes, [point.quality[name] for point in compressed], "o-", color="tab:blue")
     whole = dense.model_bytes_on_disk / 2**20
     axes.plot([whole], [dense.quality[name]], "s", color="0.4")
-    label: dict[str, Any] = {"textcoords": "offset points", "va": "bottom"}
     for x, point in zip(sizes, compressed, strict=True):
         at = (x, point.quality[name])
-        axes.annotate(f"keep {point.keep:g}", at, (5, 3), ha="left", **label)
+        axes.annotate(f"keep {point.keep:g}", at, (5, 3), textcoords="offset points")
     at = (whole, dense.quality[name])
-    axes.annotate(f"dense, {dense.quality[name]:.2f}", at, (-6, 3), ha="right", **label)
+    told = f"dense, {dense.quality[name]:.2f}"  # Below its line: all others are above it.
+    axes.annotate(told, at, (0, -6), textcoords="offset points", ha="right", va="top")
     axes.margins(x=0.08, y=0.12)
     axes.set_xlabel("safetensors files on disk, MiB")
     axes.set_ylabel("token perplexity")
