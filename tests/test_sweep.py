@@ -5,13 +5,18 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cli import digest_tree, lestd, run_lestd, start_lestd
 from conftest import LAYERS
 from safetensors.torch import load_file, save_file
 
+from orchestrator.config import RunConfig
+from orchestrator.executor import SerialExecutor
 from orchestrator.manifest import Manifest
+from orchestrator.plan import make_plan
+from orchestrator.source import resolve_source
 from orchestrator.sweep import Point, model_dir, parse_keeps, save_curve
 
 SERIAL = ("--executor", "serial")
@@ -190,6 +195,28 @@ def test_what_is_refused(tiny_llama: Path, wikitext: Path, tmp_path: Path) -> No
     assert lestd(*other, "--method", "tucker", *SERIAL).code == 0
     assert 'config.method (was "tucker", is "lestd")' in refusal(*sweep(tiny_llama, out, *SERIAL))
     assert lestd(*sweep(tiny_llama, out, *SERIAL, "--fresh")).code == 0
+
+
+def test_a_machine_that_is_too_small_is_refused(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = resolve_source(str(tiny_llama))
+    plans = [make_plan(source, RunConfig(keep=keep)) for keep in KEEPS]
+    [reuse_bytes] = {planned.bounds.reuse_bytes for plan in plans for planned in plan.tasks}
+    memory = max(plan.worker_memory_bytes for plan in plans) + reuse_bytes
+    command = sweep(tiny_llama, tmp_path / "out", *SERIAL)
+    monkeypatch.setattr(SerialExecutor, "worker_memory_bytes", lambda self: memory - 1)
+    refused = lestd(*command)
+    assert refused.code == 2
+    assert "a worker needs about" in refused.err
+    monkeypatch.setattr(SerialExecutor, "worker_memory_bytes", lambda self: memory)
+    with monkeypatch.context() as patch:
+        disk = sum(plan.disk_bytes for plan in plans)
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=disk // 2))
+        refused = lestd(*command)
+        assert refused.code == 2
+        assert "free, but the models need" in refused.err
+    assert lestd(*command).code == 0
 
 
 def test_directories_are_named_by_their_keep() -> None:
