@@ -1,14 +1,34 @@
 """The mathematics, and what lives inside a loaded model.
 
 Importing this package registers the format with Transformers, so that
-``AutoModelForCausalLM.from_pretrained(directory)`` loads a compressed model.
+``AutoModelForCausalLM.from_pretrained(directory)`` loads a compressed model. Where Transformers is
+not imported yet, that happens when it is: the two together take seconds, and much of the command
+line needs neither.
 """
 
-from lestd_kernels import transformers_plugin
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lestd_kernels import registration
 from lestd_kernels.errors import LestdError
-from lestd_kernels.linear import set_backend
-from lestd_kernels.transformers_plugin import LestdConfig
+
+if TYPE_CHECKING:
+    from lestd_kernels.linear import set_backend
+    from lestd_kernels.transformers_plugin import LestdConfig
 
 __all__ = ["LestdConfig", "LestdError", "set_backend"]
 
-transformers_plugin.register()
+registration.register_when_imported()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "set_backend":
+        from lestd_kernels.linear import set_backend
+
+        return set_backend
+    if name == "LestdConfig":
+        from lestd_kernels.transformers_plugin import LestdConfig
+
+        return LestdConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

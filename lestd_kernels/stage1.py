@@ -132,6 +132,15 @@ class Bases(Factors):
 
     spectra: tuple[Tensor, Tensor, Tensor]
 
+    def singular_values(self, mode: int, scale: float) -> tuple[float, ...]:
+        """Singular values of W's unfolding in mode 1, 2 or 3, times `scale`, descending.
+
+        The square roots of eigenvalues of a float32 Gram matrix: what is below about 1e-3 of the
+        largest is rounding. Rounded to float32, where an eigenvalue below zero becomes zero.
+        """
+        values = self.spectra[mode - 1].clamp(min=0).sqrt().mul(scale)
+        return tuple(values.float().tolist())
+
 
 def hosvd(W: Tensor) -> Bases:
     """Full orthogonal bases of modes 1, 2 and 3.

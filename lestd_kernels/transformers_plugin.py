@@ -276,3 +276,6 @@ def _check_presence(model: PreTrainedModel, checkpoint_files: Sequence[str]) -> 
                     f"{checkpoint_files[0]}: neither this file nor the model's other shards hold "
                     f"the tensor {path}.{name}: copy the model again from where it was made."
                 )
+
+
+register()

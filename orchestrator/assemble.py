@@ -20,8 +20,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,15 @@ from lestd_kernels.decomposition import FORMAT_VERSION
 from lestd_kernels.errors import LestdError
 from orchestrator.card import CARD_FILE, model_card
 from orchestrator.lease import leased
-from orchestrator.manifest import MANIFEST_DIR, Manifest, json_bytes, read_json, write_json
+from orchestrator.manifest import (
+    ABOUT_FILE,
+    MANIFEST_DIR,
+    Manifest,
+    foreign_files,
+    json_bytes,
+    read_json,
+    write_json,
+)
 from orchestrator.plan import Plan
 from orchestrator.rundir import require_same
 from orchestrator.source import CONFIG_FILE, Source, copy_side_files, is_side_file
@@ -57,10 +65,8 @@ from workers.files import (
 )
 from workers.ranges import is_url
 
-_ABOUT = "model.json"
 # Written anew, whatever the source has under these names.
 _OF_OUR_OWN = (CONFIG_FILE, CARD_FILE)
-_MANIFEST_FILES = {"groups.parquet", "slices.parquet", "curves.parquet", _ABOUT}
 
 
 def payload_shard_name(row: dict[str, Any]) -> str:
@@ -75,6 +81,7 @@ def assemble(
     run_dir: AnyPath,
     out: AnyPath,
     fingerprint: dict[str, Any],
+    run_row: Callable[[], dict[str, Any]],
     require_lock: Callable[[], None],
 ) -> None:
     """Build the compressed model at `out` from the run's finished payloads.
@@ -87,6 +94,8 @@ def assemble(
         out: the model's directory; an earlier model of lestd there is replaced, in an object store
             before the new one is there.
         fingerprint: the run's.
+        run_row: asked last, for the row of this call in the model's own table `runs`: the call
+            as it is when only model.json and config.json are to be written.
         require_lock: raises LestdError when the run is no longer this driver's.
 
     Raises:
@@ -94,15 +103,19 @@ def assemble(
             somebody else's, another driver assembles it or has taken the run over, or the object
             store does not answer.
     """
+    names = _file_names(source, plan, rows)
+
+    def build(target: AnyPath, check: Callable[[], None]) -> None:
+        _build(source, plan, rows, run_dir, target, fingerprint, run_row, names, check)
+
     if isinstance(out, UPath):
-        _assemble_in_store(source, plan, rows, run_dir, out, fingerprint, require_lock)
+        _assemble_in_store(out, fingerprint, names, build, require_lock)
     else:
         building = out.with_name(f".{out.name}.assembling")
         make_directory(out.parent)
         busy = f"another driver assembles {out}; wait for it to end, or choose another --out"
         with explain_os_errors(building), building_directory(building, busy):
-            names = _file_names(source, plan, rows)
-            _build(source, plan, rows, run_dir, building, fingerprint, names, require_lock)
+            build(building, require_lock)
             fsync_directory(building)
             remove_model(out)
             building.replace(out)
@@ -111,16 +124,13 @@ def assemble(
 
 
 def _assemble_in_store(
-    source: Source,
-    plan: Plan,
-    rows: Sequence[dict[str, Any]],
-    run_dir: AnyPath,
     out: UPath,
     fingerprint: dict[str, Any],
+    names: Collection[str],
+    build: Callable[[AnyPath, Callable[[], None]], None],
     require_lock: Callable[[], None],
 ) -> None:
     """Build the model where nothing can be renamed; what is about to be there is stated first."""
-    names = _file_names(source, plan, rows)
     with _sole_writer(out) as require_out:
 
         def check() -> None:
@@ -134,14 +144,12 @@ def _assemble_in_store(
         _remove_objects(out)
         check()
         _write_about(out, fingerprint, {name: {} for name in names})
-        _build(source, plan, rows, run_dir, out, fingerprint, names, check)
+        build(out, check)
 
 
-@contextmanager
-def _sole_writer(out: UPath) -> Iterator[Callable[[], None]]:
+def _sole_writer(out: UPath) -> AbstractContextManager[Callable[[], None]]:
     """Keep the drivers of other runs from `out` while the context lasts; see `leased`."""
-    with leased(out.with_name(f".{out.name}.assembling"), out) as check:
-        yield check
+    return leased(out.with_name(f".{out.name}.assembling"), out)
 
 
 def _file_names(source: Source, plan: Plan, rows: Sequence[dict[str, Any]]) -> set[str]:
@@ -158,6 +166,7 @@ def _build(
     run_dir: AnyPath,
     target: AnyPath,
     fingerprint: dict[str, Any],
+    run_row: Callable[[], dict[str, Any]],
     names: Collection[str],
     check: Callable[[], None],
 ) -> None:
@@ -175,16 +184,13 @@ def _build(
     card = model_card(source, plan, rows, target)
     check()
     atomic_write(target / CARD_FILE, lambda file: file.write(card.encode()))
-    check()
-    Manifest(run_dir / MANIFEST_DIR).export(
-        target / MANIFEST_DIR,
-        [row["task_id"] for row in rows],
-        [task.task_id for task in plan.curve_tasks],
-    )
     config = json_bytes(compressed_config(source.config_json, rows))
     described = _describe_files(target, rows, names) | {
         CONFIG_FILE: {"bytes": len(config), "sha256": hashlib.sha256(config).hexdigest()}
     }
+    check()
+    tasks = [row["task_id"] for row in rows] + [task.task_id for task in plan.curve_tasks]
+    Manifest(run_dir / MANIFEST_DIR).export(target / MANIFEST_DIR, tasks, run_row())
     check()
     _write_about(target, fingerprint, described)
     check()
@@ -196,7 +202,7 @@ def _write_about(
 ) -> None:
     make_directory(target / MANIFEST_DIR)
     write_json(
-        target / MANIFEST_DIR / _ABOUT,
+        target / MANIFEST_DIR / ABOUT_FILE,
         {"fingerprint": fingerprint, "files": dict(sorted(described.items()))},
     )
 
@@ -290,13 +296,12 @@ def about_model(out: AnyPath) -> dict[str, Any] | None:
     Raises:
         LestdError: the file is damaged.
     """
-    path = out / MANIFEST_DIR / _ABOUT
+    path = out / MANIFEST_DIR / ABOUT_FILE
     if not is_file(path):
         return None
     about = read_json(path)
     parts = [about.get("fingerprint"), files := about.get("files")]
-    if isinstance(files, dict):
-        parts += files.values()
+    parts += files.values() if isinstance(files, dict) else []
     if not all(isinstance(part, dict) for part in parts):
         raise LestdError(f"{path} is damaged: expected fingerprint and files; move {out} away")
     return about
@@ -352,10 +357,8 @@ def _check_ours(out: AnyPath) -> dict[str, Any] | None:
         return None
     about = about_model(out)
     ours = {MANIFEST_DIR} if about is None else {MANIFEST_DIR, *about["files"]}
-    foreign = [str(out / name) for name in names if name not in ours]
-    inside = out / MANIFEST_DIR
-    foreign += [str(inside / name) for name in list_names(inside) if name not in _MANIFEST_FILES]
-    if foreign:
+    inside = foreign_files(out / MANIFEST_DIR)
+    if foreign := [str(f) for f in (*(out / n for n in names if n not in ours), *inside)]:
         raise LestdError(
             f"{out} is not empty, and {min(foreign)} was not made by lestd; move it away, or "
             "choose another --out"
@@ -391,5 +394,6 @@ def _remove_objects(out: UPath) -> None:
     names = [] if about is None else [*about["files"]]
     remove_file(out / CONFIG_FILE)
     in_parallel(lambda name: remove_file(out / name), names)
-    for name in (*sorted(_MANIFEST_FILES - {_ABOUT}), _ABOUT):
-        remove_file(out / MANIFEST_DIR / name)
+    manifest = out / MANIFEST_DIR
+    for name in sorted(list_names(manifest), key=lambda name: name == ABOUT_FILE):
+        remove_tree(manifest / name)

@@ -84,11 +84,13 @@ class _Compression:
     Attributes:
         request: the pass that it waits for or is in; None where it has ended.
         outcome: how it ended.
+        name: the executor's.
     """
 
     def __init__(self, compress: Compress, executor: Executor, reuse_bytes: int) -> None:
         self.request: _Request | None = None
         self.outcome: Outcome | None = None
+        self.name = executor.name
         self._compress = compress
         self._executor = executor
         self._reuse_bytes = reuse_bytes

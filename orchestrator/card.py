@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
 
+from orchestrator.markdown import template
 from orchestrator.plan import Plan
 from orchestrator.source import Source
 from workers.files import AnyPath, list_files
@@ -21,10 +20,7 @@ def model_card(
     source: Source, plan: Plan, rows: Sequence[dict[str, Any]], directory: AnyPath
 ) -> str:
     """The model's README.md: source, method, sizes, and how to load it."""
-    stored = sum(row["stored_bytes"] for row in rows)
-    template = files("orchestrator").joinpath("model_card.md.jinja").read_text(encoding="utf-8")
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=False)
-    return environment.from_string(template).render(
+    return template("model_card.md.jinja").render(
         # A path of this machine is nobody else's business; a Hub id is a name.
         name=source.model if source.revision else source.directory.name,
         source=source,
@@ -33,14 +29,10 @@ def model_card(
         method=rows[0]["method"],
         pattern=rows[0]["pattern"],
         metadata=card_metadata(source.directory),
-        stored_bytes=stored,
-        keep=stored / plan.dense_bytes,
-        model_keep=(stored + plan.untouched_bytes) / plan.model_bytes,
-        model_stored_bytes=stored + plan.untouched_bytes,
+        stored_bytes=sum(row["stored_bytes"] for row in rows),
         file_bytes=sum(
             size for name, size in list_files(directory).items() if name.endswith(".safetensors")
         ),
-        mib=lambda size: f"{size / 2**20:,.2f} MiB",
     )
 
 

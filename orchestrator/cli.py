@@ -17,11 +17,15 @@ from typing import Annotated
 import typer
 
 from lestd_kernels.errors import LestdError
-from orchestrator import cli_models, cli_sweep, logs, tables  # noqa: F401 - they register commands
+from orchestrator import (  # noqa: F401 - the others register their commands
+    cli_manifest,
+    cli_models,
+    cli_sweep,
+    logs,
+    tables,
+)
 from orchestrator.app import app
-from orchestrator.config import RunFile, cluster_options, run_options
 from orchestrator.logs import LogFormat
-from orchestrator.manifest import default_run_dir
 from orchestrator.options import (
     Address,
     AllocationOption,
@@ -48,7 +52,6 @@ from orchestrator.options import (
     TypeModeOption,
     Workers,
 )
-from orchestrator.rundir import RunDirectory
 from workers.files import as_path
 
 
@@ -71,6 +74,7 @@ def plan(
     json: Json = False,
 ) -> None:
     """Show what a compression would do: reads headers only, writes nothing."""
+    from orchestrator.config import RunFile, run_options
     from orchestrator.plan import make_plan
     from orchestrator.source import resolve_source
     from orchestrator.summary import describe_plan, print_plan
@@ -118,11 +122,14 @@ def compress(
 ) -> None:
     """Compress a checkpoint. Run the same command again to continue after a crash."""
     given = dict(locals())
+    from orchestrator.config import RunFile, cluster_options, run_options
     from orchestrator.executor import open_executor
+    from orchestrator.manifest import default_run_dir
     from orchestrator.metrics import RunMetrics
     from orchestrator.pipeline import compress_model
     from orchestrator.plan import make_plan
     from orchestrator.progress import CompressionProgress
+    from orchestrator.rundir import RunDirectory
     from orchestrator.source import resolve_source
     from orchestrator.submit import jobs_address, run_as_job
     from orchestrator.summary import (
@@ -163,6 +170,7 @@ def compress(
                 on_start=shown.on_start,
                 on_event=shown.on_event,
                 on_progress=shown.on_progress,
+                planned_seconds=None if seconds is None else sum(seconds.values()),
             )
             shown.ended(outcome)
     except KeyboardInterrupt:
@@ -183,6 +191,7 @@ def compress(
 def status(out: Out, run_dir: RunDir = None, json: Json = False) -> None:
     """Show what is done, running, failed and remaining; works during a run and after it."""
     from orchestrator.inspection import run_status
+    from orchestrator.manifest import default_run_dir
     from orchestrator.summary import print_status
 
     state = run_status(run_dir or default_run_dir(out), out)
@@ -193,6 +202,7 @@ def status(out: Out, run_dir: RunDir = None, json: Json = False) -> None:
 def verify(out: Out, run_dir: RunDir = None, json: Json = False) -> None:
     """Check every payload and shard against the manifest: sizes, sha256, tensors, budget."""
     from orchestrator.inspection import verify as verify_files
+    from orchestrator.manifest import default_run_dir
 
     result = verify_files(out, run_dir or default_run_dir(out))
     if json:
@@ -217,6 +227,8 @@ def clean(
 ) -> None:
     """Delete the run directory of a finished compression; the model stays."""
     from orchestrator.inspection import run_status
+    from orchestrator.manifest import default_run_dir
+    from orchestrator.rundir import RunDirectory
 
     run_dir = run_dir or default_run_dir(out)
     if not force:

@@ -10,7 +10,6 @@ import typer
 
 from orchestrator import logs, tables
 from orchestrator.app import app
-from orchestrator.config import cluster_options
 from orchestrator.logs import LogFormat
 from orchestrator.meter import Meter
 from orchestrator.options import (
@@ -106,7 +105,9 @@ def evaluate(
 ) -> None:
     """Measure token and word perplexity over non-overlapping windows of a text."""
     given = dict(locals())
+    from orchestrator.config import cluster_options
     from orchestrator.executor import open_executor
+    from orchestrator.recording import default_evaluation_dir, manifest_of_evaluations
     from orchestrator.submit import jobs_address, run_as_job
     from orchestrator.summary import evaluate_models, print_evaluations
 
@@ -117,8 +118,9 @@ def evaluate(
     models = [model] if against is None else [against, model]
     settings = {"window": window, "max_windows": max_windows, "dtype": dtype}
     settings |= {"device": device or "auto", "threads": 1 if threads is None else threads}
+    manifest = manifest_of_evaluations(model, default_evaluation_dir(model))
     with open_executor(cluster_config) as runner:
-        evaluations = evaluate_models(models, text, runner, settings)
+        evaluations = evaluate_models(models, text, runner, settings, manifest)
     print_evaluations(evaluations, json)
 
 

@@ -11,7 +11,6 @@ import typer
 from lestd_kernels.errors import LestdError
 from orchestrator import logs
 from orchestrator.app import app
-from orchestrator.config import RunFile, cluster_options, run_options
 from orchestrator.logs import LogFormat
 from orchestrator.options import (
     Address,
@@ -94,6 +93,7 @@ def sweep(
     """
     given = dict(locals())
     from orchestrator.bench import check_plot
+    from orchestrator.config import RunFile, cluster_options, run_options
     from orchestrator.executor import open_executor
     from orchestrator.manifest import default_run_dir
     from orchestrator.source import resolve_source

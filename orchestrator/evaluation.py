@@ -31,6 +31,7 @@ from orchestrator.source import load_config, read_config_json
 from workers.checkpoint import ShardIndex
 from workers.contracts import EvalRequest, EvalResult, Failure
 from workers.evaluate import EvalWorker
+from workers.files import file_sha256
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 """Compute dtypes; ``"auto"`` is the checkpoint's own."""
@@ -48,6 +49,7 @@ class Evaluation:
     Attributes:
         model: directory of the model.
         text: file of the text.
+        text_sha256: of that file.
         token_perplexity: ``exp(nll / tokens)``.
         word_perplexity: ``exp(nll / words)``; comparable between models of different tokenizers.
         nll: summed negative log-likelihood of the predicted tokens, in nats.
@@ -57,12 +59,15 @@ class Evaluation:
         window_length: inputs of a full window.
         dtype: compute dtype as asked for; ``"auto"`` is the checkpoint's own.
         device: ``"cpu"`` or ``"cuda"``.
+        threads: CPU threads of a worker.
+        workers: workers that took part.
         seconds: wall clock, with tokenizing and loading.
         model_bytes_on_disk: bytes of the model's safetensors files, headers included.
     """
 
     model: str
     text: str
+    text_sha256: str
     token_perplexity: float
     word_perplexity: float
     nll: float
@@ -72,6 +77,8 @@ class Evaluation:
     window_length: int
     dtype: str
     device: str
+    threads: int
+    workers: int
     seconds: float
     model_bytes_on_disk: int
 
@@ -200,11 +207,12 @@ def evaluate(
         memory_bytes=_WORKER_BASE_BYTES + 2 * model.bytes_on_disk + 4 * length * model.vocabulary,
         device=device,
     )
-    nll = _score(spec, _pieces(token_ids, length), executor, model.directory, progress)
+    nll, workers = _score(spec, _pieces(token_ids, length), executor, model.directory, progress)
     tokens = len(token_ids) - 1
     return Evaluation(
         model=str(model.directory),
         text=str(text_path),
+        text_sha256=file_sha256(text_path),
         token_perplexity=_perplexity(nll, tokens),
         word_perplexity=_perplexity(nll, words),
         nll=nll,
@@ -214,6 +222,8 @@ def evaluate(
         window_length=length,
         dtype=dtype,
         device=device,
+        threads=threads,
+        workers=workers,
         seconds=time.perf_counter() - start,
         model_bytes_on_disk=model.bytes_on_disk,
     )
@@ -290,10 +300,11 @@ def _score(
     executor: Executor,
     model_dir: Path,
     progress: Callable[[int, int], None] | None,
-) -> float:
-    """Summed negative log-likelihood of all pieces, in nats."""
+) -> tuple[float, int]:
+    """Summed negative log-likelihood of all pieces, in nats, and how many workers took part."""
     total = sum(len(piece.windows) for piece in pieces)
     nll: dict[int, float] = {}
+    workers = set()
     if progress is not None:
         progress(0, total)
     for result in executor.map(spec, pieces):
@@ -301,9 +312,10 @@ def _score(
             raise LestdError(f"{model_dir} could not be evaluated: {result.message}")
         assert isinstance(result, EvalResult)
         nll.update(zip(result.windows, result.nll, strict=True))
+        workers.add(result.worker)
         if progress is not None:
             progress(len(nll), total)
-    return math.fsum(nll[window] for window in sorted(nll))
+    return math.fsum(nll[window] for window in sorted(nll)), len(workers)
 
 
 def _perplexity(nll: float, count: int) -> float:

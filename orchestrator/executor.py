@@ -7,11 +7,13 @@ The same worker class runs in-process and as an actor.
 
 from __future__ import annotations
 
+import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import psutil
@@ -60,6 +62,7 @@ class Event:
         error_type: the cause: ``"WorkerDied"``, ``"WorkerFailed"``, ``"NodeLost"``, ``"TimedOut"``,
             or the error of a device that had too little memory.
         traceback: what is known of the worker's end, for people.
+        worker: who has the item, or had it, as host:pid.
     """
 
     kind: str
@@ -68,6 +71,7 @@ class Event:
     message: str = ""
     error_type: str = ""
     traceback: str = ""
+    worker: str = ""
 
 
 Listener = Callable[[Event], None]
@@ -76,11 +80,30 @@ Listener = Callable[[Event], None]
 def retried(again: Again) -> Event:
     """The event of an attempt that is followed by another."""
     task_id, attempt = again.attempt.item.task_id, again.attempt.number - 1
-    return Event("retried", task_id, attempt, again.message, again.error_type, again.evidence)
+    return Event(
+        "retried",
+        task_id,
+        attempt,
+        again.message,
+        again.error_type,
+        again.evidence,
+        again.attempt.worker,
+    )
+
+
+def started(attempt: Attempt) -> Event:
+    """The event of an attempt that a worker has been given."""
+    return Event("started", attempt.item.task_id, attempt.number, worker=attempt.worker)
 
 
 class Executor(Protocol):
-    """Maps a worker over items: small dataclasses, each with a ``task_id`` of its own."""
+    """Maps a worker over items: small dataclasses, each with a ``task_id`` of its own.
+
+    Attributes:
+        name: as configuration calls it.
+    """
+
+    name: str
 
     def has_cuda(self) -> bool:
         """Whether workers can have a GPU."""
@@ -105,6 +128,8 @@ class Executor(Protocol):
 
 class SerialExecutor:
     """One worker in this process; for debuggers, tests and machines without Ray."""
+
+    name = "serial"
 
     def has_cuda(self) -> bool:
         """Whether this process sees a GPU."""
@@ -143,10 +168,10 @@ class SerialExecutor:
                     else:
                         yield answer
                     continue
-                attempt = waiting.popleft()
+                attempt = replace(waiting.popleft(), worker=f"{socket.gethostname()}:{os.getpid()}")
                 if attempt.alone:
                     release_device_memory(worker)
-                notify(Event("started", attempt.item.task_id, attempt.number))
+                notify(started(attempt))
                 running.append((attempt, pool.submit(worker.run, attempt.item)))
         finally:
             # What runs when nobody wants more results may take minutes, and is not waited for.

@@ -13,18 +13,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 
 from lestd_kernels.errors import LestdError
 from orchestrator.card import card_metadata
 from orchestrator.compressed import CompressedGroup, CompressedModel, open_compressed
 from orchestrator.manifest import write_json
+from orchestrator.markdown import template
 from orchestrator.source import CONFIG_FILE, copy_side_files
 from workers.checkpoint import INDEX_FILE, write_safetensors, write_safetensors_stream
 from workers.contracts import TensorRef
@@ -207,12 +206,9 @@ def _dense_config(config_json: dict[str, Any], dtype: torch.dtype | None) -> dic
 
 
 def _model_card(model: CompressedModel, export: Export) -> str:
-    template = files("orchestrator").joinpath("dense_card.md.jinja").read_text(encoding="utf-8")
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=False)
-    return environment.from_string(template).render(
+    return template("dense_card.md.jinja").render(
         # A path of this machine is nobody else's business.
         name=model.directory.name,
         metadata=card_metadata(model.directory),
         export=export,
-        mib=lambda size: f"{size / 2**20:,.2f} MiB",
     )

@@ -23,18 +23,23 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from typing import Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from lestd_kernels.errors import LestdError
-from orchestrator.executor import Event
 from orchestrator.rows import (
+    PARQUET,
+    TEMPORARY,
     Damaged,
     TableRead,
     compact_table,
     compacted_path,
     part_path,
     read_table,
-    write_rows,
+    write_part,
+    write_table,
 )
 from orchestrator.schemas import (
     CURVES,
@@ -47,7 +52,7 @@ from orchestrator.schemas import (
     TABLES,
     TableSpec,
 )
-from workers.contracts import CurveResult, CurveTask, Failure, Result
+from workers.contracts import CurveResult, CurveTask, Failure, Result, Task
 from workers.files import (
     AnyPath,
     as_path,
@@ -60,7 +65,14 @@ from workers.files import (
     read_file,
 )
 
+if TYPE_CHECKING:  # It imports torch, which readers of a manifest need not wait for.
+    from orchestrator.executor import Event
+
 MANIFEST_DIR = "manifest"
+ABOUT_FILE = "model.json"
+"""In the manifest of a model: see `orchestrator.assemble`."""
+MANY_PARTS = 1000
+"""A run that has more part files, which take a second to read, is compacted by its driver."""
 TableType = Literal["arrow", "pandas", "polars"]
 """What a table is given as; the libraries are imported when they are asked for."""
 _AnyPathT = TypeVar("_AnyPathT", bound=AnyPath)
@@ -159,39 +171,54 @@ class Manifest:
         """Record a finished task: slice rows first, then the group row, which means done."""
         name = f"{result.task_id}.parquet"
         if isinstance(result, CurveResult):
-            write_rows(part_path(self.directory, CURVES, name), curve_rows(result), CURVES)
+            write_part(part_path(self.directory, CURVES, name), curve_rows(result), CURVES)
             return
-        write_rows(part_path(self.directory, SLICES, name), slice_rows(result), SLICES)
-        write_rows(part_path(self.directory, GROUPS, name), [group_row(result)], GROUPS)
+        write_part(part_path(self.directory, SLICES, name), slice_rows(result), SLICES)
+        write_part(part_path(self.directory, GROUPS, name), [group_row(result)], GROUPS)
 
-    def record_event(self, event: Event) -> None:
+    def record_event(self, event: Event, task: Task) -> None:
         """Record that a task was started or retried."""
-        self._write_event(asdict(event))
+        self._write_event(asdict(event), task)
 
-    def record_failure(self, failure: Failure) -> None:
+    def record_failure(self, failure: Failure, task: Task) -> None:
         """Record that a task failed for good."""
-        names = EVENTS.schema.names
-        row = {name: getattr(failure, name) for name in names if hasattr(failure, name)}
-        self._write_event(row | {"kind": "failed"})
+        self._write_event(asdict(failure) | {"kind": "failed"}, task)
 
-    def _write_event(self, row: dict[str, Any]) -> None:
+    def _write_event(self, row: dict[str, Any], task: Task) -> None:
         at = time.time_ns()
-        name = f"{at:020d}-{row['task_id'][:16]}.parquet"
-        write_rows(part_path(self.directory, EVENTS, name), [row | {"at": at // 1000}], EVENTS)
+        name = f"{at:020d}-{task.task_id[:16]}.parquet"
+        worker = row["worker"] or None
+        row |= {"at": at // 1000, "layer": task.layer, "group": task.group, "worker": worker}
+        row["node"] = worker and worker.rpartition(":")[0]
+        write_part(part_path(self.directory, EVENTS, name), [row], EVENTS)
 
     def record_run(self, row: dict[str, Any]) -> None:
         """Record a call of compress, as it begins and again as it ends; a row of `runs`."""
         name = f"{row['invocation']}.parquet"
-        write_rows(part_path(self.directory, RUNS, name), [row], RUNS)
+        write_part(part_path(self.directory, RUNS, name), [row], RUNS)
 
     def record_evaluation(self, rows: Sequence[dict[str, Any]]) -> None:
         """Record the metrics of one evaluation: rows of `evaluations` with one evaluation_id."""
         name = f"{rows[0]['evaluation_id']}.parquet"
-        write_rows(part_path(self.directory, EVALUATIONS, name), rows, EVALUATIONS)
+        write_part(part_path(self.directory, EVALUATIONS, name), rows, EVALUATIONS)
 
-    def compact(self, check: Callable[[], None] = lambda: None) -> int:
-        """Put the part files of every table together; see `orchestrator.rows.compact_table`."""
-        return sum(compact_table(self.directory, spec, check) for spec in TABLES.values())
+    def compact(self, check: Callable[[], None]) -> int:
+        """Put the part files of every table together; see `orchestrator.rows.compact_table`.
+
+        Not those of `evaluations`, which several processes may write at a time.
+
+        Args:
+            check: raises where the run is another driver's.
+
+        Returns:
+            Number of part files that are gone.
+        """
+        return sum(compact_table(self.directory, spec, check) for spec in _OF_A_DRIVER)
+
+    def compact_many(self, check: Callable[[], None]) -> int:
+        """`compact`, where there are more than `MANY_PARTS` part files."""
+        parts = sum(len(list_names(self.directory / spec.name)) for spec in _OF_A_DRIVER)
+        return self.compact(check) if parts > MANY_PARTS else 0
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -283,16 +310,43 @@ class Manifest:
         """Number of rows in `slices` of each task."""
         return Counter(self.slices()["task_id"].to_pylist())
 
-    def export(
-        self, target: AnyPath, task_ids: Iterable[str], curve_ids: Iterable[str] = ()
-    ) -> None:
-        """Write the rows of these tasks, ``groups.parquet`` and the others, for a model."""
-        wanted = {*task_ids, *curve_ids}
+    def export(self, target: AnyPath, task_ids: Iterable[str], run: dict[str, Any]) -> None:
+        """Write what a model's own manifest has, ``groups.parquet`` and the others.
+
+        Args:
+            target: its directory.
+            task_ids: of the groups and curves that the model is made of; their rows go there.
+            run: the row of the call that makes it, which is not recorded as ended yet. Those of
+                earlier calls go there too, and all events.
+        """
         make_directory(target)
+        wanted = pa.array([*task_ids], pa.string())
         for spec in (GROUPS, SLICES, CURVES):
-            rows = [row for row in self.table(spec.name).to_pylist() if row["task_id"] in wanted]
-            if rows:
-                write_rows(compacted_path(target, spec), rows, spec)
+            rows = self.table(spec.name)
+            _write_if_any(target, spec, rows.filter(pc.is_in(rows["task_id"], wanted)))
+        earlier = [r for r in self.runs().to_pylist() if r["invocation"] != run["invocation"]]
+        _write_if_any(target, RUNS, pa.Table.from_pylist([*earlier, run], schema=RUNS.schema))
+        _write_if_any(target, EVENTS, self.events())
+
+
+# Written by the one driver of a run.
+_OF_A_DRIVER = [spec for spec in TABLES.values() if spec is not EVALUATIONS]
+
+
+def _write_if_any(target: AnyPath, spec: TableSpec, rows: pa.Table) -> None:
+    if len(rows):
+        write_table(compacted_path(target, spec), rows)
+
+
+def foreign_files(directory: AnyPath) -> list[AnyPath]:
+    """What lies in a model's manifest directory and was not made by lestd, by its name."""
+    ours = {ABOUT_FILE, EVALUATIONS.name, *(name + PARQUET for name in TABLES)}
+    parts = directory / EVALUATIONS.name
+    evaluations = [name for name in list_names(parts) if not name.startswith(TEMPORARY)]
+    return [
+        *(directory / name for name in list_names(directory) if name not in ours),
+        *(parts / name for name in evaluations if not name.endswith(PARQUET)),
+    ]
 
 
 def slice_count(row: dict[str, Any]) -> int:

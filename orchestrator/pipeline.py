@@ -13,7 +13,9 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from orchestrator.executor import Event, Executor, Listener, WorkerSpec
 from orchestrator.manifest import MANIFEST_DIR, Manifest
 from orchestrator.plan import Plan, decide, make_plan, no_worse_than_uniform
 from orchestrator.rundir import RunDirectory, fingerprint, require_same
+from orchestrator.runs import RunRecord, on_record
 from orchestrator.source import Source
 from orchestrator.tables import size
 from orchestrator.untouched import UNTOUCHED_DIR
@@ -76,6 +79,7 @@ def compress_model(
     on_start: OnStart | None = None,
     on_event: Listener | None = None,
     on_progress: OnProgress | None = None,
+    planned_seconds: float | None = None,
 ) -> Outcome:
     """Compress a checkpoint; continue where an earlier call with the same arguments stopped.
 
@@ -90,6 +94,7 @@ def compress_model(
         on_start: called as a pass begins.
         on_event: told of every start and retry.
         on_progress: called as tasks finish.
+        planned_seconds: what decomposing is expected to take, for the record.
 
     Returns:
         Outcome: with failures instead of a model, if any task failed.
@@ -104,7 +109,7 @@ def compress_model(
     _require_apart(source, out, run_dir)
     run.check_usable()
     check_output(out)
-    with run.locked() as require_lock:
+    with run.locked() as require_lock, ExitStack() as until_the_end:
         model = check_output(out)  # Whoever held the lock may have finished it meanwhile.
         if fresh:
             _require_disk(plan, out, run_dir, reclaimed=_file_bytes(out, run_dir))
@@ -122,10 +127,15 @@ def compress_model(
                 seconds = time.monotonic() - began
                 return Outcome(plan, tuple(rows), (), len(rows), found, seconds)
         run.begin(source, current, plan)
+        record = RunRecord(source, plan, current, executor, planned_seconds, began)
+        until_the_end.enter_context(on_record(record, run.manifest, require_lock))
+        run.manifest.compact_many(require_lock)
 
         def run_pass(name: str, plan: Plan, tasks: Sequence[Task]) -> _Pass:
             done = _completed(run, tasks)
             skipped = len(done)
+            if name == "compress":
+                record.finished_before = record.finished = skipped
             todo = [task for task in tasks if task.task_id not in done]
             if on_start is not None:
                 on_start(name, tasks, set(done))
@@ -138,12 +148,13 @@ def compress_model(
                 spec = _worker_spec(plan, config, current["config"]["device"], run)
                 finished = skipped
                 _require_shared(source, run, executor)
-                for outcome in _run_and_commit(executor, spec, todo, run, on_event):
+                for outcome in _run_and_commit(executor, spec, todo, run, record, on_event):
                     require_lock()
                     if isinstance(outcome, Failure):
                         failures.append(outcome)
                     else:
                         finished += 1
+                        record.finished += isinstance(outcome, Result)
                     if on_progress is not None:
                         on_progress(outcome, finished, len(tasks))
                 done |= _completed(run, todo)
@@ -163,13 +174,17 @@ def compress_model(
             encoded = run_pass("compress", plan, tasks)
             rows = [encoded.done[t.task_id] for t in tasks if t.task_id in encoded.done]
             complete = len(rows) == len(tasks)
+            record.stored_bytes = sum(row["stored_bytes"] for row in rows) if complete else None
             if not complete or no_worse_than_uniform(rows, curves):
                 break
         if complete and (encoded.skipped < len(tasks) or model is None):
             require_lock()
             if on_start is not None:
                 on_start("assemble", (), set())
-            assemble(source, plan, rows, run_dir, out, current, require_lock)
+            with record.assembling():
+                complete_row = partial(record.ended, "complete")
+                assemble(source, plan, rows, run_dir, out, current, complete_row, require_lock)
+        run.manifest.compact_many(require_lock)
     seconds = time.monotonic() - began
     found = _first_rows(curves)
     return Outcome(plan, tuple(rows), encoded.failures, encoded.skipped, found, seconds)
@@ -224,14 +239,17 @@ def _run_and_commit(
     spec: WorkerSpec,
     todo: list[Task],
     run: RunDirectory,
+    record: RunRecord,
     on_event: Listener | None,
 ) -> Iterator[Result | CurveResult | Failure]:
     """Run tasks; what is yielded is in the manifest."""
+    tasks = {task.task_id: task for task in todo}
     attempts: dict[str, int] = {}
 
     def listen(event: Event) -> None:
         attempts[event.task_id] = event.attempt
-        run.manifest.record_event(event)
+        record.retried += event.kind == "retried"
+        run.manifest.record_event(event, tasks[event.task_id])
         if on_event is not None:
             on_event(event)
 
@@ -239,7 +257,9 @@ def _run_and_commit(
         outcome = replace(outcome, attempt=attempts.get(outcome.task_id, 1))
         if isinstance(outcome, Failure):
             told = "\n".join(filter(None, (outcome.evidence, outcome.traceback)))
-            run.manifest.record_failure(replace(outcome, traceback=told))
+            record.failed += 1
+            failure = replace(outcome, traceback=told)
+            run.manifest.record_failure(failure, tasks[outcome.task_id])
         else:
             run.manifest.commit(outcome)
         yield outcome

@@ -25,8 +25,8 @@ from orchestrator.source import Source
 from workers.contracts import CurveTask, Task, TensorRef
 from workers.headers import DTYPES
 
-# A payload's header, its rows and events; the tokenizer and other small files of a model.
-_FILES_OF_A_TASK_BYTES = 64 * 2**10
+# A payload's header, its rows with the singular values, its events; the small files of a model.
+_FILES_OF_A_TASK_BYTES = 128 * 2**10
 _SIDE_FILES_BYTES = 2**20
 
 WORKER_BASE_BYTES = 600 * 2**20

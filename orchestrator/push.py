@@ -23,7 +23,8 @@ from lestd_kernels.errors import LestdError, first_line
 from orchestrator import logs, tables
 from orchestrator.assemble import about_model
 from orchestrator.inspection import verify
-from orchestrator.manifest import MANIFEST_DIR
+from orchestrator.manifest import MANIFEST_DIR, foreign_files
+from orchestrator.rows import TEMPORARY
 
 _OUR_SHARDS = ("lestd-*.safetensors", "dense-*.safetensors")
 _WEIGHT_SUFFIXES = {".safetensors", ".bin"}
@@ -137,8 +138,12 @@ def _finished_files(directory: Path) -> list[str]:
     problems = verify(directory, directory).problems
     if problems:
         raise _damaged(directory, problems[0])
-    manifest = sorted(path.name for path in (directory / MANIFEST_DIR).iterdir())
-    return [*about["files"], *(f"{MANIFEST_DIR}/{name}" for name in manifest)]
+    manifest = directory / MANIFEST_DIR
+    if foreign := foreign_files(manifest):
+        raise LestdError(f"{min(foreign)} was not made by lestd; move it out of {directory}")
+    written = (path for path in manifest.rglob("*") if path.is_file())
+    tables = (path for path in written if not path.name.startswith(TEMPORARY))
+    return [*about["files"], *sorted(path.relative_to(directory).as_posix() for path in tables)]
 
 
 def _damaged(directory: Path, problem: str) -> LestdError:

@@ -14,12 +14,26 @@ from workers.watcher import Remains
 
 @dataclass(frozen=True)
 class Place:
-    """Where an actor runs: the process, Ray's id of the node, its GPUs there, and its log files."""
+    """Where an actor runs.
+
+    Attributes:
+        process: its id.
+        node: Ray's id of the node.
+        gpus: those of the node that it has.
+        logs: files that it writes to.
+        host: name of the machine.
+    """
 
     process: int
     node: str
     gpus: tuple[Any, ...]
     logs: tuple[str, ...]
+    host: str = ""
+
+    @property
+    def worker(self) -> str:
+        """What the manifest calls it."""
+        return f"{self.host}:{self.process}"
 
 
 class WorkerUnfitError(Exception):

@@ -21,7 +21,7 @@ from typing import Any
 
 from lestd_kernels.errors import LestdError, first_line
 from orchestrator import logs
-from orchestrator.executor import Event, Listener, WorkerSpec, retried
+from orchestrator.executor import Listener, WorkerSpec, retried, started
 from orchestrator.ray_connect import join_or_start
 from orchestrator.ray_deaths import Place
 from orchestrator.ray_pool import Died, NotStarted, Pool, Ran, Started
@@ -68,6 +68,8 @@ class RayExecutor:
         task_timeout: seconds that an item may take; None for what `Deadlines` finds plausible.
         autoscaling: nodes join on demand, so what no node offers yet is waited for.
     """
+
+    name = "ray"
 
     def __init__(
         self,
@@ -135,8 +137,9 @@ class RayExecutor:
                     patience = time.monotonic() + _REMINDER_SECONDS
                     _say_what_is_waited_for(need, self._autoscaling)
                 for attempt, actor in queue.hand_out(lambda a: pool.free(a, len(queue))):
+                    attempt = replace(attempt, worker=actor.place.worker)
                     pool.submit(actor, attempt)
-                    notify(Event("started", attempt.item.task_id, attempt.number))
+                    notify(started(attempt))
                 for outcome in pool.wait(min(1.0, queue.seconds_until_due())):
                     if isinstance(outcome, Started):
                         failed_starts = 0
@@ -331,7 +334,7 @@ def _never_begun(attempt: Attempt, outcome: NotStarted) -> Failure:
     failure = after_error(
         attempt, outcome.error, "application" if outcome.broken else "infrastructure"
     )
-    return replace(failure, message=_own_words(outcome.error))
+    return replace(failure, message=_own_words(outcome.error), worker="")
 
 
 def _own_words(error: BaseException) -> str:
@@ -382,4 +385,5 @@ def _place(worker: Any) -> Place:
         node=ray.get_runtime_context().get_node_id(),
         gpus=tuple(ray.get_gpu_ids()),
         logs=tuple(str(log.readlink()) for log in logs if log.is_file()),
+        host=socket.gethostname(),
     )

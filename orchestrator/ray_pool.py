@@ -204,7 +204,7 @@ class Pool:
 
         One device is reserved at a time, and its actors get nothing new meanwhile.
         """
-        if self._reserved is not None and self._reserved[1] is not attempt:
+        if self._reserved is not None and self._reserved[1].item is not attempt.item:
             return None
         loads: dict[Any, int] = {}
         for actor in self._actors:
@@ -223,7 +223,7 @@ class Pool:
 
     def release(self, attempt: Attempt) -> None:
         """An item needs the device no more that is reserved for it, if one is."""
-        if self._reserved is not None and self._reserved[1] is attempt:
+        if self._reserved is not None and self._reserved[1].item is attempt.item:
             self._reserved = None
 
     def submit(self, actor: Actor, attempt: Attempt) -> None:

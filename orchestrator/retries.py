@@ -49,6 +49,7 @@ class Attempt:
         due: when it may begin, by `time.monotonic`.
         alone: what it must have to itself.
         kills: nodes of the workers that it ended while it had them to itself.
+        worker: who has it, or had it last, as host:pid.
     """
 
     item: Any
@@ -56,6 +57,7 @@ class Attempt:
     due: float = 0.0
     alone: Literal["", "worker", "device"] = ""
     kills: tuple[str, ...] = ()
+    worker: str = ""
 
     @property
     def name(self) -> str:
@@ -128,6 +130,7 @@ def after_loss(
         traceback=described(loss.error),
         attempt=attempt.number,
         evidence=loss.evidence,
+        worker=attempt.worker,
     )
 
 
@@ -142,7 +145,7 @@ def after_result(attempt: Attempt, result: Any) -> Any:
     if result.kind == "device_memory" and attempt.alone != "device":
         following = replace(attempt, number=attempt.number + 1, alone="device")
         return Again(following, result.error_type, result.message, result.traceback)
-    return replace(result, attempt=attempt.number)
+    return replace(result, attempt=attempt.number, worker=attempt.worker)
 
 
 def backoff_seconds(attempts: int) -> float:
@@ -161,6 +164,7 @@ def after_error(
         message=first_line(error),
         traceback=described(error),
         attempt=attempt.number,
+        worker=attempt.worker,
     )
 
 

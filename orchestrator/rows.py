@@ -10,22 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lestd_kernels.errors import first_line
 from orchestrator.schemas import TableSpec
 from workers.files import (
     AnyPath,
     atomic_write,
     in_parallel,
-    is_file,
-    list_files,
+    list_names,
     make_directory,
     read_files,
     remove_file,
 )
+
+PARQUET = ".parquet"
+TEMPORARY = ".tmp-"
+"""How names begin of files that are being written, or whose writer was killed."""
+_FOREIGN = "lestd makes no such file; move it away"
 
 
 @dataclass(frozen=True)
@@ -51,18 +57,27 @@ class TableRead:
     parts: tuple[AnyPath, ...]
 
 
-def write_rows(path: AnyPath, rows: Sequence[dict[str, Any]], spec: TableSpec) -> None:
-    """Write rows to one Parquet file, atomically and on disk when this returns.
+def write_part(path: AnyPath, rows: Sequence[dict[str, Any]], spec: TableSpec) -> None:
+    """Write some rows to one Parquet file, atomically and on disk when this returns.
 
     Raises:
         OutOfSpaceError: no space left.
+        LestdError: the object store does not take it.
     """
-    write_table(path, pa.Table.from_pylist(list(rows), schema=spec.schema))
+    # Of few rows: to set up a decompressor for every column takes longer than all else.
+    _write(path, pa.Table.from_pylist(list(rows), schema=spec.schema), "none")
 
 
 def write_table(path: AnyPath, table: pa.Table) -> None:
-    """Write a table to one Parquet file; see `write_rows`."""
-    atomic_write(path, lambda file: pq.write_table(table, file, compression="zstd"))
+    """Write a whole table to one Parquet file; see `write_part`."""
+    _write(path, table, "zstd")
+
+
+def _write(path: AnyPath, table: pa.Table, compression: str) -> None:
+    def write(file: BinaryIO) -> None:
+        pq.write_table(table, file, compression=compression, write_page_checksum=True)
+
+    atomic_write(path, write)
 
 
 def part_path(directory: AnyPath, spec: TableSpec, name: str) -> AnyPath:
@@ -74,7 +89,7 @@ def part_path(directory: AnyPath, spec: TableSpec, name: str) -> AnyPath:
 
 def compacted_path(directory: AnyPath, spec: TableSpec) -> AnyPath:
     """Where a table's compacted file is."""
-    return directory / f"{spec.name}.parquet"
+    return directory / (spec.name + PARQUET)
 
 
 def read_table(directory: AnyPath, spec: TableSpec) -> TableRead:
@@ -82,18 +97,22 @@ def read_table(directory: AnyPath, spec: TableSpec) -> TableRead:
 
     The parts are read before the compacted file: one that is compacted and deleted meanwhile is
     found there. Readers need no lock.
+
+    Raises:
+        LestdError: the object store does not answer.
     """
     folder = directory / spec.name
-    paths = [folder / name for name in list_files(folder) if name.endswith(".parquet")]
+    names = [name for name in list_names(folder) if not name.startswith(TEMPORARY)]
+    paths = [folder / name for name in names if name.endswith(PARQUET)]
+    foreign = [Damaged(folder / name, _FOREIGN) for name in names if not name.endswith(PARQUET)]
     parts, damaged, read = _read_all(paths, spec)
-    newer = pa.concat_tables(parts) if parts else spec.schema.empty_table()
-    single = compacted_path(directory, spec)
-    compacted, more, _ = _read_all([single] if is_file(single) else [], spec)
-    older = compacted[0] if compacted else spec.schema.empty_table()
+    newer = pa.concat_tables([spec.schema.empty_table(), *parts])
+    compacted, more, _ = _read_all([compacted_path(directory, spec)], spec)
+    older = pa.concat_tables([spec.schema.empty_table(), *compacted])
     rows = pa.concat_tables([_without(older, newer, spec.key), newer])
-    if spec.order:
-        rows = rows.sort_by([(name, "ascending") for name in spec.order])
-    return TableRead(rows, (*damaged, *more), tuple(read))
+    # By the key too: what is compacted and what is not makes no difference to the order.
+    order = dict.fromkeys((*spec.order, *spec.key), "ascending")
+    return TableRead(rows.sort_by([*order.items()]), (*foreign, *damaged, *more), tuple(read))
 
 
 def compact_table(directory: AnyPath, spec: TableSpec, check: Callable[[], None]) -> int:
@@ -129,39 +148,47 @@ def _read_all(
     paths: Sequence[AnyPath], spec: TableSpec
 ) -> tuple[list[pa.Table], list[Damaged], list[AnyPath]]:
     tables, damaged, read = [], [], []
-    for path, content in zip(paths, read_files(paths), strict=True):
-        if isinstance(content, FileNotFoundError):
-            continue  # Compacted since it was listed.
-        part = _parsed(path, content, spec)
+    found = zip(paths, read_files(paths), strict=True)
+    for path, part in in_parallel(lambda one: (one[0], _parsed(*one, spec)), found):
         if isinstance(part, Damaged):
             damaged.append(part)
-        else:
+        elif part is not None:
             tables.append(part)
             read.append(path)
     return tables, damaged, read
 
 
-def _parsed(path: AnyPath, content: bytes | OSError, spec: TableSpec) -> pa.Table | Damaged:
+def _parsed(path: AnyPath, content: bytes | OSError, spec: TableSpec) -> pa.Table | Damaged | None:
+    """The rows of a file, why it has none, or None where there is no file."""
+    if isinstance(content, FileNotFoundError) and not _is_link(path):
+        return None  # Compacted since it was listed.
     if isinstance(content, OSError):
-        return Damaged(path, str(content))
+        return Damaged(path, content.strerror or str(content))
     try:
         # Not pq.read_table, whose dataset costs ten times as much for a file of one row.
-        table = pq.ParquetFile(pa.BufferReader(content)).read()
-        for column in spec.columns:
-            if column.required and (
-                column.name not in table.column_names or table[column.name].null_count
-            ):
-                return Damaged(path, f"it has rows without {column.name}")
-        # Columns that a newer version added are dropped, those of a later one are null.
-        columns = [
-            table[field.name].cast(field.type)
-            if field.name in table.column_names
-            else pa.nulls(len(table), field.type)
-            for field in spec.schema
-        ]
-        return pa.Table.from_arrays(columns, schema=spec.schema)
+        file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+        return _as_stated(path, file.read(use_threads=False), spec)
     except (pa.ArrowException, OSError, ValueError) as error:
-        return Damaged(path, str(error).splitlines()[0])
+        return Damaged(path, first_line(error))
+
+
+def _is_link(path: AnyPath) -> bool:
+    return isinstance(path, Path) and path.is_symlink()
+
+
+def _as_stated(path: AnyPath, table: pa.Table, spec: TableSpec) -> pa.Table | Damaged:
+    """A file's rows with the columns of this version: others are dropped, absent ones null."""
+    columns = []
+    for field, column in zip(spec.schema, spec.columns, strict=True):
+        index = table.schema.get_field_index(field.name)
+        values = table.column(index) if index >= 0 else pa.nulls(len(table), field.type)
+        if values.type != field.type:
+            expected = f"{field.name} is {values.type}, expected {field.type}"
+            return Damaged(path, f"its column {expected}")
+        if column.required and values.null_count:
+            return Damaged(path, f"it has rows without {field.name}")
+        columns.append(values)
+    return pa.Table.from_arrays(columns, schema=spec.schema)
 
 
 def _without(older: pa.Table, newer: pa.Table, key: Sequence[str]) -> pa.Table:

@@ -27,8 +27,16 @@ from lestd_kernels.decomposition import FORMAT_VERSION
 from lestd_kernels.errors import LestdError
 from orchestrator.config import RunConfig
 from orchestrator.lease import is_held, leased
-from orchestrator.manifest import MANIFEST_DIR, Manifest, read_json, write_json
+from orchestrator.manifest import (
+    MANIFEST_DIR,
+    Manifest,
+    default_run_dir,
+    manifest_directory,
+    read_json,
+    write_json,
+)
 from orchestrator.plan import Plan
+from orchestrator.rows import TEMPORARY
 from orchestrator.source import Source
 from workers.checkpoint import hash_tensor
 from workers.decompose import software_versions
@@ -46,7 +54,6 @@ from workers.files import (
 from workers.sampling import sample_digests, shard_stats
 
 _OURS = {"lock", "run.json", "plan.json", "payloads", "manifest", "untouched"}
-_TEMPORARY = ".tmp-"
 # `lestd status` takes the lock for a moment to see whether it is free.
 _LOCK_PATIENCE_SECONDS = 1.0
 
@@ -139,7 +146,7 @@ class RunDirectory:
         if is_file(self.path):
             raise LestdError(f"{self.path} is a file; choose another --run-dir")
         for name in list_names(self.path):
-            if name not in _OURS and not name.startswith(_TEMPORARY):
+            if name not in _OURS and not name.startswith(TEMPORARY):
                 raise LestdError(
                     f"{self.path} is not empty and holds {name}, which no run of lestd "
                     "makes; choose another --run-dir"
@@ -215,7 +222,7 @@ class RunDirectory:
         if recorded is not None:
             require_same(recorded, fingerprint, self.path)
             if isinstance(self.path, Path):
-                for leftover in self.path.rglob(f"{_TEMPORARY}*"):
+                for leftover in self.path.rglob(f"{TEMPORARY}*"):
                     leftover.unlink(missing_ok=True)
         stats = shard_stats(source.index)
         if recorded is not None and self._about("shard_stats") != stats:
@@ -275,8 +282,29 @@ class RunDirectory:
                 remove_tree(self.path)
             else:  # There is no directory, and the lease is given up last.
                 for name in list_names(self.path):
-                    if name.startswith(_TEMPORARY):
+                    if name.startswith(TEMPORARY):
                         remove_file(self.path / name)
+
+
+def compact(path: AnyPath) -> int:
+    """Put the many small files of a run's manifest together, while no driver works on it.
+
+    Args:
+        path: a run directory, or the model that a run beside it makes or has made. The manifest
+            of a model whose run is gone is left as it is: all but its evaluations is together.
+
+    Returns:
+        Number of files that are gone.
+
+    Raises:
+        LestdError: there is no manifest, a driver is at work, or no space is left.
+    """
+    for run in map(RunDirectory, (path, default_run_dir(path))):
+        if run.exists:
+            with run.locked() as check:
+                return run.manifest.compact(check)
+    manifest_directory(path)  # For what it raises.
+    return 0
 
 
 def _open_locked(lock: Path) -> int | None:

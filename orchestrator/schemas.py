@@ -159,7 +159,7 @@ SLICES = TableSpec(
     "one row per slice: one head of one projection of a finished group",
     (
         *_TASK,
-        Column("projection", _TEXT, "q, k, v or o"),
+        Column("projection", _TEXT, "q, k, v or o", required=True),
         Column("head", _INT, "index of the head; a key or value head where heads share them"),
         Column("nnz", _LONG, "stored non-zeros of the slice"),
         Column("density", _REAL, "nnz / (R1 R2)"),

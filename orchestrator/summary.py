@@ -12,9 +12,11 @@ from orchestrator.evaluation import Evaluation, evaluate, open_model
 from orchestrator.executor import Executor
 from orchestrator.export import Export
 from orchestrator.inspection import stored_scope_bytes
+from orchestrator.manifest import Manifest
 from orchestrator.meter import Meter
 from orchestrator.pipeline import Outcome
 from orchestrator.plan import Plan
+from orchestrator.recording import model_facts, record, text_rows
 from orchestrator.retries import retries
 from orchestrator.rundir import RunDirectory
 from orchestrator.schemas import COMPUTING_STAGES
@@ -295,18 +297,26 @@ def print_export(export: Export, json: bool) -> None:
 
 
 def evaluate_models(
-    models: list[Path], text: Path, executor: Executor, settings: dict[str, Any]
+    models: list[Path],
+    text: Path,
+    executor: Executor,
+    settings: dict[str, Any],
+    manifest: Manifest,
 ) -> list[Evaluation]:
     """Evaluate models one after the other, with progress; all are opened before the first.
 
-    `settings` has ``window``, for `open_model`, and what `evaluate` takes by keyword.
+    `settings` has ``window``, for `open_model`, and what `evaluate` takes by keyword. What is
+    found is recorded in the manifest.
     """
     opened = [open_model(model, settings["window"]) for model in models]
+    facts = [model_facts(model) for model in opened]
     options = {name: value for name, value in settings.items() if name != "window"}
     evaluations = []
-    for model in opened:
+    for model, known in zip(opened, facts, strict=True):
         with Meter(f"evaluate {model.directory.name}", "windows") as meter:
-            evaluations.append(evaluate(model, text, executor, progress=meter.update, **options))
+            evaluation = evaluate(model, text, executor, progress=meter.update, **options)
+        record(text_rows(known, evaluation), manifest)
+        evaluations.append(evaluation)
     return evaluations
 
 
@@ -316,7 +326,7 @@ def print_evaluations(evaluations: list[Evaluation], json: bool) -> None:
     entries = []
     for one in evaluations:
         entry = asdict(one) | {"weights_in_scope": stored_scope_bytes(Path(one.model))}
-        del entry["text"]  # It is the same for all.
+        del entry["text"], entry["text_sha256"]  # They are the same for all.
         entries.append(entry)
     if json:
         tables.print_json({"text": text, "models": entries})

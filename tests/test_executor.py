@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -120,6 +121,8 @@ def test_serial_runs_in_order_and_leaves_the_threads_as_they_were(
     assert [r.number for r in results[:4]] == [0, 1, 4, 9]
     assert isinstance(results[4], Failure)
     assert [e.task_id for e in events] == ["0", "1", "2", "3", "r"]
+    assert {e.worker for e in events} == {f"{socket.gethostname()}:{os.getpid()}"}
+    assert results[4].worker == events[4].worker
     assert torch.get_num_threads() == before
 
 
@@ -207,6 +210,15 @@ def test_every_item_gets_one_answer(ray_executor: Executor, tmp_path: Path, in_f
     assert [e.task_id for e in retried].count("always") == results["always"].attempt - 1
     assert {event.error_type for event in retried} == {"WorkerDied"}
     assert "the last words of always" in results["always"].evidence
+    # Who had an item is told when it begins, when it is tried again, and when it has failed.
+    had = {(e.task_id, e.attempt): e.worker for e in events if e.kind == "started"}
+    here = socket.gethostname()
+    assert all(had[task, tries[task]] == f"{here}:{results[task].pid}" for task in "012345")
+    assert all(event.worker == had[event.task_id, event.attempt] for event in retried)
+    assert len({had["always", attempt] for attempt in range(1, tries["always"] + 1)}) > 1
+    failed = [result for result in results.values() if isinstance(result, Failure)]
+    assert len(failed) == 3
+    assert all(failure.worker == had[failure.task_id, failure.attempt] for failure in failed)
 
 
 @pytest.mark.ray

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from orchestrator.manifest import Manifest
-from orchestrator.rows import write_rows
+from orchestrator.rows import write_part
 from orchestrator.schemas import CURVES
 
 LAYERS = 12
@@ -206,7 +206,7 @@ def test_a_prediction_that_fails_costs_no_error(
         shutil.rmtree(run_dir / "manifest" / name)
     path = sorted((run_dir / "manifest" / "curves").glob("*.parquet"))[0]
     rows = pq.read_table(path, partitioning=None).to_pylist()
-    write_rows(path, [row | {"predicted_squared_error": 0.0} for row in rows], CURVES)
+    write_part(path, [row | {"predicted_squared_error": 0.0} for row in rows], CURVES)
     command = ("compress", model, "--out", out, "--keep", 0.4)
     result = lestd(*command, *GLOBAL)
     assert result.code == 0, result.err

@@ -56,12 +56,42 @@ def test_imports_run_downwards(path: Path) -> None:
         assert "ray" not in found
 
 
+HEAVY = ("ray", "torch", "transformers", "tensorly", "pyarrow", "duckdb", "pydantic", "typer")
+
+
+def loaded(code: str, *names: str) -> set[str]:
+    """Which of these packages a fresh Python has imported after some code."""
+    code += f"\nimport sys; print([name for name in {names} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(ast.literal_eval(run.stdout))
+
+
 def test_loading_a_model_needs_no_orchestration() -> None:
+    found = loaded("import lestd_kernels.transformers_plugin", *HEAVY, "orchestrator", "workers")
+    # transformers itself imports pydantic.
+    assert {"torch", "transformers"} <= found <= {"torch", "transformers", "pydantic"}
+
+
+def test_a_command_starts_without_what_it_does_not_need() -> None:
+    """Importing torch and transformers takes seconds, for which a query would wait."""
+    assert loaded("import orchestrator.cli", *HEAVY) == {"typer"}
+    assert loaded("import orchestrator.query", *HEAVY) == {"pyarrow", "duckdb"}
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import lestd_kernels, transformers.quantizers.auto",
+        "import transformers.quantizers.auto, lestd_kernels",
+        "import lestd_kernels.transformers_plugin",
+        "import lestd_kernels.linear; from transformers import AutoModelForCausalLM as Auto; Auto",
+    ],
+)
+def test_the_format_is_registered_whatever_is_imported_first(first: str) -> None:
     code = (
-        "import sys, lestd_kernels\n"
-        "heavy = {'ray', 'pyarrow', 'pydantic', 'typer', 'orchestrator', 'workers', 'tensorly'}\n"
-        "print(sorted(heavy & {name.partition('.')[0] for name in sys.modules}))"
+        f"{first}\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
+        "print('lestd' in AUTO_QUANTIZER_MAPPING)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    # transformers itself imports pydantic.
-    assert set(ast.literal_eval(run.stdout)) <= {"pydantic"}
+    assert run.stdout == "True\n"

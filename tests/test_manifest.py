@@ -6,10 +6,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import SliceStats
 from orchestrator.executor import Event
 from orchestrator.manifest import Manifest, payload_problem
-from workers.contracts import Failure, Result
+from orchestrator.schemas import TABLES
+from workers.contracts import Failure, Result, Task
 
 
 def result(payloads: Path, task_id: str, layer: int) -> Result:
@@ -56,6 +58,8 @@ def result(payloads: Path, task_id: str, layer: int) -> Result:
         node="host",
         versions={"lestd": "0"},
         slices=slices,
+        singular_values_1=(3.0, 2.0, 0.0),
+        singular_values_2=(3.5, 0.5),
     )
 
 
@@ -77,6 +81,7 @@ def test_rows_hold_what_the_result_said(tmp_path: Path, payloads: Path) -> None:
     assert row["seconds_stage1"] == 0.2
     assert row["seconds_error"] == 0.0
     assert row["started_at"].timestamp() == 1_700_000_000.25
+    assert (row["singular_values_1"], row["singular_values_2"]) == ([3.0, 2.0, 0.0], [3.5, 0.5])
     slices = manifest.slices().to_pylist()
     assert len(slices) == 24
     assert [(s["projection"], s["head"]) for s in slices[:3]] == [("q", 0), ("q", 1), ("k", 0)]
@@ -126,12 +131,18 @@ def test_a_damaged_file_is_named_and_spoils_no_other(
     assert [one.path for one in manifest.damaged()] == [path]
 
 
+TASK = Task("t", 3, "model.layers.3.self_attn", "", {}, None, "lestd", {}, 9, "bfloat16", 9)  # type: ignore[arg-type]
+
+
 def test_events_are_kept_in_order(tmp_path: Path) -> None:
     manifest = Manifest(tmp_path / "manifest")
-    manifest.record_event(Event("started", "t", 1))
-    manifest.record_event(Event("retried", "t", 1, "the worker died"))
-    manifest.record_failure(Failure("t", "infrastructure", "Died", "gave up", "trace", 2))
+    manifest.record_event(Event("started", "t", 1, worker="fe80::1:7"), TASK)
+    manifest.record_event(Event("retried", "t", 1, "the worker died", worker="host:8"), TASK)
+    manifest.record_failure(Failure("t", "infrastructure", "Died", "gave up", "trace", 2), TASK)
     events = manifest.events().to_pylist()
+    assert [(e["layer"], e["group"]) for e in events] == [(3, "model.layers.3.self_attn")] * 3
+    found = [(e["worker"], e["node"]) for e in events]
+    assert found == [("fe80::1:7", "fe80::1"), ("host:8", "host"), (None, None)]
     assert [e["kind"] for e in events] == ["started", "retried", "failed"]
     assert events[2]["message"] == "gave up"
     assert events[2]["attempt"] == 2
@@ -154,11 +165,46 @@ def test_export_holds_the_rows_asked_for(tmp_path: Path, payloads: Path) -> None
     manifest = Manifest(tmp_path / "manifest")
     for layer in (1, 0, 2):
         manifest.commit(result(payloads, f"task{layer}", layer))
-    manifest.export(tmp_path / "model", ["task0", "task1"])
+    manifest.record_run({"invocation": "first", "state": "running"})
+    manifest.record_run({"invocation": "second", "state": "running"})
+    manifest.record_event(Event("started", "t", 1), TASK)
+    model = tmp_path / "model" / "manifest"
+    manifest.export(model, ["task0", "task1"], {"invocation": "second", "state": "complete"})
     exported = Manifest(tmp_path / "model")
+    states = {row["invocation"]: row["state"] for row in exported.runs().to_pylist()}
+    assert states == {"first": "running", "second": "complete"}
+    assert exported.events() == manifest.events()
+    assert set(manifest.runs()["state"].to_pylist()) == {"running"}
     assert exported.groups().equals(manifest.groups().slice(0, 2))
     assert [s["layer"] for s in exported.slices().to_pylist()] == [0] * 8 + [1] * 8
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+    assert sorted(path.name for path in model.iterdir()) == [
+        "events.parquet",
         "groups.parquet",
+        "runs.parquet",
         "slices.parquet",
     ]
+
+
+@pytest.mark.parametrize("name", ["groups", "slices", "runs", "events"])
+def test_tables_are_given_to_pandas_and_polars(tmp_path: Path, payloads: Path, name: str) -> None:
+    manifest = Manifest(tmp_path / "manifest")
+    manifest.commit(result(payloads, "task0", 0))
+    manifest.record_run({"invocation": "first", "started_at": 1_700_000_000_000_000})
+    manifest.record_event(Event("started", "t", 1), TASK)
+    expected = manifest.table(name).to_pylist()
+    frame = getattr(Manifest(tmp_path), name)("pandas")
+    assert type(frame).__module__.startswith("pandas")
+    assert [*frame.columns] == TABLES[name].schema.names
+    assert len(frame) == len(expected)
+    assert [*frame.iloc[:, 0]] == [row[frame.columns[0]] for row in expected]
+    assert getattr(Manifest(tmp_path), name)("polars").to_dicts() == expected
+
+
+def test_a_path_without_a_manifest_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "absent", str(tmp_path / "absent")):
+        with pytest.raises(LestdError, match=f"^{path} has no manifest, and neither .* run"):
+            Manifest(path)
+    (tmp_path / "out.run" / "manifest" / "groups").mkdir(parents=True)
+    in_the_making = Manifest(tmp_path / "out")
+    assert in_the_making.directory == tmp_path / "out.run" / "manifest"
+    assert len(in_the_making.groups()) == 0

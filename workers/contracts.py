@@ -6,11 +6,12 @@ A task names tensors; a worker reads them itself, writes a payload, and returns 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lestd_kernels.budget import CurvePoint
-from lestd_kernels.methods import SliceStats
-from lestd_kernels.tensorize import GroupLayout
+if TYPE_CHECKING:  # They import torch, which readers of a manifest need not wait for.
+    from lestd_kernels.budget import CurvePoint
+    from lestd_kernels.methods import SliceStats
+    from lestd_kernels.tensorize import GroupLayout
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,9 @@ class Result:
     Energies and errors are squared Frobenius norms in the units of the weights;
     `relative_error` is not squared, and is recomputed from the tensors as stored.
     `seconds` has one entry per stage; `started_at` is seconds since the epoch. `slices` is the
-    manifest's table of that name. `device` names the hardware: the GPU, or the machine and the
-    vector instructions of its CPU.
+    manifest's table of that name. `singular_values_1` and `_2` are those of the mode-1 and mode-2
+    unfoldings of the weights, descending. `device` names the hardware: the GPU, or the machine and
+    the vector instructions of its CPU.
     """
 
     task_id: str
@@ -197,6 +199,8 @@ class Result:
     node: str
     versions: dict[str, str]
     slices: tuple[SliceStats, ...]
+    singular_values_1: tuple[float, ...]
+    singular_values_2: tuple[float, ...]
     attempt: int = 1
 
 
@@ -208,7 +212,7 @@ class Failure:
     or its machine was lost or failed, or a store did not answer: retried elsewhere up to the limit)
     or ``"device_memory"`` (a GPU has too little: retried once with nothing else on it).
     ``evidence`` is what is known of the end of a worker that was lost: Ray's words, its memory, the
-    last lines of its log.
+    last lines of its log. ``worker``, host:pid, is who had the item; empty where nobody had.
     """
 
     task_id: str
@@ -218,6 +222,7 @@ class Failure:
     traceback: str = field(default="", repr=False)
     attempt: int = 1
     evidence: str = field(default="", repr=False)
+    worker: str = ""
 
 
 @dataclass(frozen=True)

@@ -246,6 +246,8 @@ class DecomposeWorker:
                     hooi_iterations=done.hooi_iterations,
                     seconds=add_seconds(shared, done.seconds, writing.seconds),
                     slices=done.slices,
+                    singular_values_1=done.singular_values[0],
+                    singular_values_2=done.singular_values[1],
                     **known,
                 )
             )

@@ -206,14 +206,24 @@ def read_file(path: AnyPath) -> bytes:
         OSError: a local file cannot be read.
         LestdError: one in an object store is absent, or cannot be read.
     """
-    return stores.read_objects([path])[0] if isinstance(path, UPath) else path.read_bytes()
+    if not isinstance(path, UPath):
+        return path.read_bytes()
+    with stores.explain_store_errors(path):
+        content = stores.read_objects([path])[0]
+        if isinstance(content, FileNotFoundError):
+            raise content
+        return content
 
 
 def read_files(paths: Sequence[AnyPath]) -> list[bytes | OSError]:
     """Contents of small files in one directory, from an object store many at a time.
 
     Returns:
-        As many as `paths`; the error of a local file that cannot be read.
+        As many as `paths`; the error of a local file that cannot be read, of an object that is
+        absent.
+
+    Raises:
+        LestdError: an object store does not answer.
     """
     if paths and isinstance(paths[0], UPath):
         return [*stores.read_objects([cast(UPath, path) for path in paths])]

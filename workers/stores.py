@@ -150,17 +150,20 @@ class _Download(io.RawIOBase):
         return patiently(once)
 
 
-def read_objects(paths: Sequence[UPath]) -> list[bytes]:
-    """Contents of small objects of one store, many at a time.
+def read_objects(paths: Sequence[UPath]) -> list[bytes | FileNotFoundError]:
+    """Contents of small objects of one store, many at a time; the error of one that is absent.
 
     Raises:
-        LestdError: one is absent, or cannot be read.
+        LestdError: one cannot be read.
     """
     names = [path.path for path in paths]
 
-    def once() -> list[bytes]:
+    def once() -> list[bytes | FileNotFoundError]:
         with explain_store_errors(paths[0]):
-            contents = paths[0].fs.cat(names)
+            contents = paths[0].fs.cat(names, on_error="return")
+            for content in contents.values():
+                if not isinstance(content, bytes | FileNotFoundError):
+                    raise content
             return [contents[name] for name in names]
 
     return patiently(once)

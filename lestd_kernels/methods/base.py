@@ -109,6 +109,7 @@ class Decomposed:
         seconds: wall time of ``"stage1"``, ``"rank_search"``, ``"stage2"``, ``"error"``.
         slices: statistics of every slice, in unfolding order.
         curve: the error to expect at other byte budgets, where asked for.
+        singular_values: of the mode-1 unfolding (d) and of the mode-2 unfolding (p), descending.
     """
 
     decomposition: SharedTucker
@@ -122,6 +123,7 @@ class Decomposed:
     seconds: dict[str, float]
     slices: tuple[SliceStats, ...]
     curve: tuple[CurvePoint, ...]
+    singular_values: tuple[tuple[float, ...], tuple[float, ...]]
 
 
 class Encode(Protocol):

@@ -109,6 +109,7 @@ class SharedBasis:
         hooi_iterations: sweeps after the HOSVD.
         scale: what the unfolding was divided by, and the cores are to be multiplied by.
         curve: what the rank search found at the curve's budgets, in the units of the weights.
+        singular_values: of the mode-1 and mode-2 unfoldings, in the units of the weights.
     """
 
     factors: Factors
@@ -116,6 +117,7 @@ class SharedBasis:
     hooi_iterations: int
     scale: float
     curve: tuple[CurvePoint, ...]
+    singular_values: tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def scale_to_one(unfolding: Tensor) -> float:
@@ -213,6 +215,7 @@ def shared_basis(
     shape, args, scale = prepared.shape, prepared.args, prepared.scale
     value_dtype = prepared.value_dtype
     W, bases, rotated = prepared.parts(reuse)
+    singular_values = bases.singular_values(1, scale), bases.singular_values(2, scale)
     with clock("rank_search"):
         budgets = (limits.byte_budget, *curve_budgets)
         every = [replace(limits, byte_budget=budget) for budget in budgets]
@@ -248,7 +251,8 @@ def shared_basis(
         for core in cores:
             torch.hardshrink(core, rounded_to_zero, out=core)
     points = (replace(point, squared_error=point.squared_error * scale**2) for point in curve)
-    return SharedBasis(factors, energy, iterations, scale, tuple(points)), cores
+    basis = SharedBasis(factors, energy, iterations, scale, tuple(points), singular_values)
+    return basis, cores
 
 
 def finish(
@@ -296,6 +300,7 @@ def finish(
         seconds=clock.seconds,
         slices=tuple(slices),
         curve=basis.curve,
+        singular_values=basis.singular_values,
     )
 
 

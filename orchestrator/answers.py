@@ -1,0 +1,141 @@
+"""The answer to a query, for people and for programs.
+
+Values that JSON and CSV lack are written as text: times in ISO 8601, intervals and bytes as
+Python says them. Exact decimals become whole numbers or doubles.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from datetime import date, datetime
+from decimal import Decimal
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.measure import Measurement
+from rich.table import Table
+
+from orchestrator import tables
+from workers.files import AnyPath, atomic_write
+
+SHOWN_ROWS = 50
+"""Rows of a table for people."""
+_SHOWN_RECORDS = 5
+_CELL_CHARACTERS = 60
+_BATCH_ROWS = 10_000
+
+
+def print_answer(answer: pa.Table) -> None:
+    """A table for people, or where it is too wide one block per row; both of the first rows."""
+    shown = answer.slice(0, SHOWN_ROWS)
+    cells = [[_cell(value) for value in row] for row in _rows(shown)]
+    table = Table()
+    for field in answer.schema:
+        is_text = pa.types.is_string(field.type)
+        table.add_column(_escaped(field.name), justify="left" if is_text else "right")
+    for row in cells:
+        table.add_row(*map(_escaped, row))
+    if Measurement.get(tables.out, tables.out.options.update(width=10_000), table).maximum > (
+        tables.out.width
+    ):
+        cells = cells[:_SHOWN_RECORDS]
+        _print_records(answer.column_names, cells)
+    else:
+        tables.out.print(table)
+    if len(cells) < len(answer):
+        left_out = f"{len(cells)} of {len(answer)} rows; all: --csv, --json or --parquet FILE"
+        tables.out.print(left_out, markup=False, soft_wrap=True)
+    else:
+        tables.out.print("1 row" if len(answer) == 1 else f"{len(answer)} rows")
+
+
+def _print_records(names: list[str], rows: list[list[str]]) -> None:
+    width = max(map(len, names))
+    for row in rows:
+        for name, cell in zip(names, row, strict=True):
+            tables.out.print(f"{name:{width}}  {cell}", markup=False, soft_wrap=True)
+        tables.out.print()
+
+
+def print_csv(answer: pa.Table) -> None:
+    """All rows as CSV with a header; null is empty."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(answer.column_names)
+    for row in _rows(answer):
+        writer.writerow([_csv_value(plain(value)) for value in row])
+
+
+def print_json(answer: pa.Table) -> None:
+    """All rows as one JSON object, ``{"rows": [{column: value, ...}, ...]}``."""
+    names = answer.column_names
+    rows = [dict(zip(names, map(plain, row), strict=True)) for row in _rows(answer)]
+    tables.print_json({"rows": rows})
+
+
+def write_parquet(answer: pa.Table, path: AnyPath) -> None:
+    """All rows as a Parquet file, whole or not at all.
+
+    Raises:
+        OutOfSpaceError: no space left.
+        LestdError: the object store does not take it.
+    """
+    atomic_write(path, lambda file: pq.write_table(answer, file, compression="zstd"))
+
+
+def plain(value: Any) -> Any:
+    """A value of a row as JSON has it; numbers that it lacks stay as they are."""
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, datetime | date):
+        return value.isoformat()
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [plain(one) for one in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def unique_names(answer: pa.Table) -> pa.Table:
+    """The same with ``_2``, ``_3``, ... behind names that an earlier column has."""
+    names: list[str] = []
+    for name in answer.column_names:
+        candidate, number = name, 2
+        while candidate in names:
+            candidate, number = f"{name}_{number}", number + 1
+        names.append(candidate)
+    return answer.rename_columns(names)
+
+
+def _rows(answer: pa.Table) -> Iterator[tuple[Any, ...]]:
+    for batch in answer.to_batches(max_chunksize=_BATCH_ROWS):
+        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+
+
+def _csv_value(value: Any) -> Any:
+    if isinstance(value, dict | list):
+        return json.dumps(tables.finite(value))
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, datetime):
+        return value.isoformat(" ", "seconds").removesuffix("+00:00")
+    value = plain(value)
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.0f}" if value.is_integer() and abs(value) < 1e15 else _digits(value)
+    text = str(value).lower() if isinstance(value, bool) else " ".join(str(value).split())
+    return text if len(text) <= _CELL_CHARACTERS else text[: _CELL_CHARACTERS - 1] + "…"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.1f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,163 @@
+"""`lestd diff` for people: a table for each kind of difference, and none where there is none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rich.markup import escape
+
+from orchestrator import logs, tables
+from orchestrator.diff import Row, by_difference
+
+_SHOWN_LAYERS, _SHOWN_NAMES = 10, 3
+_BAR, _BAR_WIDTH = 12, 96
+_BETTER, _WORSE = "green", "red"
+
+
+def print_diff(found: Row, every_layer: bool) -> None:
+    """Print what `compare` found; all layers, or those that differ most."""
+    for side in ("before", "after"):
+        for bad in found[side]["damaged"]:
+            logs.log("message", f"{bad['path']} is damaged and left out: {bad['reason']}")
+    for side in ("before", "after"):
+        tables.out.print(f"{side:6}  {_about(found[side])}", markup=False, soft_wrap=True)
+    if found["identical"]:
+        stored = next(f["after"] for f in found["bytes"] if f["what"] == "weights in scope, stored")
+        tables.out.print(
+            f"the payloads are identical: {found['common']} layers, {tables.size(stored)}"
+        )
+    _print_one_sided(found)
+    _print_configuration(found["configuration"])
+    if not found["identical"]:
+        _print_figures("bytes", found["bytes"])
+        _print_figures("relative error", found["error"])
+    _print_figures("time, and memory", found["time"])
+    _print_quality(found["quality"])
+    if not found["identical"]:
+        _print_layers(found["layers"], every_layer)
+
+
+def _about(side: Row) -> str:
+    finished = f"{side['finished']} of {side['tasks']} layers" if side["tasks"] else None
+    known = ", ".join(filter(None, (side["state"], finished)))
+    return f"{side['path']} ({known})" if known else str(side["path"])
+
+
+def _print_one_sided(found: Row) -> None:
+    for side in ("before", "after"):
+        if names := found[f"only_{side}"]:
+            more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+            tables.out.print(
+                f"only {side}: {', '.join(names[:_SHOWN_NAMES])}{more}",
+                markup=False,
+                soft_wrap=True,
+            )
+    if found["only_before"] or found["only_after"]:
+        tables.out.print(f"bytes and errors are of the {found['common']} layers that both have")
+
+
+def _print_configuration(entries: Sequence[Row]) -> None:
+    rows = [
+        [escape(text) for text in (one["what"], _plain(one["before"]), _plain(one["after"]))]
+        for one in entries
+    ]
+    if rows:
+        tables.print_table("configuration", ("", "before", "after"), rows)
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _print_figures(title: str, figures: Sequence[Row]) -> None:
+    if any(figure["before"] != figure["after"] for figure in figures):
+        rows = [
+            (
+                escape(figure["what"]),
+                *(_figure(figure[side], figure["unit"]) for side in ("before", "after")),
+                *_change(figure, figure["unit"], higher_is_better=False),
+            )
+            for figure in figures
+        ]
+        tables.print_table(title, ("", "before", "after", "change", "%"), rows)
+
+
+def _figure(value: float | None, unit: str) -> str:
+    if value is None:
+        return ""
+    if unit == "bytes":
+        return tables.size(value)
+    if unit == "seconds":
+        return f"{value:,.2f} s"
+    return f"{value:,}" if unit == "count" else f"{value:.4f}"
+
+
+def _change(pair: Row, unit: str, higher_is_better: bool | None) -> tuple[str, str]:
+    """The change with its sign, and in percent, in the color of what it means."""
+    change, ratio = pair["change"], pair["ratio"]
+    if not change:
+        return ("" if change is None else "=", "")
+    text = ("-" if change < 0 else "+") + _figure(abs(change), unit)
+    percent = "" if ratio is None else f"{ratio - 1:+.2%}"
+    if higher_is_better is None:
+        return text, percent
+    color = _BETTER if (change > 0) == higher_is_better else _WORSE
+    return f"[{color}]{text}[/]", percent and f"[{color}]{percent}[/]"
+
+
+def _print_quality(metrics: Sequence[Row]) -> None:
+    rows = []
+    for one in metrics:
+        change, percent = _change(one, "", one["higher_is_better"])
+        if one["stderr"] is not None:
+            change += f" ± {one['stderr']:.4f}"
+        name = one["metric"] + (f", {one['filter']}" if one["filter"] not in (None, "none") else "")
+        shots = "" if one["fewshot"] is None else str(one["fewshot"])
+        sides = (_figure(one[side], "") for side in ("before", "after"))
+        rows.append((escape(one["task"]), escape(name), shots, *sides, change, percent))
+    if rows and any(one["change"] for one in metrics):
+        columns = ("quality", "metric", "shots", "before", "after", "change", "%")
+        tables.print_table("quality, where both were measured alike", columns, rows)
+        if any(one["stderr"] is not None for one in metrics):
+            tables.out.print("± is the standard error of the change, for independent samples")
+
+
+def _print_layers(layers: Sequence[Row], every_layer: bool) -> None:
+    differing = by_difference(layers)
+    shown = list(layers) if every_layer else differing[:_SHOWN_LAYERS]
+    largest = max((abs(one["relative_error"]["change"] or 0.0) for one in shown), default=0.0)
+    wide = tables.out.width >= _BAR_WIDTH
+    rows = []
+    for one in shown:
+        stored, error = one["stored_bytes"], one["relative_error"]
+        cells = [
+            str(one["layer"]),
+            _figure(stored["after"], "bytes"),
+            _change(stored, "bytes", higher_is_better=False)[1],
+            _sides(tables.ranks(one["before"]), tables.ranks(one["after"])),
+            _figure(error["after"], ""),
+            _change(error, "", higher_is_better=False)[0],
+        ]
+        rows.append(cells + ([_bar(error["change"] or 0.0, largest)] if wide else []))
+    if not rows:
+        return
+    title = f"layers: {len(differing)} of {len(layers)} differ"
+    if len(shown) < len(differing):
+        title += f", the {len(shown)} that differ most; --all shows every one"
+    columns = ["layer", "stored", "%", "ranks", "error", "change", *([""] if wide else [])]
+    tables.print_table(title, columns, rows)
+
+
+def _sides(before: str, after: str) -> str:
+    return after if before == after else f"{before} → {after}"
+
+
+def _bar(change: float, largest: float) -> str:
+    """As much of a bar is full as the change is of the largest one."""
+    length = round(_BAR * abs(change) / largest) if largest else 0
+    color = _WORSE if change > 0 else _BETTER
+    return f"[{color}]{'█' * length}[/][dim]{'░' * (_BAR - length)}[/]"

@@ -1,0 +1,80 @@
+-- what was planned and what came of it: tasks, bytes, memory, seconds and squared error
+with
+    calls as (
+        select distinct on (run) * from runs order by run, started_at desc, invocation desc
+    ),
+    actual as (
+        select
+            run,
+            count(*) as tasks,
+            sum(byte_budget) as byte_budget,
+            sum(stored_bytes) as stored_bytes,
+            max(peak_memory_bytes) as peak_memory_bytes,
+            sum(seconds_stage1 + seconds_rank_search + seconds_stage2 + seconds_error) as seconds,
+            sum(squared_error) as squared_error
+        from groups
+        group by run
+    ),
+    points as (
+        select
+            run, layer, "group", byte_budget, predicted_squared_error as squared_error,
+            lead(byte_budget) over curve - byte_budget as step,
+            lead(predicted_squared_error) over curve - predicted_squared_error as change
+        from curves
+        window curve as (partition by run, layer, "group" order by byte_budget)
+    ),
+    -- Of all groups or of none: on its curve, between two points where the budget lies there.
+    predicted as (
+        select
+            groups.run,
+            case
+                when count(*) = count(points.squared_error)
+                then sum(
+                    points.squared_error
+                    + coalesce((groups.byte_budget - points.byte_budget) / step * change, 0)
+                )
+            end as squared_error
+        from groups
+        asof left join points
+            on groups.run = points.run
+            and groups.layer = points.layer
+            and groups."group" = points."group"
+            and groups.byte_budget >= points.byte_budget
+        group by groups.run
+    ),
+    known as (
+        select
+            coalesce(calls.run, actual.run) as run,
+            calls.tasks as planned_tasks,
+            coalesce(actual.tasks, 0) as tasks,
+            actual.byte_budget as finished_budget,
+            actual.stored_bytes as finished_bytes,
+            calls.byte_budget,
+            calls.stored_bytes,
+            planned_worker_memory_bytes,
+            peak_memory_bytes,
+            planned_seconds,
+            actual.seconds,
+            predicted.squared_error as predicted_squared_error,
+            actual.squared_error
+        from calls
+        full join actual on calls.run = actual.run
+        left join predicted on actual.run = predicted.run
+    ),
+    quantities(run, place, quantity, planned, actual) as (
+        select run, 1, 'groups', planned_tasks::double, tasks::double from known
+        union all
+        select run, 2, 'bytes of the finished groups', finished_budget, finished_bytes from known
+        union all
+        select run, 3, 'bytes of all groups', byte_budget, stored_bytes from known
+        union all
+        select run, 4, 'peak memory of a worker, bytes', planned_worker_memory_bytes,
+            peak_memory_bytes from known
+        union all
+        select run, 5, 'decomposing, seconds', planned_seconds, seconds from known
+        union all
+        select run, 6, 'squared error', predicted_squared_error, squared_error from known
+    )
+select run, quantity, planned, actual, actual / nullif(planned, 0) as ratio
+from quantities
+order by run, place

@@ -1,0 +1,7 @@
+-- the 20 heads of each run with the largest relative error
+select run, layer, "group", projection, head, density, nnz, core_bytes, relative_error
+from slices
+semi join groups using (run, task_id)
+qualify
+    row_number() over (partition by run order by relative_error desc nulls last, layer, "group", projection, head) <= 20
+order by run, relative_error desc nulls last, layer, "group", projection, head

@@ -1,0 +1,185 @@
+"""Evaluations as rows of the manifest's table `evaluations`.
+
+They are kept with the compressed model that was judged, those of the dense model that it was held
+against too: ``MODEL/manifest/evaluations/<evaluation_id>.parquet``. A dense model has no manifest;
+when it is judged alone they are kept beside it, in ``MODEL.eval/manifest``.
+
+An evaluation's id is a hash of the model and of all that decides the figure, so the same
+evaluation made again replaces its rows, and one with another setting does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from lestd_kernels.errors import LestdError
+from orchestrator import logs
+from orchestrator.evaluation import Evaluation, EvaluationModel
+from orchestrator.inspection import stored_scope_bytes
+from orchestrator.manifest import MANIFEST_DIR, Manifest
+from orchestrator.source import read_config_json
+from workers.checkpoint import ShardIndex
+from workers.decompose import software_versions
+from workers.files import file_sha256
+from workers.sampling import sample_digests
+
+TEXT_TASK = "text"
+"""Name of the task that `lestd evaluate --text` is in the table."""
+_TEXT_TASK_VERSION = "1"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the table says of a model.
+
+    Attributes:
+        model: the model, as it was named.
+        model_id: sha256 of its config and of samples of its weights.
+        tokenizer_sha256: of the files of its tokenizer.
+        compressed: whether it is a model of lestd.
+        model_bytes: bytes of its safetensors files, headers included.
+        dense_bytes: bytes of its weights in scope when they were dense; None if not compressed.
+        stored_bytes: bytes that these are stored in; None if not compressed.
+    """
+
+    model: str
+    model_id: str
+    tokenizer_sha256: str
+    compressed: bool
+    model_bytes: int
+    dense_bytes: int | None
+    stored_bytes: int | None
+
+
+def model_facts(model: EvaluationModel) -> ModelFacts:
+    """Tell a model from all others, without reading it whole.
+
+    Raises:
+        LestdError: a file of it is damaged.
+    """
+    directory = model.directory
+    shards = sample_digests(ShardIndex.from_directory(directory))
+    names = {*_TOKENIZER_FILES, *model.tokenizer.vocab_files_names.values()}
+    tokenizer = {
+        name: file_sha256(directory / name)
+        for name in sorted(names)
+        if (directory / name).is_file()
+    }
+    scope = stored_scope_bytes(directory) or {}
+    return ModelFacts(
+        model=str(directory),
+        model_id=_digest({"config.json": read_config_json(directory), "shards": shards}),
+        tokenizer_sha256=_digest(tokenizer),
+        compressed=is_compressed(directory),
+        model_bytes=model.bytes_on_disk,
+        dense_bytes=scope.get("dense_bytes"),
+        stored_bytes=scope.get("stored_bytes"),
+    )
+
+
+def is_compressed(directory: Path) -> bool:
+    """Whether a model is one of lestd, by its config.json."""
+    quantization = read_config_json(directory).get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "lestd"
+
+
+def default_evaluation_dir(model: Path) -> Path:
+    """``MODEL.eval``, beside the model.
+
+    Raises:
+        LestdError: `model` is the root directory.
+    """
+    model = model.absolute()
+    if not model.name:
+        raise LestdError(f"{model} cannot be the directory of a model; name one inside it")
+    return model.with_name(model.name + ".eval")
+
+
+def evaluation_versions(**more: str) -> dict[str, str]:
+    """Versions of what decides a figure."""
+    return software_versions() | {"transformers": transformers.__version__} | more
+
+
+def evaluation_id(facts: ModelFacts, deciding: Mapping[str, Any]) -> str:
+    """Names an evaluation: a hash of the model and of all that decides the figure."""
+    return _digest({"model_id": facts.model_id, **deciding})[:32]
+
+
+def text_rows(facts: ModelFacts, evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The rows of a perplexity over a text, one per convention."""
+    settings = {
+        "text": Path(evaluation.text).name,
+        "text_sha256": evaluation.text_sha256,
+        "tokenizer_sha256": facts.tokenizer_sha256,
+        "window": evaluation.window_length,
+        "windows": evaluation.windows,
+        "threads": evaluation.threads,
+    }
+    deciding: dict[str, Any] = {
+        "task": TEXT_TASK,
+        "task_version": _TEXT_TASK_VERSION,
+        "dtype": evaluation.dtype,
+        "device": evaluation.device,
+        "settings": json.dumps(settings, sort_keys=True),
+        "versions": json.dumps(evaluation_versions(), sort_keys=True),
+    }
+    common = deciding | {
+        "evaluation_id": evaluation_id(facts, deciding),
+        "at": time.time_ns() // 1000,
+        **model_columns(facts),
+        "filter": "none",
+        "higher_is_better": False,
+        "samples": evaluation.windows,
+        "tokens": evaluation.tokens,
+        "workers": evaluation.workers,
+        "seconds": evaluation.seconds,
+    }
+    return [
+        common | {"metric": "token_perplexity", "value": evaluation.token_perplexity},
+        common | {"metric": "word_perplexity", "value": evaluation.word_perplexity},
+    ]
+
+
+def model_columns(facts: ModelFacts) -> dict[str, Any]:
+    """The columns that say which model a row is of."""
+    return {
+        "model": facts.model,
+        "model_id": facts.model_id,
+        "compressed": facts.compressed,
+        "model_bytes": facts.model_bytes,
+        "dense_bytes": facts.dense_bytes,
+        "stored_bytes": facts.stored_bytes,
+    }
+
+
+def manifest_of_evaluations(model: Path, run_dir: Path) -> Manifest:
+    """Where the evaluations of a model, and of those it is held against, are kept."""
+    return Manifest((model if is_compressed(model) else run_dir) / MANIFEST_DIR)
+
+
+def record(rows: Sequence[dict[str, Any]], manifest: Manifest) -> None:
+    """Record one evaluation; where its directory cannot be written, a warning says so."""
+    try:
+        manifest.record_evaluation(rows)
+    except (OSError, LestdError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        logs.log(
+            "evaluation_not_recorded",
+            f"the evaluation of {rows[0]['model']} is not recorded, because {manifest.directory} "
+            f"cannot be written ({reason})",
+            logging.WARNING,
+        )
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,240 @@
+"""A report as one HTML page that needs no network: styles, scripts and all numbers are inside.
+
+The page says what `orchestrator.report_data` gathered. Its numbers are embedded once, as JSON; the
+figures, the tables behind them and the CSV files are made of those by report.js, in the browser.
+Names and messages of the manifest are not trusted: they are escaped here, handled as text there,
+and the page's Content-Security-Policy allows no script but its own, by hash, and no request.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
+
+from lestd_kernels.errors import LestdError
+from orchestrator.report_answers import answers
+from orchestrator.report_data import ReportData, Row
+from orchestrator.schemas import STAGES, TABLES
+from orchestrator.tables import finite, ranks, size
+
+_SIGNIFICANT_DIGITS = 7
+_POINTS_OF_A_SPECTRUM = 64
+_FIRST_POINTS = 16
+_MEANINGS = {
+    "energy_share": ("squared_energy / squared_norm", ""),
+    "slices": ("heads of all finished layers", ""),
+    "row": ("row of the table of layers", ""),
+    "mode": ("1: the model's width, 2: the head dimension", ""),
+    "index": ("1 is the largest", ""),
+    "singular_value": ("of the unfolding", "weights"),
+    "read_at": ("when reading began", "UTC"),
+    "computed_at": ("when decomposing began", "UTC"),
+    "written_at": ("when writing began", "UTC"),
+    "ended_at": ("when the payload was written", "UTC"),
+    "stage": ("what the workers did", ""),
+    "before": ("the dense model", ""),
+    "after": ("the compressed model", ""),
+    "change": ("after / before - 1", ""),
+    "planned": ("what the plan said", ""),
+    "actual": ("what came", ""),
+}
+_HEADS = (
+    *("layer", "group", "projection", "head", "nnz", "density", "core_bytes"),
+    *("relative_error", "energy_share"),
+)
+_PROJECTIONS = (
+    *("projection", "slices", "nnz", "density", "core_bytes"),
+    *("relative_error", "energy_share"),
+)
+_SPECTRA = ("row", "layer", "mode", "index", "singular_value")
+_TIMELINE = (
+    *("kind", "worker", "node", "layer", "group", "task_id", "attempt"),
+    *("read_at", "computed_at", "written_at", "ended_at"),
+    *(f"seconds_{stage}" for stage in STAGES),
+)
+_LOST = (
+    *("kind", "at", "started_at", "layer", "group", "attempt", "worker", "node"),
+    *("error_type", "message"),
+)
+_EVALUATIONS = (
+    *("task", "metric", "filter", "fewshot", "before", "after", "change"),
+    *("before_stderr", "after_stderr", "samples", "tokens", "dtype", "settings"),
+    *("before_model", "after_model", "at"),
+)
+
+
+def require_plotly() -> None:
+    """Refuse to gather for a report that could not be drawn.
+
+    Raises:
+        LestdError: plotly is not installed.
+    """
+    _plotly_js()
+
+
+def _plotly_js() -> str:
+    # An extra of the package: only who asks for a report needs it.
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise LestdError(
+            "a report in HTML needs plotly, which is not installed; "
+            'pip install "lestd[report]", or ask for --format md'
+        ) from error
+    return str(get_plotlyjs())
+
+
+def render(data: ReportData) -> str:
+    """The page. Same data and same plotly, same page.
+
+    Raises:
+        LestdError: plotly is not installed.
+    """
+    scripts = list(map(_inline, (_plotly_js(), _file("report_figures.js"), _file("report.js"))))
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True
+    )
+    environment.filters |= {"size": size, "duration": duration, "moment": moment}
+    environment.filters |= {"figure": figure, "change": change}
+    template = environment.from_string(_file("report.html.jinja"))
+    content = {
+        "tables": _tables(data),
+        "relative_error": data.summary["relative_error"],
+    }
+    return template.render(
+        data=data,
+        summary=data.summary,
+        title=_title(data.summary),
+        answers=answers(data),
+        embedded=htmlsafe_json_dumps(finite(content), separators=(",", ":"), allow_nan=False),
+        scripts=[Markup(script) for script in scripts],
+        hashes=" ".join(map(_csp_hash, scripts)),
+        style=Markup(_file("report.css")),
+        judged=next((e for e in data.evaluations if e["change"] is not None), None),
+        ranks=ranks,
+    )
+
+
+def _file(name: str) -> str:
+    return files("orchestrator").joinpath(name).read_text(encoding="utf-8")
+
+
+def _inline(script: str) -> str:
+    """A script that does not end the element that holds it; its hash is that of this text."""
+    return script.replace("</script", "<\\/script").replace("\r\n", "\n")
+
+
+def _csp_hash(script: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"'sha256-{digest}'"
+
+
+def _title(summary: Row) -> str:
+    """The model's name for a headline: the end of a long path."""
+    name = str(summary["model"] or summary["path"]).rstrip("/")
+    return "/".join(name.split("/")[-2:])
+
+
+def _tables(data: ReportData) -> dict[str, Any]:
+    layers = list(data.layers[0]) if data.layers else ["layer", "group"]
+    unique = len({row["layer"] for row in data.layers}) == len(data.layers)
+    return {
+        "planned": _table(data.planned, ("what", "unit", "planned", "actual")),
+        "projections": _table(
+            data.projections,
+            _PROJECTIONS,
+        ),
+        # A quarter of a million rows need not repeat a name that the layer's number tells.
+        "heads": _table(data.heads, [name for name in _HEADS if name != "group" or not unique]),
+        "layers": _table(data.layers, layers),
+        "spectra": _table(
+            _drawn_spectra(data), ("row", "layer", "mode", "index", "singular_value")
+        ),
+        "stages": _table(data.stages, ("stage", "seconds")),
+        "timeline": _table(data.timeline, _TIMELINE),
+        "lost": _table(data.lost, _LOST),
+        "calls": _table(data.calls, ("invocation", "started_at", "ended_at", "state")),
+        "evaluations": _table(data.evaluations, _EVALUATIONS),
+    }
+
+
+def _table(rows: Sequence[Row], names: Iterable[str]) -> dict[str, Any]:
+    """Columns with their meanings, and their values, one list per column."""
+    names = list(names)
+    return {
+        "columns": [{"name": name} | _meaning(name) for name in names],
+        "data": [[_plain(row[name]) for row in rows] for name in names],
+    }
+
+
+def _meaning(name: str) -> dict[str, str]:
+    """Meaning and unit of a column, from the manifest's tables where it is one of theirs."""
+    meaning, unit = _MEANINGS.get(name, ("", ""))
+    for column in (column for table in TABLES.values() for column in table.columns):
+        if column.name == name and not meaning:
+            meaning, unit = column.meaning, column.unit
+    return {"meaning": meaning, "unit": unit}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{_SIGNIFICANT_DIGITS}g}")
+    if isinstance(value, datetime):
+        return value.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return value
+
+
+def _drawn_spectra(data: ReportData) -> list[Row]:
+    """The points of each spectrum that are drawn: its steep begin, its rank, the rest evenly."""
+    rows = {(row["layer"], row["group"]): index for index, row in enumerate(data.layers)}
+    drawn = []
+    for spectrum in data.spectra:
+        values = spectrum["singular_values"]
+        step = (len(values) - 1) / (_POINTS_OF_A_SPECTRUM - 1)
+        places = {round(point * step) for point in range(_POINTS_OF_A_SPECTRUM)}
+        places |= set(range(min(len(values), _FIRST_POINTS)))
+        places |= {spectrum["rank"] - 1} & set(range(len(values))) if spectrum["rank"] else set()
+        drawn += [
+            {
+                "row": rows[spectrum["layer"], spectrum["group"]],
+                "layer": spectrum["layer"],
+                "mode": spectrum["mode"],
+                "index": place + 1,
+                "singular_value": values[place],
+            }
+            for place in sorted(places)
+        ]
+    return drawn
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes, left = divmod(round(seconds), 60)
+    if minutes < 120:
+        return f"{minutes} min {left:02} s"
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def moment(at: datetime) -> str:
+    """A time for people."""
+    return at.strftime("%Y-%m-%d %H:%M UTC")
+
+
+def figure(value: float | None, digits: int = 4) -> str:
+    """A figure with so many decimals; a dash for one that there is not."""
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def change(value: float | None) -> str:
+    """A relative change in percent, with its sign."""
+    return "–" if value is None else f"{value:+.2%}".replace("-", "−")
