@@ -339,7 +339,6 @@ def save_plot(comparison: Comparison, path: Path) -> None:
         path: the file, one of `PLOT_FORMATS` by its ending; `check_plot` has accepted it.
     """
     # An extra of the package, and slow to import: only who asks for a plot needs it.
-    import matplotlib
     from matplotlib.figure import Figure
 
     s = comparison.settings
@@ -360,6 +359,18 @@ def save_plot(comparison: Comparison, path: Path) -> None:
         "bars: medians, dots: repetitions",
         fontsize="medium",
     )
+    write_figure(figure, path)
+
+
+def write_figure(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib; same figure and same matplotlib, same bytes.
+
+    Args:
+        figure: the figure.
+        path: see `save_plot`.
+    """
+    import matplotlib
+
     drawn = io.BytesIO()
     kind = path.suffix.removeprefix(".")
     with matplotlib.rc_context({"svg.hashsalt": "lestd"}):

@@ -17,7 +17,14 @@ from typing import Annotated
 import typer
 
 from lestd_kernels.errors import LestdError
-from orchestrator import cli_evaluate, cli_manifest, cli_models, logs, tables  # noqa: F401
+from orchestrator import (  # noqa: F401 - the others register their commands
+    cli_evaluate,
+    cli_manifest,
+    cli_models,
+    cli_sweep,
+    logs,
+    tables,
+)
 from orchestrator.app import app
 from orchestrator.logs import LogFormat
 from orchestrator.options import (

@@ -95,11 +95,11 @@ def test_global_allocation_is_predicted_with_both_of_its_passes(tiny_llama, tmp_
 def test_both_passes_of_global_allocation_are_measured(tiny_llama, monkeypatch):
     method, asked = METHODS["lestd"], []
 
-    def spy(unfolding, layout, byte_budget, value_dtype, args, curve_budgets):
+    def spy(prepared, byte_budget, curve_budgets):
         asked.append((byte_budget, tuple(curve_budgets)))
-        return method.decompose(unfolding, layout, byte_budget, value_dtype, args, curve_budgets)
+        return method.encode(prepared, byte_budget, curve_budgets)
 
-    monkeypatch.setitem(METHODS, "lestd", replace(method, decompose=spy))
+    monkeypatch.setitem(METHODS, "lestd", replace(method, encode=spy))
     plan = make_plan(resolve_source(str(tiny_llama)), RunConfig(keep=0.4, allocation="global"))
     predict_seconds(plan, "cpu", 1)
     first = plan.tasks[0]  # All layers are alike: one kind, measured once and warmed up before.

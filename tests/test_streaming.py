@@ -58,11 +58,11 @@ def before(monkeypatch: pytest.MonkeyPatch, hooks: dict[int, Callable[[], object
     """Have something done at the start of the decomposition of a task, given its budget."""
     method = METHODS["lestd"]
 
-    def hooked(unfolding, layout, byte_budget, value_dtype, args, curve_budgets):
+    def hooked(prepared, byte_budget, curve_budgets, *, reuse):
         hooks.get(byte_budget, lambda: None)()
-        return method.decompose(unfolding, layout, byte_budget, value_dtype, args, curve_budgets)
+        return method.encode(prepared, byte_budget, curve_budgets, reuse=reuse)
 
-    monkeypatch.setitem(METHODS, "lestd", replace(method, decompose=hooked))
+    monkeypatch.setitem(METHODS, "lestd", replace(method, encode=hooked))
 
 
 def test_reading_and_writing_go_on_beside_a_decomposition(

@@ -93,6 +93,36 @@ class CurveTask(Task):
 
 
 @dataclass(frozen=True)
+class Bundle:
+    """Tasks of several runs that differ in their byte budgets only: one slice group.
+
+    Its tensors are read, and what no budget decides of the decomposition is done, once for all.
+
+    Attributes:
+        tasks: which may be curve tasks, too.
+        payload_dirs: path or URL where the payload of each goes.
+    """
+
+    tasks: tuple[Task, ...]
+    payload_dirs: tuple[str, ...]
+
+    @property
+    def task_id(self) -> str:
+        """The first task's: no other bundle of the runs has it."""
+        return self.tasks[0].task_id
+
+    @property
+    def group(self) -> str:
+        """Path of the block, the same for all tasks."""
+        return self.tasks[0].group
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the weights once for each task, as the work goes."""
+        return sum(task.dense_bytes for task in self.tasks)
+
+
+@dataclass(frozen=True)
 class CurveResult:
     """A group's error against bytes; the manifest's table `curves` has a row for each point.
 
@@ -193,6 +223,14 @@ class Failure:
     attempt: int = 1
     evidence: str = field(default="", repr=False)
     worker: str = ""
+
+
+@dataclass(frozen=True)
+class BundleResult:
+    """What became of the tasks of a bundle, in their order; the failures are the input's."""
+
+    task_id: str
+    outcomes: tuple[Result | CurveResult | Failure, ...]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ while another is decomposed and a third is written. So its memory holds at most
     one group in the source's dtype (the next one), one group that is decomposed (its float32
     unfolding and the method's work space), and one payload (the last one's tensors)
 
-however long the run is, and `orchestrator.plan` asks for that much.
+however long the run is, and `orchestrator.plan` asks for that much. A bundle of tasks keeps the
+group's rotation beside it until its last budget (`Bounds.reuse_bytes`).
 """
 
 from __future__ import annotations
@@ -19,21 +20,33 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import METHODS, Decomposed, MethodArgs
+from lestd_kernels.methods.base import add_seconds
 from lestd_kernels.methods.steps import Stopwatch
 from lestd_kernels.tensorize import unfold_weights
 from workers.checkpoint import digest_safetensors, read_tensor, write_safetensors
-from workers.contracts import CurveResult, CurveTask, Failure, Result, Task, TensorRef
+from workers.contracts import (
+    Bundle,
+    BundleResult,
+    CurveResult,
+    CurveTask,
+    Failure,
+    Result,
+    Task,
+    TensorRef,
+)
 from workers.devices import (
     device_name,
     peak_memory_bytes,
@@ -41,7 +54,7 @@ from workers.devices import (
     return_freed_memory,
 )
 from workers.failures import failure_of
-from workers.files import as_path, atomic_write, not_shared
+from workers.files import AnyPath, as_path, atomic_write, not_shared
 
 
 def payload_name(task_id: str, sha256: str) -> str:
@@ -83,6 +96,14 @@ class _Line:
             for station in held:
                 station.release()
 
+    def last(self) -> threading.Lock:
+        """The last station, for who looks in there before the end."""
+        return self._stations[-1]
+
+
+_Encoded = tuple[Decomposed, dict[str, Tensor], int]
+"""A decomposition, its tensors on the host, and the peak memory by then in bytes."""
+
 
 class DecomposeWorker:
     """Decomposes slice groups on one device: one at a time, while others are read and written.
@@ -119,99 +140,119 @@ class DecomposeWorker:
         self._device = torch.device(device)
         self._name = f"{socket.gethostname()}:{os.getpid()}"
 
-    def run(self, task: Task) -> Result | CurveResult | Failure:
-        """Decompose one task, or find its curve; never raises for a problem with its input.
+    def run(self, item: Task | Bundle) -> Result | CurveResult | BundleResult | Failure:
+        """Decompose a task, or find its curve; never raises for a problem with its input.
 
-        Returns when the payload, if there is one, is on disk or in its store.
+        Returns when the payloads, if there are any, are on disk or in their store. A bundle has
+        one outcome for each task, or fails as a whole: at what its tasks have in common, or for
+        want of something that another try may find.
         """
         try:
             with self._line.pass_through() as advance:
-                return self._work(task, advance)
+                if isinstance(item, Task):
+                    [outcome] = self._work((item,), (self._payload_dir,), advance)
+                    return outcome
+                directories = [as_path(directory) for directory in item.payload_dirs]
+                outcomes = self._work(item.tasks, directories, advance)
+                return BundleResult(item.task_id, tuple(outcomes))
         except Exception as error:
-            return failure_of(task.task_id, task.group, error)
+            return failure_of(item.task_id, item.group, error)
 
-    def _work(self, task: Task, advance: Callable[[], None]) -> Result | CurveResult:
+    def _work(
+        self, tasks: Sequence[Task], directories: Sequence[AnyPath], advance: Callable[[], None]
+    ) -> list[Result | CurveResult | Failure]:
+        """One outcome for each task; the next task is encoded while a payload is written."""
         # Host time: to wait for the device here would be to wait for another task's work.
         clock = Stopwatch(torch.device("cpu"))
-        args = MethodArgs(**task.method_args)
         advance()
         started_at = time.time()
         with clock("read"):
-            weights, source_sha256 = self._read(task)
+            weights, source_sha256 = self._read(tasks[0])
 
         advance()
-        computing = self._computing.submit(self._compute, task, args, weights, clock)
-        del weights
-        done, tensors, peak = computing.result()
-        del computing
-        if isinstance(task, CurveTask):
-            return CurveResult(
-                task_id=task.task_id,
-                layer=task.layer,
-                group=task.group,
-                tensors=tuple(ref.name for ref in task.tensors.values()),
-                method=task.method,
-                pattern=args.pattern,
-                source_sha256=source_sha256,
-                dense_bytes=task.dense_bytes,
-                squared_norm=done.squared_norm,
-                uniform_byte_budget=task.byte_budget,
-                uniform_squared_error=done.squared_error,
-                points=done.curve,
-                seconds=clock.seconds | done.seconds,
-                started_at=started_at,
-                peak_memory_bytes=peak,
-                device=device_name(self._device),
-                worker=self._name,
-                node=socket.gethostname(),
-                versions=software_versions(),
+        encodings = self._encodings(tasks, weights, clock)
+        encoding: Future[_Encoded] | None = next(encodings)
+        # Each task bears its share of what is done for all.
+        shared = {stage: seconds / len(tasks) for stage, seconds in clock.seconds.items()}
+        outcomes: list[Result | CurveResult | Failure] = []
+        for task, directory in zip(tasks, directories, strict=True):
+            assert encoding is not None
+            try:
+                done, tensors, peak = encoding.result()
+            except LestdError as error:
+                failure = failure_of(task.task_id, task.group, error)
+                if failure.kind != "application":
+                    raise
+                outcomes.append(failure)
+                encoding = next(encodings, None)
+                continue
+            encoding = next(encodings, None)
+            known: dict[str, Any] = {
+                "task_id": task.task_id,
+                "layer": task.layer,
+                "group": task.group,
+                "tensors": tuple(ref.name for ref in task.tensors.values()),
+                "method": task.method,
+                "pattern": MethodArgs(**task.method_args).pattern,
+                "source_sha256": source_sha256,
+                "dense_bytes": task.dense_bytes,
+                "squared_norm": done.squared_norm,
+                "started_at": started_at,
+                "peak_memory_bytes": peak,
+                "device": device_name(self._device),
+                "worker": self._name,
+                "node": socket.gethostname(),
+                "versions": software_versions(),
+            }
+            if isinstance(task, CurveTask):
+                outcomes.append(
+                    CurveResult(
+                        uniform_byte_budget=task.byte_budget,
+                        uniform_squared_error=done.squared_error,
+                        points=done.curve,
+                        seconds=add_seconds(shared, done.seconds),
+                        **known,
+                    )
+                )
+                continue
+
+            if encoding is None:
+                advance()
+            writing = Stopwatch(torch.device("cpu"))
+            with nullcontext() if encoding is None else self._line.last(), writing("write"):
+                sha256, payload_bytes = digest_safetensors(tensors)
+                payload = payload_name(task.task_id, sha256)
+                atomic_write(directory / payload, partial(write_safetensors, tensors=tensors))
+            del tensors
+            decomposition = done.decomposition
+            cores = decomposition.cores.values()
+            outcomes.append(
+                Result(
+                    payload=payload,
+                    sha256=sha256,
+                    payload_bytes=payload_bytes,
+                    format=decomposition.describe(task.group),
+                    ranks=decomposition.ranks,
+                    nnz=decomposition.nnz,
+                    density=decomposition.nnz / sum(core.rows * core.columns for core in cores),
+                    codec="+".join(sorted({core.codec for core in cores})),
+                    byte_budget=task.byte_budget,
+                    stored_bytes=decomposition.stored_bytes,
+                    relative_error=done.relative_error,
+                    squared_error=done.squared_error,
+                    squared_energy_stage1=done.squared_energy_stage1,
+                    squared_energy_stage2=done.squared_energy_stage2,
+                    threshold=done.threshold,
+                    hooi_iterations=done.hooi_iterations,
+                    seconds=add_seconds(shared, done.seconds, writing.seconds),
+                    slices=done.slices,
+                    singular_values_1=done.singular_values[0],
+                    singular_values_2=done.singular_values[1],
+                    **known,
+                )
             )
-
-        advance()
-        with clock("write"):
-            sha256, payload_bytes = digest_safetensors(tensors)
-            payload = payload_name(task.task_id, sha256)
-            atomic_write(self._payload_dir / payload, lambda file: write_safetensors(file, tensors))
-
-        decomposition = done.decomposition
-        cores = decomposition.cores.values()
-        return Result(
-            task_id=task.task_id,
-            layer=task.layer,
-            group=task.group,
-            tensors=tuple(ref.name for ref in task.tensors.values()),
-            method=task.method,
-            pattern=args.pattern,
-            payload=payload,
-            sha256=sha256,
-            payload_bytes=payload_bytes,
-            source_sha256=source_sha256,
-            format=decomposition.describe(task.group),
-            ranks=decomposition.ranks,
-            nnz=decomposition.nnz,
-            density=decomposition.nnz / sum(core.rows * core.columns for core in cores),
-            codec="+".join(sorted({core.codec for core in cores})),
-            dense_bytes=task.dense_bytes,
-            byte_budget=task.byte_budget,
-            stored_bytes=decomposition.stored_bytes,
-            relative_error=done.relative_error,
-            squared_norm=done.squared_norm,
-            squared_error=done.squared_error,
-            squared_energy_stage1=done.squared_energy_stage1,
-            squared_energy_stage2=done.squared_energy_stage2,
-            threshold=done.threshold,
-            hooi_iterations=done.hooi_iterations,
-            seconds=clock.seconds | done.seconds,
-            started_at=started_at,
-            peak_memory_bytes=peak,
-            device=device_name(self._device),
-            worker=self._name,
-            node=socket.gethostname(),
-            versions=software_versions(),
-            slices=done.slices,
-            singular_values_1=done.singular_values[0],
-            singular_values_2=done.singular_values[1],
-        )
+            del done, decomposition, cores
+        return outcomes
 
     def _read(self, task: Task) -> tuple[dict[str, Tensor], str]:
         """The task's weights in the source's dtype, on the host, and the sha256 of their bytes."""
@@ -222,10 +263,21 @@ class DecomposeWorker:
             check_finite(weights[module], ref)
         return weights, digest.hexdigest()
 
-    def _compute(
-        self, task: Task, args: MethodArgs, weights: dict[str, Tensor], clock: Stopwatch
-    ) -> tuple[Decomposed, dict[str, Tensor], int]:
-        """The decomposition, its tensors on the host, and the peak memory meanwhile in bytes."""
+    def _encodings(
+        self, tasks: Sequence[Task], weights: dict[str, Tensor], clock: Stopwatch
+    ) -> Iterator[Future[_Encoded]]:
+        """Begin with one task after the other, as the next is asked for."""
+        prepared = self._computing.submit(self._prepare, tasks[0], weights, clock).result()
+        for task in tasks:
+            reuse = task is not tasks[-1]
+            encoding = self._computing.submit(self._encode, prepared, task, reuse)
+            if not reuse:
+                del prepared
+            yield encoding
+            del encoding
+
+    def _prepare(self, task: Task, weights: dict[str, Tensor], clock: Stopwatch) -> Any:
+        """What the decompositions of a group have in common, and its seconds in `clock`."""
         reset_peak_memory(self._device)
         with torch.inference_mode():
             with clock("read"):
@@ -233,17 +285,25 @@ class DecomposeWorker:
                 weights.clear()
                 unfolding = unfold_weights(on_device, task.layout)
                 del on_device
+            prepared = METHODS[task.method].prepare(
+                unfolding,
+                task.layout,
+                getattr(torch, task.value_dtype),
+                MethodArgs(**task.method_args),
+            )
+        clock.seconds.update(add_seconds(clock.seconds, prepared.seconds))
+        return prepared
+
+    def _encode(self, prepared: Any, task: Task, reuse: bool) -> _Encoded:
+        with torch.inference_mode():
+            curve_budgets = task.curve_budgets if isinstance(task, CurveTask) else ()
             try:
-                done = METHODS[task.method].decompose(
-                    unfolding,
-                    task.layout,
-                    task.byte_budget,
-                    getattr(torch, task.value_dtype),
-                    args,
-                    task.curve_budgets if isinstance(task, CurveTask) else (),
+                done = METHODS[task.method].encode(
+                    prepared, task.byte_budget, curve_budgets, reuse=reuse
                 )
             except LestdError as error:
                 raise LestdError(f"{task.group}: {error}") from error
+            del prepared
             tensors = done.decomposition.named_tensors(task.tensor_prefix)
             tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
         return done, tensors, peak_memory_bytes(self._device)

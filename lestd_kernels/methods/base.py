@@ -6,8 +6,8 @@ Shapes: see lestd_kernels.tensorize and decomposition.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -56,6 +56,7 @@ class Bounds:
         max_bytes: upper bound of the stored bytes: the budget, or less where the pattern leaves
             some of it unused even at full rank.
         workspace_bytes: peak memory of `Method.decompose` beside the unfolding.
+        reuse_bytes: how much more it is where a group is prepared for several budgets.
     """
 
     max_R1: int  # noqa: N815
@@ -63,6 +64,7 @@ class Bounds:
     max_nnz: int
     max_bytes: int
     workspace_bytes: int
+    reuse_bytes: int
 
 
 @dataclass(frozen=True)
@@ -124,19 +126,24 @@ class Decomposed:
     singular_values: tuple[tuple[float, ...], tuple[float, ...]]
 
 
-class Decompose(Protocol):
-    """See `Method.decompose`."""
+class Encode(Protocol):
+    """See `Method.encode`."""
 
     def __call__(
         self,
-        unfolding: Tensor,
-        layout: GroupLayout,
+        prepared: Any,
         byte_budget: int,
-        value_dtype: torch.dtype,
-        args: MethodArgs,
         curve_budgets: Sequence[int] = (),
+        *,
+        reuse: bool = False,
     ) -> Decomposed:
-        """Decompose a slice group."""
+        """Decompose a prepared slice group."""
+
+
+def add_seconds(*parts: dict[str, float]) -> dict[str, float]:
+    """Seconds per stage, summed over parts of the work."""
+    names = {name: None for part in parts for name in part}
+    return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
 
 
 @dataclass(frozen=True)
@@ -145,12 +152,16 @@ class Method:
 
     Attributes:
         name: how configuration and manifest call it.
-        decompose: ``(unfolding (d, S p) float32, layout, byte_budget, value_dtype, args,
-            curve_budgets)``; the result stores at most `byte_budget` bytes, and has the error to
-            expect at each of the curve's budgets (feasible ones). The unfolding is used up: it is
-            scaled in place, since a copy would double the memory. Deterministic for a fixed
-            device and number of threads. Raises LestdError as `bounds` does, and where a core
-            value does not fit the value dtype.
+        prepare: ``(unfolding (d, S p) float32, layout, value_dtype, args)``; what no byte budget
+            decides, done once for all of them. What it returns has its cost as `seconds`. The
+            unfolding is used up: it is scaled in place, since a copy would double the memory.
+            Raises LestdError where the type mode does not go with the layout or the pattern.
+        encode: ``(prepared, byte_budget, curve_budgets, reuse=...)``; the result stores at most
+            `byte_budget` bytes, and has the error to expect at each of the curve's budgets
+            (feasible ones). What was prepared is used up unless it is to be reused, for another
+            budget: neither order nor number of the budgets changes a bit of a result.
+            Deterministic for a fixed device and number of threads. Raises LestdError as `bounds`
+            does, and where a core value does not fit the value dtype.
         bounds: ``(layout, byte_budget, value_dtype, args)``; reads no weights. Raises LestdError
             where the smallest ranks exceed the budget or `max_flops`, where a learned type
             mode meets projections with different numbers of heads, or where the method, the type
@@ -160,6 +171,21 @@ class Method:
     """
 
     name: str
-    decompose: Decompose
+    prepare: Callable[[Tensor, GroupLayout, torch.dtype, MethodArgs], Any]
+    encode: Encode
     bounds: Callable[[GroupLayout, int, torch.dtype, MethodArgs], Bounds]
     least_bytes: Callable[[GroupLayout, torch.dtype, MethodArgs], int]
+
+    def decompose(
+        self,
+        unfolding: Tensor,
+        layout: GroupLayout,
+        byte_budget: int,
+        value_dtype: torch.dtype,
+        args: MethodArgs,
+        curve_budgets: Sequence[int] = (),
+    ) -> Decomposed:
+        """Decompose a slice group for one byte budget: `prepare`, then `encode`."""
+        prepared = self.prepare(unfolding, layout, value_dtype, args)
+        done = self.encode(prepared, byte_budget, curve_budgets)
+        return replace(done, seconds=add_seconds(prepared.seconds, done.seconds))

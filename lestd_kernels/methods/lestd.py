@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-from torch import Tensor
 
 from lestd_kernels.budget import (
     GroupShape,
@@ -22,10 +21,13 @@ from lestd_kernels.codecs import TWO_OF_FOUR, UNSTRUCTURED
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods.base import Bounds, Decomposed, Method, MethodArgs
 from lestd_kernels.methods.steps import (
+    Prepared,
     Stopwatch,
     finish,
     group_shape,
     limits_of,
+    prepare,
+    reuse_bytes,
     shared_basis,
     workspace_bytes,
 )
@@ -69,21 +71,15 @@ def _least_bytes(shape: GroupShape, ranks: Ranks) -> int:
     return shape.stored_bytes(ranks, [1] + [0] * (len(shape.core_slices) - 1))
 
 
-def decompose(
-    unfolding: Tensor,
-    layout: GroupLayout,
-    byte_budget: int,
-    value_dtype: torch.dtype,
-    args: MethodArgs,
-    curve_budgets: Sequence[int] = (),
+def encode(
+    prepared: Prepared, byte_budget: int, curve_budgets: Sequence[int] = (), *, reuse: bool = False
 ) -> Decomposed:
-    """Decompose a slice group with sparse cores; see `Method.decompose`."""
-    shape, limits, _ = _checked(layout, byte_budget, value_dtype, args)
-    clock = Stopwatch(unfolding.device)
+    """Decompose a slice group with sparse cores; see `Method.encode`."""
+    args = prepared.args
+    shape, limits, _ = _checked(prepared.shape.layout, byte_budget, prepared.value_dtype, args)
+    clock = Stopwatch(prepared.unfolding.device)
     search = search_two_of_four if shape.pattern == TWO_OF_FOUR else search_sparse
-    basis, cores = shared_basis(
-        unfolding, shape, limits, search, value_dtype, args, clock, curve_budgets
-    )
+    basis, cores = shared_basis(prepared, limits, search, clock, curve_budgets, reuse)
 
     def fits(nnz: Sequence[int]) -> bool:
         return shape.stored_bytes(basis.factors.ranks, nnz) <= byte_budget
@@ -96,7 +92,7 @@ def decompose(
             cores = prune_refit(cores, fits, grams, args.alpha)
         else:
             cores = one_shot(cores, fits, grams)
-    return finish(unfolding, shape, basis, cores, clock)
+    return finish(prepared, basis, cores, clock)
 
 
 @cache
@@ -113,6 +109,7 @@ def bounds(
             max_nnz=max(sum(pattern_nonzeros(shape, ranks)) for ranks in fitting),
             max_bytes=max(pattern_bytes(shape, ranks) for ranks in fitting),
             workspace_bytes=workspace_bytes(shape, max(map(shape.core_elements, fitting))),
+            reuse_bytes=reuse_bytes(shape),
         )
     grid1, grid2 = (rank_grid(m, args.rank_step) for m in (layout.width, layout.head_dim))
 
@@ -136,6 +133,7 @@ def bounds(
         max_nnz=_most_nonzeros(shape, byte_budget, allowed),
         max_bytes=byte_budget,
         workspace_bytes=workspace_bytes(shape, max_R1 * max_R2 * len(layout.slices)),
+        reuse_bytes=reuse_bytes(shape),
     )
 
 
@@ -179,4 +177,4 @@ def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs)
     return _least_bytes(group_shape(layout, value_dtype, args), _smallest(layout, args))
 
 
-METHOD = Method("lestd", decompose, bounds, least_bytes)
+METHOD = Method("lestd", prepare, encode, bounds, least_bytes)

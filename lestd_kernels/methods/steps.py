@@ -22,14 +22,14 @@ from lestd_kernels.budget import CurvePoint, GroupShape, Limits
 from lestd_kernels.codecs import TWO_OF_FOUR, UNSTRUCTURED
 from lestd_kernels.decomposition import CORE_NAME, EncodedCore, SharedTucker
 from lestd_kernels.errors import LestdError
-from lestd_kernels.methods.base import Decomposed, MethodArgs, SliceStats
+from lestd_kernels.methods.base import Decomposed, MethodArgs
+from lestd_kernels.methods.statistics import relative, slice_stats
 from lestd_kernels.pattern import spread
 from lestd_kernels.rank_search import RotatedCore
-from lestd_kernels.stage1 import FLOAT64_ORDER, Factors, hooi, hosvd, squared_sum
+from lestd_kernels.stage1 import FLOAT64_ORDER, Bases, Factors, hooi, hosvd, squared_sum
 from lestd_kernels.stage2 import fit_cores
 from lestd_kernels.tensorize import PROJECTIONS, GroupLayout
 
-_ERROR_CHUNK_COLUMNS, _SQUARE_ELEMENTS = 512, 1 << 16
 # Multiples of the value dtype's epsilon. With a larger relative error the least-squares core of the
 # rounded factors gains less than 1e-4 of it over the core of the unrounded ones.
 _UNFITTED_ERROR = 20
@@ -135,42 +135,90 @@ def scale_to_one(unfolding: Tensor) -> float:
     return scale
 
 
-def shared_basis(
-    unfolding: Tensor,
-    shape: GroupShape,
-    limits: Limits,
-    search: Search,
-    value_dtype: torch.dtype,
-    args: MethodArgs,
-    clock: Stopwatch,
-    curve_budgets: Sequence[int] = (),
-) -> tuple[SharedBasis, list[Tensor]]:
-    """HOSVD, rank search, HOOI at the chosen ranks, and the cores for the factors as stored.
+@dataclass
+class Prepared:
+    """A group as Stage I leaves it for every byte budget.
 
-    Args:
-        unfolding: ``(d, S p)``, float32; divided in place by the basis' scale.
+    Attributes:
+        unfolding: ``(d, S p)``, float32, divided by the scale.
         shape: sizes of the group.
-        limits: of the ranks.
-        search: chooses the ranks.
         value_dtype: of the stored tensors.
         args: of the method.
+        scale: see `scale_to_one`.
+        seconds: what this took, by stage.
+    """
+
+    unfolding: Tensor
+    shape: GroupShape
+    value_dtype: torch.dtype
+    args: MethodArgs
+    scale: float
+    seconds: dict[str, float]
+    _parts: tuple[Tensor, Bases, RotatedCore] | None
+
+    def parts(self, reuse: bool) -> tuple[Tensor, Bases, RotatedCore]:
+        """W ``(d, T, n, p)``, its HOSVD bases, its rotation; forgotten here if not reused.
+
+        Raises:
+            ValueError: they were used up.
+        """
+        if self._parts is None:
+            raise ValueError("the prepared group was used up by an encode without reuse")
+        parts = self._parts
+        if not reuse:
+            self._parts = None
+        return parts
+
+
+def prepare(
+    unfolding: Tensor, layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs
+) -> Prepared:
+    """Scale a group and find its HOSVD bases; see `Method.prepare`.
+
+    Its rotation by them, the other half of what budgets have in common, is computed as far as rank
+    searches ask for it.
+    """
+    shape = group_shape(layout, value_dtype, args)
+    clock = Stopwatch(unfolding.device)
+    with clock("stage1"):
+        scale = scale_to_one(unfolding)
+        W = type_major(unfolding, shape)
+        bases = hosvd(W)
+        rotated = RotatedCore(W, bases, shape.core_slices)
+    parts = (W, bases, rotated)
+    return Prepared(unfolding, shape, value_dtype, args, scale, clock.seconds, parts)
+
+
+def shared_basis(
+    prepared: Prepared,
+    limits: Limits,
+    search: Search,
+    clock: Stopwatch,
+    curve_budgets: Sequence[int],
+    reuse: bool,
+) -> tuple[SharedBasis, list[Tensor]]:
+    """Rank search, HOOI at the chosen ranks, and the cores for the factors as stored.
+
+    Args:
+        prepared: the group.
+        limits: of the ranks.
+        search: chooses the ranks.
         clock: gets the stages ``"stage1"``, ``"rank_search"`` and ``"stage2"``.
         curve_budgets: feasible byte budgets to predict the error at.
+        reuse: leave the prepared group as it is, for another budget.
 
     Returns:
         The basis, and its cores ``(R1, R3, n_c, R2)``, float32, divided by the scale: those of
         least squares, or where these cannot be better by more than 1e-4 of the error, those of
         the factors before they are rounded. Elements that the value dtype rounds to zero are zero.
     """
-    with clock("stage1"):
-        scale = scale_to_one(unfolding)
-        W = type_major(unfolding, shape)
-        bases = hosvd(W)
-        singular_values = bases.singular_values(1, scale), bases.singular_values(2, scale)
+    shape, args, scale = prepared.shape, prepared.args, prepared.scale
+    value_dtype = prepared.value_dtype
+    W, bases, rotated = prepared.parts(reuse)
+    singular_values = bases.singular_values(1, scale), bases.singular_values(2, scale)
     with clock("rank_search"):
         budgets = (limits.byte_budget, *curve_budgets)
         every = [replace(limits, byte_budget=budget) for budget in budgets]
-        rotated = RotatedCore(W, bases, shape.core_slices)
         chosen, *curve = search(rotated, shape, every)
         # With one mode truncated the HOSVD's bases are the factors, and the order of their columns
         # is kept unless the pattern changes it.
@@ -181,6 +229,8 @@ def shared_basis(
         known = _UNFITTED_ERROR * torch.finfo(value_dtype).eps
         if unrounded and chosen.squared_error >= known**2 * rotated.squared_norm:
             cores = rotated.leading(chosen.ranks)
+            if reuse:  # They are changed in place.
+                cores = [core.clone() for core in cores]
         else:
             cores = []
         del rotated
@@ -206,17 +256,12 @@ def shared_basis(
 
 
 def finish(
-    unfolding: Tensor,
-    shape: GroupShape,
-    basis: SharedBasis,
-    cores: list[Tensor],
-    clock: Stopwatch,
+    prepared: Prepared, basis: SharedBasis, cores: list[Tensor], clock: Stopwatch
 ) -> Decomposed:
     """Round the cores to the value dtype, encode them, and measure what was stored.
 
     Args:
-        unfolding: ``(d, S p)``, float32, what the cores were fitted to: divided by the scale.
-        shape: sizes of the group.
+        prepared: the group that the cores were fitted to.
         basis: the shared basis.
         cores: what to store in it, float32, ``(R1, R3, n_c, R2)`` each, divided by the scale;
             emptied.
@@ -225,7 +270,8 @@ def finish(
     Raises:
         LestdError: a core value does not fit the value dtype.
     """
-    layout, factors = shape.layout, basis.factors
+    shape, factors = prepared.shape, basis.factors
+    layout = shape.layout
     names = [CORE_NAME] if shape.learned else [module.name for module in layout.modules]
     with clock("stage2"):
         # One by one, so that float32 and rounded cores do not all exist at a time.
@@ -239,7 +285,9 @@ def finish(
         )
         kept = [_without_zeros(core) for core in encoded.values()]
     with clock("error"):
-        slices, squared_norm, squared_error = _slice_stats(unfolding, basis.scale, stored, rounded)
+        slices, squared_norm, squared_error = slice_stats(
+            prepared.unfolding, basis.scale, stored, rounded
+        )
     return Decomposed(
         decomposition=stored,
         squared_norm=squared_norm,
@@ -279,91 +327,6 @@ def _without_zeros(core: EncodedCore) -> Tensor:
     return values if values.numel() == core.nnz else values[values != 0]
 
 
-def relative(squared_error: float, squared_norm: float) -> float:
-    """``sqrt(error / norm)``; 0 for an error of 0, even of a zero tensor."""
-    if squared_error == 0:
-        return 0.0
-    return math.sqrt(squared_error / squared_norm) if squared_norm else math.inf
-
-
-def _squares(slices: Tensor) -> Tensor:
-    """Squared norm of each of n slices ``(m, n, p)``, ``(n,)``, accumulated in float64."""
-    per_chunk = max(1, _SQUARE_ELEMENTS // slices[0].numel())
-    total = slices.new_zeros(slices.shape[1], dtype=torch.float64)
-    for rows in torch.split(slices, per_chunk):
-        total += rows.double().square_().sum(dim=(0, 2))
-    return total
-
-
-def _nonzeros(slices: Tensor) -> list[int]:
-    """Non-zeros of each of n slices ``(m, n, p)``, float32."""
-    # A norm of order 0 counts, exactly up to 2^24 elements.
-    counts = torch.linalg.vector_norm(slices, 0, dim=2).sum(dim=0, dtype=torch.float64)
-    return [int(count) for count in counts.tolist()]
-
-
-def _slice_stats(
-    unfolding: Tensor, scale: float, stored: SharedTucker, cores: Sequence[Tensor]
-) -> tuple[list[SliceStats], float, float]:
-    """Statistics per slice, and ``||W||^2`` and ``||W - W_hat||^2`` summed over them.
-
-    The unfolding is divided by `scale`; the figures are in the units of the weights. `cores` are
-    what the stored ones decode to.
-    """
-    layout = stored.layout
-    U1, U2 = stored.U1.float(), stored.U2.float()
-    d, p, R1, R2 = layout.width, layout.head_dim, U1.shape[1], U2.shape[1]
-    per_chunk = max(1, _ERROR_CHUNK_COLUMNS // p)
-    W = unfolding.view(d, -1, p)
-    encoded = list(stored.cores.values())
-    heads = [] if stored.U3 is None else _head_bytes(stored, cores[0])
-    slices: list[SliceStats] = []
-    total_norm = total_error = 0.0
-    for module, core in enumerate(stored.mixed_cores(cores)):
-        in_module = len(layout.modules[module].slices)
-        for part in torch.split(core.view(R1, -1, R2), per_chunk, dim=1):
-            M = part / scale
-            first, count = len(slices), M.shape[1]
-            chunk = W[:, first : first + count]
-            residual = (U1 @ (M @ U2.T).flatten(1)).view_as(chunk).sub_(chunk)
-            norms, errors, energies = (
-                _squares(x).mul_(scale**2).tolist() for x in (chunk, residual, M)
-            )
-            counts = _nonzeros(M)
-            for i, (projection, head) in enumerate(layout.slices[first : first + count]):
-                slices.append(
-                    SliceStats(
-                        projection=projection,
-                        head=head,
-                        nnz=counts[i],
-                        density=counts[i] / (R1 * R2),
-                        core_bytes=(
-                            heads[head] / len(PROJECTIONS)
-                            if heads
-                            else _share(encoded[module], counts[i], in_module)
-                        ),
-                        relative_error=relative(errors[i], norms[i]),
-                        squared_norm=norms[i],
-                        squared_energy=energies[i],
-                    )
-                )
-            total_norm += sum(norms)
-            total_error += sum(errors)
-    return slices, total_norm, total_error
-
-
-def _share(core: EncodedCore, nonzeros: int, slices: int) -> float:
-    """Bytes of a core that belong to one of its slices."""
-    return core.stored_bytes * (nonzeros / core.nnz if core.nnz else 1 / slices)
-
-
-def _head_bytes(stored: SharedTucker, core: Tensor) -> list[float]:
-    """Bytes of every head's share of the one core of a learned type mode."""
-    [encoded], (_, R2, R3) = stored.cores.values(), stored.ranks.values()
-    counts = _nonzeros(core.float().view(core.shape[0] * R3, -1, R2))
-    return [_share(encoded, count, len(counts)) for count in counts]
-
-
 def workspace_bytes(shape: GroupShape, core_elements: int) -> int:
     """Upper bound of the peak memory of a decomposition beside the unfolding, measured on CPU.
 
@@ -383,3 +346,12 @@ def workspace_bytes(shape: GroupShape, core_elements: int) -> int:
     rotated = unfolding_bytes + 8 * square + int((1 + 5 * largest) * core_elements)
     reordered = unfolding_bytes if shape.learned else 0
     return max(eigenproblem, rotated) + reordered + _BUFFERS_BYTES
+
+
+def reuse_bytes(shape: GroupShape) -> int:
+    """Upper bound of what is kept of a group for further budgets: rotation, bases, reordered copy.
+
+    With one budget they are gone before the memory of `workspace_bytes` peaks.
+    """
+    copies = 2 if shape.learned else 1
+    return copies * shape.layout.elements * 4 + 4 * shape.layout.width**2

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-from torch import Tensor
 
 from lestd_kernels.budget import (
     GroupShape,
@@ -24,10 +23,13 @@ from lestd_kernels.codecs import UNSTRUCTURED
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods.base import Bounds, Decomposed, Method, MethodArgs
 from lestd_kernels.methods.steps import (
+    Prepared,
     Stopwatch,
     finish,
     group_shape,
     limits_of,
+    prepare,
+    reuse_bytes,
     shared_basis,
     workspace_bytes,
 )
@@ -55,21 +57,15 @@ def _smallest(layout: GroupLayout, args: MethodArgs) -> Ranks:
     return Ranks(1, rank_grid(layout.head_dim, args.rank_step)[0], 1)
 
 
-def decompose(
-    unfolding: Tensor,
-    layout: GroupLayout,
-    byte_budget: int,
-    value_dtype: torch.dtype,
-    args: MethodArgs,
-    curve_budgets: Sequence[int] = (),
+def encode(
+    prepared: Prepared, byte_budget: int, curve_budgets: Sequence[int] = (), *, reuse: bool = False
 ) -> Decomposed:
-    """Decompose a slice group with dense cores; see `Method.decompose`."""
-    shape, limits = _checked(layout, byte_budget, value_dtype, args)
-    clock = Stopwatch(unfolding.device)
-    basis, cores = shared_basis(
-        unfolding, shape, limits, search_dense, value_dtype, args, clock, curve_budgets
-    )
-    return finish(unfolding, shape, basis, cores, clock)
+    """Decompose a slice group with dense cores; see `Method.encode`."""
+    layout, value_dtype = prepared.shape.layout, prepared.value_dtype
+    _, limits = _checked(layout, byte_budget, value_dtype, prepared.args)
+    clock = Stopwatch(prepared.unfolding.device)
+    basis, cores = shared_basis(prepared, limits, search_dense, clock, curve_budgets, reuse)
+    return finish(prepared, basis, cores, clock)
 
 
 @cache
@@ -92,6 +88,7 @@ def bounds(
         max_nnz=max_nnz,
         max_bytes=byte_budget,
         workspace_bytes=workspace_bytes(shape, max_nnz),
+        reuse_bytes=reuse_bytes(shape),
     )
 
 
@@ -100,4 +97,4 @@ def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs)
     return dense_bytes(group_shape(layout, value_dtype, args), _smallest(layout, args))
 
 
-METHOD = Method("tucker", decompose, bounds, least_bytes)
+METHOD = Method("tucker", prepare, encode, bounds, least_bytes)

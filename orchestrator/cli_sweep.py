@@ -1,0 +1,152 @@
+"""The command that compresses a model to several sizes and judges each: sweep."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lestd_kernels.errors import LestdError
+from orchestrator import logs
+from orchestrator.app import app
+from orchestrator.logs import LogFormat
+from orchestrator.options import (
+    Address,
+    AllocationOption,
+    ClusterFile,
+    ComputeDtype,
+    ConfigFile,
+    DeviceOption,
+    Exclude,
+    ExecutorOption,
+    Include,
+    Json,
+    LogFormatOption,
+    MaxFlops,
+    MaxWindows,
+    MethodOption,
+    Model,
+    PatternOption,
+    Revision,
+    ScopeOption,
+    Threads,
+    TypeModeOption,
+    Window,
+    Workers,
+    absolute,
+)
+
+
+@app.command()
+def sweep(
+    keep: Annotated[str, typer.Option(help="Several keeps, like 0.8,0.6,0.4,0.2.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Directory for the models DIR/keep-0.80 and so on, their runs and the plot.",
+            callback=absolute,
+        ),
+    ],
+    model: Model = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="UTF-8 text to predict; without it nothing is judged or drawn."),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw size against perplexity to this .png or .svg; needs matplotlib.",
+            show_default="DIR/sweep.png",
+        ),
+    ] = None,
+    revision: Revision = None,
+    scope: ScopeOption = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    allocation: AllocationOption = None,
+    method: MethodOption = None,
+    type_mode: TypeModeOption = None,
+    pattern: PatternOption = None,
+    max_flops: MaxFlops = None,
+    config: ConfigFile = None,
+    window: Window = None,
+    max_windows: MaxWindows = None,
+    dtype: ComputeDtype = "auto",
+    device: DeviceOption = None,
+    threads: Threads = None,
+    executor: ExecutorOption = None,
+    workers: Workers = None,
+    address: Address = None,
+    cluster: ClusterFile = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Compress anew what an earlier sweep left in DIR.")
+    ] = False,
+    log_format: LogFormatOption = LogFormat.text,
+    json: Json = False,
+) -> None:
+    """Compress a model to several sizes and judge each. The same command again continues.
+
+    Size against quality, with the dense model as the line to beat. The weights are read, and Stage
+    I is done, once for all sizes.
+    """
+    given = dict(locals())
+    from orchestrator.bench import check_plot
+    from orchestrator.config import RunFile, cluster_options, run_options
+    from orchestrator.executor import open_executor
+    from orchestrator.manifest import default_run_dir
+    from orchestrator.source import resolve_source
+    from orchestrator.submit import jobs_address, run_as_job
+    from orchestrator.summary import print_outcome
+    from orchestrator.sweep import (
+        check_judgeable,
+        compress_keeps,
+        model_dir,
+        parse_keeps,
+        print_sweep,
+        save_curve,
+        sweep_points,
+    )
+
+    logs.use(log_format)
+    options = {k: v for k, v in given.items() if k in RunFile.model_fields and k != "model"}
+    configs = {}
+    for one in parse_keeps(keep):
+        name, revision, configs[one] = run_options(model, config, options | {"keep": one})
+    cluster_config = cluster_options(cluster, executor=executor, workers=workers, address=address)
+    if jobs := jobs_address(cluster_config):
+        raise typer.Exit(run_as_job(jobs, "sweep", given | {"model": name}, cluster_config))
+
+    source = resolve_source(name, revision)
+    if text is not None:
+        check_judgeable(source, text, window)
+        if plot is None and importlib.util.find_spec("matplotlib") is not None:
+            plot = out / "sweep.png"
+    elif plot is not None:
+        raise LestdError("--plot draws size against perplexity; give --text, or leave --plot out")
+    out.mkdir(parents=True, exist_ok=True)
+    if plot is not None:
+        check_plot(plot)
+    settings = {"window": window, "max_windows": max_windows, "dtype": dtype}
+    first = next(iter(configs.values()))
+    settings |= {"device": first.device, "threads": first.threads}
+    try:
+        with open_executor(cluster_config) as runner:
+            outcomes = compress_keeps(source, configs, runner, out, fresh=fresh)
+            failed = {k: outcome for k, outcome in outcomes.items() if not outcome.complete}
+            for one, outcome in failed.items():
+                directory = model_dir(out, one)
+                print_outcome(outcome, directory, default_run_dir(directory), json=False)
+            if failed:
+                raise typer.Exit(1)
+            points = sweep_points(source, outcomes, out, text, runner, settings)
+    except KeyboardInterrupt:
+        logs.log(
+            "message",
+            f"interrupted; what is done is kept in {out}: run the same command again to continue",
+        )
+        raise typer.Exit(130) from None
+    if plot is not None:
+        save_curve(points, f"{name}, {first.method}", plot)
+    print_sweep(points, text, plot, json)
