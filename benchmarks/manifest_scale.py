@@ -29,7 +29,7 @@ import numpy as np
 
 from orchestrator.manifest import Manifest
 from orchestrator.query import named_queries
-from orchestrator.rows import part_path, write_rows
+from orchestrator.rows import part_path, write_part
 from orchestrator.schemas import CURVES, EVALUATIONS, EVENTS, GROUPS, RUNS, SLICES, TableSpec
 
 START = 1_700_000_000_000_000  # Microseconds.
@@ -147,7 +147,7 @@ def write_manifest(directory: Path, layers: int, heads: int, parts: int, width: 
     os.fsync = lambda descriptor: None  # type: ignore[assignment]
 
     def write(spec: TableSpec, name: str, rows: list[dict[str, Any]]) -> None:
-        write_rows(part_path(directory, spec, f"{name}.parquet"), rows, spec)
+        write_part(part_path(directory, spec, f"{name}.parquet"), rows, spec)
 
     for layer in range(layers):
         group = group_row(layer, rng, width)

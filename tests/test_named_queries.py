@@ -16,7 +16,7 @@ from cli import lestd
 from oracles import ORACLES
 
 from orchestrator.query import named_queries
-from orchestrator.rows import part_path, write_rows
+from orchestrator.rows import part_path, write_part
 from orchestrator.schemas import TABLES
 
 FORMAT_1 = Path(__file__).parent / "data" / "manifest-v1"
@@ -24,7 +24,7 @@ NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 
 
 def add(manifest: Path, table: str, name: str, *rows: dict[str, Any]) -> None:
-    write_rows(part_path(manifest, TABLES[table], f"{name}.parquet"), rows, TABLES[table])
+    write_part(part_path(manifest, TABLES[table], f"{name}.parquet"), rows, TABLES[table])
 
 
 def add_spectra(manifest: Path) -> None:
