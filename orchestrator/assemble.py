@@ -38,6 +38,7 @@ from orchestrator.manifest import (
     Manifest,
     foreign_files,
     json_bytes,
+    keep_evaluations,
     read_json,
     write_json,
 )
@@ -116,6 +117,8 @@ def assemble(
         busy = f"another driver assembles {out}; wait for it to end, or choose another --out"
         with explain_os_errors(building), building_directory(building, busy):
             build(building, require_lock)
+            if (about := about_model(out)) and about["fingerprint"] == fingerprint:
+                keep_evaluations(out, building)
             fsync_directory(building)
             remove_model(out)
             building.replace(out)

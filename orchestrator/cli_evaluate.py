@@ -110,11 +110,8 @@ def evaluate(
         raise LestdError('--tasks needs lm_eval, which is not installed; pip install "lestd[eval]"')
     from orchestrator.config import cluster_options
     from orchestrator.executor import open_executor
-    from orchestrator.recording import (
-        default_evaluation_dir,
-        manifest_of_evaluations,
-        open_models,
-    )
+    from orchestrator.manifest import default_evaluation_dir
+    from orchestrator.recording import manifest_of_evaluations, open_models
     from orchestrator.submit import jobs_address, run_as_job
     from orchestrator.summary import describe_evaluations, evaluate_models, print_evaluations
 

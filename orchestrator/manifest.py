@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lestd_kernels.errors import LestdError
+from orchestrator.result_rows import curve_rows, group_row, slice_rows
 from orchestrator.rows import (
     PARQUET,
     TEMPORARY,
@@ -48,7 +49,6 @@ from orchestrator.schemas import (
     GROUPS,
     RUNS,
     SLICES,
-    STAGES,
     TABLES,
     TableSpec,
 )
@@ -57,9 +57,11 @@ from workers.files import (
     AnyPath,
     as_path,
     atomic_write,
+    copy_file,
     file_sha256,
     file_size,
     in_parallel,
+    list_files,
     list_names,
     make_directory,
     read_file,
@@ -75,6 +77,7 @@ MANY_PARTS = 1000
 """A run that has more part files, which take a second to read, is compacted by its driver."""
 TableType = Literal["arrow", "pandas", "polars"]
 """What a table is given as; the libraries are imported when they are asked for."""
+_RUN = ".run"
 _AnyPathT = TypeVar("_AnyPathT", bound=AnyPath)
 
 
@@ -86,63 +89,46 @@ def default_run_dir(out: _AnyPathT) -> _AnyPathT:
     """
     if not out.name:
         raise LestdError(f"{out} cannot be the directory of a model; name one inside it")
-    return cast(_AnyPathT, out.with_name(out.name + ".run"))
+    return cast(_AnyPathT, out.with_name(out.name + _RUN))
+
+
+def default_evaluation_dir(model: _AnyPathT) -> _AnyPathT:
+    """``MODEL.eval``, beside the model.
+
+    Raises:
+        LestdError: `model` is the root directory.
+    """
+    directory = model.absolute()
+    if not directory.name:
+        raise LestdError(f"{model} cannot be the directory of a model; name one inside it")
+    return cast(_AnyPathT, directory.with_name(directory.name + ".eval"))
 
 
 def manifest_directory(path: AnyPath) -> AnyPath:
-    """The manifest directory of a run directory, a compressed model, or a model in the making.
+    """The manifest directory of what a person names.
+
+    Args:
+        path: a compressed model, a run directory, a model in the making, a dense model that was
+            evaluated, or a manifest directory.
 
     Raises:
         LestdError: there is none; or the object store does not answer.
     """
-    candidates = [path] if path.name == MANIFEST_DIR else [path / MANIFEST_DIR]
-    if path.name and path.name != MANIFEST_DIR:
-        candidates.append(default_run_dir(path) / MANIFEST_DIR)
+    candidates = [path / MANIFEST_DIR]
+    if path.name == MANIFEST_DIR:
+        candidates.append(path)
+    if path.name:
+        candidates += [
+            beside / MANIFEST_DIR
+            for beside in (default_run_dir(path), default_evaluation_dir(path))
+        ]
     for directory in candidates:
         if list_names(directory):
             return directory
     raise LestdError(
-        f"{path} has no manifest, and neither has a run beside it; name the directory of a "
-        "compressed model or of a run, as given to --out or --run-dir"
+        f"{path} has no manifest, and neither has a run or an evaluation beside it; name the "
+        "directory of a compressed model or of a run, as given to --out or --run-dir"
     )
-
-
-def _microseconds(seconds: float) -> int:
-    return round(seconds * 1_000_000)
-
-
-def _common_fields(result: Result | CurveResult, spec: TableSpec) -> dict[str, Any]:
-    fields = asdict(result)
-    row = {name: fields[name] for name in spec.schema.names if name in fields}
-    row |= {f"seconds_{stage}": result.seconds.get(stage, 0.0) for stage in STAGES}
-    row["started_at"] = _microseconds(result.started_at)
-    row["versions"] = json.dumps(result.versions, sort_keys=True)
-    return row
-
-
-def group_row(result: Result) -> dict[str, Any]:
-    """The row of `groups` for a result."""
-    row = _common_fields(result, GROUPS)
-    row |= {rank: result.ranks.get(rank) for rank in ("R1", "R2", "R3")}
-    row["format"] = json.dumps(result.format, sort_keys=True)
-    return row
-
-
-def curve_rows(result: CurveResult) -> list[dict[str, Any]]:
-    """The rows of `curves` for a result."""
-    common = _common_fields(result, CURVES)
-    return [
-        common
-        | point.ranks._asdict()
-        | {"byte_budget": point.byte_budget, "predicted_squared_error": point.squared_error}
-        for point in result.points
-    ]
-
-
-def slice_rows(result: Result) -> list[dict[str, Any]]:
-    """The rows of `slices` for a result."""
-    key = {"task_id": result.task_id, "layer": result.layer, "group": result.group}
-    return [key | asdict(one) for one in result.slices]
 
 
 class Manifest:
@@ -163,7 +149,9 @@ class Manifest:
 
     def __init__(self, path: str | AnyPath) -> None:
         path = as_path(path) if isinstance(path, str) else path
-        self.directory = path if path.name == MANIFEST_DIR else manifest_directory(path)
+        if path.name != MANIFEST_DIR or list_names(path / MANIFEST_DIR):
+            path = manifest_directory(path)
+        self.directory = path
 
     # -- writing: the driver only ------------------------------------------------------------
 
@@ -266,8 +254,14 @@ class Manifest:
         return rows
 
     def read(self, name: str) -> TableRead:
-        """A table by its name, with the files that could not be read."""
-        return read_table(self.directory, TABLES[name])
+        """A table by its name, with the files that could not be read.
+
+        A run has no evaluations of its own: those of the model beside it are read.
+        """
+        directory, run = self.directory, self.directory.parent
+        if name == EVALUATIONS.name and run.name.endswith(_RUN):
+            directory = run.with_name(run.name.removesuffix(_RUN)) / MANIFEST_DIR
+        return read_table(directory, TABLES[name])
 
     def damaged(self) -> list[Damaged]:
         """Files that cannot be read as rows of their table."""
@@ -336,6 +330,15 @@ _OF_A_DRIVER = [spec for spec in TABLES.values() if spec is not EVALUATIONS]
 def _write_if_any(target: AnyPath, spec: TableSpec, rows: pa.Table) -> None:
     if len(rows):
         write_table(compacted_path(target, spec), rows)
+
+
+def keep_evaluations(model: AnyPath, again: AnyPath) -> None:
+    """Copy the evaluations of a model to where the same model is made again."""
+    folders = [directory / MANIFEST_DIR / EVALUATIONS.name for directory in (model, again)]
+    for name in list_files(folders[0]):
+        if not name.startswith(TEMPORARY):
+            make_directory(folders[1])
+            copy_file(folders[0] / name, folders[1] / name)
 
 
 def foreign_files(directory: AnyPath) -> list[AnyPath]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -104,18 +103,6 @@ def is_compressed(directory: Path) -> bool:
     """Whether a model is one of lestd, by its config.json."""
     quantization = read_config_json(directory).get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == "lestd"
-
-
-def default_evaluation_dir(model: Path) -> Path:
-    """``MODEL.eval``, beside the model.
-
-    Raises:
-        LestdError: `model` is the root directory.
-    """
-    model = Path(os.path.abspath(model))  # noqa: PTH100 - a link's target has other neighbors
-    if not model.name:
-        raise LestdError(f"{model} cannot be the directory of a model; name one inside it")
-    return model.with_name(model.name + ".eval")
 
 
 def evaluation_versions(**more: str) -> dict[str, str]:

@@ -12,8 +12,7 @@ import pytest
 from cli import lestd
 from conftest import EXAMPLE
 
-from orchestrator.manifest import Manifest
-from orchestrator.recording import default_evaluation_dir
+from orchestrator.manifest import Manifest, default_evaluation_dir
 
 MODEL = EXAMPLE / "model"
 QUICK = ("--window", 64, "--max-windows", 3, "--executor", "serial", "--json")
@@ -125,3 +124,29 @@ def test_a_manifest_that_cannot_be_written_costs_a_warning(model: Path, text: Pa
     assert json.loads(result.out)["models"][0]["windows"] == 3
     assert result.err.count("is not recorded, because") == 1
     assert str(model / "manifest") in result.err
+
+
+def test_a_model_that_is_made_again_keeps_its_evaluations(tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "model"
+    compress = ("compress", MODEL, "--keep", 0.5, "--out", out, "--executor", "serial")
+    assert lestd(*compress).code == 0
+    evaluate(out, text, "--against", MODEL)
+    rows = Manifest(out).evaluations()
+    assert Manifest(f"{out}.run").evaluations().equals(rows), "a run shows those of its model"
+    damaged = next((tmp_path / "model.run" / "payloads").iterdir())
+    damaged.unlink()  # The model's is a link to the same bytes, so the model stays whole.
+    again = lestd(*compress)
+    assert again.code == 0, again.err
+    assert damaged.exists()
+    assert Manifest(out).evaluations().equals(rows)
+    assert lestd("verify", out).code == 0
+    assert lestd(*compress, "--fresh").code == 0
+    assert len(Manifest(out).evaluations()) == 0
+
+
+def test_a_dense_models_evaluations_are_found_by_its_name(tmp_path: Path, text: Path) -> None:
+    dense = Path(shutil.copytree(MODEL, tmp_path / "dense"))
+    evaluate(dense, text)
+    assert len(Manifest(dense).evaluations()) == 2
+    asked = lestd("query", dense, "select count(*) as n from evaluations", "--json")
+    assert json.loads(asked.out) == {"rows": [{"n": 2}]}
