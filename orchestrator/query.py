@@ -222,8 +222,8 @@ def _interruptible(connection: duckdb.DuckDBPyConnection, ask: Callable[[], _Ans
         except BaseException as error:
             answer.set_exception(error)
 
-    threading.Thread(target=work, daemon=True).start()
     try:
+        threading.Thread(target=work, daemon=True).start()
         return answer.result()
     except KeyboardInterrupt:
         connection.interrupt()

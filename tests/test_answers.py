@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import tracemalloc
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -156,8 +157,9 @@ def test_ctrl_c_does_not_wait_for_what_cannot_be_stopped(
     released, ended = threading.Event(), threading.Event()
 
     def unstoppable(*_: object) -> None:
+        time.sleep(1)  # Until the main thread waits, and is not still starting this one.
         os.kill(os.getpid(), signal.SIGINT)
-        released.wait(60)
+        released.wait(20)
         ended.set()
 
     monkeypatch.setattr(query, "_collect", unstoppable)
