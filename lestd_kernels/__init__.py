@@ -28,7 +28,5 @@ def __getattr__(name: str) -> Any:
 
         return set_backend
     if name == "LestdConfig":
-        from lestd_kernels.transformers_plugin import LestdConfig
-
-        return LestdConfig
+        return registration.plugin().LestdConfig
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

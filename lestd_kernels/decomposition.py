@@ -37,6 +37,8 @@ from lestd_kernels.codecs import (
 )
 from lestd_kernels.tensorize import PROJECTIONS, GroupLayout, ModuleLayout, fold_weights
 
+QUANT_METHOD = "lestd"
+"""What `quantization_config` calls the format."""
 FORMAT_VERSION = 1
 """Version of the stored form: of the tensors' names and of `SharedTucker.describe`."""
 

@@ -32,7 +32,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lestd_kernels.codecs import CODECS, PATTERNS, UNSTRUCTURED
-from lestd_kernels.decomposition import FORMAT_VERSION, SharedTucker
+from lestd_kernels.decomposition import FORMAT_VERSION, QUANT_METHOD, SharedTucker
 from lestd_kernels.errors import LestdError
 from lestd_kernels.linear import (
     CompressedLinear,
@@ -47,7 +47,6 @@ from lestd_kernels.tensorize import BasisSide
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-QUANT_METHOD = "lestd"
 _VALUE_TYPES = ("bfloat16", "float16", "float32")
 _UPGRADE = "upgrade lestd, or compress the model again with this version"
 

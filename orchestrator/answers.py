@@ -1,7 +1,7 @@
 """The answer to a query, for people and for programs.
 
-Values that JSON and CSV lack are written as text: times in ISO 8601, intervals and bytes as
-Python says them. Exact decimals become whole numbers or doubles.
+Values that JSON and CSV lack are written as text: times in ISO 8601, bytes as Python says them.
+Exact decimals become whole numbers or doubles. In tables control characters are shown as escapes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
+from lestd_kernels.errors import LestdError, first_line
 from orchestrator import tables
 from workers.files import AnyPath, atomic_write
 
@@ -36,9 +38,10 @@ def print_answer(answer: pa.Table) -> None:
     table = Table()
     for field in answer.schema:
         is_text = pa.types.is_string(field.type)
-        table.add_column(_escaped(field.name), justify="left" if is_text else "right")
+        name = Text(tables.visible(field.name))
+        table.add_column(name, justify="left" if is_text else "right")
     for row in cells:
-        table.add_row(*map(_escaped, row))
+        table.add_row(*map(Text, row))
     if Measurement.get(tables.out, tables.out.options.update(width=10_000), table).maximum > (
         tables.out.width
     ):
@@ -54,10 +57,11 @@ def print_answer(answer: pa.Table) -> None:
 
 
 def _print_records(names: list[str], rows: list[list[str]]) -> None:
+    names = list(map(tables.visible, names))
     width = max(map(len, names))
     for row in rows:
         for name, cell in zip(names, row, strict=True):
-            tables.out.print(f"{name:{width}}  {cell}", markup=False, soft_wrap=True)
+            tables.out.print(Text(f"{name:{width}}  {cell}"), soft_wrap=True)
         tables.out.print()
 
 
@@ -70,10 +74,14 @@ def print_csv(answer: pa.Table) -> None:
 
 
 def print_json(answer: pa.Table) -> None:
-    """All rows as one JSON object, ``{"rows": [{column: value, ...}, ...]}``."""
+    """All rows as one JSON object, ``{"rows": [{column: value, ...}, ...]}``, a row a line."""
     names = answer.column_names
-    rows = [dict(zip(names, map(plain, row), strict=True)) for row in _rows(answer)]
-    tables.print_json({"rows": rows})
+    before = '{"rows": [\n'
+    for row in _rows(answer):
+        values = dict(zip(names, map(plain, row), strict=True))
+        sys.stdout.write(before + json.dumps(tables.finite(values)))
+        before = ",\n"
+    sys.stdout.write("\n]}\n" if len(answer) else '{"rows": []}\n')
 
 
 def write_parquet(answer: pa.Table, path: AnyPath) -> None:
@@ -81,9 +89,15 @@ def write_parquet(answer: pa.Table, path: AnyPath) -> None:
 
     Raises:
         OutOfSpaceError: no space left.
-        LestdError: the object store does not take it.
+        LestdError: the object store does not take it, or Parquet has no such type.
     """
-    atomic_write(path, lambda file: pq.write_table(answer, file, compression="zstd"))
+    try:
+        atomic_write(path, lambda file: pq.write_table(answer, file, compression="zstd"))
+    except pa.ArrowException as error:
+        raise LestdError(
+            f"{path} cannot be written ({first_line(error)}); cast the column to a type that "
+            "Parquet has, such as VARCHAR"
+        ) from error
 
 
 def plain(value: Any) -> Any:
@@ -111,8 +125,23 @@ def unique_names(answer: pa.Table) -> pa.Table:
 
 
 def _rows(answer: pa.Table) -> Iterator[tuple[Any, ...]]:
+    """All rows, as Python's values.
+
+    Raises:
+        LestdError: Python lacks one of them.
+    """
     for batch in answer.to_batches(max_chunksize=_BATCH_ROWS):
-        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+        columns = []
+        for name, column in zip(batch.column_names, batch.columns, strict=True):
+            try:
+                columns.append(column.to_pylist())
+            except (OverflowError, ValueError) as error:
+                name = tables.visible(name)
+                raise LestdError(
+                    f"column {name} has a date or time that is infinite, outside of the years 1 to "
+                    f'9999, or finer than a microsecond; cast it: "{name}"::varchar'
+                ) from error
+        yield from zip(*columns, strict=True)
 
 
 def _csv_value(value: Any) -> Any:
@@ -129,7 +158,7 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.0f}" if value.is_integer() and abs(value) < 1e15 else _digits(value)
-    text = str(value).lower() if isinstance(value, bool) else " ".join(str(value).split())
+    text = str(value).lower() if isinstance(value, bool) else _one_line(str(value))
     return text if len(text) <= _CELL_CHARACTERS else text[: _CELL_CHARACTERS - 1] + "…"
 
 
@@ -137,5 +166,5 @@ def _digits(value: float) -> str:
     return f"{value:.1f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
+def _one_line(text: str) -> str:
+    return tables.visible(" ".join(text.split()))

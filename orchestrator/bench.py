@@ -24,8 +24,8 @@ from typing import Any
 import torch
 import transformers
 
+from lestd_kernels.decomposition import QUANT_METHOD
 from lestd_kernels.errors import LestdError
-from lestd_kernels.transformers_plugin import QUANT_METHOD
 from orchestrator import tables
 from orchestrator.evaluation import DTYPES
 from orchestrator.source import load_config

@@ -69,7 +69,7 @@ def query(
 ) -> None:
     """Ask the manifests of runs in SQL."""
     from orchestrator import answers
-    from orchestrator.query import named_queries, run_query
+    from orchestrator.query import bounded_memory, named_queries, run_query
     from orchestrator.rows import Damaged
 
     if csv + json + (parquet is not None) > 1:
@@ -85,16 +85,17 @@ def query(
     def on_damaged(bad: Damaged) -> None:
         logs.log("damaged", f"{bad.path} is left out: {bad.reason}", path=str(bad.path))
 
-    answer = answers.unique_names(run_query(places, sql, on_damaged))
-    if csv:
-        answers.print_csv(answer)
-    elif json:
-        answers.print_json(answer)
-    elif parquet is not None:
-        answers.write_parquet(answer, parquet)
-        tables.out.print(f"{parquet}: {len(answer)} rows", markup=False, soft_wrap=True)
-    else:
-        answers.print_answer(answer)
+    with bounded_memory():
+        answer = answers.unique_names(run_query(places, sql, on_damaged))
+        if csv:
+            answers.print_csv(answer)
+        elif json:
+            answers.print_json(answer)
+        elif parquet is not None:
+            answers.write_parquet(answer, parquet)
+            tables.out.print(f"{parquet}: {len(answer)} rows", markup=False, soft_wrap=True)
+        else:
+            answers.print_answer(answer)
 
 
 def _asked(arguments: list[str], name: str | None) -> tuple[list[AnyPath], str]:

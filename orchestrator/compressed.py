@@ -14,11 +14,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from lestd_kernels import LestdConfig
 from lestd_kernels.codecs import TensorSpec
-from lestd_kernels.decomposition import SharedTucker, stored_specs
+from lestd_kernels.decomposition import QUANT_METHOD, SharedTucker, stored_specs
 from lestd_kernels.errors import LestdError, first_line
 from lestd_kernels.tensorize import BasisSide
-from lestd_kernels.transformers_plugin import QUANT_METHOD, LestdConfig
 from orchestrator.assemble import about_model
 from orchestrator.manifest import payload_problem
 from orchestrator.source import CONFIG_FILE, read_config_json

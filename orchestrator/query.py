@@ -9,24 +9,33 @@ from __future__ import annotations
 
 import difflib
 import re
+import resource
+import sys
+import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import TypeVar
 
 import duckdb
 import pyarrow as pa
+from duckdb.sqltypes import DuckDBPyType
 
 from lestd_kernels.errors import LestdError
+from orchestrator import tables
 from orchestrator.manifest import MANIFEST_DIR, Manifest
 from orchestrator.rows import Damaged
 from orchestrator.schemas import TABLES
 from workers.files import AnyPath
 
-MAX_RESULT_BYTES = 2 * 2**30
+MAX_RESULT_BYTES = 2**30
 """A larger result is refused: a forgotten join condition must not take the machine's memory."""
+MEMORY_BYTES = 6 * 2**30
+"""What `bounded_memory` allows: duckdb does not count the lists that it makes, nor the result."""
 _LOCKED: dict[str, str | bool | int | float | list[str]] = {
     "enable_external_access": "false",  # No files, no network, no extensions.
     "python_enable_replacements": "false",  # No variables of this process.
@@ -38,6 +47,9 @@ _LOCKED: dict[str, str | bool | int | float | list[str]] = {
 _Answer = TypeVar("_Answer")
 _ERROR = re.compile(r"^[A-Z][\w ]*Error: ")
 _WORD = re.compile(r"\w+")
+# Types that Parquet, Python or JSON lack; duckdb writes them best.
+_AS_TEXT = {"bignum", "bit", "interval", "union", "variant"}
+_NESTED = {"array", "list", "map", "struct"}
 # Functions whose argument names a table, in ways that are not seen from outside.
 _NAME_ANY = {"query", "query_table"}
 # What duckdb says beside the reason: where in the text, and the signatures of a function.
@@ -90,7 +102,8 @@ def run_query(
     """The answer to one SELECT statement over the manifests of some runs.
 
     Only the tables that the text names are read. Nothing can be written, and no file, variable,
-    setting or address reached: duckdb is in memory, locked, and has the rows handed to it.
+    setting or address reached: duckdb is in memory, locked, and has the rows handed to it. Columns
+    of intervals, unions and other types that files lack are text, also where such a type is nested.
 
     Args:
         places: compressed models, run directories, or models in the making; see `Manifest`.
@@ -105,25 +118,53 @@ def run_query(
     """
     manifests = [Manifest(place) for place in places]
     names = run_names(places)
+    # Not closed here: after Ctrl-C a thread may still work with it, and is not waited for.
     connection = duckdb.connect(":memory:", config=_LOCKED)
+    connection.execute("set TimeZone = 'UTC'")
+    connection.execute("set lock_configuration = true")
+    statement = _one_select(connection, sql)
+    for table, spec in TABLES.items():
+        connection.register(table, _with_run(spec.schema.empty_table(), ""))
+    # Refuse before anything is read.
+    _explained(lambda: _interruptible(connection, lambda: connection.sql(statement)))
+    for table in _tables_named(sql):
+        parts = []
+        for manifest, name in zip(manifests, names, strict=True):
+            read = manifest.read(table)
+            parts.append(_with_run(read.rows, name))
+            for bad in read.damaged:
+                on_damaged(bad)
+        connection.register(table, pa.concat_tables(parts))
+    return _explained(lambda: _interruptible(connection, lambda: _collect(connection, statement)))
+
+
+@contextmanager
+def bounded_memory() -> Iterator[None]:
+    """Let this process take `MEMORY_BYTES` more than it has, on Linux, while a query is answered.
+
+    For a command, which has the process to itself: the limit holds for all its threads.
+
+    Raises:
+        LestdError: it was not enough.
+    """
+    if sys.platform != "linux":  # Elsewhere such a limit is not known or not kept.
+        yield
+        return
+    pages = int(Path("/proc/self/statm").read_text().split()[5])
+    allowed = pages * resource.getpagesize() + MEMORY_BYTES
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if soft != resource.RLIM_INFINITY:
+        allowed = min(allowed, soft)
+    resource.setrlimit(resource.RLIMIT_DATA, (allowed, hard))
     try:
-        connection.execute("set TimeZone = 'UTC'")
-        connection.execute("set lock_configuration = true")
-        statement = _one_select(connection, sql)
-        for table, spec in TABLES.items():
-            connection.register(table, _with_run(spec.schema.empty_table(), ""))
-        _explained(lambda: connection.sql(statement))  # Refuse before anything is read.
-        for table in _tables_named(sql):
-            parts = []
-            for manifest, name in zip(manifests, names, strict=True):
-                read = manifest.read(table)
-                parts.append(_with_run(read.rows, name))
-                for bad in read.damaged:
-                    on_damaged(bad)
-            connection.register(table, pa.concat_tables(parts))
-        return _explained(lambda: _interruptible(connection, statement))
+        yield
+    except MemoryError as error:
+        raise LestdError(
+            f"the answer needs more than {MEMORY_BYTES / 2**30:.0f} GiB of memory; name the "
+            "columns that are needed, aggregate, or add LIMIT"
+        ) from error
     finally:
-        connection.close()
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def run_names(places: Sequence[AnyPath]) -> list[str]:
@@ -144,6 +185,12 @@ def _one_select(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.State
         raise LestdError(
             f"expected one SELECT statement, found {len(statements) or 'none'}; give one at a time"
         )
+    if statements[0].type == duckdb.StatementType.MULTI:
+        raise LestdError(
+            "expected a SELECT statement, found one that needs another before it, as PIVOT does "
+            "without its values; name them: pivot slices on projection in ('q', 'k') using "
+            "avg(density)"
+        )
     if statements[0].type != duckdb.StatementType.SELECT:
         raise LestdError(
             f"expected a SELECT statement, found {statements[0].type.name}: queries only read; "
@@ -162,19 +209,40 @@ def _with_run(rows: pa.Table, name: str) -> pa.Table:
     return rows.add_column(0, "run", pa.repeat(pa.scalar(name), len(rows)))
 
 
-def _interruptible(connection: duckdb.DuckDBPyConnection, statement: duckdb.Statement) -> pa.Table:
-    """Run a statement in a thread, so that Ctrl-C is heard at once here and passed on to it."""
-    with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(_collect, connection, statement)
+def _interruptible(connection: duckdb.DuckDBPyConnection, ask: Callable[[], _Answer]) -> _Answer:
+    """Ask in a thread, so that Ctrl-C is heard at once here, and passed on.
+
+    The thread is not waited for: duckdb does not look up from within a function of a long list.
+    """
+    answer: Future[_Answer] = Future()
+
+    def work() -> None:
         try:
-            return result.result()
-        except KeyboardInterrupt:
-            connection.interrupt()
-            raise
+            answer.set_result(ask())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    try:
+        threading.Thread(target=work, daemon=True).start()
+        return answer.result()
+    except KeyboardInterrupt:
+        connection.interrupt()
+        raise
 
 
 def _collect(connection: duckdb.DuckDBPyConnection, statement: duckdb.Statement) -> pa.Table:
-    reader = pa.RecordBatchReader.from_stream(connection.sql(statement))
+    relation = connection.sql(statement)
+    columns, types = relation.columns, relation.types
+    if any(map(_as_text, types)):
+        # By number: names may be there twice.
+        numbered = [f"#{number}" for number in range(1, len(types) + 1)]
+        relation = relation.project(
+            ", ".join(
+                f"{column}::varchar" if _as_text(kind) else column
+                for column, kind in zip(numbered, types, strict=True)
+            )
+        )
+    reader = pa.RecordBatchReader.from_stream(relation)
     batches, size = [], 0
     for batch in reader:
         batches.append(batch)
@@ -184,7 +252,14 @@ def _collect(connection: duckdb.DuckDBPyConnection, statement: duckdb.Statement)
                 f"the result has more than {MAX_RESULT_BYTES / 2**30:.0f} GiB; name the columns "
                 "that are needed, join tables on run and task_id, or add LIMIT"
             )
-    return pa.Table.from_batches(batches, schema=reader.schema)
+    return pa.Table.from_batches(batches, schema=reader.schema).rename_columns(columns)
+
+
+def _as_text(kind: DuckDBPyType) -> bool:
+    if kind.id in _NESTED:
+        # An array has its size among them.
+        return any(isinstance(of, DuckDBPyType) and _as_text(of) for _, of in kind.children)
+    return kind.id in _AS_TEXT
 
 
 def _explained(ask: Callable[[], _Answer]) -> _Answer:
@@ -212,4 +287,4 @@ def _sentence(error: Exception) -> str:
     """The first two lines that say something, without the name of the exception before them."""
     lines = [line.strip() for line in _ERROR.sub("", str(error), count=1).splitlines()]
     said = [line.rstrip(".!") for line in lines if not _BESIDE.match(line)]
-    return "; ".join(said[:2])
+    return tables.visible("; ".join(said[:2]))

@@ -36,6 +36,13 @@ def print_json(value: Any) -> None:
     print(json.dumps(finite(value), indent=2))
 
 
+def visible(text: str) -> str:
+    """The text with its control characters as escapes: data must not steer the terminal."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
 def finite(value: Any) -> Any:
     """The value with None for the numbers that JSON lacks, however deep they lie."""
     if isinstance(value, float) and not math.isfinite(value):
