@@ -47,6 +47,8 @@ demo: .venv/installed ## Compress the example at keep 0.6, judge it before and a
 	@echo "  source $(BIN)/activate"
 	@echo "  lestd plan $(EXAMPLE)/model --keep 0.4"
 	@echo "  lestd verify $(OUT)"
+	@echo "  lestd query $(OUT) --name densest-heads"
+	@echo "  lestd report $(OUT) --format md   # or HTML, after: pip install -e '.[report]'"
 	@echo "  python -c \"import lestd_kernels; from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('$(OUT)'))\""
 	@echo "  lestd compress YOUR_MODEL --keep 0.6 --out YOUR_MODEL-lestd"
 

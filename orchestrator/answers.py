@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 from collections.abc import Iterator
 from datetime import date, datetime
@@ -29,12 +30,16 @@ SHOWN_ROWS = 50
 _SHOWN_RECORDS = 5
 _CELL_CHARACTERS = 60
 _BATCH_ROWS = 10_000
+_EXACT = 1e15
+# Of a column of numbers, in powers of ten, that is shown with the same decimals throughout.
+_SPAN, _LARGEST, _MOST_DECIMALS = 5, 9, 8
 
 
 def print_answer(answer: pa.Table) -> None:
     """A table for people, or where it is too wide one block per row; both of the first rows."""
     shown = answer.slice(0, SHOWN_ROWS)
-    cells = [[_cell(value) for value in row] for row in _rows(shown)]
+    columns = [_cells(field.name, shown[i].to_pylist()) for i, field in enumerate(answer.schema)]
+    cells = [list(row) for row in zip(*columns, strict=True)]
     table = Table()
     for field in answer.schema:
         is_text = pa.types.is_string(field.type)
@@ -150,6 +155,39 @@ def _csv_value(value: Any) -> Any:
     return str(value).lower() if isinstance(value, bool) else value
 
 
+def _cells(name: str, values: list[Any]) -> list[str]:
+    """A column for people: numbers with as many decimals each, where one number of them suits."""
+    values = [float(value) if isinstance(value, Decimal) else value for value in values]
+    numbers = [v for v in values if isinstance(v, float) and math.isfinite(v)]
+    decimals = 0 if name.split("_")[-1] == "bytes" else _decimals([v for v in numbers if v])
+    return [
+        f"{value:.{decimals}f}"
+        if isinstance(value, float) and math.isfinite(value) and decimals is not None
+        else _cell(value)
+        for value in values
+    ]
+
+
+def _decimals(numbers: list[float]) -> int | None:
+    """Decimals that show four digits of the largest, and two of the least; None if none do.
+
+    Fewer, where these show every digit there is.
+    """
+    if not numbers or all(number.is_integer() for number in numbers):
+        return 0 if numbers and max(map(abs, numbers)) < _EXACT else None
+    least, largest = (math.floor(math.log10(f(map(abs, numbers)))) for f in (min, max))
+    if largest - least > _SPAN or largest > _LARGEST:
+        return None
+    decimals = max(3 - largest, 1 - least, 1)
+    if decimals > _MOST_DECIMALS:
+        return None
+    return next(d for d in range(decimals + 1) if d == decimals or _shows_all(numbers, d))
+
+
+def _shows_all(numbers: list[float], decimals: int) -> bool:
+    return all(float(f"{number:.{decimals}f}") == number for number in numbers)
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, datetime):
         return value.isoformat(" ", "seconds").removesuffix("+00:00")
@@ -157,13 +195,13 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:.0f}" if value.is_integer() and abs(value) < 1e15 else _digits(value)
+        return f"{value:.0f}" if value.is_integer() and abs(value) < _EXACT else _digits(value)
     text = str(value).lower() if isinstance(value, bool) else _one_line(str(value))
     return text if len(text) <= _CELL_CHARACTERS else text[: _CELL_CHARACTERS - 1] + "…"
 
 
 def _digits(value: float) -> str:
-    return f"{value:.1f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+    return f"{value:.1f}" if 1000 <= abs(value) < _EXACT else f"{value:.4g}"
 
 
 def _one_line(text: str) -> str:

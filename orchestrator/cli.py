@@ -192,10 +192,10 @@ def compress(
 def status(out: Out, run_dir: RunDir = None, json: Json = False) -> None:
     """Show what is done, running, failed and remaining; works during a run and after it."""
     from orchestrator.inspection import run_status
-    from orchestrator.manifest import default_run_dir
+    from orchestrator.rundir import run_dir_of
     from orchestrator.summary import print_status
 
-    state = run_status(run_dir or default_run_dir(out), out)
+    state = run_status(run_dir or run_dir_of(out), out)
     print_status(state, json)
 
 
@@ -203,9 +203,9 @@ def status(out: Out, run_dir: RunDir = None, json: Json = False) -> None:
 def verify(out: Out, run_dir: RunDir = None, json: Json = False) -> None:
     """Check every payload and shard against the manifest: sizes, sha256, tensors, budget."""
     from orchestrator.inspection import verify as verify_files
-    from orchestrator.manifest import default_run_dir
+    from orchestrator.rundir import run_dir_of
 
-    result = verify_files(out, run_dir or default_run_dir(out))
+    result = verify_files(out, run_dir or run_dir_of(out))
     if json:
         tables.print_json(asdict(result))
     else:
@@ -228,12 +228,14 @@ def clean(
 ) -> None:
     """Delete the run directory of a finished compression; the model stays."""
     from orchestrator.inspection import run_status
-    from orchestrator.manifest import default_run_dir
-    from orchestrator.rundir import RunDirectory
+    from orchestrator.rundir import RunDirectory, run_dir_of
 
-    run_dir = run_dir or default_run_dir(out)
+    run_dir = run_dir or run_dir_of(out)
     if not force:
         state = run_status(run_dir, out)
+        if state["cleaned"]:
+            tables.out.print(f"{out} is complete; its run directory was cleaned", soft_wrap=True)
+            return
         if state["state"] != "complete":
             raise LestdError(
                 f"{out} is not complete ({state['done']} of {len(state['layers'])} tasks done); "

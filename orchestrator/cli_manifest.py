@@ -70,11 +70,16 @@ def query(
     """Ask the manifests of runs in SQL."""
     from orchestrator import answers
     from orchestrator.query import bounded_memory, named_queries, run_query
+    from orchestrator.query_hints import not_recorded, unquoted_columns
     from orchestrator.rows import Damaged
 
     if csv + json + (parquet is not None) > 1:
         raise LestdError("--csv, --json and --parquet were given together; choose one")
+    if parquet is not None:
+        _require_folder("--parquet", parquet)
     if show_list:
+        if name is not None:
+            raise LestdError("--list and --name were given together; choose one")
         known = named_queries()
         width = max(map(len, known))
         for one in known.values():
@@ -83,10 +88,18 @@ def query(
     places, sql = _asked(arguments or [], name)
 
     def on_damaged(bad: Damaged) -> None:
-        logs.log("damaged", f"{bad.path} is left out: {bad.reason}", path=str(bad.path))
+        logs.damaged(bad.path, bad.reason)
 
     with bounded_memory():
-        answer = answers.unique_names(run_query(places, sql, on_damaged))
+        try:
+            answer = answers.unique_names(run_query(places, sql, on_damaged))
+        except LestdError as error:
+            hint = unquoted_columns(sql)
+            if hint and "syntax error" in str(error):
+                raise LestdError(f"{error}; {hint}") from error
+            raise
+        for sentence in not_recorded(places, sql):
+            logs.log("message", sentence)
         if csv:
             answers.print_csv(answer)
         elif json:
@@ -102,10 +115,13 @@ def _asked(arguments: list[str], name: str | None) -> tuple[list[AnyPath], str]:
     """The runs and the statement of a call of `query`.
 
     Raises:
-        LestdError: one of them is missing.
+        LestdError: one of them is missing, or there are two statements.
     """
     from orchestrator.query import named_query
+    from orchestrator.query_hints import is_statement
 
+    if name is not None and arguments and is_statement(arguments[-1]):
+        raise LestdError(f"--name {name} was given together with a statement; choose one")
     if name is not None:
         sql, runs = named_query(name).sql, arguments
     elif arguments:
@@ -141,8 +157,7 @@ def report(
     from orchestrator.report_data import gather
 
     target = out or as_path(f"report.{format}")
-    if isinstance(target, Path) and not target.parent.is_dir():
-        raise LestdError(f"--out {target}: there is no directory {target.parent}; make it first")
+    _require_folder("--out", target)
     if format is ReportFormat.html:
         report_html.require_plotly()
         page = report_html.render(gather(run))
@@ -151,6 +166,12 @@ def report(
     content = page.encode()
     atomic_write(target, lambda file: file.write(content))
     tables.out.print(f"{target}: {tables.size(len(content))}", soft_wrap=True)
+
+
+def _require_folder(option: str, file: AnyPath) -> None:
+    """Refuse a file in a folder that is not there, before any work."""
+    if isinstance(file, Path) and not file.parent.is_dir():
+        raise LestdError(f"{option} {file}: there is no directory {file.parent}; make it first")
 
 
 @app.command()
@@ -180,6 +201,11 @@ def compact(out: Out, run_dir: RunDir = None) -> None:
     from orchestrator.rundir import compact as compact_manifest
 
     place = run_dir or out
-    gone = compact_manifest(place)
+    gone, damaged = compact_manifest(place)
+    for bad in damaged:
+        logs.damaged(bad.path, bad.reason)
     said = f"{gone} files were put together" if gone else "there was nothing to put together"
     tables.out.print(f"{place}: {said}", markup=False, soft_wrap=True)
+    if damaged:
+        stay = "file stays where it is" if len(damaged) == 1 else "files stay where they are"
+        tables.out.print(f"{len(damaged)} damaged {stay}: {logs.REPAIR}", soft_wrap=True)

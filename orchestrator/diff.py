@@ -1,7 +1,7 @@
 """What differs between two runs, as plain values: configuration, bytes, error, time, quality.
 
 Groups are matched by name. Where one side has groups that the other lacks, since it is not
-finished or other layers were chosen, bytes and errors are those of the groups that both have.
+finished or other layers were chosen, figures are those of the groups that both have.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ from typing import Any
 from orchestrator.assemble import about_model
 from orchestrator.manifest import Manifest, read_json
 from orchestrator.report_data import ReportData, gather
-from orchestrator.schemas import COMPUTING_STAGES
+from orchestrator.report_timeline import stage_seconds
+from orchestrator.schemas import COMPUTING_STAGES, STAGES
 from workers.checkpoint import INDEX_FILE
 from workers.files import AnyPath, is_file
 
 Row = dict[str, Any]
 
+WALL_TIME = "wall time"
+"""Of all calls that ended; None where it was not taken in the same way on both sides."""
+WORKERS = "worker processes"
+"""Those that finished a task, over all calls: one that died and was replaced counts too."""
 _OF_A_CALL = ("model", "revision", "family", "executor")
 _SAME_QUESTION = ("task", "task_version", "metric", "filter", "fewshot", "settings", "dtype")
 _OF_A_LAYER = ("dense_bytes", "stored_bytes", "relative_error", "R1", "R2", "R3", "density")
@@ -36,11 +41,18 @@ class _Side:
         # The rows that the report's layers are of: where a group was encoded twice, the later ones.
         rows = manifest.groups().sort_by("started_at").to_pylist()
         self.groups = {row["group"]: row for row in rows}
+        # What belongs to a task of pass one stands in each of its rows.
+        self.curves = {row["task_id"]: row for row in manifest.curves().to_pylist()}.values()
         self.directory: AnyPath = manifest.directory.parent
         self.configuration = _configuration(self.directory, self.data)
 
     def chosen(self, groups: Iterable[str]) -> list[Row]:
         return [self.groups[group] for group in groups]
+
+    def work(self, groups: Iterable[str]) -> list[Row]:
+        """A row of each task of both passes."""
+        wanted = set(groups)
+        return [*self.chosen(wanted), *(row for row in self.curves if row["group"] in wanted)]
 
 
 def compare(before: str, after: str) -> Row:
@@ -52,7 +64,8 @@ def compare(before: str, after: str) -> Row:
         after: another.
 
     Returns:
-        ``before`` and ``after`` (``path``, ``state``, ``finished``, ``tasks``, ``damaged``);
+        ``before`` and ``after`` (``path``, ``state``, ``finished``, ``tasks``, ``calls``,
+        ``calls_without_time``: those of them that have not ended, ``damaged``);
         ``identical``, whether every payload of either has the same sha256 as the other's;
         ``common``, the number of groups that both have, and ``only_before``, ``only_after``, the
         names of those that one has; ``configuration``, its entries that differ (``what``,
@@ -72,6 +85,7 @@ def compare(before: str, after: str) -> Row:
     # A model and its run share calls, and the model's copy of them ends before they do.
     clocked = bool(calls[0]) == bool(calls[1]) and not calls[0] & calls[1]
     only = [sorted(a.groups.keys() - b.groups.keys()) for a, b in ((old, new), (new, old))]
+    clocked = clocked and not any(only)
     return {
         **{name: _about(side) for name, side in (("before", old), ("after", new))},
         "identical": bool(same) and all(same) and not any(only),
@@ -81,7 +95,7 @@ def compare(before: str, after: str) -> Row:
         "configuration": _changed(old.configuration, new.configuration) + _sources(both),
         "bytes": _figures(lambda side: _bytes(side, common), old, new),
         "error": _figures(lambda side: _errors(side, common), old, new),
-        "time": _figures(lambda side: _seconds(side, clocked), old, new),
+        "time": _figures(lambda side: _seconds(side, common, clocked), old, new),
         "quality": _quality(old.data.evaluations, new.data.evaluations),
         "layers": [_layer(one, other) for one, other in both.values()],
     }
@@ -89,7 +103,8 @@ def compare(before: str, after: str) -> Row:
 
 def _about(side: _Side) -> Row:
     summary = side.data.summary
-    about = {key: summary[key] for key in ("state", "finished", "tasks")}
+    about = {key: summary[key] for key in ("state", "finished", "tasks", "calls")}
+    about["calls_without_time"] = sum(call["seconds"] is None for call in side.data.calls)
     return {"path": side.path} | about | {"damaged": side.data.damaged}
 
 
@@ -123,8 +138,8 @@ def _configuration(directory: AnyPath, data: ReportData) -> _Configuration:
         recorded, known = _recorded(directory)
         config, versions = (recorded.get(name) for name in ("config", "versions"))
     summary = data.summary
-    hardware = {"workers": summary["workers"], "hardware": ", ".join(summary["devices"])}
-    known |= {name: value for name, value in hardware.items() if value}
+    if summary["devices"]:
+        known["hardware"] = ", ".join(summary["devices"])
     return _Configuration(known, *(value and _flat(value) for value in (config, versions)))
 
 
@@ -258,20 +273,26 @@ def _relative(pairs: Sequence[tuple[float | None, float | None]]) -> float | Non
     return math.sqrt(math.fsum(error for error, _ in known) / norm)
 
 
-def _seconds(side: _Side, clocked: bool) -> list[tuple[str, str, Any]]:
+def _seconds(side: _Side, common: Sequence[str], clocked: bool) -> list[tuple[str, str, Any]]:
     """Times; that of the wall only where it was taken in the same way on both sides.
 
     Where no calls are recorded it runs from the first task's start to the last one's end.
     """
-    stages = {row["stage"]: row["seconds"] for row in side.data.stages}
-    peaks = [row["peak_memory_bytes"] for row in side.data.layers if row["peak_memory_bytes"]]
+    work = side.work(common)
+    stages = {row["stage"]: row["seconds"] for row in stage_seconds(work)} if work else {}
+    peaks = [row["peak_memory_bytes"] for row in work if row["peak_memory_bytes"] is not None]
     return [
-        ("wall time", "seconds", side.data.summary["seconds"] if clocked else None),
-        ("of all workers", "seconds", math.fsum(stages.values())),
-        ("decomposing", "seconds", math.fsum(stages.get(stage, 0.0) for stage in COMPUTING_STAGES)),
+        (WALL_TIME, "seconds", side.data.summary["seconds"] if clocked else None),
+        ("working time of all workers", "seconds", _sum_of(stages, STAGES)),
+        ("decomposing", "seconds", _sum_of(stages, COMPUTING_STAGES)),
         *((stage, "seconds", seconds) for stage, seconds in stages.items()),
         ("memory of a worker", "bytes", max(peaks, default=None)),
+        (WORKERS, "count", side.data.summary["workers"] or None),
     ]
+
+
+def _sum_of(seconds: Mapping[str, float], stages: Iterable[str]) -> float | None:
+    return math.fsum(seconds[stage] for stage in stages) if seconds else None
 
 
 # -- quality and layers --------------------------------------------------------------------------

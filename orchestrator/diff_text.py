@@ -9,7 +9,7 @@ from typing import Any
 from rich.markup import escape
 
 from orchestrator import logs, tables
-from orchestrator.diff import Row, by_difference
+from orchestrator.diff import WALL_TIME, WORKERS, Row, by_difference
 
 _SHOWN_LAYERS, _SHOWN_NAMES = 10, 3
 _BAR, _BAR_WIDTH = 12, 96
@@ -20,7 +20,7 @@ def print_diff(found: Row, every_layer: bool) -> None:
     """Print what `compare` found; all layers, or those that differ most."""
     for side in ("before", "after"):
         for bad in found[side]["damaged"]:
-            logs.log("message", f"{bad['path']} is damaged and left out: {bad['reason']}")
+            logs.damaged(bad["path"], bad["reason"])
     for side in ("before", "after"):
         tables.out.print(f"{side:6}  {_about(found[side])}", markup=False, soft_wrap=True)
     if found["identical"]:
@@ -34,6 +34,7 @@ def print_diff(found: Row, every_layer: bool) -> None:
         _print_figures("bytes", found["bytes"])
         _print_figures("relative error", found["error"])
     _print_figures("time, and memory", found["time"])
+    _print_unclocked(found)
     _print_quality(found["quality"])
     if not found["identical"]:
         _print_layers(found["layers"], every_layer)
@@ -55,7 +56,11 @@ def _print_one_sided(found: Row) -> None:
                 soft_wrap=True,
             )
     if found["only_before"] or found["only_after"]:
-        tables.out.print(f"bytes and errors are of the {found['common']} layers that both have")
+        tables.out.print(
+            f"bytes, errors and times are of the {found['common']} layers that both have"
+            if found["common"]
+            else "they have no layer in common"
+        )
 
 
 def _print_configuration(entries: Sequence[Row]) -> None:
@@ -79,11 +84,22 @@ def _print_figures(title: str, figures: Sequence[Row]) -> None:
             (
                 escape(figure["what"]),
                 *(_figure(figure[side], figure["unit"]) for side in ("before", "after")),
-                *_change(figure, figure["unit"], higher_is_better=False),
+                *_change(figure, figure["unit"], None if figure["what"] == WORKERS else False),
             )
             for figure in figures
         ]
         tables.print_table(title, ("", "before", "after", "change", "%"), rows)
+
+
+def _print_unclocked(found: Row) -> None:
+    """Say which calls are not in the wall time, where one is shown."""
+    wall: Row = next((one for one in found["time"] if one["what"] == WALL_TIME), {})
+    for side in ("before", "after"):
+        if wall.get(side) is not None and (count := found[side]["calls_without_time"]):
+            tables.out.print(
+                f"{WALL_TIME} of {side} lacks {count} of its {found[side]['calls']} calls, killed "
+                "or not ended yet: what they took is not known"
+            )
 
 
 def _figure(value: float | None, unit: str) -> str:
@@ -148,7 +164,15 @@ def _print_layers(layers: Sequence[Row], every_layer: bool) -> None:
     title = f"layers: {len(differing)} of {len(layers)} differ"
     if len(shown) < len(differing):
         title += f", the {len(shown)} that differ most; --all shows every one"
-    columns = ["layer", "stored", "%", "ranks", "error", "change", *([""] if wide else [])]
+    columns = [
+        "layer",
+        "stored",
+        "%",
+        "ranks",
+        "error",
+        "change",
+        *(["of largest"] if wide else []),
+    ]
     tables.print_table(title, columns, rows)
 
 

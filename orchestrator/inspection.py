@@ -19,6 +19,10 @@ from workers.checkpoint import INDEX_FILE, read_header, read_weight_map
 from workers.files import AnyPath, in_parallel, is_directory, is_file
 
 _PLANNED = {"task_id": str, "layer": int, "group": str, "byte_budget": int}
+_FIGURES = (
+    *("R1", "R2", "R3", "nnz", "density", "codec", "dense_bytes", "stored_bytes"),
+    *("relative_error", "attempt", "worker"),
+)
 
 
 def run_status(run_dir: AnyPath, out: AnyPath) -> dict[str, Any]:
@@ -28,14 +32,19 @@ def run_status(run_dir: AnyPath, out: AnyPath) -> dict[str, Any]:
         ``state`` (``complete | running | stopped``), counts, and one entry per task with its
         state (``done | running | failed | remaining``) and, when done, its figures. With global
         allocation also ``curves``, the counts of pass one, and in each entry ``curve``, the state
-        of its task there; until that pass is done ``budgets_decided`` is false.
+        of its task there; until that pass is done ``budgets_decided`` is false. ``damaged`` has
+        ``path`` and ``reason`` of files of the manifest. ``cleaned``: the run directory is gone,
+        and the model's own manifest answers.
 
     Raises:
-        LestdError: no run was begun at `run_dir`, or its plan is damaged.
+        LestdError: no run was begun at `run_dir` and no model is at `out`, or its plan is damaged.
     """
     run = RunDirectory(run_dir)
+    where = {"run_dir": str(run_dir), "out": str(out)}
     if not run.exists:
-        raise LestdError(f"{run_dir} holds no run; start one with lestd compress")
+        if not is_complete(out):
+            raise LestdError(f"{run_dir} holds no run; start one with lestd compress")
+        return where | _cleaned_status(Manifest(out / MANIFEST_DIR))
     planned_layers, decided = _read_plan(run_dir / "plan.json")
     locked = run.is_locked()
     done = {row["task_id"]: row for row in run.manifest.groups().to_pylist()}
@@ -56,9 +65,7 @@ def run_status(run_dir: AnyPath, out: AnyPath) -> dict[str, Any]:
         row = done.get(task_id) if decided else None
         entry = {key: planned[key] for key in _PLANNED}
         if row is not None:
-            figures = ("R1", "R2", "R3", "nnz", "density", "codec", "dense_bytes", "stored_bytes")
-            entry |= {"state": "done"} | {key: row[key] for key in figures}
-            entry |= {key: row[key] for key in ("relative_error", "attempt", "worker")}
+            entry |= {"state": "done"} | {key: row[key] for key in _FIGURES}
         else:
             entry |= unfinished(task_id) if decided else {"state": "remaining"}
         if curve_id := planned.get("curve_task_id"):
@@ -73,8 +80,22 @@ def run_status(run_dir: AnyPath, out: AnyPath) -> dict[str, Any]:
     passes: dict[str, Any] = {}
     if pass_one := [entry["curve"] for entry in layers if "curve" in entry]:
         passes = {"budgets_decided": decided, "curves": _counts(pass_one)}
-    where = {"run_dir": str(run_dir), "out": str(out), "state": state}
-    return where | counts | passes | {"layers": layers}
+    about = {"state": state, "cleaned": False, "damaged": _damaged(run.manifest)}
+    return where | about | counts | passes | {"layers": layers}
+
+
+def _cleaned_status(manifest: Manifest) -> dict[str, Any]:
+    """The state of a model without its run."""
+    keys = (*_PLANNED, *_FIGURES)
+    layers = [
+        {"state": "done"} | {key: row[key] for key in keys} for row in manifest.groups().to_pylist()
+    ]
+    about = {"state": "complete", "cleaned": True, "damaged": _damaged(manifest)}
+    return about | _counts(layer["state"] for layer in layers) | {"layers": layers}
+
+
+def _damaged(manifest: Manifest) -> list[dict[str, str]]:
+    return [{"path": str(bad.path), "reason": bad.reason} for bad in manifest.damaged()]
 
 
 def _counts(states: Iterable[str]) -> dict[str, int]:

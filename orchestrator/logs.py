@@ -119,6 +119,17 @@ def error(message: object, **fields: Any) -> None:
     log("error", str(message), logging.ERROR, **fields)
 
 
+REPAIR = (
+    "the same lestd compress makes again what it lacks; what is still named then can be deleted"
+)
+"""What to do about damaged files of a run's manifest."""
+
+
+def damaged(path: object, reason: str) -> None:
+    """Say that a file of a manifest cannot be read, and that its rows are missing."""
+    log("damaged", f"{path} is damaged and left out: {reason}", path=str(path))
+
+
 def short(task_id: str) -> str:
     """As much of a task's id as tells it from others, for people."""
     return task_id[:_SHORT_ID]

@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import pyarrow as pa
@@ -125,9 +126,11 @@ def manifest_directory(path: AnyPath) -> AnyPath:
     for directory in candidates:
         if list_names(directory):
             return directory
+    absent = isinstance(path, Path) and not path.exists()
+    found = "does not exist, and neither does" if absent else "has no manifest, and neither has"
     raise LestdError(
-        f"{path} has no manifest, and neither has a run or an evaluation beside it; name the "
-        "directory of a compressed model or of a run, as given to --out or --run-dir"
+        f"{path} {found} a run or an evaluation beside it; name the directory of a compressed "
+        "model or of a run, as given to --out or --run-dir"
     )
 
 

@@ -47,7 +47,8 @@ class Outcome:
     """How a compression ended.
 
     Attributes:
-        plan: undecided where pass one failed.
+        planned: the plan as the call began, undecided under global allocation.
+        plan: as it was carried out; undecided where pass one failed.
         rows: group rows of the finished tasks, by layer.
         curves: a row of each curve that is found; what belongs to its group stands in each row.
         failures: tasks that have no result.
@@ -55,6 +56,7 @@ class Outcome:
         seconds: wall time of this call.
     """
 
+    planned: Plan
     plan: Plan
     rows: tuple[dict[str, Any], ...]
     failures: tuple[Failure, ...]
@@ -125,17 +127,19 @@ def compress_model(
                 rows = manifest.groups().to_pylist()
                 found = _first_rows(manifest.completed_curves(plan.curve_tasks))
                 seconds = time.monotonic() - began
-                return Outcome(plan, tuple(rows), (), len(rows), found, seconds)
+                return Outcome(plan, plan, tuple(rows), (), len(rows), found, seconds)
         run.begin(source, current, plan)
         record = RunRecord(source, plan, current, executor, planned_seconds, began)
         until_the_end.enter_context(on_record(record, run.manifest, require_lock))
         run.manifest.compact_many(require_lock)
 
+        encoded_here: set[str] = set()
+
         def run_pass(name: str, plan: Plan, tasks: Sequence[Task]) -> _Pass:
             done = _completed(run, tasks)
-            skipped = len(done)
+            skipped = len(done.keys() - encoded_here)
             if name == "compress":
-                record.finished_before = record.finished = skipped
+                record.finished_before, record.finished = skipped, len(done)
             todo = [task for task in tasks if task.task_id not in done]
             if on_start is not None:
                 on_start(name, tasks, set(done))
@@ -146,7 +150,7 @@ def compress_model(
                 # Largest first: small ones fill up the time when workers run out of work.
                 todo.sort(key=lambda task: task.dense_bytes, reverse=True)
                 spec = _worker_spec(plan, config, current["config"]["device"], run)
-                finished = skipped
+                finished = len(done)
                 _require_shared(source, run, executor)
                 for outcome in _run_and_commit(executor, spec, todo, run, record, on_event):
                     require_lock()
@@ -154,19 +158,21 @@ def compress_model(
                         failures.append(outcome)
                     else:
                         finished += 1
+                        encoded_here.add(outcome.task_id)
                         record.finished += isinstance(outcome, Result)
                     if on_progress is not None:
                         on_progress(outcome, finished, len(tasks))
                 done |= _completed(run, todo)
             return _Pass(done, tuple(failures), skipped)
 
-        plans, curves = [plan], {}
+        planned, plans, curves = plan, [plan], {}
         if not plan.decided:
             first = run_pass("curves", plan, plan.curve_tasks)
             curves = first.done
             if len(curves) < len(plan.curve_tasks):
                 seconds = time.monotonic() - began
-                return Outcome(plan, (), first.failures, 0, _first_rows(curves), seconds)
+                found = _first_rows(curves)
+                return Outcome(plan, plan, (), first.failures, 0, found, seconds)
             plans = decide(plan, curves)
         for plan in plans:
             run.write_plan(plan)
@@ -187,7 +193,7 @@ def compress_model(
         run.manifest.compact_many(require_lock)
     seconds = time.monotonic() - began
     found = _first_rows(curves)
-    return Outcome(plan, tuple(rows), encoded.failures, encoded.skipped, found, seconds)
+    return Outcome(planned, plan, tuple(rows), encoded.failures, encoded.skipped, found, seconds)
 
 
 def _first_rows(curves: Mapping[str, Sequence[dict[str, Any]]]) -> tuple[dict[str, Any], ...]:

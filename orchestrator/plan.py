@@ -157,6 +157,8 @@ class Plan:
             "model_bytes": self.model_bytes,
             "keep_of_model": (self.untouched_bytes + self.max_bytes) / self.model_bytes,
             "worker_memory_bytes": self.worker_memory_bytes,
+            "run_disk_bytes": self.run_disk_bytes,
+            "out_disk_bytes": self.out_disk_bytes,
             "disk_bytes": self.disk_bytes,
         }
         how = {"allocation": self.allocation, "budgets_decided": self.decided}

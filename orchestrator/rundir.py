@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from upath import UPath
 
@@ -31,12 +31,11 @@ from orchestrator.manifest import (
     MANIFEST_DIR,
     Manifest,
     default_run_dir,
-    manifest_directory,
     read_json,
     write_json,
 )
 from orchestrator.plan import Plan
-from orchestrator.rows import TEMPORARY
+from orchestrator.rows import TEMPORARY, Damaged
 from orchestrator.source import Source
 from workers.checkpoint import hash_tensor
 from workers.decompose import software_versions
@@ -53,6 +52,7 @@ from workers.files import (
 )
 from workers.sampling import sample_digests, shard_stats
 
+_AnyPathT = TypeVar("_AnyPathT", bound=AnyPath)
 _OURS = {"lock", "run.json", "plan.json", "payloads", "manifest", "untouched"}
 # `lestd status` takes the lock for a moment to see whether it is free.
 _LOCK_PATIENCE_SECONDS = 1.0
@@ -286,7 +286,20 @@ class RunDirectory:
                         remove_file(self.path / name)
 
 
-def compact(path: AnyPath) -> int:
+def run_dir_of(out: _AnyPathT) -> _AnyPathT:
+    """The run directory beside a model, ``OUT.run``.
+
+    Raises:
+        LestdError: `out` is a run directory itself.
+    """
+    if is_file(out / "run.json"):
+        model = out.name.removesuffix(".run")
+        name = out.with_name(model) if model != out.name else "the directory given to --out"
+        raise LestdError(f"{out} is a run directory; name {name}")
+    return default_run_dir(out)
+
+
+def compact(path: AnyPath) -> tuple[int, list[Damaged]]:
     """Put the many small files of a run's manifest together, while no driver works on it.
 
     Args:
@@ -294,7 +307,7 @@ def compact(path: AnyPath) -> int:
             of a model whose run is gone is left as it is: all but its evaluations is together.
 
     Returns:
-        Number of files that are gone.
+        Number of files that are gone, and the damaged ones, which stay as they are.
 
     Raises:
         LestdError: there is no manifest, a driver is at work, or no space is left.
@@ -302,9 +315,8 @@ def compact(path: AnyPath) -> int:
     for run in map(RunDirectory, (path, default_run_dir(path))):
         if run.exists:
             with run.locked() as check:
-                return run.manifest.compact(check)
-    manifest_directory(path)  # For what it raises.
-    return 0
+                return run.manifest.compact(check), run.manifest.damaged()
+    return 0, Manifest(path).damaged()
 
 
 def _open_locked(lock: Path) -> int | None:

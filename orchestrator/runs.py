@@ -115,12 +115,20 @@ class RunRecord:
 def on_record(record: RunRecord, manifest: Manifest, check: Callable[[], None]) -> Iterator[None]:
     """Keep the row of a call that works in this context in the manifest.
 
+    Earlier calls that have not recorded how they ended are marked as killed.
+
     Args:
         record: the call.
         manifest: the run's.
         check: raises where the run is another driver's by now, whose manifest is left alone.
     """
-    manifest.record_run(record.begun())
+    begun = record.begun()
+    manifest.record_run(begun)
+    # Whoever holds the lock knows that they are dead.
+    for earlier in manifest.runs().to_pylist():
+        if earlier["state"] == "running" and earlier["invocation"] != begun["invocation"]:
+            check()
+            manifest.record_run(earlier | {"state": "killed"})
     try:
         yield
     except BaseException:

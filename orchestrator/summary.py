@@ -65,8 +65,9 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
         f"{tables.size(total['max_bytes'])}; whole model {tables.size(total['model_bytes'])} -> "
         f"{tables.size(total['untouched_bytes'] + total['max_bytes'])} "
         f"(keep {total['keep_of_model']:.3f})\n"
-        f"a worker needs about {tables.size(total['worker_memory_bytes'])} of memory, the run "
-        f"about {tables.size(total['disk_bytes'])} of disk"
+        f"a worker needs about {tables.size(total['worker_memory_bytes'])} of memory; of disk the "
+        f"run directory takes at most {tables.size(total['run_disk_bytes'])}, the model "
+        f"{tables.size(total['out_disk_bytes'])} more"
     )
     if "predicted_seconds" in total:
         tables.out.print(
@@ -136,12 +137,14 @@ def outcome_figures(
         "relative_error": (error / norm) ** 0.5 if norm else 0.0,
         "seconds": outcome.seconds,
         "predicted": {
-            "worker_memory_bytes": plan.worker_memory_bytes,
-            "run_disk_bytes": plan.run_disk_bytes,
+            "worker_memory_bytes": outcome.planned.worker_memory_bytes,
+            "run_disk_bytes": outcome.planned.run_disk_bytes,
             "decomposition_seconds": seconds and sum(seconds[row["group"]] for row in rows),
         },
         "actual": {
-            "worker_memory_bytes": max((row["peak_memory_bytes"] for row in rows), default=0),
+            "worker_memory_bytes": max(
+                (row["peak_memory_bytes"] for row in (*rows, *outcome.curves)), default=0
+            ),
             "run_disk_bytes": sum(row["payload_bytes"] for row in rows),
             "decomposition_seconds": sum(
                 row[f"seconds_{stage}"]
@@ -153,7 +156,10 @@ def outcome_figures(
 
 
 def told_retries(plan: Plan, run_dir: AnyPath) -> list[dict[str, Any]]:
-    """Every retry of a run, in order, by the names of the groups; none once it is cleaned up."""
+    """Every attempt of a run that another followed, in order, by the names of the groups.
+
+    None once the run is cleaned up.
+    """
     groups = {planned.task.task_id: planned.task.group for planned in plan.tasks}
     groups |= {task.task_id: task.group for task in plan.curve_tasks}
     events = RunDirectory(run_dir).manifest.events().to_pylist()
@@ -181,7 +187,7 @@ def print_outcome(
             for retry in figures["retries"]
         ]
         tables.print_table(
-            f"retries: {len(told)}",
+            f"attempts that another followed: {len(told)}",
             ("group", "attempt", "cause", "what happened"),
             told,
         )
@@ -251,6 +257,8 @@ def print_outcome(
 
 def print_status(state: dict[str, Any], json: bool) -> None:
     """Print how a run stands: what `run_status` found."""
+    for bad in state["damaged"]:
+        logs.damaged(bad["path"], bad["reason"])
     if json:
         tables.print_json(state)
         return
@@ -271,7 +279,7 @@ def print_status(state: dict[str, Any], json: bool) -> None:
             )
         )
     columns = ("layer", "state", "target", "stored", "ranks", "density", "codec", "relative error")
-    tables.print_table(state["run_dir"], columns, rows)
+    tables.print_table(state["out" if state["cleaned"] else "run_dir"], columns, rows)
 
     def counts(of: dict[str, Any]) -> str:
         return ", ".join(f"{of[k]} {k}" for k in ("done", "running", "failed", "remaining"))
@@ -281,6 +289,17 @@ def print_status(state: dict[str, Any], json: bool) -> None:
         if not decided:
             tables.out.print("targets are decided when it is done")
     tables.out.print(f"{state['state']}: {counts(state)}")
+    if state["cleaned"]:
+        tables.out.print("its run directory was cleaned; this is what its own manifest says")
+    if state["damaged"]:
+        count = len(state["damaged"])
+        remedy = logs.REPAIR
+        if state["cleaned"]:
+            remedy = "restore what is damaged, or start over with lestd compress --fresh"
+        tables.out.print(
+            f"{count} {'file' if count == 1 else 'files'} of the manifest cannot be read: {remedy}",
+            soft_wrap=True,
+        )
 
 
 def print_export(export: Export, json: bool) -> None:

@@ -33,14 +33,22 @@ def ratio(a: float | None, b: float | None) -> float | None:
     return None if a is None or not b else a / b
 
 
+def current(tables: Tables) -> list[Row]:
+    """The groups that a model is made of: of one that was encoded twice the later encoding."""
+    latest = {}
+    for row in sorted(tables["groups"], key=lambda row: (row["started_at"], row["task_id"])):
+        latest[row["run"], row["group"]] = row
+    return sorted(latest.values(), key=lambda row: (row["run"], row["layer"], row["group"]))
+
+
 def committed(tables: Tables) -> list[Row]:
-    done = {(row["run"], row["task_id"]) for row in tables["groups"]}
+    done = {(row["run"], row["task_id"]) for row in current(tables)}
     return [row for row in tables["slices"] if (row["run"], row["task_id"]) in done]
 
 
 def bytes_by_projection(tables: Tables) -> list[Row]:
     rows = []
-    for (run,), groups in by(tables["groups"], "run").items():
+    for (run,), groups in by(current(tables), "run").items():
         stored, parts = total(groups, "stored_bytes"), []
         slices = [row for row in committed(tables) if row["run"] == run]
         for (part,), ours in by(slices, "projection").items():
@@ -54,8 +62,8 @@ def bytes_by_projection(tables: Tables) -> list[Row]:
 
 def bytes_by_layer(tables: Tables) -> list[Row]:
     rows = []
-    for (run, layer), groups in sorted(by(tables["groups"], "run", "layer").items()):
-        whole = total((row for row in tables["groups"] if row["run"] == run), "stored_bytes")
+    for (run, layer), groups in sorted(by(current(tables), "run", "layer").items()):
+        whole = total((row for row in current(tables) if row["run"] == run), "stored_bytes")
         sums = {key: total(groups, key) for key in ("dense_bytes", "byte_budget", "stored_bytes")}
         keep = sums["stored_bytes"] / sums["dense_bytes"]
         rows.append(
@@ -87,7 +95,7 @@ def heads(key: str, sign: int) -> Callable[[Tables], list[Row]]:
 
 def worst_layers(tables: Tables) -> list[Row]:
     rows = []
-    for _, groups in sorted(by(tables["groups"], "run").items()):
+    for _, groups in sorted(by(current(tables), "run").items()):
         error = total(groups, "squared_error")
         for row in sorted(groups, key=lambda r: (-r["relative_error"], r["layer"]))[:20]:
             figures = {"share_of_error": ratio(row["squared_error"], error)}
@@ -151,6 +159,23 @@ def events(tables: Tables, kind: str) -> list[Row]:
     return [pick(row, *shown, "worker", "node") for row in rows]
 
 
+def retries(tables: Tables) -> list[Row]:
+    """Attempts by what followed them: none ends well that another attempt follows."""
+    rows = events(tables, "retried")
+    for _, ours in by(tables["events"], "run", "task_id").items():
+        for event, following in pairwise(sorted(ours, key=lambda row: row["at"])):
+            if following["kind"] == "started" and event["kind"] != "retried":
+                row = pick(event, *(key for key in rows[0])) if rows else dict(event)
+                if event["kind"] == "started":
+                    row["error_type"] = "Interrupted"
+                    row["message"] = (
+                        "an earlier call ended before it was finished, "
+                        "or its result was damaged since"
+                    )
+                rows.append(row)
+    return sorted(rows, key=lambda r: (r["run"], r["at"], r["task_id"]))
+
+
 def failures(tables: Tables) -> list[Row]:
     done = {(r["run"], r["task_id"]) for name in ("groups", "curves") for r in tables[name]}
     return [
@@ -171,16 +196,22 @@ def predicted(group: Row, curves: list[Row]) -> float | None:
 
 def plan_vs_actual(tables: Tables) -> list[Row]:
     rows = []
-    for run in sorted({row["run"] for name in ("groups", "runs") for row in tables[name]}):
-        groups = [row for row in tables["groups"] if row["run"] == run]
+    for run in sorted(
+        {row["run"] for name in ("groups", "runs", "curves") for row in tables[name]}
+    ):
+        groups = [row for row in current(tables) if row["run"] == run]
+        work = [row for row in tasks(tables) if row["run"] == run]
         calls = [row for row in tables["runs"] if row["run"] == run]
         call = defaultdict(lambda: None, max(calls, key=lambda r: r["started_at"], default={}))
         seconds = [
             sum(row[f"seconds_{stage}"] for stage in ("stage1", "rank_search", "stage2", "error"))
-            for row in groups
+            for row in work
         ]
+        calibrated = [row for row in calls if row["planned_seconds"] is not None]
+        before = max(calibrated, key=lambda r: r["started_at"], default={"planned_seconds": None})
+        disk = total(groups, "payload_bytes")
         errors = [predicted(row, tables["curves"]) for row in groups]
-        memory = max((row["peak_memory_bytes"] for row in groups), default=None)
+        memory = max((row["peak_memory_bytes"] for row in work), default=None)
         quantities = {
             "groups": (call["tasks"], len(groups)),
             "bytes of the finished groups": (
@@ -189,7 +220,11 @@ def plan_vs_actual(tables: Tables) -> list[Row]:
             ),
             "bytes of all groups": (call["byte_budget"], call["stored_bytes"]),
             "peak memory of a worker, bytes": (call["planned_worker_memory_bytes"], memory),
-            "decomposing, seconds": (call["planned_seconds"], sum(seconds) if seconds else None),
+            "disk of the run, bytes": (call["planned_disk_bytes"], disk),
+            "decomposing, seconds": (
+                before["planned_seconds"],
+                sum(seconds) if seconds else None,
+            ),
             "squared error": (
                 sum(errors) if errors and None not in errors else None,
                 total(groups, "squared_error"),
@@ -203,7 +238,7 @@ def plan_vs_actual(tables: Tables) -> list[Row]:
 
 def energy(tables: Tables) -> list[Row]:
     rows = []
-    for (run, layer), groups in sorted(by(tables["groups"], "run", "layer").items()):
+    for (run, layer), groups in sorted(by(current(tables), "run", "layer").items()):
         norm, one, two, error = (
             total(groups, key)
             for key in (
@@ -221,13 +256,12 @@ def energy(tables: Tables) -> list[Row]:
 
 def ranks(tables: Tables) -> list[Row]:
     shown = ("run", "layer", "group", "R1", "R2", "R3", "nnz", "density", "codec")
-    rows = sorted(tables["groups"], key=lambda r: (r["run"], r["layer"], r["group"]))
-    return [pick(row, *shown, "hooi_iterations", "threshold") for row in rows]
+    return [pick(row, *shown, "hooi_iterations", "threshold") for row in current(tables)]
 
 
 def codecs(tables: Tables) -> list[Row]:
     rows = []
-    for (run, codec), groups in by(tables["groups"], "run", "codec").items():
+    for (run, codec), groups in by(current(tables), "run", "codec").items():
         row = {"run": run, "codec": codec, "groups": len(groups), "nnz": total(groups, "nnz")}
         row["stored_bytes"] = total(groups, "stored_bytes")
         rows.append(row | {"mean_density": total(groups, "density") / len(groups)})
@@ -236,7 +270,7 @@ def codecs(tables: Tables) -> list[Row]:
 
 def spectra(tables: Tables) -> list[Row]:
     rows = []
-    for group in sorted(tables["groups"], key=lambda r: (r["run"], r["layer"], r["group"])):
+    for group in current(tables):
         energies = [value**2 for value in group.get("singular_values_1") or ()]
         if not sum(energies):
             continue
@@ -256,7 +290,7 @@ def spectra(tables: Tables) -> list[Row]:
 
 
 def evaluations(tables: Tables) -> list[Row]:
-    keys = ("run", "task", "metric", "filter", "fewshot", "dtype", "settings")
+    keys = ("run", "task", "task_version", "metric", "filter", "fewshot", "dtype", "settings")
     rows = []
     for key, ours in by(sorted(tables["evaluations"], key=lambda r: r["at"]), *keys).items():
         latest = {row["compressed"]: row for row in ours}
@@ -287,7 +321,7 @@ ORACLES: dict[str, Callable[[Tables], list[Row]]] = {
     "failures": failures,
     "plan-vs-actual": plan_vs_actual,
     "ranks": ranks,
-    "retries": lambda tables: events(tables, "retried"),
+    "retries": retries,
     "runs": runs,
     "slowest-tasks": slowest_tasks,
     "sparsest-heads": heads("density", 1),

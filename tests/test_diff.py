@@ -108,7 +108,7 @@ def test_figures_of_two_compressions(runs: Path) -> None:
     computing = [sum(seconds[s][i] for s in stages[1:-1]) for i in (0, 1)]
     workers = [sum(seconds[s][i] for s in stages) for i in (0, 1)]
     assert times["decomposing"] == {"unit": "seconds"} | by_hand(*computing)
-    assert times["of all workers"] == {"unit": "seconds"} | by_hand(*workers)
+    assert times["working time of all workers"] == {"unit": "seconds"} | by_hand(*workers)
     peaks = [max(row["peak_memory_bytes"] for row in rows) for rows in groups]
     assert times["memory of a worker"] == {"unit": "bytes"} | by_hand(*peaks)
     assert times["wall time"]["before"] > 0
@@ -183,7 +183,7 @@ def test_layers_of_one_side_are_named_and_not_counted(runs: Path) -> None:
     assert stored["whole model, stored"]["change"] is None
     shown = lestd("diff", runs / "small", runs / "part").out
     assert f"only before: {groups[2]['group']}\n" in shown
-    assert "bytes and errors are of the 2 layers that both have" in shown
+    assert "bytes, errors and times are of the 2 layers that both have" in shown
 
 
 def test_a_damaged_file_is_named_and_the_rest_is_compared(runs: Path, tmp_path: Path) -> None:
@@ -210,11 +210,11 @@ def test_the_first_format_is_compared(runs: Path, tmp_path: Path) -> None:
     assert figures(found, "time")["wall time"]["before"] > 0
     strangers = lestd("diff", tmp_path / "model", runs / "small")
     assert strangers.code == 0
-    assert "and errors are of the 0 layers that both have" in strangers.out
+    assert "they have no layer in common" in strangers.out
 
 
 @pytest.mark.parametrize(
-    ("before", "said"), [("nothing", "has no manifest"), ("foo://a/b", "foo://")]
+    ("before", "said"), [("nothing", "does not exist"), ("foo://a/b", "foo://")]
 )
 def test_what_is_no_run_is_refused(runs: Path, before: str, said: str) -> None:
     refused = lestd("diff", before, runs / "small")
@@ -341,8 +341,27 @@ def test_configuration_is_that_of_the_last_call(tmp_path: Path) -> None:
     }
     assert figures(found, "time")["wall time"]["before"] == 7.0
     shown = lestd("diff", *sides).out
+    assert "lacks" not in shown
     assert "3 [bold]" in shown
     assert f"after   {sides[1]} (interrupted)" in shown
+
+
+def test_what_a_killed_call_took_is_said_to_be_missing(tmp_path: Path) -> None:
+    sides = [
+        write(
+            tmp_path / "before",
+            "runs",
+            call("a", 0, state="killed", seconds=None),
+            call("b", 1, seconds=2.0),
+        ),
+        write(tmp_path / "after", "runs", call("c", 0, seconds=3.0)),
+    ]
+    found = diff(*sides)
+    assert figures(found, "time")["wall time"]["before"] == 2.0
+    assert [found[side]["calls_without_time"] for side in ("before", "after")] == [1, 0]
+    shown = lestd("diff", *sides).out
+    assert "wall time of before lacks 1 of its 2 calls" in shown
+    assert "of after lacks" not in shown
 
 
 def test_the_layers_that_differ_most_come_first(tmp_path: Path) -> None:

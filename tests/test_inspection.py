@@ -170,6 +170,40 @@ def test_status_of_a_damaged_plan(out: Path, plan: str) -> None:
     refused(lestd("status", out), str(path))
 
 
+def test_status_names_damaged_files_and_what_repairs_them(compressed: Path, out: Path) -> None:
+    bad = first(out.with_name("out.run") / "manifest" / "groups")
+    bad.write_bytes(b"PAR1")
+    shown = lestd("status", out)
+    assert shown.code == 0
+    assert shown.err.startswith(f"{bad} is damaged and left out: ")
+    assert "1 file of the manifest cannot be read: the same lestd compress" in shown.out
+    assert json.loads(lestd("status", out, "--json").out)["damaged"][0]["path"] == str(bad)
+    options = ("--keep", 0.5, "--executor", "serial", "--out", out)
+    assert lestd("compress", compressed / "model", *options).code == 0
+    again = lestd("status", out)
+    assert (again.err, again.out.splitlines()[-1].split(":")[0]) == ("", "complete")
+
+
+def test_after_clean_the_model_answers(out: Path) -> None:
+    before = json.loads(lestd("status", out, "--json").out)
+    assert lestd("clean", out).code == 0
+    after = json.loads(lestd("status", out, "--json").out)
+    assert after.pop("cleaned")
+    assert not before.pop("cleaned")
+    assert after == before
+    assert "its run directory was cleaned" in lestd("status", out).out
+    second = lestd("clean", out)
+    assert (second.code, second.out) == (0, f"{out} is complete; its run directory was cleaned\n")
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "clean"])
+def test_a_run_directory_is_no_model(command: str, out: Path) -> None:
+    run = out.with_name("out.run")
+    refused(lestd(command, run), f"{run} is a run directory; name {out}")
+    other = run.rename(out.with_name("elsewhere"))
+    refused(lestd(command, other), "run directory; name the directory given to --out")
+
+
 def test_nothing_to_look_at(tmp_path: Path) -> None:
     refused(lestd("status", tmp_path / "out"), "out.run holds no run")
     refused(lestd("verify", tmp_path / "out"), "holds anything that lestd made")

@@ -69,7 +69,9 @@ def test_damaged_and_foreign_files_are_named_and_change_no_row(
     bad = put_damage(run / "manifest" / table, table)
     assert {one.path for one in Manifest(run).damaged()} == bad
     assert all(Manifest(run).table(name).equals(rows[name]) for name in TABLES)
-    assert lestd("status", out, "--json").out == stood
+    stands = json.loads(lestd("status", out, "--json").out)
+    assert {Path(one["path"]) for one in stands["damaged"]} == bad
+    assert stands | {"damaged": []} == json.loads(stood)
     verified = lestd("verify", out, "--json")
     problems = json.loads(verified.out)["problems"]
     assert verified.code == 1

@@ -244,20 +244,20 @@ def test_an_object_that_is_gone_when_it_is_read_was_compacted(tmp_path: Path) ->
 def test_a_run_is_compacted_under_its_lock(tmp_path: Path) -> None:
     out = tmp_path / "out"
     run_dir = default_run_dir(out)
-    with pytest.raises(LestdError, match="has no manifest"):
+    with pytest.raises(LestdError, match="does not exist, and neither does a run"):
         compact(out)
     write_parts(run_dir / "manifest", 4)
     (run_dir / "run.json").write_text("{}")
     before = rows_of(run_dir / "manifest")
     with RunDirectory(run_dir).locked(), pytest.raises(LestdError, match="another driver"):
         compact(out)
-    assert compact(run_dir) == 5 * 4
-    assert compact(out) == 0
+    assert compact(run_dir) == (5 * 4, [])
+    assert compact(out) == (0, [])
     assert rows_of(run_dir / "manifest") == before
     # A model whose run is gone has nothing that could be put together.
     write_parts(out / "manifest", 2)
     (run_dir / "run.json").unlink()
-    assert compact(out) == 0
+    assert compact(out) == (0, [])
     assert len([*(out / "manifest" / "groups").iterdir()]) == 2
 
 

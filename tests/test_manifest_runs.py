@@ -27,9 +27,11 @@ from orchestrator.config import RunConfig
 from orchestrator.executor import Listener, SerialExecutor, WorkerSpec, retried, started
 from orchestrator.manifest import Manifest
 from orchestrator.pipeline import compress_model
+from orchestrator.plan import make_plan
 from orchestrator.retries import Again, Attempt
 from orchestrator.rundir import RunDirectory
 from orchestrator.source import resolve_source
+from orchestrator.summary import outcome_figures
 from workers.contracts import Failure
 
 SERIAL = ("--executor", "serial", "--keep", 0.5)
@@ -340,3 +342,43 @@ def test_a_run_that_another_driver_took_over_is_left_alone(
         )
     assert taken
     assert not (run_dir / "manifest" / "runs").exists()
+
+
+def test_a_group_that_is_encoded_twice_counts_once(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As global allocation does where what it predicts does not come true."""
+
+    def moved(_curves: Any, _norms: Any, uniform: list[int]) -> list[int]:
+        return [uniform[0] - 2000, uniform[1] + 2000, *uniform[2:]]
+
+    monkeypatch.setattr("orchestrator.plan.better_than_uniform", moved)
+    monkeypatch.setattr("orchestrator.pipeline.no_worse_than_uniform", lambda *_: False)
+    out, run_dir = tmp_path / "out", tmp_path / "out.run"
+    source = resolve_source(str(tiny_llama))
+    config = RunConfig(keep=0.5, allocation="global")
+    outcome = compress_model(source, config, SerialExecutor(), out, run_dir)
+    encoded, curves = (Manifest(run_dir).table(name).to_pylist() for name in ("groups", "curves"))
+    assert (len(outcome.rows), len(encoded), outcome.skipped) == (4, 6, 0)
+    (row,) = calls(run_dir)
+    assert [row[name] for name in ("tasks", "finished_before", "finished")] == [4, 0, 4]
+
+    figures = outcome_figures(outcome, out, run_dir, None)
+    planned = make_plan(source, config)
+    assert figures["predicted"]["worker_memory_bytes"] == planned.worker_memory_bytes
+    assert figures["predicted"]["run_disk_bytes"] == planned.run_disk_bytes
+    peaks = [one["peak_memory_bytes"] for one in (*outcome.rows, *curves)]
+    assert figures["actual"]["worker_memory_bytes"] == max(peaks)
+
+    def ask(name: str, place: Path) -> list[dict[str, Any]]:
+        rows = json.loads(lestd("query", place, "--name", name, "--json").out)["rows"]
+        return [{k: v for k, v in row.items() if k != "run"} for row in rows]
+
+    for name in ("bytes-by-layer", "bytes-by-projection", "codecs", "energy", "ranks"):
+        assert ask(name, run_dir) == ask(name, out)
+    actual = {row["quantity"]: row["actual"] for row in ask("plan-vs-actual", run_dir)}
+    assert actual["groups"] == 4
+    assert actual["bytes of the finished groups"] == row["stored_bytes"]
+    found = json.loads(lestd("diff", out, run_dir, "--json").out)
+    assert found["identical"]
+    assert {one["change"] for one in found["time"] if one["what"] != "worker processes"} == {0}

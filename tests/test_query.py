@@ -78,7 +78,7 @@ def test_model_run_and_both(out: Path) -> None:
     assert ask(out, run, count) == both
     assert lestd("clean", out).code == 0
     assert [tuple(row.values()) for row in ask(out, HEADS)] == expected
-    refused(lestd("query", run, HEADS), str(run), "has no manifest")
+    refused(lestd("query", run, HEADS), str(run), "does not exist")
 
 
 def test_an_output_whose_run_is_not_finished(out: Path) -> None:
@@ -189,6 +189,18 @@ def test_json_has_finite_numbers_unique_names_and_plain_values(out: Path) -> Non
     assert lestd("query", out, "select true as c, null as g", "--csv").out == "c,g\ntrue,\n"
 
 
+def test_a_column_of_a_table_has_the_same_decimals_throughout(out: Path) -> None:
+    sql = """select * from (values (1234.56789, 0.5, 1e12 + 0.25, 0.99, 7::double, 1e-12),
+        (0.25, 0.123456789, 12.75, 100, 8, 1e12)) as t(a, b, c_bytes, d, e, mixed)"""
+    shown = lestd("query", out, sql).out
+    cells = [[c.strip() for c in line.split("│")[1:-1]] for line in shown.splitlines()]
+    assert [row for row in cells if row] == [
+        ["1234.57", "0.5000", "1000000000000", "0.99", "7", "1e-12"],
+        ["0.25", "0.1235", "13", "100.00", "8", "1000000000000"],
+    ]
+    assert lestd("query", out, "select 0.123456789::double as a", "--csv").out == "a\n0.123456789\n"
+
+
 def test_a_table_shows_the_first_rows_and_says_how_to_get_all(out: Path) -> None:
     few = lestd("query", out, "select layer, 0.5 as half from groups order by all").out
     assert [line.split("│")[1:3] for line in few.splitlines() if "│" in line] == [
@@ -232,11 +244,16 @@ def test_help_teaches_the_tables() -> None:
         (("OUT", "--name", "densest-head"), ("did you mean densest-heads?",)),
         (("OUT", "--name", "x"), ("no query named 'x'", "--list")),
         (("OUT", "select 1", "--csv", "--json"), ("choose one",)),
-        (("OUT.absent", "select 1"), ("out.absent", "has no manifest")),
+        (("OUT.absent", "select 1"), ("out.absent", "does not exist")),
         (("OUT", "select foo from slices"), ('"foo" not found', "Candidate bindings")),
         (("OUT", "from slicez"), ("slicez does not exist", 'mean "slices"', "lestd query --help")),
         (("OUT", "selec 1"), ('syntax error at or near "selec"',)),
-        (("OUT", "select group from slices"), ("syntax error",)),
+        (("OUT", "select group from slices"), ("syntax error", '"group"')),
+        (("OUT", "select at, filter from events"), ("syntax error", '"at", "filter" with')),
+        (("OUT", "select 1", "--name", "ranks"), ("--name ranks", "choose one")),
+        (("OUT", "-", "--name", "ranks"), ("--name ranks", "choose one")),
+        (("--list", "--name", "ranks"), ("--list and --name", "choose one")),
+        (("OUT", "from groups", "--parquet", "OUT/no/x"), ("--parquet", "out/no; make it first")),
         (("OUT", "select ?"), ("parameters",)),
         (("OUT", ""), ("expected one SELECT", "none")),
         (("OUT", "select 1; select 2"), ("expected one SELECT", "found 2")),
@@ -309,10 +326,37 @@ def test_a_run_is_asked_while_it_goes_on_and_compacted_when_it_has_stopped(
     assert resumed.code == 0, resumed.err
     assert f"{len(tables)} of {LAYERS} tasks were finished before" in resumed.err
     assert ask(out, count) == [{"n": LAYERS}]
+    # What the killed call left is told in the same way everywhere.
+    for place in (out, run):
+        calls = ask(place, "select state, seconds is null as unknown, retried from runs")
+        assert calls == [
+            {"state": "killed", "unknown": True, "retried": None},
+            {"state": "complete", "unknown": False, "retried": 0},
+        ]
+    told = [
+        (row["group"], row["attempt"], row["error_type"], row["message"])
+        for row in json.loads(lestd("query", run, "--name", "retries", "--json").out)["rows"]
+    ]
+    printed = json.loads(lestd(*compress, "--json").out)["retries"]
+    keys = ("group", "attempt", "cause", "message")
+    assert sorted(told) == sorted(tuple(row[key] for key in keys) for row in printed)
+    assert {row[2] for row in told} == {"Interrupted"}
+    unchanged = lestd("diff", run, out)
+    assert "wall time" not in unchanged.out  # They share their calls.
+
+
+def test_damaged_files_are_named_and_left_by_compact(out: Path) -> None:
+    bad = sorted(Path(f"{out}.run/manifest/slices").iterdir())[0]
+    bad.write_bytes(b"PAR1")
+    compacted = lestd("compact", out)
+    assert compacted.code == 0
+    assert compacted.err.startswith(f"{bad} is damaged and left out: ")
+    assert "1 damaged file stays where it is: the same lestd compress" in compacted.out
+    assert bad.exists()
 
 
 def test_what_there_is_to_compact(out: Path, tmp_path: Path) -> None:
-    refused(lestd("compact", tmp_path / "absent"), "absent", "no manifest")
+    refused(lestd("compact", tmp_path / "absent"), "absent", "does not exist")
     assert lestd("clean", out).code == 0
     assert "nothing to put together" in lestd("compact", out).out
     assert not os.path.exists(f"{out}.run")  # noqa: PTH110

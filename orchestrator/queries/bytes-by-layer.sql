@@ -1,4 +1,12 @@
 -- where the bytes went: dense and stored bytes of each layer, and its share of the run
+with
+    -- Where a group was encoded twice, the later encoding is the group's.
+    current as (
+        from groups
+        qualify row_number() over (
+            partition by run, "group" order by started_at desc nulls last, task_id desc
+        ) = 1
+    )
 select
     run,
     layer,
@@ -7,6 +15,6 @@ select
     sum(stored_bytes) as stored_bytes,
     sum(stored_bytes) / sum(dense_bytes) as keep,
     sum(stored_bytes) / sum(sum(stored_bytes)) over (partition by run) as share
-from groups
+from current
 group by run, layer
 order by run, layer

@@ -1,4 +1,12 @@
 -- energy kept in each layer: by the full core of Stage I, and by the stored core of Stage II
+with
+    -- Where a group was encoded twice, the later encoding is the group's.
+    current as (
+        from groups
+        qualify row_number() over (
+            partition by run, "group" order by started_at desc nulls last, task_id desc
+        ) = 1
+    )
 select
     run,
     layer,
@@ -7,6 +15,6 @@ select
     sum(squared_energy_stage2) / sum(squared_norm) as kept_stage2,
     sum(squared_energy_stage2) / sum(squared_energy_stage1) as kept_by_pruning,
     sqrt(sum(squared_error) / sum(squared_norm)) as relative_error
-from groups
+from current
 group by run, layer
 order by run, layer

@@ -2,6 +2,7 @@
 select
     run,
     task,
+    task_version,
     metric,
     "filter",
     fewshot,
@@ -13,5 +14,5 @@ select
     arg_max(stderr, "at") filter (where compressed) as stderr_after,
     bool_or(higher_is_better) as higher_is_better
 from evaluations
-group by run, task, metric, "filter", fewshot, dtype, settings
-order by run, task, metric, "filter", fewshot, dtype, settings
+group by run, task, task_version, metric, "filter", fewshot, dtype, settings
+order by run, task, task_version, metric, "filter", fewshot, dtype, settings

@@ -1,7 +1,42 @@
--- what was planned and what came of it: tasks, bytes, memory, seconds and squared error
+-- what was planned and what came of it: tasks, bytes, memory, disk, seconds and squared error
 with
+    -- Where a group was encoded twice, the later encoding is the group's.
+    current as (
+        from groups
+        qualify row_number() over (
+            partition by run, "group" order by started_at desc nulls last, task_id desc
+        ) = 1
+    ),
     calls as (
         select distinct on (run) * from runs order by run, started_at desc, invocation desc
+    ),
+    -- Calls that were not asked to calibrate know of none.
+    calibrated as (
+        select run, last(planned_seconds order by started_at, invocation) as planned_seconds
+        from runs
+        where planned_seconds is not null
+        group by run
+    ),
+    -- All work of both passes; what belongs to a task of pass one stands in each of its rows.
+    work as (
+        select run, peak_memory_bytes, seconds_stage1, seconds_rank_search, seconds_stage2,
+            seconds_error
+        from groups
+        union all
+        select run, peak_memory_bytes, seconds_stage1, seconds_rank_search, seconds_stage2,
+            seconds_error
+        from (select distinct on (run, task_id) * from curves order by run, task_id, byte_budget)
+    ),
+    worked as (
+        select
+            run,
+            max(peak_memory_bytes) as peak_memory_bytes,
+            sum(
+                coalesce(seconds_stage1, 0) + coalesce(seconds_rank_search, 0)
+                + coalesce(seconds_stage2, 0) + coalesce(seconds_error, 0)
+            ) as seconds
+        from work
+        group by run
     ),
     actual as (
         select
@@ -9,10 +44,9 @@ with
             count(*) as tasks,
             sum(byte_budget) as byte_budget,
             sum(stored_bytes) as stored_bytes,
-            max(peak_memory_bytes) as peak_memory_bytes,
-            sum(seconds_stage1 + seconds_rank_search + seconds_stage2 + seconds_error) as seconds,
+            sum(payload_bytes) as payload_bytes,
             sum(squared_error) as squared_error
-        from groups
+        from current
         group by run
     ),
     points as (
@@ -26,25 +60,25 @@ with
     -- Of all groups or of none: on its curve, between two points where the budget lies there.
     predicted as (
         select
-            groups.run,
+            current.run,
             case
                 when count(*) = count(points.squared_error)
                 then sum(
                     points.squared_error
-                    + coalesce((groups.byte_budget - points.byte_budget) / step * change, 0)
+                    + coalesce((current.byte_budget - points.byte_budget) / step * change, 0)
                 )
             end as squared_error
-        from groups
+        from current
         asof left join points
-            on groups.run = points.run
-            and groups.layer = points.layer
-            and groups."group" = points."group"
-            and groups.byte_budget >= points.byte_budget
-        group by groups.run
+            on current.run = points.run
+            and current.layer = points.layer
+            and current."group" = points."group"
+            and current.byte_budget >= points.byte_budget
+        group by current.run
     ),
     known as (
         select
-            coalesce(calls.run, actual.run) as run,
+            run,
             calls.tasks as planned_tasks,
             coalesce(actual.tasks, 0) as tasks,
             actual.byte_budget as finished_budget,
@@ -52,14 +86,18 @@ with
             calls.byte_budget,
             calls.stored_bytes,
             planned_worker_memory_bytes,
-            peak_memory_bytes,
-            planned_seconds,
-            actual.seconds,
+            worked.peak_memory_bytes,
+            planned_disk_bytes,
+            actual.payload_bytes,
+            calibrated.planned_seconds,
+            worked.seconds,
             predicted.squared_error as predicted_squared_error,
             actual.squared_error
         from calls
-        full join actual on calls.run = actual.run
-        left join predicted on actual.run = predicted.run
+        full join worked using (run)
+        left join actual using (run)
+        left join calibrated using (run)
+        left join predicted using (run)
     ),
     quantities(run, place, quantity, planned, actual) as (
         select run, 1, 'groups', planned_tasks::double, tasks::double from known
@@ -71,9 +109,11 @@ with
         select run, 4, 'peak memory of a worker, bytes', planned_worker_memory_bytes,
             peak_memory_bytes from known
         union all
-        select run, 5, 'decomposing, seconds', planned_seconds, seconds from known
+        select run, 5, 'disk of the run, bytes', planned_disk_bytes, payload_bytes from known
         union all
-        select run, 6, 'squared error', predicted_squared_error, squared_error from known
+        select run, 6, 'decomposing, seconds', planned_seconds, seconds from known
+        union all
+        select run, 7, 'squared error', predicted_squared_error, squared_error from known
     )
 select run, quantity, planned, actual, actual / nullif(planned, 0) as ratio
 from quantities

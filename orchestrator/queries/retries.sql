@@ -1,5 +1,24 @@
--- attempts that were followed by another, and why they ended
-select run, "at", layer, "group", task_id, attempt, error_type, message, worker, node
-from events
-where kind = 'retried'
+-- attempts that another followed, interrupted ones too, and why they ended
+with
+    ordered as (
+        select *, lead(kind) over (partition by run, task_id order by "at") as following
+        from events
+    )
+select
+    run,
+    "at",
+    layer,
+    "group",
+    task_id,
+    attempt,
+    case when kind = 'started' then 'Interrupted' else error_type end as error_type,
+    case
+        when kind = 'started'
+        then 'an earlier call ended before it was finished, or its result was damaged since'
+        else message
+    end as message,
+    worker,
+    node
+from ordered
+where kind = 'retried' or (kind in ('started', 'failed') and following = 'started')
 order by run, "at", task_id

@@ -1,10 +1,17 @@
 -- the shared basis: energy of the leading mode-1 singular values, and their effective rank
 with
+    -- Where a group was encoded twice, the later encoding is the group's.
+    current as (
+        from groups
+        qualify row_number() over (
+            partition by run, "group" order by started_at desc nulls last, task_id desc
+        ) = 1
+    ),
     spectra as (
         select
             run, layer, "group", R1,
             list_transform(singular_values_1::double[], lambda value: value * value) as energies
-        from groups
+        from current
         where len(singular_values_1) > 0
     ),
     totals as (

@@ -1,4 +1,12 @@
 -- the 20 groups of each run with the largest relative error, and their share of the squared error
+with
+    -- Where a group was encoded twice, the later encoding is the group's.
+    current as (
+        from groups
+        qualify row_number() over (
+            partition by run, "group" order by started_at desc nulls last, task_id desc
+        ) = 1
+    )
 select
     run,
     layer,
@@ -10,7 +18,7 @@ select
     R2,
     R3,
     density
-from groups
+from current
 qualify
     row_number() over (
         partition by run order by relative_error desc nulls last, layer, "group"
