@@ -369,7 +369,7 @@ function drawTimeline(width, theme) {
     height: clamp(workers.length * 34, 60, 900) + 80,
     barmode: "overlay",
     showlegend: false,
-    xaxis: axis(theme, `time since the first start${call === "all" ? "" : " of this call"} (${unit})`, { rangemode: "tozero" }),
+    xaxis: axis(theme, `${width < 600 ? "time" : `time since the first start${call === "all" ? "" : " of this call"}`} (${unit})`, { rangemode: "tozero" }),
     yaxis: axis(theme, "", {
       tickvals: ticks, ticktext: ticks.map((index) => label(workers[index])), zeroline: false, showgrid: false,
       range: [workers.length - 0.4, -0.6],
