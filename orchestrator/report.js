@@ -128,7 +128,8 @@ function formatOf(values) {
   const text = (value) => {
     if (typeof value !== "number") return value === null ? "" : String(value);
     const fixed = value.toFixed(places);
-    return Number(fixed) === 0 && value !== 0 ? value.toExponential(2) : fixed;
+    const lost = Math.abs(Number(fixed) - value) > 0.01 * Math.abs(value);
+    return lost ? String(Number(value.toPrecision(3))) : fixed;
   };
   return { text, className: numbers.length ? "number" : "" };
 }
@@ -154,7 +155,8 @@ function buildTable(holder, table, names) {
     for (const row of order.slice(begin, begin + ROWS_AT_A_TIME)) {
       const line = element("tr", "", body);
       for (const column of columns) {
-        element("td", column.text(table.column(column.name)[row]), line).className = column.className;
+        const text = column.text(table.column(column.name)[row]);
+        element("td", text, line).className = column.className || (text.length > 60 ? "words" : "");
       }
     }
     more.hidden = body.rows.length >= table.length;

@@ -19,7 +19,7 @@ def model_name(summary: Row) -> str | None:
 def calls_in_words(summary: Row) -> str:
     """How many calls the wall time is of, and how many have none."""
     ended, without = summary["ended_calls"], summary["calls"] - summary["ended_calls"]
-    said = f"{ended} call{'s' if ended != 1 else ''} that ended"
+    said = f"{ended} call{'s' if ended != 1 else ''}"
     if without:
-        said += f"; {without} {'have' if without != 1 else 'has'} no end"
+        said += f" that ended; {without} {'have' if without != 1 else 'has'} no end"
     return said
