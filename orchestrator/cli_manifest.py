@@ -160,10 +160,11 @@ def report(
     _require_folder("--out", target)
     if format is ReportFormat.html:
         report_html.require_plotly()
-        page = report_html.render(gather(run))
-    else:
-        page = report_markdown.render(gather(run))
-    content = page.encode()
+    data = gather(run)
+    for bad in data.damaged:
+        logs.log("damaged", f"{bad['path']} is left out: {bad['reason']}", path=bad["path"])
+    render = report_html.render if format is ReportFormat.html else report_markdown.render
+    content = render(data).encode()
     atomic_write(target, lambda file: file.write(content))
     tables.out.print(f"{target}: {tables.size(len(content))}", soft_wrap=True)
 

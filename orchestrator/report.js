@@ -72,6 +72,13 @@ function draw(figure) {
   }, config);
 }
 
+const element = (name, text, parent) => {
+  const made = document.createElement(name);
+  made.textContent = text;
+  parent?.append(made);
+  return made;
+};
+
 const figures = [...document.querySelectorAll("figure[data-figure]")];
 
 function drawAll() {
@@ -91,6 +98,7 @@ for (const key of document.querySelectorAll(".key")) {
     entry.textContent = name;
     key.append(entry);
   }
+  if ("curves" in key.dataset) element("li", "striped: pass one, the curves", key).className = "curve";
 }
 
 let width = document.documentElement.clientWidth;
@@ -112,22 +120,24 @@ for (const [event, state] of [["beforeprint", true], ["afterprint", false]]) {
 
 // -- numbers -------------------------------------------------------------------------------------
 
-const element = (name, text, parent) => {
-  const made = document.createElement(name);
-  made.textContent = text;
-  parent?.append(made);
-  return made;
-};
-
-function cellText(value) {
-  if (value === null) return "";
-  if (typeof value !== "number" || Number.isInteger(value)) return String(value);
-  return String(Number(value.toPrecision(6)));
+// How the values of a column read: numbers with the same decimals, six digits of the largest.
+function formatOf(values) {
+  const numbers = values.filter((value) => typeof value === "number");
+  const most = largest(numbers.map(Math.abs));
+  const places = numbers.every(Number.isInteger) ? 0 : clamp(5 - Math.floor(Math.log10(most)), 0, 9);
+  const text = (value) => {
+    if (typeof value !== "number") return value === null ? "" : String(value);
+    const fixed = value.toFixed(places);
+    const lost = Math.abs(Number(fixed) - value) > 0.01 * Math.abs(value);
+    return lost ? String(Number(value.toPrecision(3))) : fixed;
+  };
+  return { text, className: numbers.length ? "number" : "" };
 }
 
 // A table whose rows come in portions, sorted by the column that was asked for.
 function buildTable(holder, table, names) {
-  const columns = table.columns.filter((column) => names.includes(column.name));
+  const columns = table.columns.filter((column) => names.includes(column.name))
+    .map((column) => ({ ...column, ...formatOf(table.column(column.name)) }));
   const order = Array.from({ length: table.length }, (_, index) => index);
   const box = element("div", "", holder);
   box.className = "scroll";
@@ -145,8 +155,8 @@ function buildTable(holder, table, names) {
     for (const row of order.slice(begin, begin + ROWS_AT_A_TIME)) {
       const line = element("tr", "", body);
       for (const column of columns) {
-        const value = table.column(column.name)[row];
-        element("td", cellText(value), line).className = typeof value === "number" ? "number" : "";
+        const text = column.text(table.column(column.name)[row]);
+        element("td", text, line).className = column.className || (text.length > 60 ? "words" : "");
       }
     }
     more.hidden = body.rows.length >= table.length;
@@ -157,8 +167,10 @@ function buildTable(holder, table, names) {
   for (const column of columns) {
     const cell = element("th", "", head);
     cell.scope = "col";
+    cell.className = column.className;
     cell.title = column.meaning;
-    const button = element("button", column.unit ? `${column.name} (${column.unit})` : column.name, cell);
+    const named = !column.unit || column.name.split("_").includes(column.unit);
+    const button = element("button", named ? column.name : `${column.name} (${column.unit})`, cell);
     button.type = "button";
     button.addEventListener("click", () => {
       const down = cell.ariaSort === "ascending";

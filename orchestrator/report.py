@@ -22,6 +22,8 @@ from markupsafe import Markup
 from lestd_kernels.errors import LestdError
 from orchestrator.report_answers import answers
 from orchestrator.report_data import ReportData, Row
+from orchestrator.report_quality import headline
+from orchestrator.report_words import calls_in_words, model_name
 from orchestrator.schemas import STAGES, TABLES
 from orchestrator.tables import finite, ranks, size
 
@@ -32,6 +34,8 @@ _MEANINGS = {
     "energy_share": ("squared_energy / squared_norm", ""),
     "slices": ("heads of all finished layers", ""),
     "row": ("row of the table of layers", ""),
+    "measured_on": ("text, windows, samples, examples shown", ""),
+    "what": ("figure of the plan, or part of the time", ""),
     "mode": ("1: the model's width, 2: the head dimension", ""),
     "index": ("1 is the largest", ""),
     "singular_value": ("of the unfolding", "weights"),
@@ -54,7 +58,6 @@ _PROJECTIONS = (
     *("projection", "slices", "nnz", "density", "core_bytes"),
     *("relative_error", "energy_share"),
 )
-_SPECTRA = ("row", "layer", "mode", "index", "singular_value")
 _TIMELINE = (
     *("kind", "worker", "node", "layer", "group", "task_id", "attempt"),
     *("read_at", "computed_at", "written_at", "ended_at"),
@@ -65,8 +68,8 @@ _LOST = (
     *("error_type", "message"),
 )
 _EVALUATIONS = (
-    *("task", "metric", "filter", "fewshot", "before", "after", "change"),
-    *("before_stderr", "after_stderr", "samples", "tokens", "dtype", "settings"),
+    *("task", "metric", "filter", "measured_on", "before", "after", "change"),
+    *("before_stderr", "after_stderr", "fewshot", "samples", "tokens", "dtype", "settings"),
     *("before_model", "after_model", "at"),
 )
 
@@ -108,17 +111,21 @@ def render(data: ReportData) -> str:
     content = {
         "tables": _tables(data),
         "relative_error": data.summary["relative_error"],
+        "missing": [[row["layer"], row["group"]] for row in data.missing],
     }
     return template.render(
         data=data,
         summary=data.summary,
-        title=_title(data.summary),
+        title=model_name(data.summary) or _last_parts(data.summary["path"]),
+        calls_in_words=calls_in_words(data.summary),
+        unique=_is_unique(data.layers),
+        last_call=_last_busy_call(data),
         answers=answers(data),
         embedded=htmlsafe_json_dumps(finite(content), separators=(",", ":"), allow_nan=False),
         scripts=[Markup(script) for script in scripts],
         hashes=" ".join(map(_csp_hash, scripts)),
         style=Markup(_file("report.css")),
-        judged=next((e for e in data.evaluations if e["change"] is not None), None),
+        judged=headline(data.evaluations),
         ranks=ranks,
     )
 
@@ -137,15 +144,29 @@ def _csp_hash(script: str) -> str:
     return f"'sha256-{digest}'"
 
 
-def _title(summary: Row) -> str:
-    """The model's name for a headline: the end of a long path."""
-    name = str(summary["model"] or summary["path"]).rstrip("/")
-    return "/".join(name.split("/")[-2:])
+def _last_parts(path: str) -> str:
+    return "/".join(path.rstrip("/").split("/")[-2:])
+
+
+def _is_unique(layers: Sequence[Row]) -> bool:
+    """Whether every layer has one block, so that its number names it."""
+    return len({row["layer"] for row in layers}) == len(layers)
+
+
+def _last_busy_call(data: ReportData) -> int | None:
+    """The last call in which a task began; None if there is none."""
+    latest = max((task["read_at"] for task in data.timeline), default=None)
+    began = [
+        number
+        for number, call in enumerate(data.calls)
+        if latest is not None and call["started_at"] and call["started_at"] <= latest
+    ]
+    return began[-1] if began else None
 
 
 def _tables(data: ReportData) -> dict[str, Any]:
     layers = list(data.layers[0]) if data.layers else ["layer", "group"]
-    unique = len({row["layer"] for row in data.layers}) == len(data.layers)
+    unique = _is_unique(data.layers)
     return {
         "planned": _table(data.planned, ("what", "unit", "planned", "actual")),
         "projections": _table(
@@ -156,8 +177,10 @@ def _tables(data: ReportData) -> dict[str, Any]:
         "heads": _table(data.heads, [name for name in _HEADS if name != "group" or not unique]),
         "layers": _table(data.layers, layers),
         "spectra": _table(
-            _drawn_spectra(data), ("row", "layer", "mode", "index", "singular_value")
+            _drawn_spectra(data),
+            ("row", "layer", *(() if unique else ("group",)), "mode", "index", "singular_value"),
         ),
+        "wall": _table(data.wall, ("what", "seconds")),
         "stages": _table(data.stages, ("stage", "seconds")),
         "timeline": _table(data.timeline, _TIMELINE),
         "lost": _table(data.lost, _LOST),
@@ -206,6 +229,7 @@ def _drawn_spectra(data: ReportData) -> list[Row]:
             {
                 "row": rows[spectrum["layer"], spectrum["group"]],
                 "layer": spectrum["layer"],
+                "group": spectrum["group"],
                 "mode": spectrum["mode"],
                 "index": place + 1,
                 "singular_value": values[place],

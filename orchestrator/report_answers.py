@@ -24,7 +24,7 @@ def answers(data: ReportData) -> list[tuple[str, str]]:
         ("Where did the bytes go?", _bytes(data)),
         ("Which heads are sparse?", _heads(data.heads)),
         ("Which layers hurt?", _layers(data.layers)),
-        ("What took the time?", _time(data.stages)),
+        ("What took the time?", _time(data)),
     ]
     return [(question, answer) for question, answer in found if answer]
 
@@ -62,6 +62,12 @@ def _layers(layers: list[Row]) -> str:
     known = [row for row in layers if row["relative_error"] is not None]
     if not known:
         return ""
+    if len(known) == 1:
+        [only] = known
+        return (
+            f"Layer {only['layer']}, the only one whose error is known yet, has a relative error "
+            f"of {only['relative_error']:.4f}."
+        )
     worst = max(known, key=lambda row: row["relative_error"])
     best = min(known, key=lambda row: row["relative_error"])
     return (
@@ -70,14 +76,22 @@ def _layers(layers: list[Row]) -> str:
     )
 
 
-def _time(stages: list[Row]) -> str:
-    total = sum(row["seconds"] for row in stages)
-    if not total:
-        return ""
-    first, second, *_ = sorted(stages, key=lambda row: row["seconds"], reverse=True)
-    leading = STAGE_NAMES[first["stage"]]
-    return (
-        f"{leading[0].upper()}{leading[1:]}, {first['seconds'] / total:.0%} of "
-        f"{total:,.1f} s of worker time, then {STAGE_NAMES[second['stage']]}, "
-        f"{second['seconds'] / total:.0%}."
-    )
+def _time(data: ReportData) -> str:
+    said = []
+    wall = {row["part"]: row for row in data.wall}
+    if wall:
+        total = sum(row["seconds"] for row in data.wall)
+        each = [f"{wall['tasks']['seconds']:,.1f} s from the first task to the last"]
+        each.append(f"{wall['assemble']['seconds']:,.1f} s putting the model together")
+        each.append(f"{wall['rest']['seconds']:,.1f} s {wall['rest']['what']}")
+        said.append(f"Of {total:,.1f} s wall time: {'; '.join(each)}.")
+    total = sum(row["seconds"] for row in data.stages)
+    if total:
+        first, second, *_ = sorted(data.stages, key=lambda row: row["seconds"], reverse=True)
+        leading = STAGE_NAMES[first["stage"]]
+        said.append(
+            f"{leading[0].upper()}{leading[1:]}, {first['seconds'] / total:.0%} of "
+            f"{total:,.1f} s of worker time, then {STAGE_NAMES[second['stage']]}, "
+            f"{second['seconds'] / total:.0%}."
+        )
+    return " ".join(said)

@@ -10,12 +10,21 @@ encoding is the group's; the time that the other one took stays in the timeline.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 from orchestrator.manifest import MANIFEST_DIR, Manifest
+from orchestrator.report_quality import before_and_after
+from orchestrator.report_state import (
+    ended_calls,
+    planned_layers,
+    run_state,
+    task_span,
+    wall_time,
+)
 from orchestrator.report_timeline import lost_attempts, stage_seconds, timeline
 from orchestrator.rundir import RunDirectory
 from orchestrator.schemas import COMPUTING_STAGES, STAGES
@@ -39,23 +48,29 @@ class ReportData:
         projections: one row per projection, over all finished layers: ``projection``, ``slices``,
             ``nnz``, ``density``, ``core_bytes``, ``relative_error``, ``energy_share``.
         layers: one row per finished group, by layer.
+        missing: ``layer``, ``group`` of each planned group that is not finished; the name is
+            empty where the manifest does not know it.
         heads: one row per slice, by layer, projection and head.
         spectra: one row per group and mode whose singular values are known: ``layer``, ``group``,
             ``mode``, ``rank``, ``singular_values`` (descending, all of them).
+        wall: what the wall time went to; see `wall_time`.
         stages: ``stage``, ``seconds``: worker time over all tasks, curves included.
         timeline: one row per finished task of a worker, by start; see `timeline`.
         lost: one row per attempt that was lost, by its end; see `lost_attempts`.
-        calls: rows of `runs`, oldest first.
-        evaluations: one row per metric and model, before beside after; see `_evaluations`.
-        damaged: ``path``, ``reason`` of each file of the manifest that cannot be read.
+        calls: rows of `runs`, oldest first; the state of one that was killed is ``killed``.
+        evaluations: one row per metric and model, before beside after; see `before_and_after`.
+        damaged: ``path``, ``name`` (its end, from the run's own directory on) and ``reason`` of
+            each file of the manifest that cannot be read.
     """
 
     summary: Row
     planned: list[Row]
     projections: list[Row]
     layers: list[Row]
+    missing: list[Row]
     heads: list[Row]
     spectra: list[Row]
+    wall: list[Row]
     stages: list[Row]
     timeline: list[Row]
     lost: list[Row]
@@ -85,25 +100,45 @@ def gather(path: str) -> ReportData:
     groups = _latest(encoded)
     curves = list({row["task_id"]: row for row in found["curves"].rows.to_pylist()}.values())
     events = found["events"].rows.to_pylist()
-    calls = found["runs"].rows.to_pylist()
+    locked = RunDirectory(manifest.directory.parent).is_locked()
+    calls = ended_calls(found["runs"].rows.to_pylist(), locked)
     heads = _heads(found["slices"].rows, {row["task_id"] for row in groups})
     lost = lost_attempts(events, [*encoded, *curves])
-    locked = RunDirectory(manifest.directory.parent).is_locked()
-    layers = [_layer(row) for row in groups]
+    tasks = calls[-1]["tasks"] if calls else None
+    planned = planned_layers(manifest.directory.parent, [*groups, *curves, *events], tasks)
+    finished = {row["group"] for row in groups}, {row["layer"] for row in groups}
+    summary = _summary(path, groups, [*encoded, *curves], calls, events)
+    summary["state"], summary["state_reason"] = run_state(
+        calls,
+        groups,
+        Counter(found["slices"].rows["task_id"].to_pylist()),
+        [*found["groups"].damaged, *found["slices"].damaged],
+    )
+    beside = str(manifest.directory.parent.parent)
     return ReportData(
-        summary=_summary(path, groups, [*encoded, *curves], calls, events, locked),
+        summary=summary,
         planned=_planned(groups, [*encoded, *curves], calls),
         projections=_projections(heads),
-        layers=layers,
+        layers=[_layer(row) for row in groups],
+        missing=[
+            row
+            for row in planned
+            if row["group"] not in finished[0] and (row["group"] or row["layer"] not in finished[1])
+        ],
         heads=heads,
         spectra=_spectra(groups),
+        wall=wall_time(calls, [*encoded, *curves]),
         stages=stage_seconds([*encoded, *curves]),
         timeline=timeline(encoded, curves),
         lost=lost,
         calls=calls,
-        evaluations=_evaluations(found["evaluations"].rows.to_pylist()),
+        evaluations=before_and_after(found["evaluations"].rows.to_pylist()),
         damaged=[
-            {"path": str(bad.path), "reason": bad.reason}
+            {
+                "path": str(bad.path),
+                "name": str(bad.path).removeprefix(beside).lstrip("/"),
+                "reason": bad.reason,
+            }
             for table in found.values()
             for bad in table.damaged
         ],
@@ -132,17 +167,18 @@ def _summary(
     work: Sequence[Row],
     calls: Sequence[Row],
     events: Sequence[Row],
-    locked: bool,
 ) -> Row:
-    """What is said once of a run.
+    """What is said once of a run, but for its ``state`` and ``state_reason``; see `run_state`.
 
-    The keys: ``path``; ``state`` (running, stopped, complete, failed, interrupted, or None where
-    no call was recorded); ``model``, ``revision``, ``family``, ``method``, ``pattern``, ``scope``,
+    The keys: ``path``; ``model``, ``revision``, ``family``, ``method``, ``pattern``, ``scope``,
     ``allocation``, ``keep``, ``device``, ``executor``; ``finished`` and ``tasks`` (groups);
-    ``started_at``, ``ended_at``, ``seconds`` (wall time of all calls, or from the first start to
-    the last end where no call was recorded), ``worker_seconds``; ``calls``, ``workers``, ``nodes``
-    (names), ``devices``, ``retried``, ``failed``; ``dense_bytes``, ``byte_budget`` and
-    ``stored_bytes`` of the finished groups; ``scope_dense_bytes`` and ``scope_byte_budget`` of all;
+    ``started_at``; ``ended_at`` of the last call, None while it has no end; ``last_result_at``;
+    ``seconds``, the wall time of the calls that ended (None if none has), or, where no call was
+    recorded, ``span_seconds``, from the first task's start to the last one's end;
+    ``worker_seconds``; ``calls``, ``ended_calls`` (those with a wall time) and ``killed_calls``;
+    ``workers`` (processes), ``nodes`` (names), ``devices``, ``retried``, ``failed``;
+    ``dense_bytes``, ``byte_budget`` and ``stored_bytes`` of the finished groups;
+    ``scope_dense_bytes`` and ``scope_byte_budget`` of all;
     ``model_bytes``, ``untouched_bytes``, and ``model_stored_bytes``, None until complete;
     ``relative_error`` over the finished groups; ``curves``, finished ones of pass one.
     """
@@ -151,19 +187,14 @@ def _summary(
     stored = sum(row["stored_bytes"] for row in groups)
     whole = tasks == len(groups)
     untouched = last.get("untouched_bytes")
-    state = last.get("state")
-    if state == "running" and not locked:
-        state = "stopped"
-    first, end = _span(work)
+    first, end = task_span(work)
     started = min((c["started_at"] for c in calls if c["started_at"]), default=first)
-    ended = max((c["ended_at"] for c in calls if c["ended_at"]), default=end)
     seconds = [call["seconds"] for call in calls if call["seconds"] is not None]
-    elapsed = (end - first).total_seconds() if first and end else None
+    span = (end - first).total_seconds() if first and end else None
     kinds = [event["kind"] for event in events]
     one = groups[0] if groups else {}
     return {
         "path": path,
-        "state": state,
         **{key: last.get(key) for key in ("model", "revision", "family", "scope", "allocation")},
         "method": last.get("method") or one.get("method"),
         "pattern": last.get("pattern") or one.get("pattern"),
@@ -172,10 +203,14 @@ def _summary(
         "tasks": tasks,
         "curves": len(work) - sum("payload" in row for row in work),
         "started_at": started,
-        "ended_at": None if state == "running" else ended,
-        "seconds": sum(seconds) if seconds else elapsed,
+        "ended_at": last.get("ended_at"),
+        "last_result_at": end,
+        "seconds": sum(seconds) if seconds else None if calls else span,
+        "span_seconds": span,
         "worker_seconds": math.fsum(row["seconds"] for row in stage_seconds(work)),
         "calls": len(calls),
+        "ended_calls": len(seconds),
+        "killed_calls": sum(call["state"] == "killed" for call in calls),
         "workers": len({row["worker"] for row in work if row["worker"]}),
         "nodes": sorted({row["node"] for row in work if row["node"]}),
         "devices": sorted({row["device"] for row in work if row["device"]}),
@@ -193,13 +228,6 @@ def _summary(
             (row["squared_error"], row["squared_norm"]) for row in groups
         ),
     }
-
-
-def _span(work: Sequence[Row]) -> tuple[Any, Any]:
-    """When the first task began and the last one had ended; (None, None) if none has."""
-    begun = [row for row in work if row["started_at"] is not None]
-    ends = [row["started_at"] + timedelta(seconds=_seconds(row, STAGES)) for row in begun]
-    return min((row["started_at"] for row in begun), default=None), max(ends, default=None)
 
 
 def _seconds(row: Row, stages: Iterable[str]) -> float:
@@ -317,40 +345,3 @@ def _spectra(groups: Sequence[Row]) -> list[Row]:
         for mode in (1, 2)
         if row[f"singular_values_{mode}"]
     ]
-
-
-_ALIKE = ("task", "task_version", "metric", "filter", "fewshot", "settings", "dtype")
-
-
-def _evaluations(rows: Sequence[Row]) -> list[Row]:
-    """Each metric of each compressed model, beside the dense model's where that was measured alike.
-
-    Keys: those of `evaluations` for the metric, ``before`` and ``after`` (values),
-    ``before_stderr``, ``after_stderr``, ``before_model``, ``after_model``, ``at``, and ``change``
-    (after / before - 1). Of figures that were measured again the latest counts. A metric that only
-    the dense model has stands there without ``after``.
-    """
-    latest: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in rows:  # Oldest first.
-        models = latest.setdefault(tuple(row[name] for name in _ALIKE), {})
-        models[str(row["model_id"] or row["model"]) if row["compressed"] else ""] = row
-    found = []
-    for models in latest.values():
-        before = models.get("", {})
-        for after in [row for key, row in models.items() if key] or [{}]:
-            one = after or before
-            old, new = before.get("value"), after.get("value")
-            found.append(
-                {name: one[name] for name in (*_ALIKE, "higher_is_better", "samples", "tokens")}
-                | {
-                    "before": old,
-                    "after": new,
-                    "change": new / old - 1 if old and new is not None else None,
-                    "before_stderr": before.get("stderr"),
-                    "after_stderr": after.get("stderr"),
-                    "before_model": before.get("model"),
-                    "after_model": after.get("model"),
-                    "at": one["at"],
-                }
-            )
-    return found

@@ -43,14 +43,19 @@ function colorAt(colors, share) {
   return `#${mixed.map((channel) => channel.toString(16).padStart(2, "0")).join("")}`;
 }
 
-// Layers by number, with gaps where some are not finished; by name where several share a number.
+// All planned layers by number, finished or not; by name where several share a number.
 function layerAxis() {
-  const layers = tables.layers.column("layer");
-  if (unique(layers).length < layers.length) {
-    const groups = tables.layers.column("group").map(plain);
-    return { names: groups, of: (layer, group) => plain(group), type: "category" };
-  }
-  return { names: range(largest(layers) + 1), of: (layer) => layer, type: "linear" };
+  const missing = page.missing.map(([layer, group]) => ({ layer, group }));
+  const groups = tables.layers.column("group");
+  const all = [...tables.layers.column("layer").map((layer, row) => ({ layer, group: groups[row] })), ...missing];
+  const shared = unique(all.map((one) => one.layer)).length < all.length;
+  const of = shared ? (layer, group) => plain(group) : (layer) => layer;
+  const inOrder = (a, b) => a.layer - b.layer || (a.group < b.group ? -1 : 1);
+  const names = shared
+    ? all.sort(inOrder).map(({ group }) => plain(group))
+    : range(largest(all.map((one) => one.layer)) + 1);
+  const type = shared ? { type: "category", categoryorder: "array", categoryarray: names } : { type: "linear" };
+  return { names, of, type, ends: [-0.5, names.length - 0.5], missing: missing.map(({ layer, group }) => of(layer, group)) };
 }
 
 function unitOf(largestValue, units) {
@@ -123,9 +128,9 @@ function drawHeads(width, theme) {
       ...wholeTicks(count), automargin: false,
     });
     layout[`yaxis${suffix}`] = axis(theme, column ? "" : "layer", {
-      domain: [end - tall / outer, end], anchor: `x${suffix}`, autorange: "reversed", type: rows.type,
-      showgrid: false, zeroline: false, automargin: rows.type === "category" && !column,
-      ...(rows.type === "linear" ? wholeTicks(rows.names.length) : {}),
+      domain: [end - tall / outer, end], anchor: `x${suffix}`, range: [...rows.ends].reverse(), ...rows.type,
+      showgrid: false, zeroline: false, automargin: rows.type.type === "category" && !column,
+      ...(rows.type.type === "linear" ? wholeTicks(rows.names.length) : {}),
       showticklabels: !column,
     });
     layout.annotations.push({
@@ -146,22 +151,31 @@ function layerPlot(theme, title, more) {
   const rows = layerAxis();
   const layers = tables.layers.column("layer");
   const x = tables.layers.column("group").map((group, index) => rows.of(layers[index], group));
-  const ticks = rows.type === "linear" ? wholeTicks(rows.names.length) : {};
+  const ticks = rows.type.type === "linear" ? wholeTicks(rows.names.length) : {};
   const layout = {
     height: 300,
-    xaxis: axis(theme, "layer", { type: rows.type, showgrid: false, zeroline: false, ...ticks }),
+    xaxis: axis(theme, "layer", { ...rows.type, range: rows.ends, showgrid: false, zeroline: false, ...ticks }),
     yaxis: axis(theme, title, { rangemode: "tozero" }),
-    bargap: x.length > 60 ? 0 : 0.25,
+    bargap: rows.names.length > 60 ? 0 : 0.25,
+    barmode: "overlay",
+    showlegend: rows.missing.length > 0,
+    legend: legendAbove(),
     ...more,
   };
-  return { x, layout };
+  const hatched = (height, more = {}) => (rows.missing.length ? [{
+    type: "bar", name: "not finished", x: rows.missing, y: rows.missing.map(() => height),
+    marker: { color: "rgba(0,0,0,0)", pattern: { shape: "/", fgcolor: theme.faint, size: 7 } },
+    hovertemplate: "layer %{x} is not finished<extra></extra>", ...more,
+  }] : []);
+  return { x, layout, rows, hatched };
 }
 
 function drawErrors(width, theme) {
-  const { x, layout } = layerPlot(theme, "relative error");
+  const { x, layout, hatched } = layerPlot(theme, "relative error");
   const y = tables.layers.column("relative_error");
   const hovertemplate = "layer %{x}: %{y:.4f}<extra></extra>";
   const traces = [{ type: "bar", x, y, marker: { color: theme.accent }, hovertemplate, showlegend: false }];
+  traces.push(...hatched(largest(y)));
   if (page.relative_error !== null) {
     layout.shapes = [{
       type: "line", xref: "paper", x0: 0, x1: 1, y0: page.relative_error, y1: page.relative_error,
@@ -169,7 +183,7 @@ function drawErrors(width, theme) {
     }];
     layout.annotations = [{
       xref: "paper", x: 1, y: page.relative_error, xanchor: "right", yanchor: "bottom", showarrow: false,
-      text: `all layers ${page.relative_error.toFixed(4)}`, bgcolor: theme.surface, borderpad: 2,
+      text: `${page.missing.length ? "finished" : "all"} layers ${page.relative_error.toFixed(4)}`, bgcolor: theme.surface, borderpad: 2,
     }];
   }
   return { traces, layout };
@@ -178,7 +192,7 @@ function drawErrors(width, theme) {
 function drawBytes(width, theme) {
   const dense = tables.layers.column("dense_bytes");
   const [unit, scale] = byteUnit(largest(dense));
-  const { x, layout } = layerPlot(theme, unit, { barmode: "overlay", legend: legendAbove() });
+  const { x, layout, rows, hatched } = layerPlot(theme, unit, { showlegend: true });
   const hovertemplate = `layer %{x}: %{y:.4~f} ${unit}<extra>%{fullData.name}</extra>`;
   const scaled = (name) => tables.layers.column(name).map((bytes) => bytes / scale);
   const traces = [
@@ -186,25 +200,29 @@ function drawBytes(width, theme) {
     { type: "bar", name: "stored", x, y: scaled("stored_bytes"), marker: { color: theme.accent }, hovertemplate },
     {
       type: "scatter", name: "budget", x, y: scaled("byte_budget"), mode: "markers", hovertemplate,
-      marker: { symbol: "line-ew", size: clamp(width / x.length / 2, 4, 22), line: { width: 2, color: theme.second } },
+      marker: { symbol: "line-ew", size: clamp(width / rows.names.length / 2, 4, 22), line: { width: 2, color: theme.second } },
     },
+    ...hatched(largest(dense) / scale),
   ];
   return { traces, layout };
 }
 
 function drawRanks(width, theme) {
   const names = ["R1", "R2", "R3"].filter((name) => tables.layers.column(name).some((rank) => rank !== null));
-  const { x, layout } = layerPlot(theme, "", { height: 60 + 130 * names.length, showlegend: false });
+  const { x, layout, rows, hatched } = layerPlot(theme, "", { height: 60 + 130 * names.length });
+  const at = new Map(x.map((name, index) => [name, index]));
   const titles = { R1: "R1, of the width", R2: "R2, of the heads", R3: "R3, of Q, K, V, O" };
-  const traces = names.map((name, index) => {
+  const traces = names.flatMap((name, index) => {
     const suffix = index ? index + 1 : "";
+    const ranks = tables.layers.column(name);
     const [start, end] = [1 - (index + 1) / names.length, 1 - index / names.length];
     const domain = [start + (index < names.length - 1 ? 0.06 : 0), end - (index ? 0.06 : 0)];
     layout[`yaxis${suffix}`] = axis(theme, titles[name], { rangemode: "tozero", domain, tickformat: "d", nticks: 4 });
-    return {
+    return [{
       type: "scatter", mode: x.length > 60 ? "lines" : "lines+markers", line: { shape: "hvh", color: theme.accent },
-      x, y: tables.layers.column(name), yaxis: `y${suffix}`, hovertemplate: `layer %{x}: ${name} = %{y}<extra></extra>`,
-    };
+      x: rows.names, y: rows.names.map((layer) => (at.has(layer) ? ranks[at.get(layer)] : null)), showlegend: false,
+      yaxis: `y${suffix}`, hovertemplate: `layer %{x}: ${name} = %{y}<extra></extra>`,
+    }, ...hatched(largest(ranks), { yaxis: `y${suffix}`, showlegend: index === 0 })];
   });
   layout.xaxis.anchor = `y${names.length > 1 ? names.length : ""}`;
   return { traces, layout };
@@ -244,15 +262,29 @@ function drawSpectra(width, theme) {
     marker: {
       size: lines.size > 40 ? 4 : 7, color: kept.map((one) => layers[one.row]), cmin: 0, cmax: most, colorscale: scaleOf(colors),
       line: { width: lines.size > 40 ? 0 : 1, color: theme.surface }, showscale: only === "all" && lines.size > 1,
-      colorbar: { title: { text: "layer", side: "top" }, thickness: 10, outlinewidth: 0, tickformat: "d", nticks: 5 },
+      colorbar: { title: { text: "layer", side: "right" }, thickness: 10, outlinewidth: 0, tickformat: "d", nticks: 5 },
     },
   });
   const layout = {
     height: 380,
     xaxis: axis(theme, `index of the singular value, mode ${wanted}`, { rangemode: "tozero", zeroline: false }),
-    yaxis: axis(theme, "singular value (units of the weights)", { type: "log", tickformat: "~g", dtick: "D2" }),
+    yaxis: axis(theme, "singular value (log scale)", { type: "log", ...logTicks([...lines.values()].flatMap(([, y]) => y)) }),
   };
   return { traces, layout };
+}
+
+// Several ticks at round values, however small the part of a decade that is shown.
+function logTicks(values) {
+  const known = values.filter((value) => value > 0);
+  const [least, most] = [known.reduce((a, b) => Math.min(a, b), Infinity), largest(known)];
+  if (!known.length || least === most) return {};
+  const decades = range(Math.ceil(Math.log10(most)) - Math.floor(Math.log10(least)) + 1)
+    .map((step) => Math.floor(Math.log10(least)) + step);
+  const inside = (steps) => decades.flatMap((decade) => steps.map((step) => Number(`${step}e${decade}`)))
+    .filter((value) => value >= least * 0.9 && value <= most * 1.1);
+  const choices = [[1], [1, 3], [1, 2, 5], [1, 1.5, 2, 3, 5, 7], range(36).map((step) => 1 + step / 4), range(180).map((step) => (20 + step) / 20)];
+  const tickvals = choices.map(inside).find((ticks) => ticks.length >= 4) ?? [least, most];
+  return { tickmode: "array", tickvals, ticktext: tickvals.map((value) => shown(value)) };
 }
 
 function drawTimeline(width, theme) {
@@ -262,17 +294,20 @@ function drawTimeline(width, theme) {
   const [read, computed, written, ended] =
     ["read_at", "computed_at", "written_at", "ended_at"].map((name) => time(tasks, name));
   const [lostStart, lostEnd] = [time(lost, "started_at"), time(lost, "at")];
-  const known = unique([...tasks.column("worker"), ...lost.column("worker")]);
-  const workers = known.filter((name) => name).sort();
-  if (known.some((name) => !name)) workers.push(null);
-  const place = new Map(workers.map((name, index) => [name, index]));
-  const row = (table, index) => place.get(table.column("worker")[index] || null);
   const calls = time(tables.calls, "started_at");
   const call = choice("timeline-call") ?? "all";
   const [from, to] = call === "all" ? [-Infinity, Infinity] : [calls[call], calls[Number(call) + 1] ?? Infinity];
   const inside = (at) => at >= from - 1e-3 && at < to;
   const chosen = range(tasks.length).filter((index) => inside(read[index]));
   const gone = range(lost.length).filter((index) => inside(lostEnd[index]));
+  const first = new Map();
+  const workerOf = (table, index) => table.column("worker")[index] || null;
+  const begins = (worker, at) => first.set(worker, Math.min(first.get(worker) ?? Infinity, at));
+  for (const index of chosen) begins(workerOf(tasks, index), read[index]);
+  for (const index of gone) begins(workerOf(lost, index), lostStart[index] ?? lostEnd[index]);
+  const workers = [...first.keys()].sort((a, b) => (a === null) - (b === null) || first.get(a) - first.get(b));
+  const place = new Map(workers.map((name, index) => [name, index]));
+  const row = (table, index) => place.get(workerOf(table, index));
   const moments = [...chosen.map((i) => read[i]), ...gone.map((i) => lostStart[i] ?? lostEnd[i])];
   const origin = moments.reduce((least, at) => Math.min(least, at), Infinity);
   const last = [...chosen.map((i) => ended[i]), ...gone.map((i) => lostEnd[i])].reduce((a, b) => Math.max(a, b), origin);
@@ -291,7 +326,10 @@ function drawTimeline(width, theme) {
     return {
       type: "bar", orientation: "h", name, base, x: chosen.map((index) => took[index] / scale),
       y: chosen.map((index) => row(tasks, index) + shift), width: thin ? 0.14 : 0.56,
-      marker: { color, line: { width: 0 } },
+      marker: {
+        color, line: { width: 0 },
+        pattern: { shape: chosen.map((index) => (kind[index] === "curves" ? "/" : "")), fillmode: "overlay", fgcolor: theme.surface, size: 5 },
+      },
       text: chosen.map((index) => `layer ${layer[index]}, ${plain(group[index])}${kind[index] === "curves" ? ", curve" : ""}` +
         `<br>attempt ${attempt[index] ?? "unknown"}<br>${name}: ${shown(took[index])} s`),
       textposition: "none", hovertemplate: "%{text}<extra></extra>",
@@ -331,7 +369,7 @@ function drawTimeline(width, theme) {
     height: clamp(workers.length * 34, 60, 900) + 80,
     barmode: "overlay",
     showlegend: false,
-    xaxis: axis(theme, `time since the first start${call === "all" ? "" : " of this call"} (${unit})`, { rangemode: "tozero" }),
+    xaxis: axis(theme, `${width < 600 ? "time" : `time since the first start${call === "all" ? "" : " of this call"}`} (${unit})`, { rangemode: "tozero" }),
     yaxis: axis(theme, "", {
       tickvals: ticks, ticktext: ticks.map((index) => label(workers[index])), zeroline: false, showgrid: false,
       range: [workers.length - 0.4, -0.6],

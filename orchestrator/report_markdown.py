@@ -8,6 +8,7 @@ from typing import Any
 
 from orchestrator.markdown import figure, mib, template
 from orchestrator.report_data import ReportData
+from orchestrator.report_words import calls_in_words, model_name
 
 
 def render(data: ReportData) -> str:
@@ -19,19 +20,14 @@ def render(data: ReportData) -> str:
     text = template("report.md.jinja").render(
         data=data,
         summary=summary,
-        name=_name(summary["model"], summary["revision"]),
+        name=model_name(summary),
         facts=_facts(summary),
         quantity=_quantity,
         measured=_measured,
         time=_time,
-        base=lambda model: _name(model, None),
+        base=lambda model: PurePosixPath(model).name,
     )
     return text.rstrip() + "\n"
-
-
-def _name(model: str | None, revision: str | None) -> str | None:
-    """A Hub id as it is; of a path the last part, the rest is nobody else's business."""
-    return model if model is None or revision else PurePosixPath(model).name
 
 
 def _facts(summary: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -41,23 +37,36 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, Any]]:
         layers = f"{layers} of {summary['tasks']}"
     failed = f", {summary['failed']} failures" if summary["failed"] else ""
     nodes = f" on {len(summary['nodes'])} nodes" if len(summary["nodes"]) > 1 else ""
+    over = summary["state"] == "complete"
+    at = summary["ended_at"] if over else summary["last_result_at"]
     facts = [
-        ("source", summary["model"] and _name(summary["model"], summary["revision"])),
+        ("source", model_name(summary)),
         ("revision", summary["revision"]),
-        ("state", summary["state"]),
+        ("family", summary["family"]),
+        ("state", ": ".join(filter(None, (summary["state"], summary["state_reason"])))),
         ("layers", layers),
         ("method", summary["method"]),
         ("pattern", summary["pattern"]),
+        ("keep, as planned", figure(summary["keep"])),
         ("allocation", summary["allocation"]),
         ("relative error", figure(summary["relative_error"])),
-        ("wall time", _quantity(summary["seconds"], "seconds")),
+        ("wall time", _wall_time(summary)),
+        ("from first to last task", _quantity(summary["span_seconds"], "seconds")),
         ("time of all workers", _quantity(summary["worker_seconds"], "seconds")),
-        ("workers", f"{summary['workers']}{nodes}"),
+        ("executor", summary["executor"]),
+        ("worker processes", f"{summary['workers']}{nodes}"),
         ("hardware", ", ".join(summary["devices"])),
         ("retries", f"{summary['retried']}{failed}"),
-        ("finished at", _time(summary["ended_at"])),
+        ("calls that were killed", summary["killed_calls"] or None),
+        ("finished at" if over else "last result at", _time(at)),
     ]
     return [(what, value) for what, value in facts if value not in (None, "")]
+
+
+def _wall_time(summary: dict[str, Any]) -> str:
+    if not summary["calls"] or summary["seconds"] is None:
+        return ""
+    return f"{_quantity(summary['seconds'], 'seconds')} in {calls_in_words(summary)}"
 
 
 def _quantity(value: float | None, unit: str) -> str:

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import math
 import re
 import sys
 from html.parser import HTMLParser
@@ -12,22 +11,12 @@ from typing import Any
 
 import pytest
 from cli import lestd
-from manifests import at, call, evaluation, event, group, slices, write
+from manifests import at, call, evaluation, event, group, run_of, slices, write
 
 from orchestrator.report_data import gather
-from orchestrator.report_timeline import timeline
+from orchestrator.schemas import STAGES
 
 EVIL = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>"
-
-
-def run_of(directory: Path, layers: int = 6, done: int = 6, **tables: Any) -> Path:
-    """A run of which `done` layers of `layers` are finished, by two workers."""
-    given = {
-        "groups": [group(layer, 32, 8, 2) for layer in range(done)],
-        "slices": [row for layer in range(done) for row in slices(layer, 4, 2)],
-        "runs": [call(0, "complete" if done == layers else "interrupted", layers)],
-    }
-    return write(directory, **(given | tables))
 
 
 class Page(HTMLParser):
@@ -72,36 +61,63 @@ def table(page: Page, name: str) -> list[dict[str, Any]]:
     return [dict(zip(names, row, strict=True)) for row in zip(*found["data"], strict=True)]
 
 
-def test_the_summary_adds_up_what_the_rows_say(tmp_path: Path) -> None:
-    data = gather(str(run_of(tmp_path / "run")))
-    rows = [group(layer, 32, 8, 2) for layer in range(6)]
-    summary = data.summary
-    assert (summary["finished"], summary["tasks"], summary["state"]) == (6, 6, "complete")
-    assert summary["stored_bytes"] == sum(row["stored_bytes"] for row in rows)
-    assert summary["model_stored_bytes"] == 48 * 2**20 + summary["stored_bytes"]
-    error = sum(row["relative_error"] ** 2 * row["squared_norm"] for row in rows)
-    expected = math.sqrt(error / sum(row["squared_norm"] for row in rows))
-    assert summary["relative_error"] == pytest.approx(expected)
-    assert (summary["workers"], summary["nodes"]) == (2, ["node-0", "node-1"])
-    planned = {row["what"]: (row["planned"], row["actual"]) for row in data.planned}
-    assert planned["memory of a worker, at most"] == (4 * 2**30, 3 * 2**30)
-    assert planned["decomposing, all workers"] == (900.0, sum(29 + n % 5 for n in range(6)))
-    [q, k, *_] = data.projections
-    heads = [row for layer in range(6) for row in slices(layer, 4, 2) if row["projection"] == "q"]
-    assert (q["projection"], q["slices"], k["slices"]) == ("q", 24, 12)
-    assert q["core_bytes"] == pytest.approx(sum(row["core_bytes"] for row in heads))
-    error = sum(2 * row["relative_error"] ** 2 for row in heads)
-    assert q["relative_error"] == pytest.approx(math.sqrt(error / 48))
-
-
 @pytest.mark.parametrize("killed", [True, False])
 def test_an_unfinished_run_says_how_far_it_is(tmp_path: Path, killed: bool) -> None:
     runs = [call(0, "running" if killed else "failed", 40)]
     run = run_of(tmp_path / "out.run", 40, 12, runs=runs)
     page = report(run, tmp_path / "page.html")
     assert "12 of 40 layers done" in page.text
-    assert ("it was killed" in page.text) == killed
+    assert ("the last call was killed" in page.text) == killed
     assert "known when all layers are done" in page.text
+
+
+def test_a_call_that_was_killed_is_counted_and_has_no_time(tmp_path: Path) -> None:
+    """Killed after 200 s; the same again a day later, which took 300 s."""
+    day = 86_400
+    groups = [group(layer, 32, 8, 2) for layer in range(2)]
+    groups += [group(n, 32, 8, 2, started_at=at(day + 50 * n), worker="n:1") for n in range(2, 6)]
+    times = {"started_at": at(day), "ended_at": at(day + 300), "seconds_assemble": 20.0}
+    runs = [call(0, "running", 6), call(1, "complete", 6, **times)]
+    run = run_of(tmp_path / "run", groups=groups, runs=runs)
+    data = gather(str(run))
+    assert [one["state"] for one in data.calls] == ["killed", "complete"]
+    summary = data.summary
+    assert (summary["calls"], summary["ended_calls"], summary["killed_calls"]) == (2, 1, 1)
+    assert summary["seconds"] == 300.0
+    # Layer 2 begins at 100 s of the second call; layer 5 at 250 s, and it takes 34 s.
+    parts = {row["part"]: row["seconds"] for row in data.wall}
+    last = sum(group(5, 32, 8, 2)[f"seconds_{stage}"] for stage in STAGES)
+    assert parts == pytest.approx({"tasks": 150 + last, "assemble": 20, "rest": 130 - last})
+    page = report(run, tmp_path / "page.html")
+    assert "wall time of 1 call that ended; 1 has no end" in page.text
+    assert "nothing was lost" not in page.text
+    assert "1 call was killed" in page.text
+    assert "Of 300.0 s wall time" in page.text
+
+
+@pytest.mark.parametrize("table_name", ["groups", "slices"])
+def test_a_complete_run_that_lost_rows_is_incomplete(tmp_path: Path, table_name: str) -> None:
+    module = json.dumps({"modules": {"self_attn": {"slices": 12}}})
+    groups = [group(layer, 32, 8, 2, format=module) for layer in range(6)]
+    given = {"groups": groups, "slices": [row for n in range(6) for row in slices(n, 4, 2)]}
+    assert gather(str(run_of(tmp_path / "whole", **given))).summary["state"] == "complete"
+    given[table_name] = [row for row in given[table_name] if row["layer"] != 4]
+    run = run_of(tmp_path / "run", **given)
+    bad = run / "manifest" / table_name / "bad.parquet"
+    bad.parent.mkdir()
+    bad.write_bytes(b"hello")
+    said = "1 layer's row is damaged; run the same lestd compress again"
+    summary = gather(str(run)).summary
+    assert (summary["state"], summary["state_reason"]) == ("incomplete", said)
+    page = report(run, tmp_path / "page.html")
+    assert f"incomplete: {said}" in page.text
+    out = tmp_path / "report.md"
+    finished = lestd("report", run, "--format", "md", "--out", out)
+    assert f"{bad} is left out" in finished.err
+    text = out.read_text(encoding="utf-8")
+    assert f"incomplete: {said}" in text
+    assert f"- run/manifest/{table_name}/bad.parquet" in text
+    assert str(tmp_path) not in text
 
 
 def test_a_run_without_a_finished_layer_has_a_page(tmp_path: Path) -> None:
@@ -121,55 +137,36 @@ def test_manifests_of_the_first_format_have_a_report(tmp_path: Path, kind: str) 
     assert "not recorded in this manifest" in page.text
 
 
-def test_a_group_that_was_encoded_twice_counts_once(tmp_path: Path) -> None:
-    again = group(2, 32, 8, 2, task_id="again", started_at=at(500), stored_bytes=7)
-    groups = [*(group(layer, 32, 8, 2) for layer in range(6)), again]
-    data = gather(str(run_of(tmp_path / "run", groups=groups)))
-    assert [row["layer"] for row in data.layers] == list(range(6))
-    assert data.layers[2]["stored_bytes"] == 7
-    assert not [row for row in data.heads if row["layer"] == 2]  # Those are of the other encoding.
-    assert len(data.timeline) == 7
+def test_evaluations_say_what_they_were_measured_on(tmp_path: Path) -> None:
+    def judged(windows: int, seconds: float, value: float, **more: Any) -> list[dict[str, Any]]:
+        settings = {"text": "t.txt", "windows": windows, "window": 512} | more.pop("settings", {})
+        more |= {"settings": json.dumps(settings), "samples": windows, "tokens": windows * 511}
+        names = {"at": at(seconds), "evaluation_id": f"{seconds}", **more}
+        return [
+            evaluation(False, "ppl", 40.0, **names),
+            evaluation(True, "ppl", value, **names),
+        ]
 
-
-def test_a_worker_computes_one_task_at_a_time(tmp_path: Path) -> None:
-    """Three tasks that are read at once are computed one after the other."""
-    groups = [group(n, 32, 8, 1, started_at=at(2.0 * n)) for n in range(3)]
-    rows = timeline(groups, [])
-    seconds = [
-        {name: (row[name] - at(0)).total_seconds() for name in row if "_at" in name} for row in rows
-    ]
-    # 2 s of reading; 29, 30 and 31 s of computing; 3 s of writing.
-    assert [one["read_at"] for one in seconds] == [0, 2, 4]
-    assert [one["computed_at"] for one in seconds] == [2, 31, 61]
-    assert [one["written_at"] for one in seconds] == [31, 61, 92]
-    assert [one["ended_at"] for one in seconds] == [34, 64, 95]
-
-
-def test_lost_attempts_have_their_start_their_end_and_their_reason(tmp_path: Path) -> None:
-    events = [
-        event(3, "started", 5, worker="node-1:7"),
-        event(31, "retried", 5, error_type="WorkerDied", message="the worker died"),
-        event(33, "started", 5, attempt=2),
-        event(90, "failed", 9, error_type="NodeLost", message="gave up", attempt=3),
-    ]
-    data = gather(str(run_of(tmp_path / "run", events=events)))
-    one, other = data.lost
-    assert (one["started_at"], one["at"], one["worker"]) == (at(3), at(31), "node-1:7")
-    assert (one["layer"], one["error_type"]) == (5, "WorkerDied")
-    assert (other["started_at"], other["kind"], other["worker"]) == (None, "failed", None)
-    assert (data.summary["retried"], data.summary["failed"]) == (1, 1)
-
-
-def test_the_latest_evaluation_of_each_side_is_compared(tmp_path: Path) -> None:
+    shots = {"task": "arc", "samples": 1172, "fewshot": 25, "at": at(0)}
     rows = [
-        evaluation(False, "ppl", 50.0, at=at(1), evaluation_id="old"),
-        evaluation(False, "ppl", 40.0, at=at(2)),
-        evaluation(True, "ppl", 44.0, at=at(3)),
-        evaluation(True, "ppl", 60.0, at=at(4), settings='{"window": 9}', evaluation_id="other"),
+        *(evaluation(compressed, "acc", 0.5, **shots) for compressed in (False, True)),
+        *judged(718, 1, 44.0),
+        *judged(20, 2, 60.0),
+        *judged(718, 3, 45.0, model_id="made anew"),
+        *judged(20, 4, 61.0, settings={"threads": 8}),
     ]
-    found = gather(str(run_of(tmp_path / "run", evaluations=rows))).evaluations
-    assert [(row["before"], row["after"]) for row in found] == [(40.0, 44.0), (None, 60.0)]
-    assert found[0]["change"] == pytest.approx(0.1)
+    run = run_of(tmp_path / "run", evaluations=rows)
+    data = gather(str(run))
+    twenty = "t.txt, the first 20 windows of 512 tokens, 10,220 tokens predicted"
+    assert [(row["measured_on"], row["after"]) for row in data.evaluations] == [
+        ("1,172 samples, 25-shot", 0.5),
+        ("t.txt, the first 718 windows of 512 tokens, 366,898 tokens predicted", 45.0),
+        (f"{twenty}, threads null", 60.0),
+        (f"{twenty}, threads 8", 61.0),
+    ]
+    card = report(run, tmp_path / "page.html").text.partition("In short")[0]
+    assert "61.0000" in card
+    assert twenty in card
 
 
 def test_a_run_directory_tells_of_the_evaluations_of_its_model(tmp_path: Path) -> None:
@@ -191,7 +188,9 @@ def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path: Path) -> None:
     bad = run / "manifest" / "groups" / "bad.parquet"
     bad.parent.mkdir()
     bad.write_bytes(b"hello")
-    page = report(run, tmp_path / "page.html")
+    finished = lestd("report", run, "--out", tmp_path / "page.html")
+    assert f"{bad} is left out: " in finished.err
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert str(bad) in page.text
     assert "6 of 6 layers done" in page.text
 

@@ -132,8 +132,10 @@ def test_what_happened_and_what_was_measured_is_told(out: Path) -> None:
         "before_model": "/home/me/dense",
         "after_model": "/home/me/o|ut",
     }
+    metric |= {"measured_on": "t|xt, the first 20 windows"}
     accuracy = metric | {"metric": "acc", "filter": "strict", "fewshot": 5, "before": 0.5}
     accuracy |= {"after": None, "after_model": None, "before_stderr": 0.03, "change": None}
+    accuracy |= {"measured_on": "5-shot"}
     data = gather(str(out))
     told = {"model": "/home/me/some-model", "state": "running", "tasks": 9, "retried": 1}
     data = replace(
@@ -141,15 +143,15 @@ def test_what_happened_and_what_was_measured_is_told(out: Path) -> None:
         summary=data.summary | told | {"nodes": ["a", "b"], "ended_at": None},
         lost=[lost],
         evaluations=[metric, accuracy],
-        damaged=[{"path": "m/x|.parquet", "reason": "it is *not* Parquet"}],
+        damaged=[{"path": "/home/me/m", "name": "m/x|.parquet", "reason": "it is *not* Parquet"}],
     )
     text = render(data)
     assert "/home/me" not in text
     found = tables(text)
-    facts = dict(found["some-model, compressed with LeSTD"][1:])
-    assert facts["source"] == "some-model"
+    facts = dict(found["me/some-model, compressed with LeSTD"][1:])
+    assert facts["source"] == "me/some-model"
     assert facts["layers"] == "2 of 9"
-    assert facts["workers"] == "1 on 2 nodes"
+    assert facts["worker processes"] == "1 on 2 nodes"
     assert facts["retries"] == "1"
     assert "finished at" not in facts
     assert "the layers that are finished" in text
@@ -157,9 +159,10 @@ def test_what_happened_and_what_was_measured_is_told(out: Path) -> None:
         *("2026-01-02 03:04 UTC", "t1", "1", "retried", "NodeLost"),
         " ".join(NASTY.split()),
     ]
+    told_of = "t|xt, the first 20 windows"
     assert found["Evaluation"][1:] == [
-        ["wiki|text", "word_perplexity", "", "o|ut", "20.0000", "25.0000", "+25.00%"],
-        ["wiki|text", "acc, strict", "5", "dense", "0.5000 ± 0.0300", "", ""],
+        ["wiki|text", "word_perplexity", told_of, "o|ut", "20.0000", "25.0000", "+25.00%"],
+        ["wiki|text", "acc, strict", "5-shot", "dense", "0.5000 ± 0.0300", "", ""],
     ]
     assert "m/x\\|.parquet: it is \\*not\\* Parquet" in text
 
