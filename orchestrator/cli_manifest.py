@@ -162,7 +162,7 @@ def report(
         report_html.require_plotly()
     data = gather(run)
     for bad in data.damaged:
-        logs.log("damaged", f"{bad['path']} is left out: {bad['reason']}", path=bad["path"])
+        logs.damaged(bad["path"], bad["reason"])
     render = report_html.render if format is ReportFormat.html else report_markdown.render
     content = render(data).encode()
     atomic_write(target, lambda file: file.write(content))

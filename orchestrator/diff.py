@@ -14,7 +14,8 @@ from typing import Any
 
 from orchestrator.assemble import about_model
 from orchestrator.manifest import Manifest, read_json
-from orchestrator.report_data import ReportData, gather
+from orchestrator.report_data import ReportData, gather, root_ratio
+from orchestrator.report_quality import SAME_QUESTION
 from orchestrator.report_timeline import stage_seconds
 from orchestrator.schemas import COMPUTING_STAGES, STAGES
 from workers.checkpoint import INDEX_FILE
@@ -27,7 +28,6 @@ WALL_TIME = "wall time"
 WORKERS = "worker processes"
 """Those that finished a task, over all calls: one that died and was replaced counts too."""
 _OF_A_CALL = ("model", "revision", "family", "executor")
-_SAME_QUESTION = ("task", "task_version", "metric", "filter", "fewshot", "settings", "dtype")
 _OF_A_LAYER = ("dense_bytes", "stored_bytes", "relative_error", "R1", "R2", "R3", "density")
 
 
@@ -251,7 +251,7 @@ def _model_stored_bytes(side: _Side) -> int | None:
 def _errors(side: _Side, common: Sequence[str]) -> list[tuple[str, str, Any]]:
     rows = side.chosen(common)
     figures = [
-        ("all projections", "", _relative([(r["squared_error"], r["squared_norm"]) for r in rows]))
+        ("all projections", "", root_ratio([(r["squared_error"], r["squared_norm"]) for r in rows]))
     ]
     heads = [row for row in side.data.heads if row["group"] in set(common)]
     for projection in dict.fromkeys(row["projection"] for row in heads):
@@ -260,17 +260,8 @@ def _errors(side: _Side, common: Sequence[str]) -> list[tuple[str, str, Any]]:
             (error and norm and error**2 * norm, norm)
             for error, norm in ((row["relative_error"], row["squared_norm"]) for row in own)
         ]
-        figures.append((projection, "", _relative(pairs)))
+        figures.append((projection, "", root_ratio(pairs)))
     return figures
-
-
-def _relative(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
-    """``sqrt(sum of squared errors / sum of squared norms)``; None where one is not known."""
-    known = [(error, norm) for error, norm in pairs if error is not None and norm is not None]
-    norm = math.fsum(norm for _, norm in known)
-    if len(known) < len(pairs) or not norm:
-        return None
-    return math.sqrt(math.fsum(error for error, _ in known) / norm)
 
 
 def _seconds(side: _Side, common: Sequence[str], clocked: bool) -> list[tuple[str, str, Any]]:
@@ -310,13 +301,13 @@ def _quality(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
         measured = [row for row in rows if row["after"] is not None]
         # Of several models that one run was evaluated as, or the same one again, the latest.
         measured.sort(key=lambda row: str(row["at"] or ""))
-        sides.append({tuple(row[key] for key in _SAME_QUESTION): row for row in measured})
+        sides.append({tuple(row[key] for key in SAME_QUESTION): row for row in measured})
     found = []
     for key, before in sides[0].items():
         if (after := sides[1].get(key)) is not None:
             errors = [before["after_stderr"], after["after_stderr"]]
             found.append(
-                dict(zip(_SAME_QUESTION, key, strict=True))
+                dict(zip(SAME_QUESTION, key, strict=True))
                 | _pair(before["after"], after["after"])
                 | {
                     "stderr": None if None in errors else math.hypot(*errors),

@@ -224,9 +224,7 @@ def _summary(
         "model_bytes": last.get("model_bytes"),
         "untouched_bytes": untouched,
         "model_stored_bytes": untouched + stored if whole and untouched is not None else None,
-        "relative_error": _root_ratio(
-            (row["squared_error"], row["squared_norm"]) for row in groups
-        ),
+        "relative_error": root_ratio((row["squared_error"], row["squared_norm"]) for row in groups),
     }
 
 
@@ -234,7 +232,7 @@ def _seconds(row: Row, stages: Iterable[str]) -> float:
     return math.fsum(row[f"seconds_{stage}"] or 0.0 for stage in stages)
 
 
-def _root_ratio(pairs: Iterable[tuple[float | None, float | None]]) -> float | None:
+def root_ratio(pairs: Iterable[tuple[float | None, float | None]]) -> float | None:
     """sqrt(sum of the first / sum of the second); None where a value or any weight is missing."""
     above, below = 0.0, 0.0
     for one, other in pairs:

@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 Row = dict[str, Any]
-_ALIKE = ("task", "task_version", "metric", "filter", "fewshot", "settings", "dtype")
+SAME_QUESTION = ("task", "task_version", "metric", "filter", "fewshot", "settings", "dtype")
+"""Columns in which measurements agree that may be held against each other."""
 _NEVER = datetime.min.replace(tzinfo=UTC)
 _DIGITS_OF_A_HASH = 8
 
@@ -29,7 +30,7 @@ def before_and_after(rows: Sequence[Row]) -> list[Row]:
     """
     latest: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
-        models = latest.setdefault(tuple(row[name] for name in _ALIKE), {})
+        models = latest.setdefault(tuple(row[name] for name in SAME_QUESTION), {})
         name = str(row["model"]) if row["compressed"] else ""
         for other in [key for key, known in models.items() if key and name and _same(known, row)]:
             del models[other]  # The same model, which lies elsewhere by now.
@@ -41,7 +42,10 @@ def before_and_after(rows: Sequence[Row]) -> list[Row]:
             one = after or before
             old, new = before.get("value"), after.get("value")
             found.append(
-                {name: one[name] for name in (*_ALIKE, "higher_is_better", "samples", "tokens")}
+                {
+                    name: one[name]
+                    for name in (*SAME_QUESTION, "higher_is_better", "samples", "tokens")
+                }
                 | {
                     "before": old,
                     "after": new,
