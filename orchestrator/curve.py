@@ -148,11 +148,11 @@ def save_curve(points: Sequence[Point], title: str, path: Path) -> None:
         for place, quality in enumerate(dense.quality)
         if quality.main and (quality.task, quality.metric) != (TEXT_TASK, "word_perplexity")
     ]
-    columns = min(len(shown), _PANELS_IN_A_ROW)
-    rows = -(-len(shown) // columns)
+    rows = -(-len(shown) // _PANELS_IN_A_ROW)
+    columns = -(-len(shown) // rows)
     wide = 6.4 if columns == 1 else 4.2 * columns
     figure = Figure(figsize=(wide, 4.2 if rows == 1 else 3.4 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, place in zip(panels, shown, strict=False):
         _draw(axes, points, place)
     for axes in panels[len(shown) :]:
@@ -176,15 +176,14 @@ def _draw(axes: Any, points: Sequence[Point], place: int) -> None:
     axes.plot([whole], [quality.value], "s", color="0.4")
     for x, y, point in zip(sizes, values, compressed, strict=True):
         axes.annotate(f"keep {point.keep:g}", (x, y), (5, 3), textcoords="offset points")
-    # On that side of the line where the others should not be.
-    above = bool(quality.higher_is_better)
+    # Below its line: the names of the others are above their points.
     axes.annotate(
         f"dense, {quality.value:.4g}",
         (whole, quality.value),
-        (0, 6 if above else -6),
+        (0, -6),
         textcoords="offset points",
         ha="right",
-        va="bottom" if above else "top",
+        va="top",
     )
     axes.margins(x=0.1, y=0.15)
     axes.set_ylabel(quality.title + {True: " ↑", False: " ↓", None: ""}[quality.higher_is_better])

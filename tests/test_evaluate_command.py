@@ -117,7 +117,8 @@ def test_models_of_other_tokens_have_no_paired_error(text_file: Path, copied_mod
 
 
 def test_a_killed_evaluation_continues(tmp_path: Path) -> None:
-    text = EXAMPLE / "wikitext-2-test.txt"
+    text = tmp_path / "text.txt"
+    text.write_bytes((EXAMPLE / "wikitext-2-test.txt").read_bytes()[:40_000])
     options = ("--text", text, "--window", 64, "--max-windows", 120, "--executor", "serial")
     options = ("evaluate", MODEL, *options, "--json", "--run-dir")
 

@@ -78,9 +78,15 @@ def results(out: Path) -> dict[Path, int]:
     return {path: path.stat().st_ino for path in rows | set(out.glob("evaluations/*/pieces/*"))}
 
 
+def beginning(text: Path, size: int, path: Path) -> Path:
+    """The first bytes of a text."""
+    path.write_bytes(text.read_bytes()[:size])
+    return path
+
+
 def test_the_whole_command(tiny_llama: Path, wikitext: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    judged = ("--text", wikitext, *FEW, *TASKS, *SERIAL)
+    judged = ("--text", beginning(wikitext, 4000, tmp_path / "text.txt"), *FEW, *TASKS, *SERIAL)
     first = lestd(*sweep(tiny_llama, out, *judged, "--json"))
     assert first.code == 0, first.err
     found = json.loads(first.out)
@@ -146,8 +152,7 @@ def test_the_whole_command(tiny_llama: Path, wikitext: Path, tmp_path: Path) -> 
     assert results(out) == before
     assert again.err.count("4 of 4 windows were finished before") == len(models)
     # Of another text only the evaluation is new.
-    text = tmp_path / "short.txt"
-    text.write_bytes(wikitext.read_bytes()[:3000])
+    text = beginning(wikitext, 3000, tmp_path / "short.txt")
     other = lestd(*sweep(tiny_llama, out, "--text", text, *FEW, *TASKS, *SERIAL))
     assert other.code == 0, other.err
     assert "tasks were finished before" in other.err
