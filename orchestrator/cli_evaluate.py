@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,64 +16,57 @@ from orchestrator.app import app
 from orchestrator.logs import LogFormat
 from orchestrator.options import (
     Address,
+    BatchSize,
     ClusterFile,
     ComputeDtype,
+    Data,
     DeviceOption,
     ExecutorOption,
+    Fewshot,
+    IncludePath,
     Json,
+    Limit,
     LogFormatOption,
     MaxWindows,
+    Tasks,
+    Text,
     Threads,
     Window,
     Workers,
 )
 from workers.files import as_path
 
+if TYPE_CHECKING:  # It imports lm_eval.
+    from orchestrator.judging import Examination
+
+_BELONG = {
+    "text": ("window", "max_windows"),
+    "tasks": ("data", "include_path", "limit", "fewshot", "batch_size", "log_samples"),
+}
+
 
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Directory of a compressed or a dense model.")],
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text to predict.")] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(help="Tasks of lm-eval, with commas between them; needs lestd[eval]."),
-    ] = None,
+    text: Text = None,
+    tasks: Tasks = None,
     against: Annotated[
         Path | None, typer.Option(help="A second model, usually the dense one, to compare with.")
     ] = None,
     window: Window = None,
     max_windows: MaxWindows = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Directory of local data for wikitext, mathqa, gsm8k, truthfulqa_mc1 and _mc2.",
-            show_default="the Hub",
-        ),
-    ] = None,
-    include_path: Annotated[
-        Path | None, typer.Option(help="Directory of more lm-eval task files.")
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="Only the first documents of each task.", show_default="all"),
-    ] = None,
-    fewshot: Annotated[
-        int | None,
-        typer.Option(min=0, help="Examples before a question.", show_default="each task's own"),
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Requests of tasks at once; 1 gives lm-eval's digits.", show_default="1"
-        ),
-    ] = None,
+    data: Data = None,
+    include_path: IncludePath = None,
+    limit: Limit = None,
+    fewshot: Fewshot = None,
+    batch_size: BatchSize = None,
     log_samples: Annotated[
         bool, typer.Option("--log-samples", help="Keep what was asked and answered, in RUN_DIR.")
     ] = False,
     run_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Where finished parts of tasks are kept.",
+            help="Where finished parts are kept.",
             show_default="MODEL.eval, beside MODEL",
             parser=as_path,
         ),
@@ -97,23 +91,18 @@ def evaluate(
 ) -> None:
     """Measure perplexity over non-overlapping windows of a text, or judge by tasks of lm-eval.
 
-    Run the same command again to continue tasks that were interrupted.
+    Run the same command again to continue what was interrupted.
     """
     given = dict(locals())
     if text is None and tasks is None:
         raise LestdError("there is nothing to evaluate; give --text FILE, --tasks NAMES or both")
-    _refuse_unused(given, "text", ("window", "max_windows"))
-    _refuse_unused(
-        given, "tasks", ("data", "include_path", "limit", "fewshot", "batch_size", "log_samples")
-    )
-    if tasks is not None and find_spec("lm_eval") is None:
-        raise LestdError('--tasks needs lm_eval, which is not installed; pip install "lestd[eval]"')
+    refuse_unused(given)
     from orchestrator.config import cluster_options
+    from orchestrator.evaluated import describe_evaluations, evaluate_models, print_evaluations
     from orchestrator.executor import open_executor
     from orchestrator.manifest import default_evaluation_dir
-    from orchestrator.recording import manifest_of_evaluations, open_models
+    from orchestrator.recording import manifest_of_evaluations, open_models, record
     from orchestrator.submit import jobs_address, run_as_job
-    from orchestrator.summary import describe_evaluations, evaluate_models, print_evaluations
 
     logs.use(log_format)
     cluster_config = cluster_options(cluster, executor=executor, workers=workers, address=address)
@@ -121,39 +110,33 @@ def evaluate(
         raise typer.Exit(run_as_job(jobs, "evaluate", given, cluster_config))
     opened = open_models([model] if against is None else [against, model], window)
     run_dir = run_dir or default_evaluation_dir(model)
-    manifest = manifest_of_evaluations(model, run_dir)
+    keep = partial(record, manifest=manifest_of_evaluations(model, run_dir))
     common: dict[str, Any] = {"dtype": dtype, "device": device or "auto", "threads": threads or 1}
     common["gpus"] = gpus or 1
-    examination: Any = None
-    if tasks is not None:
-        from orchestrator.judging import JudgeSettings, open_examination
-        from workers.judge_tasks import TaskSource
-
-        names = tuple(filter(None, (name.strip() for name in tasks.split(","))))
-        local = None if data is None else str(data.absolute())
-        included = None if include_path is None else str(include_path.absolute())
-        source = TaskSource(local, included, fewshot, limit)
-        examination = open_examination(JudgeSettings(names, source, batch_size or 1, **common))
+    examination = None if tasks is None else examine(given, common)
     evaluations, judged = [], []  # type: list[Any], list[Any]
     try:
         with open_executor(cluster_config) as runner:
             if text is not None:
                 settings = {**common, "max_windows": max_windows}
-                evaluations = evaluate_models(opened, text, runner, settings, manifest)
-            if tasks is not None:
+                evaluations = evaluate_models(opened, text, runner, run_dir, keep, settings)
+            if examination is not None:
                 from orchestrator.judged import judge_models
 
-                judged = judge_models(opened, examination, runner, run_dir, manifest, log_samples)
+                judged = judge_models(opened, examination, runner, run_dir, keep, log_samples)
     except KeyboardInterrupt:
-        kept = f"; what was finished is kept in {run_dir}: run the same command again to continue"
-        logs.log("message", "interrupted" + (kept if tasks is not None else ""))
+        logs.log(
+            "message",
+            f"interrupted; what was finished is kept in {run_dir}: run the same command again to "
+            "continue",
+        )
         raise typer.Exit(130) from None
     shown: dict[str, Any] = {}
     if evaluations:
         shown |= describe_evaluations(evaluations)
         if not json:
             print_evaluations(evaluations)
-    if judged:
+    if examination is not None:
         from orchestrator.judged import describe_judgements, print_judgements
 
         shown["judgements"] = describe_judgements(judged, examination)
@@ -163,11 +146,39 @@ def evaluate(
         tables.print_json(shown)
 
 
-def _refuse_unused(given: dict[str, Any], needed: str, options: Sequence[str]) -> None:
-    """What belongs to one way of judging must not be ignored in the other."""
-    unused = [name for name in options if given[name] not in (None, False)]
-    if given[needed] is None and unused:
-        raise LestdError(
-            f"--{unused[0].replace('_', '-')} belongs to --{needed}, which is not given; give both "
-            "or neither"
-        )
+def refuse_unused(given: Mapping[str, Any]) -> None:
+    """Refuse what belongs to one way of judging and would be ignored in the other.
+
+    Args:
+        given: the options.
+
+    Raises:
+        LestdError: there is such an option, or lm_eval is needed and not installed.
+    """
+    for needed, options in _BELONG.items():
+        unused = [name for name in options if given.get(name) not in (None, False)]
+        if given[needed] is None and unused:
+            raise LestdError(
+                f"--{unused[0].replace('_', '-')} belongs to --{needed}, which is not given; give "
+                "both or neither"
+            )
+    if given["tasks"] is not None and find_spec("lm_eval") is None:
+        raise LestdError('--tasks needs lm_eval, which is not installed; pip install "lestd[eval]"')
+
+
+def examine(given: Mapping[str, Any], common: dict[str, Any]) -> Examination:
+    """The tasks of a command's options; `common` are settings that options do not decide alone.
+
+    Raises:
+        LestdError: see `open_examination`.
+    """
+    from orchestrator.judging import JudgeSettings, open_examination
+    from workers.judge_tasks import TaskSource
+
+    names = tuple(filter(None, (name.strip() for name in given["tasks"].split(","))))
+    local, included = (
+        None if given[name] is None else str(given[name].absolute())
+        for name in ("data", "include_path")
+    )
+    source = TaskSource(local, included, given["fewshot"], given["limit"])
+    return open_examination(JudgeSettings(names, source, given["batch_size"] or 1, **common))

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lestd_kernels.errors import LestdError
 from orchestrator import logs
 from orchestrator.app import app
+from orchestrator.cli_evaluate import examine, refuse_unused
 from orchestrator.logs import LogFormat
 from orchestrator.options import (
     Address,
     AllocationOption,
+    BatchSize,
     ClusterFile,
     ComputeDtype,
     ConfigFile,
+    Data,
     DeviceOption,
     Exclude,
     ExecutorOption,
+    Fewshot,
     Include,
+    IncludePath,
     Json,
+    Limit,
     LogFormatOption,
     MaxFlops,
     MaxWindows,
@@ -31,6 +37,8 @@ from orchestrator.options import (
     PatternOption,
     Revision,
     ScopeOption,
+    Tasks,
+    Text,
     Threads,
     TypeModeOption,
     Window,
@@ -50,14 +58,12 @@ def sweep(
         ),
     ],
     model: Model = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(help="UTF-8 text to predict; without it nothing is judged or drawn."),
-    ] = None,
+    text: Text = None,
+    tasks: Tasks = None,
     plot: Annotated[
         Path | None,
         typer.Option(
-            help="Draw size against perplexity to this .png or .svg; needs matplotlib.",
+            help="Draw size against quality to this .png or .svg; needs matplotlib.",
             show_default="DIR/sweep.png",
         ),
     ] = None,
@@ -73,6 +79,11 @@ def sweep(
     config: ConfigFile = None,
     window: Window = None,
     max_windows: MaxWindows = None,
+    data: Data = None,
+    include_path: IncludePath = None,
+    limit: Limit = None,
+    fewshot: Fewshot = None,
+    batch_size: BatchSize = None,
     dtype: ComputeDtype = "auto",
     device: DeviceOption = None,
     threads: Threads = None,
@@ -89,11 +100,18 @@ def sweep(
     """Compress a model to several sizes and judge each. The same command again continues.
 
     Size against quality, with the dense model as the line to beat. The weights are read, and Stage
-    I is done, once for all sizes.
+    I is done, once for all sizes. Without --text and --tasks nothing is judged or drawn.
     """
     given = dict(locals())
+    judged = text is not None or tasks is not None
+    if plot is not None and not judged:
+        raise LestdError(
+            "--plot draws size against quality; give --text or --tasks, or leave --plot out"
+        )
+    refuse_unused(given)
     from orchestrator.bench import check_plot
     from orchestrator.config import RunFile, cluster_options, run_options
+    from orchestrator.curve import print_sweep, save_curve
     from orchestrator.executor import open_executor
     from orchestrator.manifest import default_run_dir
     from orchestrator.source import resolve_source
@@ -102,10 +120,9 @@ def sweep(
     from orchestrator.sweep import (
         check_judgeable,
         compress_keeps,
+        judge_keeps,
         model_dir,
         parse_keeps,
-        print_sweep,
-        save_curve,
         sweep_points,
     )
 
@@ -119,18 +136,16 @@ def sweep(
         raise typer.Exit(run_as_job(jobs, "sweep", given | {"model": name}, cluster_config))
 
     source = resolve_source(name, revision)
-    if text is not None:
+    first = next(iter(configs.values()))
+    common = {"dtype": dtype, "device": first.device, "threads": first.threads}
+    examination = None if tasks is None else examine(given, common)
+    if judged:
         check_judgeable(source, text, window)
         if plot is None and importlib.util.find_spec("matplotlib") is not None:
             plot = out / "sweep.png"
-    elif plot is not None:
-        raise LestdError("--plot draws size against perplexity; give --text, or leave --plot out")
     out.mkdir(parents=True, exist_ok=True)
     if plot is not None:
         check_plot(plot)
-    settings = {"window": window, "max_windows": max_windows, "dtype": dtype}
-    first = next(iter(configs.values()))
-    settings |= {"device": first.device, "threads": first.threads}
     try:
         with open_executor(cluster_config) as runner:
             outcomes = compress_keeps(source, configs, runner, out, fresh=fresh)
@@ -140,13 +155,26 @@ def sweep(
                 print_outcome(outcome, directory, default_run_dir(directory), json=False)
             if failed:
                 raise typer.Exit(1)
-            points = sweep_points(source, outcomes, out, text, runner, settings)
+            qualities: list[Any] = [() for _ in (None, *outcomes)]
+            if judged:
+                qualities = judge_keeps(
+                    source.directory,
+                    list(outcomes),
+                    out,
+                    runner,
+                    text=text,
+                    window=window,
+                    settings={**common, "max_windows": max_windows},
+                    examination=examination,
+                )
     except KeyboardInterrupt:
         logs.log(
             "message",
             f"interrupted; what is done is kept in {out}: run the same command again to continue",
         )
         raise typer.Exit(130) from None
+    points = sweep_points(source, outcomes, out, qualities)
     if plot is not None:
         save_curve(points, f"{name}, {first.method}", plot)
-    print_sweep(points, text, plot, json)
+    asked = {"text": text and str(text), "tasks": tasks, "plot": plot and str(plot)}
+    print_sweep(points, asked, json)

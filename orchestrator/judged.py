@@ -1,10 +1,7 @@
 """Several models judged by the same tasks: progress, comparison, and what is shown.
 
 The standard error of a difference is paired: both models answered the same documents, and most of
-what makes documents differ is in both figures. It is the jackknife's,
-
-    SE^2 = (n - 1) / n * sum_i (d_i - mean(d))^2,    d_i = difference of the figures without i,
-
+what makes documents differ is in both figures. It is the jackknife's (`orchestrator.evaluated`),
 which for means, accuracies for instance, is the standard deviation of the documents' differences
 over sqrt(n), and which perplexities, being no means, have as well.
 """
@@ -20,13 +17,13 @@ from typing import Any
 from lm_eval.api.metrics import bits_per_byte, mean, perplexity, weighted_perplexity
 
 from orchestrator import logs, tables
+from orchestrator.evaluated import jackknife_stderr
 from orchestrator.evaluation import EvaluationModel
-from orchestrator.executor import Event, Executor
+from orchestrator.executor import Executor
 from orchestrator.judging import Examination, judge
 from orchestrator.judging_figures import Judgement
-from orchestrator.manifest import Manifest
-from orchestrator.meter import Meter
-from orchestrator.recording import ModelFacts, record
+from orchestrator.progress import PieceProgress
+from orchestrator.recording import ModelFacts
 from workers.files import AnyPath
 
 
@@ -35,10 +32,18 @@ def judge_models(
     examination: Examination,
     executor: Executor,
     run_dir: AnyPath,
-    manifest: Manifest,
+    record: Callable[[Sequence[dict[str, Any]]], None],
     log_samples: bool = False,
 ) -> list[list[Judgement]]:
     """Judge models one after the other, with progress, and record what is found.
+
+    Args:
+        models: the models.
+        examination: the tasks.
+        executor: who runs the workers.
+        run_dir: see `judge`.
+        record: called with the rows of each task of each model.
+        log_samples: see `judge`.
 
     Returns:
         Of each model, its judgements: those of the tasks in their order, then those of groups.
@@ -48,17 +53,17 @@ def judge_models(
     """
     judged = []
     for model, facts in models:
-        with Meter(f"judge {model.directory.name}", "samples") as meter:
+        with PieceProgress(f"judge {model.directory.name}", "samples") as shown:
             found = judge(
                 model,
                 facts,
                 examination,
                 executor,
                 run_dir,
-                record=lambda rows: record(rows, manifest),
+                record=record,
                 log_samples=log_samples,
-                progress=meter.update,
-                on_event=_Shown(meter),
+                progress=shown.update,
+                on_event=shown.on_event,
             )
         for one in found:
             if one.cut:
@@ -70,24 +75,6 @@ def judge_models(
                 )
         judged.append(found)
     return judged
-
-
-class _Shown:
-    """Tells a meter which pieces are with a worker, and people of retries."""
-
-    def __init__(self, meter: Meter) -> None:
-        self._meter = meter
-
-    def __call__(self, event: Event) -> None:
-        if event.kind == "retried":
-            self._meter.say(
-                "task_retried",
-                f"{event.task_id}: attempt {event.attempt} is followed by another: {event.message}",
-                logging.WARNING,
-                task_id=event.task_id,
-                attempt=event.attempt,
-                error_type=event.error_type,
-            )
 
 
 def describe_judgements(
@@ -160,11 +147,7 @@ def paired_stderr(
     without = [_leave_one_out(values, aggregation) for values in (before, after)]
     if without[0] is None or without[1] is None:
         return None
-    differences = [b - a for a, b in zip(without[0], without[1], strict=True)]
-    count = len(differences)
-    center = math.fsum(differences) / count
-    squares = math.fsum((one - center) ** 2 for one in differences)
-    return math.sqrt((count - 1) / count * squares)
+    return jackknife_stderr([b - a for a, b in zip(without[0], without[1], strict=True)])
 
 
 def _leave_one_out(
@@ -198,9 +181,9 @@ def print_judgements(entries: Sequence[dict[str, Any]], run_dir: AnyPath | None)
         metric += {True: " ↑", False: " ↓", None: ""}[entry["higher_is_better"]]
         shots = "" if entry["fewshot"] is None else str(entry["fewshot"])
         row = [entry["task"], metric, shots, f"{entry['samples']:,}"]
-        row += [_with_error(one["value"], one["stderr"]) for one in entry["models"]]
+        row += [tables.with_error(one["value"], one["stderr"]) for one in entry["models"]]
         if len(models) == 2:
-            row.append(_with_error(entry["difference"], entry["difference_stderr"], "+"))
+            row.append(tables.with_error(entry["difference"], entry["difference_stderr"], "+"))
         rows.append(row)
     title = models[-1] if len(models) == 1 else f"{models[1]} against {models[0]}"
     tables.print_table(title, columns, rows)
@@ -209,7 +192,3 @@ def print_judgements(entries: Sequence[dict[str, Any]], run_dir: AnyPath | None)
     if run_dir is not None:
         for one in dict.fromkeys(m["evaluation_id"] for e in entries for m in e["models"]):
             tables.out.print(f"samples {run_dir / one}/samples.jsonl", soft_wrap=True)
-
-
-def _with_error(value: float, stderr: float | None, sign: str = "") -> str:
-    return f"{value:{sign}.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")

@@ -26,7 +26,8 @@ from orchestrator.judging_figures import (
     figure_rows,
     figures_of,
 )
-from orchestrator.judging_store import EvaluationDirectory
+from orchestrator.judging_samples import sample_lines
+from orchestrator.pieces import EvaluationDirectory
 from orchestrator.recording import ModelFacts, evaluation_id, evaluation_versions
 from workers.contracts import Failure, JudgeRequest, JudgeResult
 from workers.files import AnyPath
@@ -243,7 +244,7 @@ class _Sitting:
         self._facts = facts
         self._deciding = _deciding(built, facts, settings, device)
         self.evaluation_id = evaluation_id(facts, self._deciding)
-        self._store = EvaluationDirectory(run_dir / self.evaluation_id)
+        self._store = EvaluationDirectory(run_dir / self.evaluation_id, _parse)
         self._store.begin({"model": facts.model, "model_id": facts.model_id, **self._deciding})
         self._results = self._store.read(self.pieces)
 
@@ -287,7 +288,19 @@ class _Sitting:
         return judgement, figure_rows(self._facts, judgement, self._deciding | pool)
 
     def log_samples(self) -> None:
-        self._store.write_samples(self.built, self._ordered())
+        self._store.write_samples(sample_lines(self.built, self._ordered()))
+
+
+def _parse(fields: dict[str, Any]) -> JudgeResult:
+    """A piece as it was committed.
+
+    Raises:
+        ValueError, TypeError or KeyError: it is another.
+    """
+    result = JudgeResult(**fields | {"documents": tuple(fields["documents"])})
+    if len(result.responses) != result.documents[1] - result.documents[0]:
+        raise ValueError(result.task_id)
+    return result
 
 
 def _deciding(

@@ -124,7 +124,7 @@ class Meter:
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=20),
                 _Shown(self._percent_text),
-                _Shown(self._rate_text),
+                _Shown(self.rate_text),
                 TimeElapsedColumn(),
                 _Shown(self._left_text),
                 _Shown(self._running_text, Column(no_wrap=True, overflow="ellipsis", ratio=1)),
@@ -155,11 +155,17 @@ class Meter:
             self._title, self._task, self._pace = title, None, Pace()
             self._running = {}
 
+    def work_begins(self) -> None:
+        """Workers have been started; the time before counts for no rate."""
+        with self._lock:
+            if self._pace.rate() is None:
+                self._pace.begin()
+
     def begin(self, task_id: str, group: str, attempt: int) -> None:
         """A task was given to a worker."""
         with self._lock:
-            if not self._running and self._pace.rate() is None:
-                self._pace.begin()
+            if not self._running:
+                self.work_begins()
             task = _Running(task_id, group, attempt, time.monotonic())
             self._running = self._running | {task_id: task}
 
@@ -254,7 +260,7 @@ class Meter:
             return self._title
         parts = [f"{self._title}: {self._percent_text().lstrip()}"]
         if self._pace.done < self._pace.total:
-            parts += filter(None, (self._rate_text(), self._left_text()))
+            parts += filter(None, (self.rate_text(), self._left_text()))
         return ", ".join(parts)
 
     def _percent_text(self) -> str:
@@ -262,7 +268,8 @@ class Meter:
         pace = self._pace
         return f"{100 * pace.done / pace.total:>3.0f} %" if pace.total else ""
 
-    def _rate_text(self) -> str:
+    def rate_text(self) -> str:
+        """The mean rate for people; empty before anything is done."""
         rate = self._pace.rate()
         if rate is None:
             return ""

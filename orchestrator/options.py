@@ -167,6 +167,33 @@ Window = Annotated[
 MaxWindows = Annotated[
     int | None, typer.Option(min=1, help="Only the first windows.", show_default="all")
 ]
+Text = Annotated[Path | None, typer.Option(help="UTF-8 text to predict.")]
+Tasks = Annotated[
+    str | None,
+    typer.Option(help="Tasks of lm-eval, with commas between them; needs lestd[eval]."),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory of local data for wikitext, mathqa, gsm8k, truthfulqa_mc1 and _mc2.",
+        show_default="the Hub",
+    ),
+]
+IncludePath = Annotated[Path | None, typer.Option(help="Directory of more lm-eval task files.")]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=1, help="Only the first documents of each task.", show_default="all"),
+]
+Fewshot = Annotated[
+    int | None,
+    typer.Option(min=0, help="Examples before a question.", show_default="each task's own"),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Requests of tasks at once; 1 gives lm-eval's digits.", show_default="1"
+    ),
+]
 PromptTokens = Annotated[int, typer.Option(min=1, help="Tokens of a prompt; random.")]
 NewTokens = Annotated[
     int, typer.Option(min=2, help="Tokens to decode, the one of the prefill included.")

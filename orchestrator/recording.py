@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import transformers
 
 from lestd_kernels.errors import LestdError
 from orchestrator import logs
-from orchestrator.evaluation import Evaluation, EvaluationModel, open_model
+from orchestrator.evaluation import EvaluationModel, open_model
 from orchestrator.inspection import stored_scope_bytes
 from orchestrator.manifest import MANIFEST_DIR, Manifest
 from orchestrator.source import read_config_json
@@ -32,9 +31,6 @@ from workers.decompose import software_versions
 from workers.files import file_sha256
 from workers.sampling import sample_digests
 
-TEXT_TASK = "text"
-"""Name of the task that `lestd evaluate --text` is in the table."""
-_TEXT_TASK_VERSION = "1"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -113,41 +109,6 @@ def evaluation_versions(**more: str) -> dict[str, str]:
 def evaluation_id(facts: ModelFacts, deciding: Mapping[str, Any]) -> str:
     """Names an evaluation: a hash of the model and of all that decides the figure."""
     return _digest({"model_id": facts.model_id, **deciding})[:32]
-
-
-def text_rows(facts: ModelFacts, evaluation: Evaluation) -> list[dict[str, Any]]:
-    """The rows of a perplexity over a text, one per convention."""
-    settings = {
-        "text": Path(evaluation.text).name,
-        "text_sha256": evaluation.text_sha256,
-        "tokenizer_sha256": facts.tokenizer_sha256,
-        "window": evaluation.window_length,
-        "windows": evaluation.windows,
-        "threads": evaluation.threads,
-    }
-    deciding: dict[str, Any] = {
-        "task": TEXT_TASK,
-        "task_version": _TEXT_TASK_VERSION,
-        "dtype": evaluation.dtype,
-        "device": evaluation.device,
-        "settings": json.dumps(settings, sort_keys=True),
-        "versions": json.dumps(evaluation_versions(), sort_keys=True),
-    }
-    common = deciding | {
-        "evaluation_id": evaluation_id(facts, deciding),
-        "at": time.time_ns() // 1000,
-        **model_columns(facts),
-        "filter": "none",
-        "higher_is_better": False,
-        "samples": evaluation.windows,
-        "tokens": evaluation.tokens,
-        "workers": evaluation.workers,
-        "seconds": evaluation.seconds,
-    }
-    return [
-        common | {"metric": "token_perplexity", "value": evaluation.token_perplexity},
-        common | {"metric": "word_perplexity", "value": evaluation.word_perplexity},
-    ]
 
 
 def model_columns(facts: ModelFacts) -> dict[str, Any]:

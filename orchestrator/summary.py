@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from orchestrator import logs, tables
 from orchestrator.config import RunConfig
-from orchestrator.evaluation import Evaluation, EvaluationModel, evaluate
-from orchestrator.executor import Executor
 from orchestrator.export import Export
-from orchestrator.inspection import stored_scope_bytes
-from orchestrator.manifest import Manifest
-from orchestrator.meter import Meter
 from orchestrator.pipeline import Outcome
 from orchestrator.plan import Plan
-from orchestrator.recording import ModelFacts, record, text_rows
 from orchestrator.retries import retries
 from orchestrator.rundir import RunDirectory
 from orchestrator.schemas import COMPUTING_STAGES
@@ -314,61 +307,3 @@ def print_export(export: Export, json: bool) -> None:
         f"{' and '.join(export.dtypes)}; {export.seconds:.1f} s",
         soft_wrap=True,
     )
-
-
-def evaluate_models(
-    models: Sequence[tuple[EvaluationModel, ModelFacts]],
-    text: Path,
-    executor: Executor,
-    settings: dict[str, Any],
-    manifest: Manifest,
-) -> list[Evaluation]:
-    """Evaluate models one after the other, with progress, and record what is found.
-
-    `settings` has what `evaluate` takes by keyword.
-    """
-    evaluations = []
-    for model, facts in models:
-        with Meter(f"evaluate {model.directory.name}", "windows") as meter:
-            evaluation = evaluate(model, text, executor, progress=meter.update, **settings)
-        record(text_rows(facts, evaluation), manifest)
-        evaluations.append(evaluation)
-    return evaluations
-
-
-def describe_evaluations(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """Evaluations on one text as plain values; the sizes are counted from the files."""
-    entries = []
-    for one in evaluations:
-        entry = asdict(one) | {"weights_in_scope": stored_scope_bytes(Path(one.model))}
-        del entry["text"], entry["text_sha256"]  # They are the same for all.
-        entries.append(entry)
-    return {"text": evaluations[0].text, "models": entries}
-
-
-def print_evaluations(evaluations: Sequence[Evaluation]) -> None:
-    """One table, a row per model."""
-    described = describe_evaluations(evaluations)
-    text, entries = described["text"], described["models"]
-    scopes = [entry["weights_in_scope"] for entry in entries if entry["weights_in_scope"]]
-    rows = []
-    for entry in entries:
-        scope = entry["weights_in_scope"]
-        if scope is not None:
-            in_scope = f"{tables.size(scope['stored_bytes'])}"
-            in_scope += f" ({scope['stored_bytes'] / scope['dense_bytes']:.4f})"
-        else:
-            in_scope = tables.size(scopes[0]["dense_bytes"]) if scopes else ""
-        rows.append(
-            (
-                entry["model"],
-                in_scope,
-                tables.size(entry["model_bytes_on_disk"]),
-                f"{entry['token_perplexity']:.4f}",
-                f"{entry['word_perplexity']:.4f}",
-            )
-        )
-    columns = ("model", "weights in scope (keep)", "files on disk", "token ppl", "word ppl")
-    one = evaluations[0]
-    title = f"{text}: {one.windows} windows of {one.window_length}, {one.tokens:,} tokens"
-    tables.print_table(title, columns, rows)

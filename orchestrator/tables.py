@@ -66,6 +66,11 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     out.print(result)
 
 
+def with_error(value: float, stderr: float | None, sign: str = "") -> str:
+    """A figure with its standard error, where it has one; `sign` as in format specifications."""
+    return f"{value:{sign}.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+
+
 def ranks(row: dict[str, Any]) -> str:
     """Ranks of a group row, ``R1 x R2`` or ``R1 x R2 x R3``."""
     return " x ".join(str(row[name]) for name in ("R1", "R2", "R3") if row.get(name) is not None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, ViTConfig
 
 from lestd_kernels.errors import LestdError
-from orchestrator import evaluation
+from orchestrator import perplexity
 from orchestrator.config import ClusterConfig
-from orchestrator.evaluation import Evaluation, _pieces, open_model
+from orchestrator.evaluation import open_model
 from orchestrator.executor import Executor, Listener, SerialExecutor, WorkerSpec, open_executor
+from orchestrator.perplexity import Evaluation, _pieces
+from orchestrator.recording import open_models
 from workers.contracts import EvalRequest, EvalResult, Failure
 from workers.evaluate import EvalWorker, window_nll
 
@@ -33,7 +36,11 @@ TEXT = EXAMPLE / "wikitext-2-test.txt"
 def evaluate(
     model_dir: Path, text: Path, executor: Executor, window: int | None = None, **options: Any
 ) -> Evaluation:
-    return evaluation.evaluate(open_model(model_dir, window), text, executor, **options)
+    """A whole evaluation, with a directory of its own."""
+    [(model, facts)] = open_models([model_dir], window)
+    with tempfile.TemporaryDirectory() as run_dir:
+        found = perplexity.evaluate(model, facts, text, executor, Path(run_dir), **options)
+    return found[0]
 
 
 def plain_nll(model_dir: Path, token_ids: Sequence[int], length: int) -> list[float]:

@@ -77,7 +77,7 @@ def test_without_lm_eval_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_judging_alone_imports_lm_eval() -> None:
     code = (
-        "import sys, orchestrator.cli, orchestrator.summary, orchestrator.recording\n"
+        "import sys, orchestrator.cli, orchestrator.evaluated, orchestrator.sweep\n"
         "print({'lm_eval', 'datasets'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,18 +10,22 @@ from types import SimpleNamespace
 import pytest
 from cli import digest_tree, lestd, run_lestd, start_lestd
 from conftest import LAYERS
+from judging import DATA
 from safetensors.torch import load_file, save_file
 
 from orchestrator.config import RunConfig
+from orchestrator.curve import Point, Quality, save_curve
+from orchestrator.curve_tasks import _main_figures
 from orchestrator.executor import SerialExecutor
 from orchestrator.manifest import Manifest
 from orchestrator.plan import make_plan
 from orchestrator.source import resolve_source
-from orchestrator.sweep import Point, model_dir, parse_keeps, save_curve
+from orchestrator.sweep import model_dir, parse_keeps
 
 SERIAL = ("--executor", "serial")
 KEEPS = (0.6, 0.25)
 FEW = ("--window", 100, "--max-windows", 4)
+TASKS = ("--tasks", "mathqa,truthfulqa_mc2", "--data", DATA, "--limit", 2, "--fewshot", 0)
 
 
 def sweep(model: Path, out: Path, *options: object) -> tuple[object, ...]:
@@ -69,46 +73,114 @@ def test_models_are_those_of_separate_compressions(
 
 
 def results(out: Path) -> dict[Path, int]:
-    """Rows of tasks and evaluations, with the inodes that a repetition would change."""
-    tables = {"groups", "slices", "evaluations"}
-    return {p: p.stat().st_ino for p in out.rglob("*.parquet") if {p.parent.name, p.stem} & tables}
+    """Rows of tasks and pieces of evaluations, with the inodes that a repetition would change."""
+    rows = {p for p in out.rglob("*.parquet") if {p.parent.name, p.stem} & {"groups", "slices"}}
+    return {path: path.stat().st_ino for path in rows | set(out.glob("evaluations/*/pieces/*"))}
+
+
+def beginning(text: Path, size: int, path: Path) -> Path:
+    """The first bytes of a text."""
+    path.write_bytes(text.read_bytes()[:size])
+    return path
 
 
 def test_the_whole_command(tiny_llama: Path, wikitext: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = sweep(tiny_llama, out, "--text", wikitext, *FEW, *SERIAL)
-    first = run_lestd(*command, "--json")
+    judged = ("--text", beginning(wikitext, 4000, tmp_path / "text.txt"), *FEW, *TASKS, *SERIAL)
+    first = lestd(*sweep(tiny_llama, out, *judged, "--json"))
     assert first.code == 0, first.err
     found = json.loads(first.out)
     assert [point["keep"] for point in found["points"]] == list(KEEPS)
-    options = ("--text", wikitext, *FEW, *SERIAL, "--json")
-    for entry in (found["dense"], *found["points"]):
-        [judged] = json.loads(lestd("evaluate", entry["model"], *options).out)["models"]
-        for name in ("token_perplexity", "word_perplexity", "model_bytes_on_disk"):
-            assert entry[name] == judged[name]
+
+    # `lestd evaluate` finds the same, with the same errors, in a directory of its own.
+    last = found["points"][-1]
+    options = (*judged, "--json", "--run-dir", tmp_path / "apart")
+    apart = lestd("evaluate", last["model"], "--against", tiny_llama, *options)
+    assert apart.code == 0, apart.err
+    expected = json.loads(apart.out)
+    for place, entry in enumerate((found["dense"], last)):
+        quality = {(one["task"], one["metric"], one["filter"]): one for one in entry["quality"]}
+        assert {task for task, _, _ in quality} == {"text", "mathqa", "truthfulqa_mc2"}
+        assert len(quality) == 2 + len(expected["judgements"])
+        model = expected["models"][place]
         for name in ("token_perplexity", "word_perplexity"):
-            assert entry[f"{name}_difference"] == entry[name] - found["dense"][name]
-        stored = judged["weights_in_scope"] or {"stored_bytes": 4 * 2**19}
+            one = quality["text", name, "none"]
+            error = f"{name}_stderr"
+            assert (one["value"], one["stderr"]) == (model[name], model.get(error))
+            if place == 1:
+                assert one["difference"] == expected["difference"][name]
+                assert one["difference_stderr"] == expected["difference"].get(error)
+            else:
+                assert one["difference"] == 0
+        for judgement in expected["judgements"]:
+            one = quality[judgement["task"], judgement["metric"], judgement["filter"]]
+            assert one["higher_is_better"] is judgement["higher_is_better"]
+            for name in ("value", "stderr"):
+                assert one[name] == judgement["models"][place][name]
+            for name in ("difference", "difference_stderr"):
+                assert one[name] == (judgement[name] if place == 1 else 0)
+        main = {key for key, one in quality.items() if one["main"] and key[0] != "text"}
+        assert main == {("mathqa", "acc", "none"), ("truthfulqa_mc2", "acc", "none")}
+        assert entry["model_bytes_on_disk"] == model["model_bytes_on_disk"]
+        stored = model["weights_in_scope"] or {"stored_bytes": 4 * 2**19}
         assert entry["stored_bytes"] == stored["stored_bytes"]
     assert found["plot"] == str(out / "sweep.png")
     assert (out / "sweep.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
+    # The rows: of all models in the sweep's manifest, of two in each model's own.
+    def evaluations(manifest: Path) -> set[tuple[str, str]]:
+        rows = Manifest(manifest).evaluations().to_pylist()
+        return {(row["model"], row["evaluation_id"]) for row in rows}
+
+    models = [found["dense"]["model"], *(point["model"] for point in found["points"])]
+    whole = evaluations(out / "manifest")
+    assert {model for model, _ in whole} == set(models)
+    assert len(whole) == 3 * len(models)
+    for keep, model in zip(KEEPS, models[1:], strict=True):
+        assert evaluations(model_dir(out, keep)) == {
+            row for row in whole if row[0] in (models[0], model)
+        }
+    report = tmp_path / "report.md"
+    options = ("--format", "md", "--out", report)
+    assert lestd("report", model_dir(out, KEEPS[0]), *options).code == 0
+    assert "token_perplexity" in report.read_text()
+
     # The same command finds everything done, and says the same.
     before = results(out)
-    again = lestd(*command, "--json")
+    again = lestd(*sweep(tiny_llama, out, *judged, "--json"))
     assert json.loads(again.out) == found
     assert results(out) == before
-    assert "evaluate" not in again.err
-    # Of another text only the evaluation is new, and the dense model belongs to it.
-    text = tmp_path / "short.txt"
-    text.write_bytes(wikitext.read_bytes()[:3000])
-    other = lestd(*sweep(tiny_llama, out, "--text", text, *FEW, *SERIAL))
+    assert again.err.count("4 of 4 windows were finished before") == len(models)
+    # Of another text only the evaluation is new.
+    text = beginning(wikitext, 3000, tmp_path / "short.txt")
+    other = lestd(*sweep(tiny_llama, out, "--text", text, *FEW, *TASKS, *SERIAL))
     assert other.code == 0, other.err
     assert "tasks were finished before" in other.err
-    for words in ("dense", "to dense", "word ppl", f"{KEEPS[1]}", "plot"):
+    assert other.err.count("4 of 4 samples were finished before") == len(models)
+    assert "windows were finished before" not in other.err
+    for words in ("dense", "truthfulqa_mc2", "mathqa", f"{KEEPS[1]}", "plot"):
         assert words in other.out
-    rows = Manifest(out / "manifest").evaluations().to_pylist()
-    assert len({row["evaluation_id"] for row in rows}) == 2 * (1 + len(KEEPS))
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_while_judging_judges_the_rest(
+    tiny_llama: Path, wikitext: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = ("--text", wikitext, "--window", 256, "--max-windows", 60, *SERIAL, "--json")
+    process = start_lestd(*sweep(tiny_llama, out, *options))
+    # The dense model's 15 pieces, and some of the next one's.
+    while len(list(out.glob("evaluations/*/pieces/*"))) < 18:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    kept = results(out)
+    result = lestd(*sweep(tiny_llama, out, *options))
+    assert result.code == 0, result.err
+    assert kept.items() <= results(out).items()
+    assert result.err.count("60 of 60 windows were finished before") == 1
+    assert len(list(out.glob("evaluations/*/pieces/*"))) == 3 * 15
 
 
 def committed(out: Path) -> dict[Path, int]:
@@ -116,7 +188,9 @@ def committed(out: Path) -> dict[Path, int]:
     return {path: path.stat().st_ino for path in out.glob("*.run/manifest/groups/*.parquet")}
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=str)
+@pytest.mark.parametrize(
+    "end", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=str
+)
 def test_a_sweep_that_is_ended_goes_on(many_layers: Path, tmp_path: Path, end: int) -> None:
     out, half = tmp_path / "out", ("--include", f"0-{LAYERS // 2 - 1}")
     process = start_lestd(*sweep(many_layers, out, *half, *SERIAL))
@@ -191,7 +265,10 @@ def test_what_is_refused(tiny_llama: Path, wikitext: Path, tmp_path: Path) -> No
     assert "keep: Input should be less than 1" in refusal(*start, "0.8,1.5")
     assert "raise keep" in refusal(*start, "0.8,0.0001")
     assert "the text" in refusal(*start, "0.8,0.6", "--text", tmp_path / "none.txt")
-    assert "give --text" in refusal(*start, "0.8,0.6", "--plot", tmp_path / "plot.png")
+    assert "--limit belongs to --tasks" in refusal(*start, "0.8,0.6", "--limit", 3)
+    assert "--window belongs to --text" in refusal(*start, "0.8", *TASKS, "--window", 9)
+    assert "shows 3 examples" in refusal(*start, "0.8", *TASKS[:-1], 3)
+    assert "give --text or --tasks" in refusal(*start, "0.8,0.6", "--plot", tmp_path / "plot.png")
     plot = tmp_path / "plot.gif"
     assert "expected .png or .svg" in refusal(*start, "0.8", "--text", wikitext, "--plot", plot)
     assert not out.exists() or not list(out.iterdir())
@@ -231,15 +308,51 @@ def test_directories_are_named_by_their_keep() -> None:
     assert names == ["keep-0.80", "keep-0.125", "keep-0.12", "keep-0.50"]
 
 
-def test_the_plot_shows_every_model(tmp_path: Path) -> None:
+def test_the_table_shows_one_figure_of_each_task() -> None:
+    names = {
+        "gsm8k": [("exact_match", "flexible-extract"), ("exact_match", "strict-match")],
+        "mathqa": [("acc", "none"), ("acc_norm", "none")],
+        "wikitext": [("bits_per_byte", "none"), ("word_perplexity", "none")],
+        "another": [("f1", "none"), ("recall", "none")],
+    }
+    entries = [
+        {"task": task, "metric": metric, "filter": name}
+        for task, figures in names.items()
+        for metric, name in figures
+    ]
+    assert _main_figures(entries) == {
+        "gsm8k": ("exact_match", "strict-match"),
+        "mathqa": ("acc", "none"),
+        "wikitext": ("word_perplexity", "none"),
+        "another": ("f1", "none"),
+    }
+
+
+def test_the_plot_shows_every_model_in_every_figure(tmp_path: Path) -> None:
+    def qualities(token: float, word: float, acc: float, norm: float) -> tuple[Quality, ...]:
+        return (
+            Quality("text", "token_perplexity", "none", token, 1, 0, 0.5, False, main=True),
+            Quality("text", "word_perplexity", "none", word, None, 0, None, False, main=True),
+            Quality("mathqa", "acc", "none", acc, 0.1, 0, 0.05, True, main=True),
+            Quality("mathqa", "acc_norm", "none", norm, 0.1, 0, 0.05, True, main=False),
+        )
+
+    figures = (
+        (None, (40.0, 300.0, 0.5, 0.625)),
+        (0.3, (55, 400, 0.25, 0.3)),
+        (0.7, (45, 350, 0.4, 0.4)),
+    )
     points = [
-        Point(keep, "model", 0, int((8 + (keep or 1)) * 2**20), 0.1, {"token_perplexity": value})
-        for keep, value in ((None, 40.0), (0.3, 55.0), (0.7, 45.0))
+        Point(keep, "model", 0, int((8 + (keep or 1)) * 2**20), 0.1, qualities(*values))
+        for keep, values in figures
     ]
     for name in ("one.svg", "two.svg"):
         save_curve(points, "the title", tmp_path / name)
     drawn = (tmp_path / "one.svg").read_text()
-    for text in ("keep 0.3", "keep 0.7", "dense, 40.00", "token perplexity", "the title"):
+    shown = ("keep 0.3", "keep 0.7", "dense, 40", "dense, 0.5", "token ppl ↓", "mathqa acc ↑")
+    for text in (*shown, "the title"):
         assert f"<!-- {text} -->" in drawn
-    assert "stroke-dasharray" in drawn
+    assert "dense, 300" not in drawn
+    assert "acc_norm" not in drawn
+    assert drawn.count("stroke-dasharray") == 2
     assert drawn == (tmp_path / "two.svg").read_text()

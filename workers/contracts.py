@@ -249,6 +249,11 @@ class EvalRequest:
     windows: tuple[int, ...]
     token_ids: tuple[tuple[int, ...], ...]
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """Index of the first window, and of the one after the last."""
+        return self.windows[0], self.windows[-1] + 1
+
 
 @dataclass(frozen=True)
 class EvalResult:
@@ -270,6 +275,11 @@ class EvalResult:
     seconds: float
     worker: str
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """Index of the first window, and of the one after the last."""
+        return self.windows[0], self.windows[-1] + 1
+
 
 @dataclass(frozen=True)
 class JudgeRequest:
@@ -289,6 +299,11 @@ class JudgeRequest:
     task: str
     documents: tuple[int, int]
     sha256: str
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The documents."""
+        return self.documents
 
 
 @dataclass(frozen=True)
@@ -317,3 +332,8 @@ class JudgeResult:
     cut: int
     seconds: float
     worker: str
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The documents."""
+        return self.documents
