@@ -19,6 +19,7 @@ anything that reads Parquet; a damaged one costs its own task only.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -99,7 +100,9 @@ def default_evaluation_dir(model: _AnyPathT) -> _AnyPathT:
     Raises:
         LestdError: `model` is the root directory.
     """
-    directory = model.absolute()
+    directory: AnyPath = model
+    if isinstance(model, Path):  # Not `resolve`: a link's target has other neighbors.
+        directory = Path(os.path.abspath(model))  # noqa: PTH100
     if not directory.name:
         raise LestdError(f"{model} cannot be the directory of a model; name one inside it")
     return cast(_AnyPathT, directory.with_name(directory.name + ".eval"))
