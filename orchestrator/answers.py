@@ -38,7 +38,9 @@ _SPAN, _LARGEST, _MOST_DECIMALS = 5, 9, 8
 def print_answer(answer: pa.Table) -> None:
     """A table for people, or where it is too wide one block per row; both of the first rows."""
     shown = answer.slice(0, SHOWN_ROWS)
-    columns = [_cells(field.name, shown[i].to_pylist()) for i, field in enumerate(answer.schema)]
+    values = [*zip(*_rows(shown), strict=True)] or [()] * len(answer.column_names)
+    named = zip(answer.column_names, values, strict=True)
+    columns = [_cells(name, [*column]) for name, column in named]
     cells = [list(row) for row in zip(*columns, strict=True)]
     table = Table()
     for field in answer.schema:

@@ -262,12 +262,16 @@ class Manifest:
     def read(self, name: str) -> TableRead:
         """A table by its name, with the files that could not be read.
 
-        A run has no evaluations of its own: those of the model beside it are read.
+        What a run lacks of evaluations is with the model beside it: that is read instead.
         """
-        directory, run = self.directory, self.directory.parent
-        if name == EVALUATIONS.name and run.name.endswith(_RUN):
-            directory = run.with_name(run.name.removesuffix(_RUN)) / MANIFEST_DIR
-        return read_table(directory, TABLES[name])
+        found = read_table(self.directory, TABLES[name])
+        run = self.directory.parent
+        if name != EVALUATIONS.name or not run.name.endswith(_RUN):
+            return found
+        if found.damaged or len(found.rows):
+            return found
+        model = run.with_name(run.name.removesuffix(_RUN))
+        return read_table(model / MANIFEST_DIR, EVALUATIONS)
 
     def damaged(self) -> list[Damaged]:
         """Files that cannot be read as rows of their table."""

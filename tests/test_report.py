@@ -113,7 +113,7 @@ def test_a_complete_run_that_lost_rows_is_incomplete(tmp_path: Path, table_name:
     assert f"incomplete: {said}" in page.text
     out = tmp_path / "report.md"
     finished = lestd("report", run, "--format", "md", "--out", out)
-    assert f"{bad} is left out" in finished.err
+    assert f"{bad} is damaged and left out" in finished.err
     text = out.read_text(encoding="utf-8")
     assert f"incomplete: {said}" in text
     assert f"- run/manifest/{table_name}/bad.parquet" in text
@@ -189,7 +189,7 @@ def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path: Path) -> None:
     bad.parent.mkdir()
     bad.write_bytes(b"hello")
     finished = lestd("report", run, "--out", tmp_path / "page.html")
-    assert f"{bad} is left out: " in finished.err
+    assert f"{bad} is damaged and left out: " in finished.err
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert str(bad) in page.text
     assert "6 of 6 layers done" in page.text
