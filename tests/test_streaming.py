@@ -208,6 +208,7 @@ def test_memory_is_that_of_the_plan_however_large_the_model(tmp_path: Path) -> N
     rows.sort(key=lambda row: row["started_at"])
     peaks = [row["peak_memory_bytes"] for row in rows]
     assert max(peaks) <= bound["worker_memory_bytes"] < size
-    assert driver < 600e6 < size
+    # Pandas is imported where it is installed, as it is for these tests, and takes 50 MB.
+    assert driver < 650e6 < size
     # Nothing of a task is kept: two groups in float32 are 18 MiB.
     assert max(peaks[6:]) <= max(peaks[:6]) + 18 * 2**20
