@@ -23,23 +23,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import transformers
 
 from lestd_kernels.errors import LestdError
-from orchestrator.evaluation import load_tokenizer, require_positive, window_length
+from lestd_kernels.methods.base import STATISTICS
 from orchestrator.executor import Executor, Listener, WorkerSpec
 from orchestrator.manifest import read_json, write_json
-from orchestrator.rundir import require_same
+from orchestrator.plan import WORKER_BASE_BYTES
+from orchestrator.rundir import differences
 from orchestrator.source import Source
-from orchestrator.texts import first_tokens, read_text
+from orchestrator.tables import size
+from orchestrator.texts import Samples
 from workers.calibrate import (
     PIECES_DIR,
+    Calibrated,
     CalibratedBlock,
+    CalibrationItem,
     CalibrationPiece,
     CalibrationSum,
     CalibrationWorker,
@@ -47,17 +52,13 @@ from workers.calibrate import (
     hidden_path,
 )
 from workers.checkpoint import read_header
-from workers.contracts import Failure, TensorRef
+from workers.contracts import Failure, Task, TensorRef
 from workers.decompose import software_versions
-from workers.files import (
-    AnyPath,
-    file_sha256,
-    is_file,
-    list_names,
-    make_directory,
-    remove_tree,
-)
+from workers.files import AnyPath, is_file, list_names, make_directory, remove_tree
+from workers.headers import DTYPES
 from workers.sampling import sample_digests
+
+TaskT = TypeVar("TaskT", bound=Task)
 
 CALIBRATION_DIR = "calibration"
 """Its name in a run directory."""
@@ -66,7 +67,6 @@ CALIBRATION_DIR = "calibration"
 # its own on disk until its layer is done.
 _PIECES = 8
 _ABOUT_FILE = "calibration.json"
-_WORKER_BASE_BYTES = 600 * 2**20
 
 
 @dataclass(frozen=True)
@@ -76,72 +76,35 @@ class Calibration:
     Attributes:
         directory: where the files are.
         digest: sha256 of all that decides them.
-        samples: windows of the text.
-        sample_tokens: tokens of each.
         refs: name of each tensor -> where it lies.
     """
 
     directory: AnyPath
     digest: str
-    samples: int
-    sample_tokens: int
     refs: dict[str, TensorRef]
 
 
-@dataclass(frozen=True)
-class Samples:
-    """The windows that a calibration runs on.
-
-    Attributes:
-        token_ids: of each window.
-        about: what they are, for `calibration.json`.
-    """
-
-    token_ids: tuple[tuple[int, ...], ...]
-    about: dict[str, Any]
-
-
-def read_samples(source: Source, text: Path, samples: int, sample_tokens: int | None) -> Samples:
-    """The first windows of a text, without overlap and without special tokens.
-
-    Args:
-        source: the model.
-        text: UTF-8 text.
-        samples: number of windows.
-        sample_tokens: tokens of each; None for the smaller of 2048 and the model's positions.
-
-    Raises:
-        LestdError: the text cannot be read or is too short, the tokenizer is missing or another
-            model's, or a window is longer than the model's positions.
-    """
-    require_positive("samples", samples)
-    require_positive("sample-tokens", sample_tokens)
-    length = window_length(source.config, sample_tokens, source.model)
-    content = read_text(text, "--calibrate-on")
-    tokenizer = load_tokenizer(source.fetch_side_files())
-    token_ids = first_tokens(tokenizer, content, samples * length)
-    if len(token_ids) < samples * length:
-        raise LestdError(
-            f"the text {text} has {len(token_ids):,} tokens, but {samples} samples of {length} "
-            f"take {samples * length:,}; give a longer text, or --samples "
-            f"{max(1, len(token_ids) // length)}"
-            + ("" if len(token_ids) >= length else f" --sample-tokens {max(1, len(token_ids))}")
+def blocks_of(tasks: Iterable[Task]) -> list[CalibratedBlock]:
+    """What the decomposition of these slice groups wants to know."""
+    return [
+        CalibratedBlock(
+            task.layer,
+            task.group,
+            {module.name: module.reads for module in task.layout.modules},
+            {m.reads: task.layout.weight_shape(m)[1] for m in task.layout.modules},
         )
-    vocabulary = source.config.get_text_config().vocab_size
-    if max(token_ids) >= vocabulary:
-        raise LestdError(
-            f"{source.model}: the tokenizer gives token id {max(token_ids)} but the model's "
-            f"vocab_size is {vocabulary}; the tokenizer files belong to another model"
-        )
-    windows = tuple(tuple(token_ids[i * length : (i + 1) * length]) for i in range(samples))
-    about = {
-        "text": text.name,
-        "text_sha256": file_sha256(text),
-        "token_ids_sha256": hashlib.sha256(json.dumps(windows).encode()).hexdigest(),
-        "samples": samples,
-        "sample_tokens": length,
-    }
-    return Samples(windows, about)
+        for task in tasks
+    ]
+
+
+def with_metrics(task: TaskT, calibration: Calibration) -> TaskT:
+    """The task with the place of the activations of its modules' inputs."""
+    metrics = {}
+    for reads in {module.reads: None for module in task.layout.modules}:
+        for suffix in ("", *(f".{one}" for one in STATISTICS)):
+            if (ref := calibration.refs.get(f"{task.group}.{reads}{suffix}")) is not None:
+                metrics[reads + suffix] = ref
+    return replace(task, metric_tensors=metrics)
 
 
 def calibrate(
@@ -153,9 +116,10 @@ def calibrate(
     *,
     device: str = "cpu",
     threads: int = 1,
-    progress: Callable[[int, int], None] | None = None,
-    on_event: Listener | None = None,
     require_lock: Callable[[], None] = lambda: None,
+    on_start: Callable[[str, Sequence[CalibrationItem], set[str]], None] | None = None,
+    on_event: Listener | None = None,
+    on_progress: Callable[[Calibrated | Failure, int, int], None] | None = None,
 ) -> Calibration:
     """Find the Gram matrices of some blocks; continue where an earlier such call stopped.
 
@@ -164,22 +128,24 @@ def calibrate(
     Args:
         source: the dense model.
         blocks: whose inputs are wanted.
-        samples: see `read_samples`.
+        samples: see `orchestrator.texts`.
         executor: who runs the workers.
         directory: of the calibration; several runs may use one, one at a time.
         device: ``"cpu"`` or ``"cuda"``: where workers compute.
         threads: CPU threads of a worker. The last bit of the result depends on it.
-        progress: called with ``(windows done, windows in all)``, a window counting once a layer.
-        on_event: told of every start and retry of a piece.
         require_lock: called before anything is believed to be done; raises if another driver has
             taken over.
+        on_start: called with ``"calibrate"``, the items that are left to do, and no finished ones;
+            not called where none is.
+        on_event: told of every start and retry of an item.
+        on_progress: called with every finished or failed item, the number done and that of all.
 
     Returns:
         Calibration: with all tensors of the blocks.
 
     Raises:
-        LestdError: the directory is of another model, text or software, or cannot be written; or
-            a piece failed.
+        LestdError: the directory is of another model, text or software, or cannot be written; its
+            disk is too small; or an item failed.
     """
     about = samples.about | {
         "source_sha256": _digest(
@@ -189,18 +155,18 @@ def calibrate(
         "threads": threads,
         "versions": software_versions() | {"transformers": transformers.__version__},
     }
+    if isinstance(directory, Path):
+        directory = directory.absolute()  # Workers have directories of their own.
     _begin(directory, about)
-    length = about["sample_tokens"]
-    items = _items(blocks, samples.token_ids, directory)
-    total = len(samples.token_ids) * (1 + max(block.layer for block in blocks))
-    done = total - sum(item.windows for item in items)
-    if progress is not None and items:
-        progress(done, total)
+    layer_bytes = _layer_bytes(source, blocks[0].layers)
+    items = _items(blocks, samples.token_ids, directory, layer_bytes)
     if items:
+        _require_disk(source, blocks, samples, directory)
+        memory_bytes = _worker_memory_bytes(source, blocks, samples, max(layer_bytes.values()))
         spec = WorkerSpec(
             CalibrationWorker,
             {
-                "directory": str(directory.resolve() if isinstance(directory, Path) else directory),
+                "directory": str(directory),
                 "config_json": source.config_json,
                 "tensors": source.index.tensors,
                 "layers": blocks[0].layers,
@@ -208,33 +174,38 @@ def calibrate(
                 "threads": threads,
             },
             threads=threads,
-            memory_bytes=worker_memory_bytes(source, blocks, length),
+            memory_bytes=memory_bytes,
             device=device,
-            device_memory_bytes=worker_memory_bytes(source, blocks, length),
+            device_memory_bytes=memory_bytes,
         )
-        for outcome in executor.map(spec, items, on_event):
+        if on_start is not None:
+            on_start("calibrate", items, set())
+        for done, outcome in enumerate(executor.map(spec, items, on_event), start=1):
             require_lock()
+            if on_progress is not None:
+                on_progress(outcome, done, len(items))
             if isinstance(outcome, Failure):
                 raise LestdError(
                     f"calibration failed: {outcome.message}; what was finished is kept in "
                     f"{directory}, the same command continues"
                 )
-            done += outcome.windows
-            if progress is not None:
-                progress(done, total)
     remove_tree(directory / PIECES_DIR)
     refs: dict[str, TensorRef] = {}
     for file in sorted({block.file for block in blocks}):
         path = directory / file
         refs |= read_header(path if isinstance(path, Path) else str(path))
-    return Calibration(directory, _digest(about), about["samples"], length, refs)
+    return Calibration(directory, _digest(about), refs)
 
 
 def _begin(directory: AnyPath, about: dict[str, Any]) -> None:
     """Make the directory, or see that it is of the same model, text and software."""
     about = json.loads(json.dumps(about))
     if is_file(directory / _ABOUT_FILE):
-        require_same(read_json(directory / _ABOUT_FILE), about, directory)
+        if changes := differences(read_json(directory / _ABOUT_FILE), about):
+            raise LestdError(
+                f"{directory} holds a calibration that differs in: {'; '.join(changes)}; undo the "
+                "change, or choose another directory for this one"
+            )
         return
     if names := list_names(directory):
         raise LestdError(
@@ -249,7 +220,8 @@ def _items(
     blocks: Sequence[CalibratedBlock],
     windows: Sequence[tuple[int, ...]],
     directory: AnyPath,
-) -> list[CalibrationPiece | CalibrationSum]:
+    layer_bytes: dict[int, int],
+) -> list[CalibrationItem]:
     """What is left to do, in an order in which each item comes after those that it waits for."""
     present = set(list_names(directory))
     wanted: dict[int, list[CalibratedBlock]] = {}
@@ -260,40 +232,48 @@ def _items(
         return []
     kept = set(list_names(directory / PIECES_DIR))
     last = max(wanted)
-    size = -(-len(windows) // _PIECES)
-    pieces = [windows[start : start + size] for start in range(0, len(windows), size)]
+    length = -(-len(windows) // _PIECES)
+    pieces = [windows[start : start + length] for start in range(0, len(windows), length)]
     begin = [_first_layer(wanted, piece, kept, directory) for piece in range(len(pieces))]
-    items: list[CalibrationPiece | CalibrationSum] = []
+    items: list[CalibrationItem] = []
     # A layer's sums come behind the next layer's pieces: nobody waits for the slowest piece.
-    due: CalibrationSum | None = None
+    due: list[CalibrationItem] = []
     for layer in range(last + 1):
-        names = [
-            f"layer {layer}, piece {piece + 1} of {len(pieces)}" for piece in range(len(pieces))
-        ]
         here = tuple(wanted.get(layer, ()))
         items += [
             CalibrationPiece(
-                task_id=names[piece],
+                task_id=_piece_id(layer, piece),
+                group=f"layer {layer}, samples from {piece * length}",
                 layer=layer,
                 piece=piece,
-                windows=len(samples),
                 blocks=here,
                 token_ids=tuple(samples) if layer == 0 else (),
                 last=layer == last,
-                after=(_name(layer - 1, piece, len(pieces)),),
+                after=(_piece_id(layer - 1, piece),),
+                dense_bytes=layer_bytes[layer] * len(samples) // len(windows),
             )
             for piece, samples in enumerate(pieces)
             if layer >= begin[piece]
         ]
-        if due is not None:
-            items.append(due)
-        sums = CalibrationSum(f"layer {layer}, sums", layer, len(pieces), here, tuple(names))
-        due = sums if here else None
-    return [*items, due] if due is not None else items
+        items += due
+        due = []
+        if here:
+            due.append(
+                CalibrationSum(
+                    task_id=f"{layer:04d}-sum",
+                    group=f"layer {layer}, sums",
+                    layer=layer,
+                    pieces=len(pieces),
+                    blocks=here,
+                    after=tuple(_piece_id(layer, piece) for piece in range(len(pieces))),
+                    dense_bytes=_gram_bytes(here),
+                )
+            )
+    return items + due
 
 
-def _name(layer: int, piece: int, pieces: int) -> str:
-    return f"layer {layer}, piece {piece + 1} of {pieces}"
+def _piece_id(layer: int, piece: int) -> str:
+    return f"{layer:04d}-{piece}"
 
 
 def _first_layer(
@@ -315,39 +295,64 @@ def _first_layer(
     return max(reached, default=0) if lacking else first
 
 
-def worker_memory_bytes(
-    source: Source, blocks: Sequence[CalibratedBlock], sample_tokens: int
+def _layer_bytes(source: Source, layers: str) -> dict[int, int]:
+    """Stored bytes of each decoder layer; its index follows the name of their list."""
+    name = layers.rpartition(".")[2]
+    found: dict[int, int] = {}
+    for ref in source.index.tensors.values():
+        _, _, rest = f".{ref.name}".partition(f".{name}.")
+        index = rest.partition(".")[0]
+        if index.isdecimal():
+            found[int(index)] = found.get(int(index), 0) + ref.stored_bytes
+    return found
+
+
+def _gram_bytes(blocks: Iterable[CalibratedBlock]) -> int:
+    return sum(4 * width**2 for block in blocks for width in block.widths.values())
+
+
+def _gram_bytes_of_a_layer(blocks: Sequence[CalibratedBlock]) -> int:
+    layers = {block.layer for block in blocks}
+    return max(_gram_bytes(b for b in blocks if b.layer == layer) for layer in layers)
+
+
+def _hidden_bytes_of_a_window(source: Source, samples: Samples) -> int:
+    width: int = source.config.get_text_config().hidden_size
+    return 4 * width * int(samples.about["sample_tokens"])
+
+
+def _worker_memory_bytes(
+    source: Source, blocks: Sequence[CalibratedBlock], samples: Samples, layer_bytes: int
 ) -> int:
-    """Main memory that a worker is expected to need.
+    """Memory that a worker is expected to need.
 
-    The largest layer in float32, twice, since stacked experts are put together from single ones;
-    with the Gram matrices of its inputs, also twice when they leave the device; and activations of
-    one window.
+    A layer in float32, of which stacked experts are there twice while they are put together; the
+    largest tensor outside of the layers, an embedding; the Gram matrices, twice while they are
+    written; and some dozens of activations as large as the hidden states.
     """
-    elements: dict[int, int] = {}
-    per_token = 0
-    layers = blocks[0].layers.rpartition(".")[2]
-    for name, ref in source.index.tensors.items():
-        parts = name.split(".")
-        if layers in parts[:-1] and parts[parts.index(layers) + 1].isdecimal():
-            layer = int(parts[parts.index(layers) + 1])
-            count = ref.stored_bytes // _itemsize(ref)
-            elements[layer] = elements.get(layer, 0) + count
-            per_token = max(per_token, *ref.shape)
-    grams: dict[int, int] = {}
-    for block in blocks:
-        squares = sum(width**2 for width in block.widths.values())
-        grams[block.layer] = grams.get(block.layer, 0) + squares
-    outside = max(ref.stored_bytes // _itemsize(ref) for ref in source.index.tensors.values())
-    floats = 2 * max(elements.values(), default=0) + outside + 2 * max(grams.values())
-    return _WORKER_BASE_BYTES + 4 * (floats + 16 * per_token * sample_tokens)
+    in_float32 = max(4 // DTYPES[ref.dtype].itemsize for ref in source.index.tensors.values())
+    outside = max(ref.stored_bytes for ref in source.index.tensors.values())
+    weights = (2 * layer_bytes + outside) * in_float32
+    activations = 48 * _hidden_bytes_of_a_window(source, samples)
+    return WORKER_BASE_BYTES + weights + 2 * _gram_bytes_of_a_layer(blocks) + activations
 
 
-def _itemsize(ref: TensorRef) -> int:
-    count = 1
-    for size in ref.shape:
-        count *= size
-    return ref.stored_bytes // count if count else 1
+def _require_disk(
+    source: Source, blocks: Sequence[CalibratedBlock], samples: Samples, directory: AnyPath
+) -> None:
+    """Refuse a disk that cannot hold the sums, two layers of pieces and the hidden states."""
+    if not isinstance(directory, Path):
+        return
+    pieces = 2 * _PIECES * _gram_bytes_of_a_layer(blocks)
+    hidden = 2 * len(samples.token_ids) * _hidden_bytes_of_a_window(source, samples)
+    missing = (block for block in blocks if not (directory / block.file).exists())
+    needed = _gram_bytes(missing) + pieces + hidden
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise LestdError(
+            f"the disk of {directory} has {size(free)} free, but the calibration needs "
+            f"{size(needed)} there while it is made; free some, or choose another directory"
+        )
 
 
 def _digest(about: Any) -> str:

@@ -32,7 +32,7 @@ from orchestrator.evaluation import DTYPES, EvaluationModel, require_positive
 from orchestrator.executor import Executor, Listener, WorkerSpec
 from orchestrator.pieces import EvaluationDirectory
 from orchestrator.recording import ModelFacts, evaluation_id, evaluation_versions
-from orchestrator.texts import read_text
+from orchestrator.texts import decode_text
 from workers.contracts import EvalRequest, EvalResult, Failure
 from workers.evaluate import EvalWorker
 from workers.files import AnyPath, file_sha256
@@ -143,9 +143,7 @@ def evaluate(
     require_positive("max-windows", max_windows)
     if dtype not in DTYPES:
         raise LestdError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    text = read_text(text_path, "--text")
-    if not text.strip():
-        raise LestdError(f"the text {text_path} is empty; evaluation needs at least two tokens")
+    text = _read_text(text_path)
     token_ids = _tokenize(model.tokenizer, text, text_path)
     if max(token_ids) >= model.vocabulary:
         raise LestdError(
@@ -226,6 +224,19 @@ def evaluate(
         model_bytes_on_disk=model.bytes_on_disk,
     )
     return evaluation, deciding
+
+
+def _read_text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise LestdError(
+            f"the text {path} cannot be read ({error.strerror}); check --text"
+        ) from error
+    text = decode_text(content, path)
+    if not text.strip():
+        raise LestdError(f"the text {path} is empty; evaluation needs at least two tokens")
+    return text
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, path: Path) -> list[int]:

@@ -81,24 +81,26 @@ class CalibrationPiece:
     """One piece of the samples, to go through one layer.
 
     Attributes:
-        task_id: names it in messages.
+        task_id: its id among those of the calibration.
+        group: names it in messages.
         layer: index of the layer.
         piece: index of the piece.
-        windows: how many samples it is.
         blocks: whose inputs are wanted, of this layer.
         token_ids: the samples; for the first layer only.
         last: whether nobody wants to know what comes after this layer.
         after: items that must have ended before.
+        dense_bytes: how much work it is: its share of the layer's weights.
     """
 
     task_id: str
+    group: str
     layer: int
     piece: int
-    windows: int
     blocks: tuple[CalibratedBlock, ...]
     token_ids: tuple[tuple[int, ...], ...]
     last: bool
     after: tuple[str, ...]
+    dense_bytes: int
 
 
 @dataclass(frozen=True)
@@ -106,21 +108,34 @@ class CalibrationSum:
     """The Gram matrices of one layer, to be added up over all pieces, in their order."""
 
     task_id: str
+    group: str
     layer: int
     pieces: int
     blocks: tuple[CalibratedBlock, ...]
     after: tuple[str, ...]
-    windows: int = 0
+    dense_bytes: int
+
+
+CalibrationItem = CalibrationPiece | CalibrationSum
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """An item is done: its files are written."""
+    """An item is done: its files are written.
+
+    Attributes:
+        task_id: the item's.
+        dense_bytes: the item's.
+        seconds: what it took, by stage.
+        worker: who did it, ``host:pid``.
+        attempt: 1 for the first.
+    """
 
     task_id: str
-    windows: int
-    seconds: float
+    dense_bytes: int
+    seconds: dict[str, float]
     worker: str
+    attempt: int = 1
 
 
 def hidden_path(directory: AnyPath, layer: int, piece: int) -> AnyPath:
@@ -174,7 +189,7 @@ class CalibrationWorker:
     def _model(self) -> LayerwiseModel:
         return self._make_model()
 
-    def run(self, item: CalibrationPiece | CalibrationSum) -> Calibrated | Failure:
+    def run(self, item: CalibrationItem) -> Calibrated | Failure:
         """Do what an item asks for; never raises for a problem with its input."""
         try:
             start = time.perf_counter()
@@ -183,9 +198,10 @@ class CalibrationWorker:
                     self._pass_through(item)
                 else:
                     self._add_up(item)
-            return Calibrated(item.task_id, item.windows, time.perf_counter() - start, self._name)
+            seconds = {"calibrate": time.perf_counter() - start}
+            return Calibrated(item.task_id, item.dense_bytes, seconds, self._name)
         except Exception as error:
-            return failure_of(item.task_id, item.task_id, error)
+            return failure_of(item.task_id, item.group, error)
 
     def _pass_through(self, item: CalibrationPiece) -> None:
         given: list[Tensor] | Tensor
