@@ -33,13 +33,14 @@ import transformers
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods.base import STATISTICS
+from orchestrator.config import RunConfig
 from orchestrator.executor import Executor, Listener, WorkerSpec
 from orchestrator.manifest import read_json, write_json
 from orchestrator.plan import WORKER_BASE_BYTES
 from orchestrator.rundir import differences
 from orchestrator.source import Source
 from orchestrator.tables import size
-from orchestrator.texts import Samples
+from orchestrator.texts import Samples, read_samples
 from workers.calibrate import (
     PIECES_DIR,
     Calibrated,
@@ -105,6 +106,33 @@ def with_metrics(task: TaskT, calibration: Calibration) -> TaskT:
             if (ref := calibration.refs.get(f"{task.group}.{reads}{suffix}")) is not None:
                 metrics[reads + suffix] = ref
     return replace(task, metric_tensors=metrics)
+
+
+def calibrate_for(
+    tasks: Iterable[Task],
+    source: Source,
+    config: RunConfig,
+    device: str,
+    executor: Executor,
+    directory: AnyPath,
+    **listeners: Any,
+) -> Calibration:
+    """The activations that the slice groups of a run with a calibration text want to know.
+
+    `device` is the class that ``auto`` came to mean; the other arguments, and what is raised, are
+    those of `calibrate` and `orchestrator.texts.read_samples`.
+    """
+    assert config.calibrate_on is not None
+    return calibrate(
+        source,
+        blocks_of(tasks),
+        read_samples(source, config.calibrate_on, config.samples, config.sample_tokens),
+        executor,
+        directory,
+        device=device,
+        threads=config.threads,
+        **listeners,
+    )
 
 
 def calibrate(

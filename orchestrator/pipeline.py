@@ -27,14 +27,13 @@ from lestd_kernels.methods import ACTIVATION
 from orchestrator.assemble import assemble, check_output, remove_model
 from orchestrator.config import RunConfig
 from orchestrator.executor import Event, Executor, Listener, WorkerSpec
-from orchestrator.grams import CALIBRATION_DIR, blocks_of, calibrate, with_metrics
+from orchestrator.grams import CALIBRATION_DIR, calibrate_for, with_metrics
 from orchestrator.manifest import MANIFEST_DIR, Manifest
 from orchestrator.plan import Plan, decide, make_plan, no_worse_than_uniform
 from orchestrator.rundir import RunDirectory, fingerprint, require_same
 from orchestrator.runs import RunRecord, on_record
 from orchestrator.source import Source
 from orchestrator.tables import size
-from orchestrator.texts import read_samples
 from orchestrator.untouched import UNTOUCHED_DIR
 from workers.calibrate import Calibrated, CalibrationItem
 from workers.contracts import CurveResult, CurveTask, Failure, Result, Task
@@ -129,7 +128,7 @@ def compress_model(
             run.remove_contents()
             model = None
         recorded = run.fingerprint() or (model and model["fingerprint"])
-        current = fingerprint(source, config, _device(config, recorded, executor))
+        current = fingerprint(source, config, device_of(config, recorded, executor))
         if model is not None:
             require_same(model["fingerprint"], current, out)
             if not run.exists:  # `lestd clean` has dropped it, and nothing is left to do.
@@ -144,15 +143,13 @@ def compress_model(
         run.manifest.compact_many(require_lock)
 
         def with_activations(todo: list[Task]) -> list[Task]:
-            assert config.calibrate_on is not None
-            found = calibrate(
+            found = calibrate_for(
+                (planned.task for planned in plan.tasks),
                 source,
-                blocks_of(planned.task for planned in plan.tasks),
-                read_samples(source, config.calibrate_on, config.samples, config.sample_tokens),
+                config,
+                current["config"]["device"],
                 executor,
                 calibration or run_dir / CALIBRATION_DIR,
-                device=current["config"]["device"],
-                threads=config.threads,
                 require_lock=require_lock,
                 on_start=on_start,
                 on_event=on_event,
@@ -247,7 +244,7 @@ def _completed(run: RunDirectory, tasks: Sequence[Task]) -> dict[str, Any]:
     return run.manifest.completed((task.task_id for task in tasks), run.payloads)
 
 
-def _device(config: RunConfig, recorded: dict[str, Any] | None, executor: Executor) -> str:
+def device_of(config: RunConfig, recorded: dict[str, Any] | None, executor: Executor) -> str:
     """The device class: what is asked for; for ``auto`` what the run began with, or the best."""
     if config.device != "auto":
         return config.device

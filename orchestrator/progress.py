@@ -194,9 +194,11 @@ class SweepProgress:
 
     def listeners(self, name: str) -> dict[str, Any]:
         """What `compress_model` calls, for the compression of that name."""
-        tasks: dict[str, Task] = {}
+        tasks: dict[str, Task | CalibrationItem] = {}
 
-        def on_start(what: str, planned: Sequence[Task], finished: set[str]) -> None:
+        def on_start(
+            what: str, planned: Sequence[Task | CalibrationItem], finished: set[str]
+        ) -> None:
             if not planned:
                 self._meter.say("assembling", f"{name}: {what}", run=name)
                 return
@@ -221,7 +223,9 @@ class SweepProgress:
             about: dict[str, Any] = {"run": name, "task_id": task.task_id, "group": task.group}
             self._meter.say(f"task_{event.kind}", line + event.message, logging.WARNING, **about)
 
-        def on_progress(outcome: Result | CurveResult | Failure, finished: int, total: int) -> None:
+        def on_progress(
+            outcome: Result | CurveResult | Calibrated | Failure, finished: int, total: int
+        ) -> None:
             task = tasks[outcome.task_id]
             self._end(task)
             head = f"[{name} {finished}/{total}] {task.group}"
@@ -234,14 +238,14 @@ class SweepProgress:
             seconds = sum(outcome.seconds.values())
             self._meter.say(
                 "task_done",
-                f"{head}: {describe_result(outcome)}, {seconds:.1f} s",
+                f"{head}: {_describe(outcome)}, {seconds:.1f} s",
                 done=sum(self._done.values()),
                 **about,
             )
 
         return {"on_start": on_start, "on_event": on_event, "on_progress": on_progress}
 
-    def _end(self, task: Task) -> None:
+    def _end(self, task: Task | CalibrationItem) -> None:
         if (task_id := self._running.pop(task.group, None)) is not None:
             self._meter.end(task_id)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import METHODS, MethodArgs
 from lestd_kernels.tensorize import GroupLayout
 from orchestrator.config import RunConfig
-from orchestrator.executor import SerialExecutor
+from orchestrator.executor import Listener, SerialExecutor, WorkerSpec
 from orchestrator.grams import blocks_of
 from orchestrator.pipeline import compress_model
 from orchestrator.source import resolve_source
+from orchestrator.sweep import compress_keeps
 from orchestrator.texts import read_samples
 
 
@@ -123,3 +124,38 @@ def test_runs_share_a_calibration(tiny_llama: Path, wikitext: Path, tmp_path: Pa
             on_start=lambda name, *_: passes.append(name),
         )
     assert passes == ["calibrate", "compress", "assemble", "compress", "assemble"]
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_sweep_calibrates_once(
+    fresh: bool,
+    tiny_llama: Path,
+    wikitext: Path,
+    tmp_path: Path,
+    seen: list[dict[str, Tensor]],
+) -> None:
+    source = resolve_source(str(tiny_llama))
+    common: dict[str, Any] = {"calibrate_on": str(wikitext), "samples": 2, "sample_tokens": 20}
+    configs = {keep: RunConfig(keep=keep, **common) for keep in (0.5, 0.6)}
+    executor = CountingExecutor()
+    compress_keeps(source, configs, executor, tmp_path)
+    assert executor.workers == ["CalibrationWorker", "DecomposeWorker"]
+    assert len(seen) == 4
+    assert all("q_proj" in metrics for metrics in seen)
+    assert not [*tmp_path.glob("keep-*.run/calibration")]
+
+    compress_keeps(source, configs, executor, tmp_path, fresh=fresh)
+    assert executor.workers[2:] == executor.workers[:2] * fresh
+
+
+class CountingExecutor(SerialExecutor):
+    """Remembers which workers it was asked for."""
+
+    def __init__(self) -> None:
+        self.workers: list[str] = []
+
+    def map(
+        self, spec: WorkerSpec, items: Sequence[Any], on_event: Listener | None = None
+    ) -> Iterator[Any]:
+        self.workers.append(spec.cls.__name__)
+        return super().map(spec, items, on_event)
