@@ -149,6 +149,15 @@ Samples = Annotated[
 SampleTokens = Annotated[
     int | None, typer.Option(min=1, help="Tokens of such a window.", show_default="256")
 ]
+CalibrationDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        help="Directory of the activations of that text, which runs may share.",
+        show_default="calibration, in the run directory",
+        parser=as_path,
+    ),
+]
 ValueBits = Annotated[
     int | None,
     typer.Option(help="Bits of a core value: 16, 8, 4, 3 or 2.", show_default="16"),
