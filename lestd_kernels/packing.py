@@ -53,7 +53,7 @@ def values_bytes(count: int, bits: int, value_bytes: int) -> int:
 
 
 def _offset(bits: int, has_zero: bool) -> float:
-    return 2 ** (bits - 1) if has_zero else (2**bits - 1) / 2
+    return float((1 << bits) / 2 if has_zero else ((1 << bits) - 1) / 2)
 
 
 def group_scales(
@@ -72,8 +72,8 @@ def group_scales(
     """
     padded = functional.pad(values, (0, -len(values) % GROUP)).view(-1, GROUP)
     low, high = padded.aminmax(dim=1)
-    largest = torch.where(high > -low, -high, low) if has_zero else -torch.maximum(high, -low)
-    scales: Tensor = largest / -_offset(bits, has_zero)
+    outer = -torch.where(high > -low, high, low) if has_zero else torch.maximum(high, -low)
+    scales: Tensor = outer / _offset(bits, has_zero)
     # Zero, not a number that is not normal, which has few bits itself.
     tiny = torch.finfo(scale_dtype).smallest_normal
     return torch.where(scales.abs() < tiny, torch.zeros_like(scales), scales).to(scale_dtype)

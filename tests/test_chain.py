@@ -77,7 +77,7 @@ def test_positions_of_kept_zeros_are_stored() -> None:
     matrix = torch.tensor([[0.0, 5.0, 0.0], [0.0, 1.0, 0.0]])
     mask = torch.tensor([[True, True, False], [False, True, False]])
     for bits in (16, 4):
-        core = EncodedCore.quantized(matrix, bits, torch.float32, mask=mask)
+        core = EncodedCore.quantized(matrix, bits, torch.float32, codec="bitmask", mask=mask)
         assert core.nnz == 3
         core.check()
         assert torch.equal(core.decode() != 0, mask if bits == 4 else matrix != 0)
