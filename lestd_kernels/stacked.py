@@ -16,6 +16,7 @@ and Applications", SIAM Review 51(3), 2009, sections 4.2 and 5.4.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.budget import rank_grid
-from lestd_kernels.stage1 import leading_eigenvectors, squared_sum
+from lestd_kernels.low_rank import largest_rank
+from lestd_kernels.stage1 import gram_matrix, leading_eigenvectors, squared_sum
 
 # Values of a rank that a search looks at: all of a small dimension, so many of a large one.
 _GRID_VALUES = 256
@@ -60,27 +62,35 @@ class StackFactors:
         )
 
 
+def full_ranks(shape: Sequence[int]) -> StackRanks:
+    """The ranks beyond which T ``(n, a, b)`` gains nothing."""
+    n, a, b = shape
+    return StackRanks(min(n, a * b), min(a, n * b), min(b, n * a))
+
+
 def full_bases(T: Tensor, compress: bool) -> StackFactors:
-    """The HOSVD bases of T ``(n, a, b)``: U ``(a, a)``, V ``(b, b)``, P ``(n, n)`` or None."""
-    P = leading_eigenvectors(_gram_stack(T))[1] if compress else None
-    return StackFactors(_leading_rows(T), _leading_columns(T), P)
+    """The HOSVD bases of T ``(n, a, b)``, as many columns each as `full_ranks` says.
+
+    Args:
+        T: float32, any scale.
+        compress: whether the stack has a factor P; otherwise it is None.
+    """
+    P = leading_vectors(T, 0) if compress else None
+    return StackFactors(leading_vectors(T, 1), leading_vectors(T, 2), P)
 
 
-def _gram_stack(T: Tensor) -> Tensor:
-    flat = T.flatten(1)
-    return flat @ flat.T
-
-
-def _leading_rows(T: Tensor) -> Tensor:
-    gram = T.new_zeros(T.shape[1], T.shape[1])
-    for matrix in T:
-        gram.addmm_(matrix, matrix.T)
-    return leading_eigenvectors(gram)[1]
-
-
-def _leading_columns(T: Tensor) -> Tensor:
-    flat = T.flatten(0, 1)
-    return leading_eigenvectors(flat.T @ flat)[1]
+def leading_vectors(T: Tensor, mode: int) -> Tensor:
+    """Left singular vectors of a mode's unfolding, as columns, largest singular value first."""
+    # Squares of very large or small elements would leave the range of float32.
+    scale = 1 / T.abs().max().clamp(min=torch.finfo(T.dtype).tiny)
+    flat = T.movedim(mode, 0).flatten(1) * scale
+    if flat.shape[0] <= flat.shape[1]:
+        return leading_eigenvectors(gram_matrix(flat))[1]
+    # Their images are orthogonal, so that this only normalizes them, zeros as well.
+    images = flat @ leading_eigenvectors(flat.T @ flat)[1]
+    basis, triangle = torch.linalg.qr(images)
+    signs: Tensor = torch.where(triangle.diagonal() < 0, -1.0, 1.0)
+    return basis * signs
 
 
 def mix_stack(T: Tensor, P: Tensor | None) -> Tensor:
@@ -98,8 +108,8 @@ class RankGrid(NamedTuple):
 
 def search_grid(shape: Sequence[int], compress: bool) -> RankGrid:
     """The grid of T ``(n, a, b)``; without compression the stack has one value, n."""
-    n, a, b = shape
-    stack = rank_grid(n, -(-n // _STACK_VALUES)) if compress else [n]
+    n, a, b = full_ranks(shape)
+    stack = rank_grid(n, -(-n // _STACK_VALUES)) if compress else [shape[0]]
     return RankGrid(stack, *(rank_grid(m, -(-m // _GRID_VALUES)) for m in (a, b)))
 
 
@@ -129,33 +139,31 @@ def best_ranks(
     fits. Equal candidates: the smallest Rn, then Rb.
     """
     best, most = None, -1.0
-    for k, Rn in enumerate(grid.stack):
-        for c, Rb in enumerate(grid.columns):
-            Ra = _largest(grid.rows[-1], lambda m: stored_bytes(StackRanks(Rn, m, Rb)), byte_budget)
+    for Rn in grid.stack:
+        for Rb in grid.columns:
+            Ra = _largest_rows(grid.rows[-1], Rn, Rb, stored_bytes, byte_budget)
             if not Ra:
                 break
-            r = _last_within(grid.rows, Ra)
-            energy = float(energies[k, r, c]) if r >= 0 else 0.0
+            ranks = StackRanks(Rn, Ra, Rb)
+            energy = kept_energy(energies, grid, ranks)
             if energy > most:
-                best, most = StackRanks(Rn, Ra, Rb), energy
+                best, most = ranks, energy
     return best
 
 
-def _largest(top: int, size: Callable[[int], int], byte_budget: int) -> int:
-    """The largest integer up to `top` whose size fits; 0 where none does."""
-    low, high = 0, top
-    while low < high:
-        middle = (low + high + 1) // 2
-        if size(middle) <= byte_budget:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+def kept_energy(energies: Tensor, grid: RankGrid, ranks: StackRanks) -> float:
+    """The energy of a leading sub-block, of the grid's next lower ranks where it is between."""
+    places = [_last_within(values, rank) for values, rank in zip(grid, ranks, strict=True)]
+    return float(energies[tuple(places)]) if min(places) >= 0 else 0.0
+
+
+def _largest_rows(most: int, Rn: int, Rb: int, stored_bytes: StackBytes, byte_budget: int) -> int:
+    return largest_rank(lambda Ra: stored_bytes(StackRanks(Rn, Ra, Rb)), most, byte_budget)
 
 
 def _last_within(values: Sequence[int], bound: int) -> int:
     """Index of the last of ascending values that is at most `bound`; -1 where none is."""
-    return sum(value <= bound for value in values) - 1
+    return bisect.bisect_right(values, bound) - 1
 
 
 def refine(
@@ -174,18 +182,17 @@ def refine(
         max_iter: sweeps at most; 0 gives the truncated HOSVD.
     """
     factors, fit = bases.leading(ranks), -math.inf
-    full = StackRanks(len(T), *T.shape[1:])
-    if sum(rank < size for rank, size in zip(ranks, full, strict=True)) < 2:
+    if sum(rank < full for rank, full in zip(ranks, full_ranks(T.shape), strict=True)) < 2:
         return factors
     squared_norm = max(squared_sum(T), 1e-300)
     for _ in range(max_iter):
         P = factors.P
         mixed = mix_stack(T, P)
-        U = _leading_rows(mixed @ factors.V)[:, : ranks.Ra].contiguous()
-        V = _leading_columns(U.T @ mixed)[:, : ranks.Rb].contiguous()
+        U = leading_vectors(mixed @ factors.V, 1)[:, : ranks.Ra].contiguous()
+        V = leading_vectors(U.T @ mixed, 2)[:, : ranks.Rb].contiguous()
         del mixed
         if P is not None:
-            P = leading_eigenvectors(_gram_stack(U.T @ T @ V))[1][:, : ranks.Rn].contiguous()
+            P = leading_vectors(U.T @ T @ V, 0)[:, : ranks.Rn].contiguous()
         factors = StackFactors(U, V, P)
         missing = squared_norm - squared_sum(project(T, factors))
         previous, fit = fit, 1 - math.sqrt(max(missing, 0.0) / squared_norm)
