@@ -81,7 +81,7 @@ def share_products(block: nn.Module) -> None:
     block.register_forward_hook(_close_scope, always_call=True)
 
 
-def _shared_product(factor: Factor, x: Tensor) -> Tensor:
+def shared_product(factor: Factor, x: Tensor) -> Tensor:
     """``factor(x)``, taken from the open scope where the same tensor was multiplied before."""
     traced = torch.compiler.is_compiling()
     # A module compiled by itself inside an eager block leaves the block's products alone: they
@@ -228,19 +228,41 @@ class CompressedLinear(nn.Module):
         rows, columns = M.shape
         return EncodedCore("dense", rows, columns, M.numel(), {"values": M.reshape(-1)})
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x (..., in_features) -> (..., out_features)``, in the dtype of the operands."""
-        U1, U2, _ = self._shared
+    @property
+    def stream_factor(self) -> nn.Module:
+        """The factor on the side of the residual stream, which other modules may share: U1."""
+        return self._shared[0]
+
+    def enter(self, x: Tensor) -> Tensor:
+        """``x U1``, for a module that reads the residual stream."""
+        return shared_product(self._shared[0], x)
+
+    def leave(self, z: Tensor) -> Tensor:
+        """``z U1^T``, for a module that writes the residual stream."""
+        return self._shared[0](z, transposed=True)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor, entered: bool = False, leaving: bool = True) -> Tensor:
+        """``x (..., in_features) -> (..., out_features)``, in the dtype of the operands.
+
+        Args:
+            x: the input, or what `enter` has made of it.
+            entered: whether `enter` was applied.
+            leaving: whether to apply `leave`, and to add the bias after it.
+        """
+        U2 = self._shared[1]
         p, R2 = U2.weight.shape
         out: Tensor
         if self.basis_side == "input":
-            Z = backends.apply_core(_shared_product(U1, x), self._core(), False, self.backend)
+            Y = x if entered else self.enter(x)
+            Z = backends.apply_core(Y, self._core(), False, self.backend)
             Z = Z.reshape(*x.shape[:-1], self.slices, R2)
             out = U2(Z, transposed=True).flatten(-2)
         else:
             Z = U2(x.reshape(*x.shape[:-1], self.slices, p)).flatten(-2)
-            Z = backends.apply_core(Z, self._core(), True, self.backend)
-            out = U1(Z, transposed=True)
+            out = backends.apply_core(Z, self._core(), True, self.backend)
+            if not leaving:
+                return out
+            out = self.leave(out)
         # Under autocast `out` is narrower than the bias; the sum keeps its dtype, as nn.Linear's.
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
