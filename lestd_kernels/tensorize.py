@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -56,6 +56,9 @@ class ModuleLayout:
         slices: ``(projection, number)`` of each slice in storage order; projection is one of
             ``"q" "k" "v" "o" "gate" "up" "down"``, number that of the head or expert. A fused,
             per-head interleaved QKV lists q0 k0 v0 q1 k1 v1 ...
+        reads: name of the input that the module reads, by which its metric is found; modules that
+            read the same tensor have the same.
+        stored: where the weight lies in the dense checkpoint, if not in ``<name>.weight``.
     """
 
     name: str
@@ -119,6 +122,16 @@ class GroupLayout:
     def guard_bytes(self) -> int:
         """Bytes of `guard_tensors`."""
         return sum(tensor.nbytes for tensor in self.guard_tensors("").values())
+
+    def columns(self, module: ModuleLayout) -> slice:
+        """Where the module's columns stand in the unfolding."""
+        first = 0
+        for one in self.modules:
+            stop = first + len(one.slices) * self.head_dim
+            if one == module:
+                return slice(first, stop)
+            first = stop
+        raise ValueError(f"{module.name} is not of this group")
 
     @property
     def elements(self) -> int:
@@ -198,3 +211,12 @@ def fold_weights(unfolding: Tensor, layout: GroupLayout) -> dict[str, Tensor]:
         weights[module.name] = (block.T if module.basis_side == "input" else block).contiguous()
         column = stop
     return weights
+
+
+def entry_slices(name: str, module: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
+    """Slices of a module from its entry; regular over heads and types where it states types."""
+    if "types" not in module:
+        return tuple((name, i) for i in range(module["slices"]))
+    types = module["types"]
+    heads = module["slices"] // len(types)
+    return tuple((PROJECTIONS[t], i) for i in range(heads) for t in types)
