@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lestd_kernels.tensorize import GUARD_DTYPE, GUARD_SHAPE
 
-_ROLES = ("gate", "up", "down")
+ROLES = ("gate", "up", "down")
 GUARD_NAME = "lestd_guard"
 """The guard's name in memory; on disk it has that of the parameter that it stands for."""
 
@@ -39,6 +39,9 @@ class CompressedExperts(nn.Module):
         original: the module to stand in for; its weights are dropped, its biases taken over.
         device: where the guard is made.
     """
+
+    gate_up_proj_bias: nn.Parameter | None
+    down_proj_bias: nn.Parameter | None
 
     def __init__(self, original: nn.Module, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -68,20 +71,20 @@ class CompressedExperts(nn.Module):
             ``(N, d)`` in the dtype of `hidden_states`.
         """
         experts: list[Any] = [self.get_submodule(f"expert_{e}") for e in range(self.num_experts)]
-        gates, ups, downs = ([getattr(expert, role) for expert in experts] for role in _ROLES)
+        gates, ups, downs = ([getattr(expert, role) for expert in experts] for role in ROLES)
         chosen = top_k_index.reshape(-1)
         order = torch.argsort(chosen, stable=True)
         counts = torch.bincount(chosen, minlength=self.num_experts).tolist()
         tokens = order // top_k_index.shape[-1]
 
         # Once per token, before the tokens are dealt out to their experts.
-        gates_share, ups_share = _share_factor(gates), _share_factor(ups)
+        gates_share, ups_share = _share(gates, "first_factor"), _share(ups, "first_factor")
         gate_inputs = gates[0].enter(hidden_states) if gates_share else hidden_states
         up_inputs = ups[0].enter(hidden_states) if ups_share else hidden_states
         to_gates = gate_inputs[tokens].split(counts)
         to_ups = to_gates if up_inputs is gate_inputs else up_inputs[tokens].split(counts)
 
-        downs_share = _share_factor(downs)
+        downs_share = _share(downs, "last_factor")
         outputs = []
         for expert, count in enumerate(counts):
             if count:
@@ -93,18 +96,19 @@ class CompressedExperts(nn.Module):
             return torch.zeros_like(hidden_states)
         weighted = torch.cat(outputs) * top_k_weights.reshape(-1, 1)[order]
         # Summed in the order of the router's choices: the same on every device.
-        total = weighted[torch.argsort(order)].unflatten(0, top_k_index.shape).sum(1)
-        total = total.to(hidden_states.dtype)
+        weighted = weighted[torch.argsort(order)]
+        total = weighted.reshape(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
         # Once per token, after the sum over its experts.
         total = downs[0].leave(total) if downs_share else total
         if self.down_proj_bias is not None:
             shares = top_k_weights.new_zeros(len(total), self.num_experts)
             shares = shares.scatter(1, top_k_index, top_k_weights).to(total.dtype)
             total = total + shares @ self.down_proj_bias.to(total.dtype)
-        return total.to(hidden_states.dtype)
+        out: Tensor = total.to(hidden_states.dtype)
+        return out
 
     def _activate(self, gate: Tensor, up: Tensor, expert: int) -> Tensor:
-        """Input of down ``(n, f)``, by the original's activation, which reads gate and up joined."""
+        """Input of down ``(n, f)``, by the original's way, which reads gate and up joined."""
         if self._interleaved:
             joined = torch.stack((gate, up), dim=-1).flatten(-2)
         else:
@@ -119,7 +123,8 @@ class CompressedExperts(nn.Module):
         return f"num_experts={self.num_experts}"
 
 
-def _share_factor(projections: list[Any]) -> bool:
-    """Whether all have one factor in common on the side of the residual stream."""
-    first = projections[0].stream_factor
-    return first is not None and all(one.stream_factor is first for one in projections)
+def _share(projections: list[Any], side: str) -> bool:
+    """Whether all have one factor in common on that side."""
+    # A module that adapters wrap has none.
+    factors = [getattr(one, side, None) for one in projections]
+    return factors[0] is not None and all(factor is factors[0] for factor in factors)

@@ -220,16 +220,21 @@ class CompressedLinear(nn.Module):
         return EncodedCore("dense", rows, columns, M.numel(), {"values": M.reshape(-1)})
 
     @property
-    def stream_factor(self) -> nn.Module:
-        """The factor on the side of the residual stream, which other modules may share: U1."""
-        return self._shared[0]
+    def first_factor(self) -> nn.Module | None:
+        """The factor that `enter` applies, U1; None where it stands on the other side."""
+        return self._shared[0] if self.basis_side == "input" else None
+
+    @property
+    def last_factor(self) -> nn.Module | None:
+        """The factor that `leave` applies, U1; None where it stands on the other side."""
+        return self._shared[0] if self.basis_side == "output" else None
 
     def enter(self, x: Tensor) -> Tensor:
-        """``x U1``, for a module that reads the residual stream."""
+        """``x U1``, the product with `first_factor`."""
         return shared_product(self._shared[0], x)
 
     def leave(self, z: Tensor) -> Tensor:
-        """``z U1^T``, for a module that writes the residual stream."""
+        """``z U1^T``, the product with `last_factor`."""
         return self._shared[0](z, transposed=True)  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, entered: bool = False, leaving: bool = True) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 BasisSide = Literal["input", "output"]
 PROJECTIONS = ("q", "k", "v", "o")
-GUARD_SHAPE, GUARD_DTYPE = (1,), torch.uint8
+GUARD_SHAPE, GUARD_DTYPE = (0,), torch.uint8
 """Of the tensor that a compressed model keeps under a guard's name, see `GroupLayout`."""
 
 
@@ -84,9 +84,9 @@ class GroupLayout:
         width: d, the model's width.
         head_dim: p, the width of a head; of a feed-forward block or an expert the hidden width.
         modules: in unfolding order.
-        guard: name of a dense parameter below the block that no module's name covers: a compressed
-            model keeps one byte under it, so that a loader that does not know the format meets a
-            shape that it cannot use.
+        guard: name of a dense parameter below the block, where none is called as a module is: a
+            compressed model has an empty tensor of that name, so that a loader that does not know
+            the format meets a shape that it cannot use.
     """
 
     width: int
@@ -113,15 +113,10 @@ class GroupLayout:
         return (inputs, out) if module.stored.transposed else (out, inputs)
 
     def guard_tensors(self, prefix: str) -> dict[str, Tensor]:
-        """What a compressed model keeps under the guard's name, below `prefix` (a block's path)."""
+        """What a compressed model has under the guard's name, below `prefix` (a block's path)."""
         if self.guard is None:
             return {}
-        return {f"{prefix}.{self.guard}": torch.zeros(GUARD_SHAPE, dtype=GUARD_DTYPE)}
-
-    @property
-    def guard_bytes(self) -> int:
-        """Bytes of `guard_tensors`."""
-        return sum(tensor.nbytes for tensor in self.guard_tensors("").values())
+        return {f"{prefix}.{self.guard}": torch.empty(GUARD_SHAPE, dtype=GUARD_DTYPE)}
 
     def columns(self, module: ModuleLayout) -> slice:
         """Where the module's columns stand in the unfolding."""
@@ -183,22 +178,33 @@ def _weight_of(matrix: Tensor, stored: StoredWeight | None) -> Tensor:
     return (matrix.T if stored.transposed else matrix)[which::parts]
 
 
-def join_weights(weights: Mapping[str, Tensor], layout: GroupLayout) -> dict[str, Tensor]:
-    """Weights ``(out, in)`` by module -> matrices of the dense checkpoint by source.
+def dense_tensors(weights: Mapping[str, Tensor], layout: GroupLayout) -> dict[str, Tensor]:
+    """Weights by module -> the tensors of the dense checkpoint.
 
-    Raises:
-        KeyError: a module has no weight.
+    Args:
+        weights: module name -> weight ``(out, in)``.
+        layout: the group.
+
+    Returns:
+        Name below the block -> tensor.
     """
-    matrices: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
     for module in layout.modules:
-        weight = weights[module.name]
-        if module.stored is None:
-            matrices[module.name] = weight
+        if module.stored is not None and module.stored.index is not None:
+            counts[module.stored.tensor] = 1 + module.stored.index
+    tensors: dict[str, Tensor] = {}
+    for module in layout.modules:
+        weight, stored = weights[module.name], module.stored
+        if stored is None:
+            tensors[f"{module.name}.weight"] = weight
             continue
-        if module.source not in matrices:
-            matrices[module.source] = weight.new_empty(layout.source_shape(module))
-        _weight_of(matrices[module.source], module.stored).copy_(weight)
-    return matrices
+        if stored.tensor not in tensors:
+            stack = () if stored.index is None else (counts[stored.tensor],)
+            tensors[stored.tensor] = weight.new_empty(*stack, *layout.source_shape(module))
+        tensor = tensors[stored.tensor]
+        matrix = tensor if stored.index is None else tensor[stored.index]
+        _weight_of(matrix, stored).copy_(weight)
+    return tensors
 
 
 def fold_weights(unfolding: Tensor, layout: GroupLayout) -> dict[str, Tensor]:

@@ -21,8 +21,8 @@ SCOPES = (*get_args(Kind), "all")
 """What a run may compress: one kind of block in every layer that has one, or all kinds."""
 
 _BLOCK_NAMES = {
-    "attention": "attention block",
-    "ffn": "dense feed-forward block",
+    "attention": "attention blocks",
+    "ffn": "dense feed-forward blocks",
     "experts": "experts",
 }
 # Where modules read: on the residual stream's side, and where they write into it.
@@ -45,7 +45,7 @@ class SliceGroup:
             where the checkpoint leaves the base model's prefix out, or calls the block otherwise.
         layout: how the weights divide into slices.
         tensors: the layout's `ModuleLayout.source` -> its tensor, in the layout's order; one dtype.
-        norm: scale of the norm whose output the block reads; None where there is none.
+        norms: `ModuleLayout.reads` -> scale of the norm that makes this input, where one does.
     """
 
     layer: int
@@ -54,7 +54,7 @@ class SliceGroup:
     tensor_prefix: str
     layout: GroupLayout
     tensors: dict[str, TensorRef]
-    norm: TensorRef | None
+    norms: dict[str, TensorRef]
 
 
 class Architecture(Description):
@@ -141,7 +141,7 @@ class Architecture(Description):
             )
         layouts = {kind: self.layout(config, kind) for _, kind in chosen}
         prefix = self._missing_prefix(index)
-        norms = getattr(config, "do_layer_norm_before", True)  # Some OPT models norm afterwards.
+        before = getattr(config, "do_layer_norm_before", True)  # Some OPT models norm afterwards.
         groups = []
         for layer, kind in chosen:
             block, layout = self._block(kind), layouts[kind]
@@ -150,9 +150,11 @@ class Architecture(Description):
             stored_layer = layer_path.removeprefix(prefix)
             stored = _join(stored_layer, stored_path)
             tensors = _find_weights(index, stored, layout)
-            norm = index.tensors.get(f"{stored_layer}.{block.norm}.weight") if norms else None
+            norm = index.tensors.get(f"{stored_layer}.{block.norm}.weight") if before else None
             group = _join(layer_path, block.path)
-            groups.append(SliceGroup(layer, kind, group, stored, layout, tensors, norm))
+            inputs = [m.reads for m in layout.modules if m.basis_side == "input"]
+            norms = {} if norm is None else dict.fromkeys(inputs, norm)
+            groups.append(SliceGroup(layer, kind, group, stored, layout, tensors, norms))
         return groups
 
     def _block(self, kind: Kind) -> Block:
