@@ -37,9 +37,7 @@ from lestd_kernels.stacked import (
 from lestd_kernels.tensor_train import TrainModes, stack_of, train_modes
 
 
-def _train_bytes(
-    modes: TrainModes, ranks: StackRanks, value_bytes: int, args: MethodArgs
-) -> int:
+def _train_bytes(modes: TrainModes, ranks: StackRanks, value_bytes: int, args: MethodArgs) -> int:
     (a1, a2, a3), (b1, b2, b3) = modes
     _, r1, r2 = ranks
     factors = ((a1 * b1, r1), (r2, a3 * b3))
