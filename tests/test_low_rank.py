@@ -254,6 +254,17 @@ def test_what_is_too_small_is_refused_and_the_least_is_not(method: str) -> None:
         METHODS[method].bounds(layout, least - 1, BF16, args)
 
 
+OF_CORES = {"type_mode": "learned", "pattern": "2:4", "stage2": "prune-refit", "max_flops": 0.5}
+
+
+@pytest.mark.parametrize("option", list(OF_CORES))
+@pytest.mark.parametrize("method", ["svd", "svd_llm", "asvd", "laser", "tt", "per_head_tucker"])
+def test_options_of_sparse_cores_are_refused(method: str, option: str) -> None:
+    args = MethodArgs(**{option: OF_CORES[option]})  # type: ignore[arg-type]
+    with pytest.raises(LestdError, match=f"{method}.* {option}"):
+        METHODS[method].bounds(layout_of("mha"), 10_000, BF16, args)
+
+
 @pytest.mark.parametrize("method", ["svd", "svd_llm", "asvd", "laser"])
 def test_a_curve_tells_the_errors_of_its_budgets(method: str) -> None:
     layout = layout_of("gqa")

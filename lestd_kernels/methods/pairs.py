@@ -30,7 +30,14 @@ from lestd_kernels.low_rank import (
     pair_bytes,
     spectrum,
 )
-from lestd_kernels.methods.base import Bounds, Decomposed, Method, MethodArgs, Metrics
+from lestd_kernels.methods.base import (
+    Bounds,
+    Decomposed,
+    Method,
+    MethodArgs,
+    Metrics,
+    require_no_core,
+)
 from lestd_kernels.methods.matrices import (
     PreparedGroup,
     chain_result,
@@ -245,6 +252,7 @@ def pair_method(
         return Bounds(None, None, None, min(byte_budget, most), workspace, 0)
 
     def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
+        require_no_core(name, args)
         return sum(
             module_bytes(layout, module, 1, value_bytes=value_dtype.itemsize, args=args)
             for module in layout.modules

@@ -25,7 +25,15 @@ from lestd_kernels.budget import CurvePoint
 from lestd_kernels.chain import ModuleChain, Multiply, Op, Permute
 from lestd_kernels.errors import LestdError
 from lestd_kernels.low_rank import matrix_bytes
-from lestd_kernels.methods.base import WEIGHT, Bounds, Decomposed, Method, MethodArgs, Metrics
+from lestd_kernels.methods.base import (
+    WEIGHT,
+    Bounds,
+    Decomposed,
+    Method,
+    MethodArgs,
+    Metrics,
+    require_no_core,
+)
 from lestd_kernels.methods.matrices import PreparedGroup, chain_result, module_workspace_bytes
 from lestd_kernels.methods.steps import Stopwatch
 from lestd_kernels.packed import EncodedCore
@@ -271,6 +279,7 @@ def bounds(
 
 def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
     """See `Method.least_bytes`."""
+    require_no_core("per_head_tucker", args)
     ranks = StackRanks(1, 1, 1)
     return _stored_bytes(layout, _units_of(layout), ranks, value_dtype.itemsize, args)
 

@@ -38,6 +38,7 @@ from lestd_kernels.methods.base import (
     Method,
     MethodArgs,
     Metrics,
+    require_no_core,
 )
 from lestd_kernels.methods.matrices import (
     PreparedGroup,
@@ -313,6 +314,7 @@ def bounds(
 
 def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
     """See `Method.least_bytes`."""
+    require_no_core("td_moe", args)
     total, least = len(layout.slices), 0
     for modules in _by_projection(layout).values():
         columns, rows = layout.weight_shape(modules[0])
