@@ -44,12 +44,14 @@ class Multiply:
         blocks: number of blocks.
         distinct: whether the matrix holds one for each block, stacked along its rows; otherwise
             all blocks are multiplied by the same.
+        each: with `distinct`, consecutive blocks that share a matrix.
     """
 
     matrix: str | int
     transposed: bool = False
     blocks: int = 1
     distinct: bool = False
+    each: int = 1
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,9 @@ def apply_dense(x: Tensor, op: Multiply, matrix: Tensor) -> Tensor:
     """``x (..., blocks rows) -> (..., blocks columns)`` with the dense matrix of an op."""
     blocks = x.reshape(*x.shape[:-1], op.blocks, -1)
     if op.distinct:
-        stacked = matrix.reshape(op.blocks, -1, matrix.shape[-1])
+        stacked = matrix.reshape(op.blocks // op.each, -1, matrix.shape[-1])
+        if op.each != 1:
+            stacked = stacked.repeat_interleave(op.each, dim=0)
         stacked = stacked.mT if op.transposed else stacked
         return (blocks.unsqueeze(-2) @ stacked).squeeze(-2).flatten(-2)
     return (blocks @ (matrix.T if op.transposed else matrix)).flatten(-2)
@@ -284,6 +288,8 @@ def _describe_op(op: Op) -> dict[str, Any]:
         entry["blocks"] = op.blocks
     if op.distinct:
         entry["distinct"] = True
+    if op.each != 1:
+        entry["each"] = op.each
     return entry
 
 
@@ -300,6 +306,7 @@ def op_of(entry: Mapping[str, Any]) -> Op:
         entry.get("transposed", False),
         entry.get("blocks", 1),
         entry.get("distinct", False),
+        entry.get("each", 1),
     )
 
 
