@@ -6,16 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+from cli import lestd
 from families import FAMILIES, save_tiny
-from scopes import dense_chain, groups_of, rotated_chain, write_model
 from safetensors.torch import load_file
+from scopes import dense_chain, groups_of, rotated_chain, write_model
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import lestd_kernels  # noqa: F401 - registers the format
+from lestd_kernels.tensorize import unfold_weights
+from orchestrator.architectures import SliceGroup
 from orchestrator.export import export_dense
+from workers.checkpoint import read_tensor
 
 EXPERT_FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss")
 
@@ -127,3 +132,77 @@ def test_without_the_plug_in_nothing_is_made_up(
         check=True,
     )
     assert run.stdout.splitlines() == ["refused True"] * len(directories)
+
+
+COMMAND_CASES = [
+    *((family, "all", ("--method", "lestd", "--keep", 0.5)) for family in FAMILIES),
+    *((family, "all", ("--method", "svd", "--keep", 0.7)) for family in ("opt", *EXPERT_FAMILIES)),
+    *((family, "experts", ("--method", "td_moe", "--keep", 0.7)) for family in EXPERT_FAMILIES),
+    ("gptj", "ffn", ("--method", "tt", "--keep", 0.6)),
+    ("qwen3_moe", "ffn", ("--method", "lestd", "--keep", 0.5, "--include", "1")),
+    ("gpt_oss", "experts", ("--method", "lestd", "--keep", 0.5, "--include", "1")),
+    ("mixtral", "all", ("--method", "lestd", "--keep-model", 0.7)),
+]
+
+
+@pytest.mark.parametrize(("family", "scope", "options"), COMMAND_CASES)
+def test_a_compressed_model_is_its_reconstruction(
+    family: str,
+    scope: str,
+    options: tuple[object, ...],
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    source, out = tiny_models[family], tmp_path / "out"
+    serial = ("--executor", "serial", "--scope", scope)
+    result = lestd("compress", source, "--out", out, *serial, *options)
+    assert result.code == 0, result.err
+    assert lestd("verify", out).code == 0
+    rows = pq.read_table(out / "manifest" / "groups.parquet").to_pylist()
+    included = {int(options[-1])} if "--include" in options else None
+    groups = [g for g in groups_of(source, scope) if included is None or g.layer in included]
+    groups.sort(key=lambda group: (group.layer, group.group))
+    assert [row["group"] for row in rows] == [group.group for group in groups]
+    assert [row["scope"] for row in rows] == [group.scope for group in groups]
+
+    for row, group in zip(rows, groups, strict=True):
+        shard = next(p for p in (tmp_path / "out.run").rglob(row["payload"]))
+        tensors = load_file(shard)
+        assert all(name.startswith(f"{group.tensor_prefix}.") for name in tensors)
+        assert sum(t.nbytes for t in tensors.values()) == row["stored_bytes"] <= row["byte_budget"]
+    assert len(list(out.glob("lestd-*"))) == len(groups)
+
+    exported = export_dense(out, tmp_path / "dense")
+    original, dense = tensors_of(source), tensors_of(Path(exported.out))
+    assert {name: shape for name, (_, shape, _) in dense.items()} == {
+        name: shape for name, (_, shape, _) in original.items()
+    }
+    in_scope = {ref.name for group in groups for ref in group.tensors.values()}
+    assert {name for name in original if dense[name] != original[name]} == in_scope
+    _compare_slices(out, groups, exported.out, rows)
+
+    expected, found = logits_of(load(Path(exported.out))), logits_of(load(out))
+    assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+def _compare_slices(out: Path, groups: list[SliceGroup], dense: str, rows: list[dict]) -> None:
+    """Every slice's error as the manifest states it is that of the exported weights."""
+    exported = {group.group: group for group in groups_of(Path(dense), "all")}
+    slices = pq.read_table(out / "manifest" / "slices.parquet").to_pylist()
+    for group, row in zip(groups, rows, strict=True):
+        stated = {
+            (one["projection"], one["head"]): one["relative_error"]
+            for one in slices
+            if one["task_id"] == row["task_id"]
+        }
+        f = group.layout.head_dim
+        W, W_hat = (
+            unfold_weights({s: read_tensor(r) for s, r in g.tensors.items()}, g.layout)
+            for g in (group, exported[group.group])
+        )
+        assert len(stated) == len(group.layout.slices)
+        for i, key in enumerate(group.layout.slices):
+            part = slice(i * f, (i + 1) * f)
+            error = (W - W_hat)[:, part].norm() / W[:, part].norm()
+            assert error == pytest.approx(stated[key], rel=1e-3, abs=1e-5)
+            assert 0 < error < 1
