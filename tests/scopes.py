@@ -35,11 +35,12 @@ def weights_of(group: SliceGroup) -> dict[str, Tensor]:
     return fold_weights(unfold_weights(matrices, group.layout), group.layout)
 
 
-def dense_chain(layout: GroupLayout, weights: dict[str, Tensor]) -> Chain:
+def dense_chain(
+    layout: GroupLayout, weights: dict[str, Tensor], dtype: torch.dtype = torch.float32
+) -> Chain:
     """Every module as it is: one dense matrix of its own."""
-    dtype = next(iter(weights.values())).dtype
     modules = {
-        name: ModuleChain((Multiply(0),), (EncodedCore.encode(weight.T.contiguous()),))
+        name: ModuleChain((Multiply(0),), (EncodedCore.encode(weight.T.to(dtype).contiguous()),))
         for name, weight in weights.items()
     }
     return Chain(layout, {}, modules, {}, dtype)

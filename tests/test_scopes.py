@@ -134,6 +134,12 @@ def test_without_the_plug_in_nothing_is_made_up(
     assert run.stdout.splitlines() == ["refused True"] * len(directories)
 
 
+def compress(source: Path, out: Path, *options: object) -> Path:
+    result = lestd("compress", source, "--out", out, "--executor", "serial", *options)
+    assert result.code == 0, result.err
+    return out
+
+
 COMMAND_CASES = [
     *((family, "all", ("--method", "lestd", "--keep", 0.5)) for family in FAMILIES),
     *((family, "all", ("--method", "svd", "--keep", 0.7)) for family in ("opt", *EXPERT_FAMILIES)),
@@ -153,10 +159,8 @@ def test_a_compressed_model_is_its_reconstruction(
     tiny_models: dict[str, Path],
     tmp_path: Path,
 ) -> None:
-    source, out = tiny_models[family], tmp_path / "out"
-    serial = ("--executor", "serial", "--scope", scope)
-    result = lestd("compress", source, "--out", out, *serial, *options)
-    assert result.code == 0, result.err
+    source = tiny_models[family]
+    out = compress(source, tmp_path / "out", "--scope", scope, *options)
     assert lestd("verify", out).code == 0
     rows = pq.read_table(out / "manifest" / "groups.parquet").to_pylist()
     included = {int(options[-1])} if "--include" in options else None
