@@ -1,5 +1,8 @@
 """LeSTD: a shared Tucker basis (Stage I) with ultra-sparse cores (Stage II).
 
+Attention in the weights' own norm, 16 bits to a value, is stored here; everything else by
+lestd_kernels.methods.metric_lestd.
+
 Reference: "LeSTD: LLM Compression via Learning-based Sparse Tensor Decomposition", ICLR 2026.
 """
 
@@ -12,6 +15,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from lestd_kernels.budget import (
     GroupShape,
@@ -21,7 +25,16 @@ from lestd_kernels.budget import (
 )
 from lestd_kernels.codecs import TWO_OF_FOUR, UNSTRUCTURED
 from lestd_kernels.errors import LestdError
-from lestd_kernels.methods.base import Bounds, Decomposed, Method, MethodArgs, require_plain
+from lestd_kernels.methods import metric_lestd
+from lestd_kernels.methods.base import (
+    METRICS,
+    Bounds,
+    Decomposed,
+    Method,
+    MethodArgs,
+    Metrics,
+    require_plain,
+)
 from lestd_kernels.methods.steps import (
     Prepared,
     Stopwatch,
@@ -210,4 +223,39 @@ def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs)
     return _least_bytes(group_shape(layout, value_dtype, args), _smallest(layout, args))
 
 
-METHOD = Method("lestd", prepare, encode, bounds, least_bytes)
+def _prepare_any(
+    unfolding: Tensor,
+    layout: GroupLayout,
+    value_dtype: torch.dtype,
+    args: MethodArgs,
+    metrics: Metrics,
+) -> Prepared | metric_lestd.PreparedSides:
+    chosen = metric_lestd.prepare if metric_lestd.serves(layout, args) else prepare
+    return chosen(unfolding, layout, value_dtype, args, metrics)
+
+
+def _encode_any(
+    prepared: Prepared | metric_lestd.PreparedSides,
+    byte_budget: int,
+    curve_budgets: Sequence[int] = (),
+    *,
+    reuse: bool = False,
+) -> Decomposed:
+    if isinstance(prepared, Prepared):
+        return encode(prepared, byte_budget, curve_budgets, reuse=reuse)
+    return metric_lestd.encode(prepared, byte_budget, curve_budgets, reuse=reuse)
+
+
+def _bounds_any(
+    layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
+) -> Bounds:
+    chosen = metric_lestd.bounds if metric_lestd.serves(layout, args) else bounds
+    return chosen(layout, byte_budget, value_dtype, args)
+
+
+def _least_bytes_any(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
+    chosen = metric_lestd.least_bytes if metric_lestd.serves(layout, args) else least_bytes
+    return chosen(layout, value_dtype, args)
+
+
+METHOD = Method("lestd", _prepare_any, _encode_any, _bounds_any, _least_bytes_any, METRICS)
