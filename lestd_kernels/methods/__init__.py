@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from lestd_kernels.methods import (
     asvd,
+    gptq,
     hosvd,
     laser,
     lestd,
+    magnitude,
     per_head_tucker,
+    rtn,
+    sparsegpt,
     svd,
     svd_llm,
     td_moe,
     tt,
     tucker,
+    wanda,
 )
 from lestd_kernels.methods.base import (
     ACTIVATION,
@@ -39,6 +44,11 @@ METHODS: dict[str, Method] = {
         svd_llm.METHOD,
         asvd.METHOD,
         laser.METHOD,
+        magnitude.METHOD,
+        wanda.METHOD,
+        rtn.METHOD,
+        gptq.METHOD,
+        sparsegpt.METHOD,
     )
 }
 
