@@ -80,7 +80,8 @@ def prune(W: Tensor, U: Tensor, count: int) -> Tensor:
         Mask ``(in, out)``, bool, with `count` elements set.
     """
     diagonal = U.diagonal()[:, None]
-    quotas = [int(part.sum()) for part in largest((W / diagonal).square(), count).split(_BLOCK)]
+    initial = largest((W / diagonal).square(), count)
+    quotas = [int(part.sum()) for part in torch.split(initial, _BLOCK)]
     W, mask = W.clone(), torch.empty(W.shape, dtype=torch.bool, device=W.device)
     for start, quota in zip(range(0, len(W), _BLOCK), quotas, strict=True):
         block = slice(start, start + _BLOCK)

@@ -30,9 +30,10 @@ from lestd_kernels.methods.base import (
     MethodArgs,
     SliceStats,
 )
+from lestd_kernels.methods.super_weights import with_super_weights
 
 METHODS: dict[str, Method] = {
-    method.name: method
+    method.name: with_super_weights(method)
     for method in (
         lestd.METHOD,
         tucker.METHOD,

@@ -45,7 +45,8 @@ def keep_largest(
     W: Tensor, scores: Tensor, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
 ) -> ModuleChain:
     """One module ``(in, out)``: its weights of the largest scores, as many as fit."""
-    count, codec = largest_nnz(*W.shape, byte_budget, value_dtype.itemsize, args.value_bits)
+    rows, columns = W.shape
+    count, codec = largest_nnz(rows, columns, byte_budget, value_dtype.itemsize, args.value_bits)
     mask = largest(scores, count) & (W != 0)
     kept = EncodedCore.quantized(W * mask, args.value_bits, value_dtype, codec=codec, mask=mask)
     return ModuleChain((Multiply(0),), (kept,))

@@ -27,7 +27,8 @@ def encode_module(
     """Prune one module ``(in, out)`` in the metric of its Gram matrix, and round what is left."""
     assert metric is not None, "in the metric 'activation' every module has a Gram matrix"
     bits = args.value_bits
-    count, codec = largest_nnz(*W.shape, byte_budget, value_dtype.itemsize, bits)
+    rows, columns = W.shape
+    count, codec = largest_nnz(rows, columns, byte_budget, value_dtype.itemsize, bits)
     U = inverse_factor(metric)
     mask = prune(W, U, count) if codec != "dense" else None
     rounded, scales = round_with_feedback(W, U, bits, value_dtype, mask)
