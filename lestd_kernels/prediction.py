@@ -94,7 +94,8 @@ def round_to_nearest(values: Tensor, bits: int) -> Tensor:
     top = 2 ** (bits - 1) - 1
     scale = (groups.abs().amax(dim=1, keepdim=True) / top).bfloat16().float()
     codes = (groups / scale.clamp(min=torch.finfo(torch.float32).tiny)).round_().clamp_(-top, top)
-    return codes.mul_(scale).view(-1)[: flat.numel()].view(values.shape)
+    restored: Tensor = codes.mul_(scale).view(-1)[: flat.numel()]
+    return restored.view(values.shape)
 
 
 def module_columns(shape: GroupShape) -> list[slice]:

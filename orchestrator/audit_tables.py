@@ -124,10 +124,11 @@ def _verdicts(scope: dict[str, Any], blocks: Sequence[dict[str, Any]]) -> Sectio
     ]
     return Section(
         f"{scope['scope']}: does a shared basis pay?",
-        "Of each keep: the least predicted error of tucker and lestd | of the others. " + RULE,
+        "Of each keep: the least predicted error of tucker and lestd, then that of the others. "
+        + RULE,
         (
             *("layer", "subspace", *(f"keep {keep:g}" for keep in keeps)),
-            *("pays against any at", "against 16 bits", "against svd"),
+            *("pays, against any", "16 bits", "svd"),
         ),
         tuple(rows),
     )
@@ -140,7 +141,7 @@ def _verdict_row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
             f"{side['method']} {side['relative_error']:.3f}" if side else "–"
             for side in (one["shared"], one["other"])
         ]
-        cells.append(" | ".join(sides))
+        cells.append("\n".join(sides))
     sharing = found["sharing"] and f"{found['sharing']} ({found['margin']:.2f})"
     pays = (keeps_text(found["pays"][rival]) for rival in ("any", "16 bits", "svd"))
     return (name, sharing, *cells, *pays)
@@ -199,9 +200,9 @@ def _sharing(scope: str, blocks: Sequence[dict[str, Any]]) -> Section:
         f"{scope}: is there a shared subspace?",
         "R leading left singular vectors of one unit, on every other unit of the layer: mean and "
         "least share of its energy; the most that any R directions have, and R random ones. "
-        "Margin: 0 as random, 1 as its own. At 90 %: a basis with 90 % of its own unit's energy, on the "
-        "others. Columns: the margin of the right singular vectors (U2). Last: margins of other "
-        "layers' bases, of their units and of the whole layers.",
+        "Margin: 0 as random, 1 as its own. At 90 %: a basis with 90 % of its own unit's energy, "
+        "on the others. Columns: the margin of the right singular vectors (U2). Last: margins of "
+        "other layers' bases, of their units and of the whole layers.",
         (
             *("layer", "units", "R", "mean", "least", "optimum", "random", "margin"),
             *("at 90 %", "columns", "units across", "layers across"),
@@ -264,6 +265,10 @@ def _outliers(scope: str, blocks: Sequence[dict[str, Any]]) -> Section | None:
     )
 
 
+def _on_one_line(text: str) -> str:
+    return "<br>".join(map(cell, text.split("\n")))
+
+
 def print_audit(found: dict[str, Any]) -> None:
     """Print the tables; a sentence for each scope at last."""
     for section in sections(found):
@@ -286,6 +291,6 @@ def markdown(found: dict[str, Any]) -> str:
         lines += ["", f"## {cell(section.title)}", ""]
         lines.append(f"| {' | '.join(map(cell, section.columns))} |")
         lines.append("|---" + "|---:" * (len(section.columns) - 1) + "|")
-        lines += [f"| {' | '.join(map(cell, row))} |" for row in section.rows]
+        lines += [f"| {' | '.join(map(_on_one_line, row))} |" for row in section.rows]
         lines += ["", section.note]
     return "\n".join(lines) + "\n"
