@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lestd_kernels.diagnostics import evenly
 from lestd_kernels.errors import LestdError
-from orchestrator.architectures import AttentionGroup, find_architecture
+from orchestrator.architectures import SliceGroup, find_architecture
 from orchestrator.config import RunConfig
 from orchestrator.executor import Executor, Listener, WorkerSpec
 from orchestrator.pieces import EvaluationDirectory
@@ -118,7 +118,8 @@ def audit(
             written. A block that cannot be read is a failure in what is returned.
     """
     keeps = check_keeps(keeps)
-    groups = find_architecture(source.config).attention_groups(source.config, source.index)
+    architecture = find_architecture(source.config)
+    groups = architecture.groups(source.config, source.index, config.scope)
     layers = set(config.select_layers(group.layer for group in groups))
     groups = [group for group in groups if group.layer in layers]
     device = config.device
@@ -147,7 +148,7 @@ def audit(
     first, second = _tasks(groups, keeps, bases)
     run = _Run(executor, spec, store, progress, on_event, len(first) + len(second))
     run.work(first)
-    known = {task.layer: task.bases for task in first if task.task_id in run.results}
+    known = [task for task in first if task.task_id in run.results]
     run.work([_held_against(task, known) for task in second])
     return Audit(
         model=source.model,
@@ -164,32 +165,35 @@ def audit(
 
 
 def _tasks(
-    groups: Sequence[AttentionGroup], keeps: tuple[float, ...], bases: AnyPath
+    groups: Sequence[SliceGroup], keeps: tuple[float, ...], bases: AnyPath
 ) -> tuple[list[AuditTask], list[AuditTask]]:
     """The reference layers' tasks, and all that come after them; references are not filled in."""
-    references = [groups[i] for i in evenly(len(groups), REFERENCE_LAYERS)] if groups[1:] else []
+    references: list[SliceGroup] = []
+    for scope in dict.fromkeys(group.scope for group in groups):
+        of_scope = [group for group in groups if group.scope == scope]
+        if of_scope[1:]:
+            references += [of_scope[i] for i in evenly(len(of_scope), REFERENCE_LAYERS)]
     held = {group.group for group in references}
     first = [
-        replace(
-            _task(group, keeps, place), bases=str(bases / f"layer-{group.layer:05d}.safetensors")
-        )
+        replace(_task(group, keeps), place=place, bases=str(bases / f"{place}.safetensors"))
         for place, group in enumerate(references)
     ]
-    second = [_task(group, keeps, 0) for group in groups if group.group not in held]
+    second = [_task(group, keeps) for group in groups if group.group not in held]
     second += [
-        replace(t, task_id=f"{t.task_id}, across layers", whole=False, bases="") for t in first
+        replace(task, task_id=f"{task.task_id}, across layers", whole=False, bases="")
+        for task in first
     ]
     return first, [replace(t, place=len(first) + i) for i, t in enumerate(second)]
 
 
-def _task(group: AttentionGroup, keeps: tuple[float, ...], place: int) -> AuditTask:
+def _task(group: SliceGroup, keeps: tuple[float, ...]) -> AuditTask:
     dtype = DTYPES[next(iter(group.tensors.values())).dtype]
     return AuditTask(
         task_id=group.group,
-        place=place,
+        place=0,
         layer=group.layer,
         group=group.group,
-        scope="attention",
+        scope=group.scope,
         tensors=group.tensors,
         layout=group.layout,
         value_dtype=str(dtype).removeprefix("torch."),
@@ -198,8 +202,10 @@ def _task(group: AttentionGroup, keeps: tuple[float, ...], place: int) -> AuditT
     )
 
 
-def _held_against(task: AuditTask, bases: Mapping[int, str]) -> AuditTask:
-    others = ((layer, path) for layer, path in sorted(bases.items()) if layer != task.layer)
+def _held_against(task: AuditTask, references: Sequence[AuditTask]) -> AuditTask:
+    others = [
+        (r.layer, r.bases) for r in references if r.scope == task.scope and r.group != task.group
+    ]
     return replace(task, references=tuple(others))
 
 

@@ -30,6 +30,8 @@ SHARED_MARGIN, PARTLY_SHARED_MARGIN = 0.5, 0.25
 RIVALS = ("svd", "16 bits", "any")
 """What a shared basis is held against; see the head of this file."""
 
+_PLAINEST = ("rtn", "magnitude", "svd", *SHARED_METHODS)
+
 Row = dict[str, Any]
 
 
@@ -102,11 +104,7 @@ def _at_keeps(predictions: Sequence[Mapping[str, Any]], rival: str) -> list[Row]
 
 def _at(keep: float, predictions: Sequence[Mapping[str, Any]]) -> Row:
     shared, other = (
-        min(
-            (one for one in predictions if is_shared(one["method"]) == wanted),
-            key=lambda one: one["relative_error"],
-            default=None,
-        )
+        _least([one for one in predictions if is_shared(one["method"]) == wanted])
         for wanted in (True, False)
     )
     pays = shared is not None and (
@@ -125,6 +123,13 @@ def _at(keep: float, predictions: Sequence[Mapping[str, Any]]) -> Row:
         "pays": pays,
         "use": best["method"],
     }
+
+
+def _least(predictions: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The prediction of the least error; of equal ones that of the plainest method."""
+    least = min((one["relative_error"] for one in predictions), default=0.0)
+    even = [one for one in predictions if one["relative_error"] <= least * (1 + EVEN)]
+    return min(even, key=lambda one: _PLAINEST.index(one["method"].partition(" ")[0]), default=None)
 
 
 def together(results: Sequence[AuditResult]) -> list[Row]:

@@ -33,10 +33,9 @@ from lestd_kernels.diagnostics import (
     units,
 )
 from lestd_kernels.errors import LestdError
-from lestd_kernels.methods import MethodArgs
-from lestd_kernels.methods.steps import prepare
 from lestd_kernels.prediction import predict
-from lestd_kernels.stage1 import squared_sum
+from lestd_kernels.rotation import Rotated, rotate
+from lestd_kernels.stage1 import FLOAT64_ORDER, squared_sum
 from lestd_kernels.tensorize import GroupLayout, unfold_weights
 from workers.checkpoint import read_header, read_tensor, write_safetensors
 from workers.contracts import Failure, TensorRef
@@ -49,6 +48,9 @@ REFERENCE_UNITS = 4
 """Units of a reference layer whose bases are kept."""
 
 _SPECTRUM_POINTS = 64
+# Beyond, the eigenproblem of the hidden width takes longer than all else.
+_MOST_COLUMNS = 4096
+_CHUNK_ELEMENTS = 1 << 24
 _DIGITS = 6
 
 
@@ -180,12 +182,14 @@ class AuditWorker:
         start = time.perf_counter()
         reset_peak_memory(self._device)
         weights, told = {}, []
-        for module, ref in task.tensors.items():
+        for source, ref in task.tensors.items():
             weight = read_tensor(ref)
             check_finite(weight, ref)
-            weights[module] = weight.to(self._device)
+            weights[source] = weight.to(self._device)
             if task.whole:
-                told.append({"tensor": ref.name} | asdict(entries(weights[module], ref.name)))
+                # Of a tensor that stacks several matrices, which one.
+                name = ref.name + "".join(source.partition("[")[1:])
+                told.append({"tensor": name} | asdict(entries(weights[source], name)))
         unfolding = unfold_weights(weights, task.layout)
         weights.clear()
         across = [
@@ -227,17 +231,15 @@ def _block(unfolding: Tensor, task: AuditTask) -> dict[str, Any]:
         turned = [_turned(unit.of(unfolding), p) for unit in chosen]
         explained += [_told(one, "columns", chosen) for one in explained_energy(turned, (p // 2,))]
         del turned
-    # Scales the unfolding in place, by a power of two that relative figures do not know.
-    prepared = prepare(unfolding, layout, getattr(torch, task.value_dtype), MethodArgs())
-    _, bases, _ = prepared.parts(reuse=True)
-    spectra = [
-        _spectrum(mode, bases.spectra[mode - 1].clamp(min=0) * prepared.scale**2) for mode in (1, 2)
-    ]
     alike = [unit for unit in members if _width(unit) == _width(members[0])]
-    squares = torch.linalg.eigvalsh(unit_gram(unfolding, alike)).clamp(min=0).flip(0)
-    spectra.append(_spectrum(3, squares * prepared.scale**2))
-    _write_bases(task, bases.U1, unfolding, chosen)
-    predictions, optimum = predict(unfolding, prepared, task.keeps)
+    units_squares = torch.linalg.eigvalsh(unit_gram(unfolding, alike)).clamp(min=0).flip(0)
+    columns_squares = _columns_squares(unfolding, layout)
+    # Scales the unfolding in place, by a power of two that relative figures do not know.
+    group = rotate(unfolding, layout, getattr(torch, task.value_dtype))
+    _write_bases(task, group, chosen)
+    width_squares = group.squares.clamp(min=0) * group.scale**2
+    modes = {1: width_squares, 2: columns_squares, 3: units_squares}
+    predictions, optimum = predict(group, task.keeps)
     return {
         "unit": members[0].name.partition(" ")[0],
         "units": len(members),
@@ -247,11 +249,24 @@ def _block(unfolding: Tensor, task: AuditTask) -> dict[str, Any]:
         "dense_bytes": task.dense_bytes,
         "squared_norm": squared_norm,
         "explained": explained,
-        "spectra": spectra,
+        "spectra": [_spectrum(mode, s) for mode, s in modes.items() if s is not None],
         "predictions": [_rounded(asdict(one)) for one in predictions],
         "operator_optimum": _rounded(optimum),
-        "optimum": _optimum(bases.spectra[0], layout.width, explained),
+        "optimum": _optimum(width_squares, layout.width, explained),
     }
+
+
+def _columns_squares(unfolding: Tensor, layout: GroupLayout) -> Tensor | None:
+    """Squared singular values of the mode-2 unfolding ``(p, S d)``; None for a very large p."""
+    p = layout.head_dim
+    if p > _MOST_COLUMNS:
+        return None
+    gram = unfolding.new_zeros(p, p)
+    for part in torch.split(unfolding, max(1, _CHUNK_ELEMENTS // unfolding.shape[1])):
+        flat = part.reshape(-1, p)
+        gram += flat.T @ flat
+    values: Tensor = torch.linalg.eigvalsh(gram.double() if p <= FLOAT64_ORDER else gram)
+    return values.double().clamp(min=0).flip(0)
 
 
 def _turned(matrix: Tensor, p: int) -> Tensor:
@@ -300,13 +315,13 @@ def _optimum(spectrum: Tensor, width: int, explained: list[dict[str, Any]]) -> d
     return {"layer": layer, "unit": own["optimum"]}
 
 
-def _write_bases(task: AuditTask, U1: Tensor, unfolding: Tensor, chosen: Sequence[Unit]) -> None:
+def _write_bases(task: AuditTask, group: Rotated, chosen: Sequence[Unit]) -> None:
     if not task.bases:
         return
     rank = int(rank_choices(task.layout.width, task.layout.head_dim)[-1])
-    tensors = {"layer": U1[:, : _layer_ranks(task.layout.width)[-1]]}
+    tensors = {"layer": group.U1[:, : _layer_ranks(task.layout.width)[-1]]}
     for number, place in enumerate(evenly(len(chosen), REFERENCE_UNITS)):
-        tensors[f"unit_{number}"] = left_subspace(chosen[place].of(unfolding))[1][:, :rank]
+        tensors[f"unit_{number}"] = left_subspace(chosen[place].of(group.unfolding))[1][:, :rank]
     atomic_write(as_path(task.bases), lambda file: write_safetensors(file, tensors))
 
 
