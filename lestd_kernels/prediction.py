@@ -206,6 +206,8 @@ def _svd(group: _Group) -> Iterator[Prediction]:
         noise = _noise(bits)
         for at, budget in enumerate(group.budgets):
             ranks = _allocate(group, worth, budget, each)
+            if not any(ranks):
+                continue
             error = 0.0
             for c, (squares, rank) in enumerate(zip(group.squares, ranks, strict=True)):
                 kept, left = float(squares[:rank].sum()), float(squares[rank:].sum())

@@ -146,7 +146,7 @@ def audit(
         device=device,
     )
     first, second = _tasks(groups, keeps, bases)
-    run = _Run(executor, spec, store, progress, on_event, len(first) + len(second))
+    run = _Run(executor, spec, store, progress, on_event, (*first, *second))
     run.work(first)
     known = [task for task in first if task.task_id in run.results]
     run.work([_held_against(task, known) for task in second])
@@ -219,21 +219,19 @@ class _Run:
         store: EvaluationDirectory[AuditResult],
         progress: Callable[[int, int], None] | None,
         on_event: Listener | None,
-        total: int,
+        tasks: Sequence[AuditTask],
     ) -> None:
-        self.results: dict[str, AuditResult] = {}
         self.failures: list[Failure] = []
-        self.skipped = 0
         self._executor, self._spec, self._store = executor, spec, store
-        self._progress, self._on_event, self._total = progress, on_event, total
+        self._progress, self._on_event, self._total = progress, on_event, len(tasks)
+        # A reference layer is not finished without its bases.
+        whole = [task for task in tasks if not task.bases or is_file(as_path(task.bases))]
+        self.results = store.read(whole)
+        self.skipped = len(self.results)
+        self._tell()
 
     def work(self, tasks: Sequence[AuditTask]) -> None:
-        """Run the tasks that no earlier call has finished; the largest first."""
-        found = self._store.read(tasks)
-        kept = {t.task_id for t in tasks if not t.bases or is_file(as_path(t.bases))}
-        self.results |= {name: result for name, result in found.items() if name in kept}
-        self.skipped += len(found.keys() & kept)
-        self._tell()
+        """Run the tasks that are not finished; the largest first."""
         todo = [task for task in tasks if task.task_id not in self.results]
         if not todo:
             return

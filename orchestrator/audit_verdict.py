@@ -2,7 +2,8 @@
 
 The rule. At each keep the least predicted error of the methods with a shared basis (tucker, lestd)
 is held against the least of the others at the same bytes. The basis *pays* where it is smaller by
-at least 1 %. This is asked three times, of ever more rivals:
+at least 1 %, unless both are below 0.01, which no model notices. This is asked three times, of ever
+more rivals:
 
     svd       svd alone, values of 16 bits: does sharing a basis beat one basis per matrix?
     16 bits   svd and magnitude pruning, values of 16 bits
@@ -26,6 +27,8 @@ SHARED_METHODS = ("tucker", "lestd")
 """Methods whose slices share a basis."""
 EVEN = 0.01
 """Errors that differ by less, relatively, are taken for equal."""
+NEGLIGIBLE = 0.01
+"""So are all errors below: with them nothing is left to gain."""
 SHARED_MARGIN, PARTLY_SHARED_MARGIN = 0.5, 0.25
 RIVALS = ("svd", "16 bits", "any")
 """What a shared basis is held against; see the head of this file."""
@@ -41,9 +44,9 @@ def is_shared(method: str) -> bool:
 
 
 def margin_of(block: Mapping[str, Any], side: str = "width") -> float:
-    """The margin of the units' bases on each other: at half of the units' own width, or p / 2."""
+    """The margin of the units' bases on each other, at the most directions: p, see the worker."""
     found = [one for one in block["explained"] if one["side"] == side and one["choice"] >= 1]
-    return float(found[0]["margin"]) if found else math.nan
+    return float(found[-1]["margin"]) if found else math.nan
 
 
 def sharing_word(margin: float) -> str:
@@ -103,14 +106,17 @@ def _at_keeps(predictions: Sequence[Mapping[str, Any]], rival: str) -> list[Row]
 
 
 def _at(keep: float, predictions: Sequence[Mapping[str, Any]]) -> Row:
-    shared, other = (
-        _least([one for one in predictions if is_shared(one["method"]) == wanted])
+    sides = [
+        [one for one in predictions if is_shared(one["method"]) == wanted]
         for wanted in (True, False)
+    ]
+    least = [min((one["relative_error"] for one in side), default=math.inf) for side in sides]
+    shared, other = (
+        _plainest([one for one in side if one["relative_error"] <= error * (1 + EVEN)])
+        for side, error in zip(sides, least, strict=True)
     )
-    pays = shared is not None and (
-        other is None or shared["relative_error"] < other["relative_error"] * (1 - EVEN)
-    )
-    best = shared if pays else other or shared
+    pays = least[0] < least[1] * (1 - EVEN) and least[1] > NEGLIGIBLE
+    best = shared if pays else other
     brief = [
         one and {"method": one["method"], "relative_error": one["relative_error"]}
         for one in (shared, other)
@@ -125,11 +131,13 @@ def _at(keep: float, predictions: Sequence[Mapping[str, Any]]) -> Row:
     }
 
 
-def _least(predictions: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The prediction of the least error; of equal ones that of the plainest method."""
-    least = min((one["relative_error"] for one in predictions), default=0.0)
-    even = [one for one in predictions if one["relative_error"] <= least * (1 + EVEN)]
-    return min(even, key=lambda one: _PLAINEST.index(one["method"].partition(" ")[0]), default=None)
+def _plainest(predictions: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Of predictions that are equally good that of the plainest method."""
+    return min(
+        predictions,
+        key=lambda one: _PLAINEST.index(one["method"].partition(" ")[0]),
+        default=None,
+    )
 
 
 def together(results: Sequence[AuditResult]) -> list[Row]:

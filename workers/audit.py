@@ -229,7 +229,9 @@ def _block(unfolding: Tensor, task: AuditTask) -> dict[str, Any]:
         # The columns of a head's or an expert's slices, which U2 stands for.
         p = layout.head_dim
         turned = [_turned(unit.of(unfolding), p) for unit in chosen]
-        explained += [_told(one, "columns", chosen) for one in explained_energy(turned, (p // 2,))]
+        explained += [
+            _told(one, "columns", chosen) for one in explained_energy(turned, (max(1, p // 2),))
+        ]
         del turned
     alike = [unit for unit in members if _width(unit) == _width(members[0])]
     units_squares = torch.linalg.eigvalsh(unit_gram(unfolding, alike)).clamp(min=0).flip(0)
