@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ VALUE_BITS = (FULL_BITS, 8, 4)
 
 _ARGS = MethodArgs()
 _SCALE_DTYPE = torch.bfloat16
+_CHUNK_ELEMENTS = 1 << 20  # Of whole groups.
 # Modules whose residuals' operator norms are measured; of more, evenly spaced ones.
 _MOST_NORMS = 16
 
@@ -89,6 +90,37 @@ def rounded(values: Tensor, bits: int) -> Tensor:
     """Values as they are after quantization, float32; row-major order decides the groups."""
     codes, scales = quantize(values.reshape(-1), bits, _SCALE_DTYPE)
     return dequantize(codes, scales, values.numel(), bits).float().view(values.shape)
+
+
+class _Kept(NamedTuple):
+    """What is kept of some matrices.
+
+    Attributes:
+        counts: elements of each.
+        energy: sum of their squares.
+        rounding: squared error of rounding them.
+    """
+
+    counts: list[int]
+    energy: float
+    rounding: float
+
+
+def _keep(matrices: Sequence[Tensor], masks: Sequence[Tensor] | None, bits: int) -> _Kept:
+    """Sum up what masks keep, or everything, a part at a time; a group ends with its part."""
+    counts, energy, rounding = [], 0.0, 0.0
+    for number, matrix in enumerate(matrices):
+        flat = matrix.view(-1)
+        parts = torch.split(flat, _CHUNK_ELEMENTS)
+        chosen = None if masks is None else torch.split(masks[number].view(-1), _CHUNK_ELEMENTS)
+        counts.append(0)
+        for place, part in enumerate(parts):
+            values = part if chosen is None else part[chosen[place]]
+            counts[-1] += values.numel()
+            energy += squared_sum(values)
+            if bits < FULL_BITS:
+                rounding += squared_sum(values - rounded(values, bits))
+    return _Kept(counts, energy, rounding)
 
 
 def module_squares(unfolding: Tensor, columns: Sequence[slice]) -> list[Tensor]:
@@ -161,7 +193,9 @@ def predict(group: Rotated, keeps: Sequence[float]) -> tuple[list[Prediction], l
         method cannot reach have no entry. And for each keep the optimum of the operator error.
     """
     common = _Group(group, keeps)
-    found = [*_svd(common), *_shared(common), *_magnitude(common), *_rtn(common)]
+    # The rotated core is not there before it is asked for.
+    others = [*_magnitude(common), *_rtn(common)]
+    found = [*_svd(common), *_shared(common), *others]
     return found, [_optimum(common, budget) for budget in common.budgets]
 
 
@@ -267,26 +301,24 @@ def _at_ranks(
     """The prediction at ranks that a search has chosen: what it keeps, and what bits cost."""
     core, budget = group.group.core, group.budgets[at]
     cores = core.leading(ranks)
-    if method == "tucker":
-        masks = [torch.ones_like(part, dtype=torch.bool) for part in cores]
-    else:
+    masks = None
+    if method != "tucker":
         masks = select_largest(cores, lambda nnz: shape.stored_bytes(ranks, nnz) <= budget)
-    kept = [part[mask] for part, mask in zip(cores, masks, strict=True)]
+    kept = _keep(cores, masks, bits)
     del cores
-    energy = sum(map(squared_sum, kept))
-    error = group.squared_norm - energy
-    stored = shape.stored_bytes(ranks, [values.numel() for values in kept])
+    error = group.squared_norm - kept.energy + kept.rounding
+    stored = shape.stored_bytes(ranks, kept.counts)
     operator_error = None
     if bits == FULL_BITS:
         # Orthogonal factors on both sides change no singular value.
         rest = [part.clone() for part in core.parts]
-        for part, mask in zip(rest, masks, strict=True):
-            part[: ranks.R1, : ranks.R3, :, : ranks.R2].masked_fill_(mask, 0)
+        for number, part in enumerate(rest):
+            block = part[: ranks.R1, : ranks.R3, :, : ranks.R2]
+            block.zero_() if masks is None else block.masked_fill_(masks[number], 0)
         operator_error = group.operator_error(lambda c: group.group.module_part(rest, c))
     else:
-        error += sum(squared_sum(values - rounded(values, bits)) for values in kept)
         shares = (ranks.R1 / shape.layout.width, ranks.R2 / shape.layout.head_dim)
-        error += _noise(bits) * energy * sum(1 - share for share in shares)
+        error += _noise(bits) * kept.energy * sum(1 - share for share in shares)
     shown = (ranks.R1, ranks.R2)
     return group.prediction(named(method, bits), at, stored, error, operator_error, shown)
 
@@ -308,16 +340,14 @@ def _magnitude(group: _Group) -> Iterator[Prediction]:
             if stored([0] * len(matrices)) > budget:
                 continue
             masks = select_largest(matrices, lambda nnz, most=budget: stored(nnz) <= most)  # type: ignore[misc]
-            kept = [matrix[mask] for matrix, mask in zip(matrices, masks, strict=True)]
-            error = group.squared_norm - sum(map(squared_sum, kept))
+            kept = _keep(matrices, masks, bits)
+            error = group.squared_norm - kept.energy + kept.rounding
             operator_error = None
             if bits == FULL_BITS:
                 operator_error = group.operator_error(
                     lambda c, masks=masks: matrices[c].masked_fill(masks[c], 0)  # type: ignore[misc]
                 )
-            else:
-                error += sum(squared_sum(values - rounded(values, bits)) for values in kept)
-            size = stored([values.numel() for values in kept])
+            size = stored(kept.counts)
             yield group.prediction(named("magnitude", bits), at, size, error, operator_error)
 
 
@@ -334,13 +364,14 @@ def _rtn(group: _Group) -> Iterator[Prediction]:
             continue
         if bits not in errors:
 
-            def residual(c: int, bits: int = bits) -> Tensor:
+            def weight(c: int) -> Tensor:
+                # W (in, out), in the order in which it is stored.
                 matrix = group.unfolding[:, group.columns[c]]
-                # In the order of W (in, out).
-                side = group.layout.modules[c].basis_side
-                weight = matrix if side == "input" else matrix.T
-                return weight - rounded(weight, bits)
+                turned = group.layout.modules[c].basis_side == "output"
+                return (matrix.T if turned else matrix).contiguous()
 
-            squared_error = sum(squared_sum(residual(c)) for c in range(len(elements)))
-            errors[bits] = squared_error, group.operator_error(residual)
+            errors[bits] = (
+                sum(_keep([weight(c)], None, bits).rounding for c in range(len(elements))),
+                group.operator_error(lambda c, b=bits: weight(c) - rounded(weight(c), b)),  # type: ignore[misc]
+            )
         yield group.prediction(named("rtn", bits), at, sizes[bits], *errors[bits])

@@ -24,9 +24,9 @@ from workers.audit import AuditResult
 RULE = (
     "A shared basis pays at a keep where the least predicted error of tucker and lestd is at least "
     "1 % below the least of the others at the same bytes, and that is above 0.01. Against any: "
-    "svd, magnitude and rtn in any number of bits; 16 bits, and svd: with values of 16 bits on both "
-    "sides. Errors are of weights, ‖W − Ŵ‖ / ‖W‖, and flatter pruning: lestd compare measures what "
-    "they mean."
+    "svd, magnitude and rtn in any number of bits; 16 bits, and svd: with values of 16 bits on "
+    "both sides. Errors are of weights, ‖W − Ŵ‖ / ‖W‖, and flatter pruning: lestd compare measures "
+    "what they mean."
 )
 
 

@@ -47,6 +47,7 @@ from workers.files import as_path, atomic_write, is_file, not_shared
 REFERENCE_UNITS = 4
 """Units of a reference layer whose bases are kept."""
 
+_BUFFERS_BYTES = 80 << 20
 _SPECTRUM_POINTS = 64
 # Beyond, the eigenproblem of the hidden width takes longer than all else.
 _MOST_COLUMNS = 4096
@@ -136,11 +137,11 @@ class AuditResult:
 def memory_bytes(task: AuditTask) -> int:
     """Upper bound of what a task needs beside the worker itself.
 
-    The block as read; its float32 unfolding, rotation and modules; what is kept at a budget, its
-    positions and its residual; an eigenproblem of the width.
+    The block as read; its float32 unfolding and its rotation, or copies of its units or modules;
+    positions, magnitudes, and a residual; an eigenproblem of the width.
     """
-    d, largest = task.layout.width, max(task.layout.width, task.layout.head_dim)
-    return task.dense_bytes + 7 * 4 * task.layout.elements + 48 * largest * d
+    square = max(task.layout.width, min(task.layout.head_dim, _MOST_COLUMNS)) ** 2
+    return task.dense_bytes + 18 * task.layout.elements + 48 * square + _BUFFERS_BYTES
 
 
 def reference_bytes(layout: GroupLayout) -> int:
