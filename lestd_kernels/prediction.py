@@ -56,6 +56,8 @@ VALUE_BITS = (FULL_BITS, 8, 4)
 _ARGS = MethodArgs()
 _SCALE_DTYPE = torch.bfloat16
 _CHUNK_ELEMENTS = 1 << 20  # Of whole groups.
+# Of each matrix, to find what rounding costs of what is kept.
+_SAMPLED_PARTS = 2
 # Modules whose residuals' operator norms are measured; of more, evenly spaced ones.
 _MOST_NORMS = 16
 
@@ -107,19 +109,28 @@ class _Kept(NamedTuple):
 
 
 def _keep(matrices: Sequence[Tensor], masks: Sequence[Tensor] | None, bits: int) -> _Kept:
-    """Sum up what masks keep, or everything, a part at a time; a group ends with its part."""
+    """Sum up what masks keep, or everything, a part at a time; a group ends with its part.
+
+    Without masks the error of rounding is exact; else it is that of a few of the parts of each
+    matrix, relative to their energy.
+    """
     counts, energy, rounding = [], 0.0, 0.0
     for number, matrix in enumerate(matrices):
-        flat = matrix.view(-1)
-        parts = torch.split(flat, _CHUNK_ELEMENTS)
+        parts = torch.split(matrix.view(-1), _CHUNK_ELEMENTS)
         chosen = None if masks is None else torch.split(masks[number].view(-1), _CHUNK_ELEMENTS)
+        sampled = range(len(parts)) if masks is None else evenly(len(parts), _SAMPLED_PARTS)
+        total = known = error = 0.0
         counts.append(0)
         for place, part in enumerate(parts):
             values = part if chosen is None else part[chosen[place]]
             counts[-1] += values.numel()
-            energy += squared_sum(values)
-            if bits < FULL_BITS:
-                rounding += squared_sum(values - rounded(values, bits))
+            squares = squared_sum(values)
+            total += squares
+            if bits < FULL_BITS and place in sampled:
+                known += squares
+                error += squared_sum(values - rounded(values, bits))
+        energy += total
+        rounding += error * (total / known) if known else 0.0
     return _Kept(counts, energy, rounding)
 
 
