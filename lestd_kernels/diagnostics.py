@@ -18,8 +18,9 @@ values and pseudo-inverse of a matrix", SIAM J. Numer. Anal. 2(2), 1965 (bidiago
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ from lestd_kernels.stage1 import FLOAT64_ORDER, gram_matrix, leading_eigenvector
 from lestd_kernels.tensorize import GroupLayout
 
 MOST_UNITS = 32
-"""Units that are compared with each other; of more, evenly spaced ones."""
+"""Units that are compared with each other, and experts that predictions are made of; of more,
+evenly spaced ones."""
 OUTLIER_SIGMAS = 8.0
 """A weight beyond so many standard deviations is a candidate: of 10^9 normal ones none is."""
 
@@ -64,24 +66,36 @@ def units(layout: GroupLayout) -> tuple[Unit, ...]:
     Experts: one each. A group with one slice per projection (an FFN): blocks of its hidden width,
     the same columns of each slice.
     """
-    places: dict[str, list[int]] = {}
-    for place, (projection, _) in enumerate(layout.slices):
-        places.setdefault(projection, []).append(place)
-    count, p = min(map(len, places.values())), layout.head_dim
+    numbers: dict[str, list[int]] = {}
+    for projection, number in layout.slices:
+        numbers.setdefault(projection, []).append(number)
+    count, p = min(map(len, numbers.values())), layout.head_dim
     if count == 1:
         ends = [p * block // min(_BLOCKS, p) for block in range(min(_BLOCKS, p) + 1)]
+        starts = [place * p for place in range(len(layout.slices))]
         return tuple(
-            Unit(
-                f"block {b}",
-                tuple((s * p + ends[b], s * p + ends[b + 1]) for s in range(len(layout.slices))),
-            )
-            for b in range(len(ends) - 1)
+            Unit(f"block {b}", tuple((start + first, start + stop) for start in starts))
+            for b, (first, stop) in enumerate(itertools.pairwise(ends))
         )
-    kind = "head" if "q" in places else "expert"
+    kind = "head" if "q" in numbers else "expert"
+    fewest = min(numbers.values(), key=len)
     found: list[list[tuple[int, int]]] = [[] for _ in range(count)]
-    for place, (projection, index) in enumerate(layout.slices):
-        found[index * count // len(places[projection])].append((place * p, (place + 1) * p))
-    return tuple(Unit(f"{kind} {i}", tuple(columns)) for i, columns in enumerate(found))
+    for place, (projection, number) in enumerate(layout.slices):
+        rank = sorted(numbers[projection]).index(number)
+        found[rank * count // len(numbers[projection])].append((place * p, (place + 1) * p))
+    names = (f"{kind} {number}" for number in sorted(fewest))
+    return tuple(Unit(name, tuple(columns)) for name, columns in zip(names, found, strict=True))
+
+
+def sampled_experts(layout: GroupLayout) -> GroupLayout:
+    """The group with `MOST_UNITS` of its experts, evenly spaced; others and fewer as they are."""
+    experts = sorted({module.slices[0][1] for module in layout.modules})
+    apart = all(len(module.slices) == 1 for module in layout.modules)
+    if not apart or len(experts) <= MOST_UNITS:
+        return layout
+    chosen = {experts[i] for i in evenly(len(experts), MOST_UNITS)}
+    modules = tuple(module for module in layout.modules if module.slices[0][1] in chosen)
+    return replace(layout, modules=modules)
 
 
 def evenly(count: int, most: int) -> list[int]:

@@ -17,11 +17,26 @@ from lestd_kernels.budget import GroupShape
 from lestd_kernels.methods.base import MethodArgs
 from lestd_kernels.methods.steps import group_shape, scale_to_one, type_major
 from lestd_kernels.rank_search import RotatedCore
-from lestd_kernels.stage1 import Bases, gram_matrix, hosvd, leading_eigenvectors
+from lestd_kernels.stage1 import Bases, Ranks, gram_matrix, hosvd, leading_eigenvectors
 from lestd_kernels.tensorize import PROJECTIONS, GroupLayout, ModuleLayout
 
 # Columns that count as a slice where U2 = I: one candidate of R2.
 _NARROW = 8
+
+
+@dataclass(frozen=True)
+class SampledShape(GroupShape):
+    """Sizes of some of a group's slices, which pay for their share of the factors.
+
+    Attributes:
+        share: slices / slices of the whole group.
+    """
+
+    share: float = 1.0
+
+    def factor_bytes(self, ranks: Ranks) -> int:
+        """What the slices pay for U1 and U2."""
+        return round(super().factor_bytes(ranks) * self.share)
 
 
 @dataclass(frozen=True)
@@ -55,16 +70,20 @@ class Rotated:
         return parts[0].flatten(1)[:, columns]
 
 
-def rotate(unfolding: Tensor, layout: GroupLayout, value_dtype: torch.dtype) -> Rotated:
+def rotate(
+    unfolding: Tensor, layout: GroupLayout, value_dtype: torch.dtype, share: float = 1.0
+) -> Rotated:
     """Find the shared bases of a group and rotate it.
 
     Args:
         unfolding: ``(d, S p)``, float32; scaled in place.
         layout: the group.
         value_dtype: of stored values.
+        share: see `SampledShape`.
     """
     whole = all(projection in PROJECTIONS for projection, _ in layout.slices)
-    shape = group_shape(layout if whole else _narrow(layout), value_dtype, MethodArgs())
+    plain = group_shape(layout if whole else _narrow(layout), value_dtype, MethodArgs())
+    shape = SampledShape(**vars(plain), share=share)
     scale = scale_to_one(unfolding)
     W = type_major(unfolding, shape)
     if whole:

@@ -18,6 +18,7 @@ from lestd_kernels.diagnostics import (
     operator_norm,
     rank_at,
     rank_choices,
+    sampled_experts,
     unit_gram,
     units,
 )
@@ -67,6 +68,19 @@ def test_experts_and_blocks_of_a_feed_forward_group() -> None:
     # The same hidden units of gate, up and down.
     hidden = found[2].of(marked[:, :60])[0].reshape(3, -1) % 20
     assert (hidden == hidden[0]).all()
+
+
+def test_of_many_experts_some_are_sampled() -> None:
+    layout = feed_forward(4, 6, 100)
+    sampled = sampled_experts(layout)
+    names = [unit.name for unit in units(sampled)]
+    assert len(names) == 32
+    assert (names[0], names[1], names[-1]) == ("expert 0", "expert 3", "expert 99")
+    assert {module.name for module in sampled.modules} == {
+        f"expert_{name.split()[1]}.{part}" for name in names for part in ("gate", "up", "down")
+    }
+    for few in (feed_forward(4, 6, 32), mha(64, 1, 64), gqa(12, 4, 6, 2)):
+        assert sampled_experts(few) == few
 
 
 def test_units_are_chosen_evenly() -> None:

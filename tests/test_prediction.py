@@ -168,8 +168,13 @@ def test_shared_bases_leave_what_their_blocks_leave(predicted, layout, method) -
         assert one.operator_error == pytest.approx(max(ratios), rel=5e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("method", ["tucker", "lestd"])
-@pytest.mark.parametrize("name", ["mha", "gqa", "fused"])
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        *itertools.product(("tucker", "lestd"), ("mha", "gqa", "fused")),
+        *(("svd", name) for name in LAYOUTS),
+    ],
+)
 def test_the_method_itself_reaches_what_was_predicted(method: str, name: str) -> None:
     layout = LAYOUTS[name]
     W = unfolding(layout) * SCALE
@@ -179,6 +184,20 @@ def test_the_method_itself_reaches_what_was_predicted(method: str, name: str) ->
         args = MethodArgs()
         done = METHODS[method].decompose(W.clone(), layout, budget, torch.bfloat16, args)
         assert done.relative_error == pytest.approx(one.relative_error, rel=0.03)
+
+
+def test_sampled_experts_stand_for_all() -> None:
+    """Half of the experts, each with its share of the basis, as all of them."""
+    layout, some = feed_forward(48, 24, 8), feed_forward(48, 24, 4)
+    W = unfolding(layout)
+    whole, _ = predict(rotate(W.clone(), layout, torch.bfloat16), KEEPS)
+    half, _ = predict(rotate(W[:, :288].clone(), some, torch.bfloat16, 0.5), KEEPS)
+    paid, _ = predict(rotate(W[:, :288].clone(), some, torch.bfloat16), KEEPS)
+    for method in ("tucker", "lestd"):
+        for keep, one in of(whole, method).items():
+            sampled, alone = (of(found, method)[keep].relative_error for found in (half, paid))
+            assert sampled == pytest.approx(one.relative_error, rel=0.06)
+            assert alone > one.relative_error
 
 
 def test_magnitude_keeps_the_largest(predicted, layout) -> None:

@@ -29,6 +29,7 @@ from lestd_kernels.diagnostics import (
     left_subspace,
     rank_at,
     rank_choices,
+    sampled_experts,
     unit_gram,
     units,
 )
@@ -137,11 +138,12 @@ class AuditResult:
 def memory_bytes(task: AuditTask) -> int:
     """Upper bound of what a task needs beside the worker itself.
 
-    The block as read; its float32 unfolding and its rotation, or copies of its units or modules;
+    The block in at most 32 bits; its float32 unfolding and rotation, or copies of its parts;
     positions, magnitudes, and a residual; an eigenproblem of the width.
     """
+    layout = sampled_experts(task.layout)
     square = max(task.layout.width, min(task.layout.head_dim, _MOST_COLUMNS)) ** 2
-    return task.dense_bytes + 18 * task.layout.elements + 48 * square + _BUFFERS_BYTES
+    return 22 * layout.elements + 48 * square + _BUFFERS_BYTES
 
 
 def reference_bytes(layout: GroupLayout) -> int:
@@ -182,25 +184,31 @@ class AuditWorker:
     def _look(self, task: AuditTask) -> AuditResult:
         start = time.perf_counter()
         reset_peak_memory(self._device)
+        layout = sampled_experts(task.layout)
+        wanted = {module.source for module in layout.modules}
         weights, told = {}, []
         for source, ref in task.tensors.items():
+            if not task.whole and source not in wanted:
+                continue
             weight = read_tensor(ref)
             check_finite(weight, ref)
-            weights[source] = weight.to(self._device)
+            weight = weight.to(self._device)
             if task.whole:
                 # Of a tensor that stacks several matrices, which one.
                 name = ref.name + "".join(source.partition("[")[1:])
-                told.append({"tensor": name} | asdict(entries(weights[source], name)))
-        unfolding = unfold_weights(weights, task.layout)
+                told.append({"tensor": name} | asdict(entries(weight, name)))
+            if source in wanted:
+                weights[source] = weight
+        unfolding = unfold_weights(weights, layout)
         weights.clear()
         across = [
             row
             for layer, path in task.references
-            for row in _across(unfolding, task.layout, layer, path)
+            for row in _across(unfolding, layout, layer, path)
         ]
         block = None
         if task.whole:
-            block = _block(unfolding, task) | {"entries": told}
+            block = _block(unfolding, layout, task) | {"entries": told}
         return AuditResult(
             task_id=task.task_id,
             place=task.place,
@@ -215,8 +223,8 @@ class AuditWorker:
         )
 
 
-def _block(unfolding: Tensor, task: AuditTask) -> dict[str, Any]:
-    layout = task.layout
+def _block(unfolding: Tensor, layout: GroupLayout, task: AuditTask) -> dict[str, Any]:
+    share = len(layout.slices) / len(task.layout.slices)
     members = units(layout)
     squared_norm = squared_sum(unfolding)
     chosen = [members[i] for i in evenly(len(members), MOST_UNITS)]
@@ -238,14 +246,14 @@ def _block(unfolding: Tensor, task: AuditTask) -> dict[str, Any]:
     units_squares = torch.linalg.eigvalsh(unit_gram(unfolding, alike)).clamp(min=0).flip(0)
     columns_squares = _columns_squares(unfolding, layout)
     # Scales the unfolding in place, by a power of two that relative figures do not know.
-    group = rotate(unfolding, layout, getattr(torch, task.value_dtype))
+    group = rotate(unfolding, layout, getattr(torch, task.value_dtype), share)
     _write_bases(task, group, chosen)
     width_squares = group.squares.clamp(min=0) * group.scale**2
     modes = {1: width_squares, 2: columns_squares, 3: units_squares}
     predictions, optimum = predict(group, task.keeps)
     return {
         "unit": members[0].name.partition(" ")[0],
-        "units": len(members),
+        "units": len(units(task.layout)),
         "compared": [unit.name for unit in chosen],
         "width": layout.width,
         "head_dim": layout.head_dim,
