@@ -21,6 +21,7 @@ from orchestrator import (  # noqa: F401 - the others register their commands
     cli_evaluate,
     cli_manifest,
     cli_models,
+    cli_recover,
     cli_sweep,
     logs,
     tables,

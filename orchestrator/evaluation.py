@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lestd_kernels.errors import LestdError, first_line
+from orchestrator.adapter import adapter_file
 from orchestrator.source import load_config, read_config_json
 from workers.checkpoint import ShardIndex
 
@@ -26,7 +27,7 @@ class EvaluationModel:
         tokenizer: its tokenizer.
         vocabulary: number of token ids that it knows.
         window_length: inputs of a full window.
-        bytes_on_disk: bytes of its safetensors files, headers included.
+        bytes_on_disk: bytes of its safetensors files, headers and an adapter included.
     """
 
     directory: Path
@@ -67,13 +68,15 @@ def open_model(model_dir: Path, window: int | None = None) -> EvaluationModel:
             f"use at most {positions}"
         )
     default = min(_LONGEST_DEFAULT_WINDOW, positions or _LONGEST_DEFAULT_WINDOW)
-    index = ShardIndex.from_directory(model_dir)
+    files = [model_dir / shard for shard in ShardIndex.from_directory(model_dir).shards]
+    if (adapter := adapter_file(model_dir)) is not None:
+        files.append(adapter)
     return EvaluationModel(
         directory=model_dir,
         tokenizer=_load_tokenizer(model_dir),
         vocabulary=vocabulary,
         window_length=default if window is None else window,
-        bytes_on_disk=sum((model_dir / shard).stat().st_size for shard in index.shards),
+        bytes_on_disk=sum(file.stat().st_size for file in files),
     )
 
 

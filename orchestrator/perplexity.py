@@ -142,7 +142,7 @@ def evaluate(
     require_positive("max-windows", max_windows)
     if dtype not in DTYPES:
         raise LestdError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    text = _read_text(text_path)
+    text = read_text(text_path)
     token_ids = _tokenize(model.tokenizer, text, text_path)
     if max(token_ids) >= model.vocabulary:
         raise LestdError(
@@ -225,7 +225,12 @@ def evaluate(
     return evaluation, deciding
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A text, as it stands in the file.
+
+    Raises:
+        LestdError: it cannot be read, is not UTF-8 or is empty.
+    """
     try:
         # Bytes first: text mode would turn "\r\n" into "\n".
         text = path.read_bytes().decode("utf-8")
