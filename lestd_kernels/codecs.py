@@ -2,8 +2,8 @@
 
 A codec is a pure function pair on a core unfolding M (rows x columns): `encode` gives a
 dictionary of 1-D tensors, `decode` gives M back. The codec stores *where* the values stand; what
-a value is stored as (its dtype today, fewer bits with group scales later) is not its business:
-it keeps values in the dtype of the matrix it is given.
+a value is stored as is not its business: it keeps values in the dtype of the matrix it is given
+(see lestd_kernels.packing for fewer bits).
 
     codec     tensors besides ``values``                                  cheapest at density
     dense     none (every element is a value)                             near 1
@@ -18,6 +18,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lestd_kernels.bits import count_bits, pack_bits, unpack_bits
+from lestd_kernels.packing import FULL_BITS, values_bytes
 
 TensorSpec = tuple[tuple[int, ...], torch.dtype | None]
 """Shape and dtype of a stored tensor; dtype None stands for the value dtype."""
@@ -47,11 +50,16 @@ class Codec:
     decode: Callable[[Mapping[str, Tensor], int, int], Tensor]
     tensor_specs: Callable[[int, int, int], dict[str, TensorSpec]]
 
-    def stored_bytes(self, rows: int, columns: int, nnz: int, value_bytes: int) -> int:
-        """Bytes of data that a core with `nnz` non-zeros takes, indices included."""
+    def stored_bytes(
+        self, rows: int, columns: int, nnz: int, value_bytes: int, value_bits: int = FULL_BITS
+    ) -> int:
+        """Bytes of data that a core with `nnz` non-zeros takes, indices and scales included."""
         total = 0
         for shape, dtype in self.tensor_specs(rows, columns, nnz).values():
-            total += shape[0] * (value_bytes if dtype is None else dtype.itemsize)
+            if dtype is None:
+                total += values_bytes(shape[0], value_bits, value_bytes)
+            else:
+                total += shape[0] * dtype.itemsize
         return total
 
 
@@ -67,42 +75,7 @@ def _specs_dense(rows: int, columns: int, nnz: int) -> dict[str, TensorSpec]:
     return {"values": ((rows * columns,), None)}
 
 
-_COUNT_BYTES = 1 << 17
 _GATHER_ELEMENTS = 1 << 16
-_BIT_WEIGHTS = (1, 2, 4, 8, 16, 32, 64, 128)
-
-
-def pack_bits(flags: Tensor) -> Tensor:
-    """Pack a 1-D bool tensor ``(n,)`` into uint8 ``(ceil(n / 8),)``, lowest bit first."""
-    words = torch.nn.functional.pad(flags, (0, -flags.numel() % 8)).view(torch.int64)
-    # The factor moves bit 8 i, the flag of byte i, to bit 56 + i.
-    return ((words * 0x0102040810204080) >> 56).to(torch.uint8)
-
-
-def count_nonzeros(matrix: Tensor) -> int:
-    """`Tensor.count_nonzero` of a whole tensor, some times as fast on CPU in 16 bits."""
-    return count_bits(pack_bits(matrix.reshape(-1) != 0), matrix.numel())
-
-
-def unpack_bits(packed: Tensor, count: int) -> Tensor:
-    """Invert `pack_bits`: uint8 ``(ceil(count / 8),)`` -> bool ``(count,)``."""
-    weights = torch.tensor(_BIT_WEIGHTS, dtype=torch.uint8, device=packed.device)
-    return (packed.unsqueeze(1) & weights).ne(0).reshape(-1)[:count]
-
-
-def count_bits(packed: Tensor, count: int) -> int:
-    """How many of the first `count` bits are set, of uint8 ``(ceil(count / 8),)``."""
-    words = count // 64
-    rest = int.from_bytes(packed[words * 8 :].tolist(), "little")
-    total = (rest & ((1 << (count - words * 64)) - 1)).bit_count()
-    for part in torch.split(packed[: words * 8], _COUNT_BYTES):
-        # Sums of 2, 4 and 8 neighboring bits at once, then of the bytes of a word.
-        x = part.clone().view(torch.int64)  # mapped files may start at odd addresses
-        x = x - ((x >> 1) & 0x5555555555555555)
-        x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
-        x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
-        total += int(((x * 0x0101010101010101) >> 56).sum())
-    return total
 
 
 def _encode_bitmask(matrix: Tensor) -> dict[str, Tensor]:
@@ -184,6 +157,12 @@ CODECS: dict[str, Codec] = {
 }
 
 
-def cheapest_codec(rows: int, columns: int, nnz: int, value_bytes: int) -> Codec:
+def cheapest_codec(
+    rows: int, columns: int, nnz: int, value_bytes: int, value_bits: int = FULL_BITS
+) -> Codec:
     """The codec with the fewest bytes for this core; on a tie the first in `CODECS`."""
-    return min(CODECS.values(), key=lambda c: c.stored_bytes(rows, columns, nnz, value_bytes))
+
+    def stored(codec: Codec) -> int:
+        return codec.stored_bytes(rows, columns, nnz, value_bytes, value_bits)
+
+    return min(CODECS.values(), key=stored)

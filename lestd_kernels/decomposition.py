@@ -27,15 +27,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lestd_kernels.codecs import (
-    CODECS,
-    UNSTRUCTURED,
-    TensorSpec,
-    cheapest_codec,
-    count_bits,
-    count_nonzeros,
+from lestd_kernels.codecs import TensorSpec
+from lestd_kernels.packed import EncodedCore, core_specs, stored_core
+from lestd_kernels.tensorize import (
+    PROJECTIONS,
+    GroupLayout,
+    ModuleLayout,
+    entry_slices,
+    fold_weights,
 )
-from lestd_kernels.tensorize import PROJECTIONS, GroupLayout, ModuleLayout, fold_weights
 
 QUANT_METHOD = "lestd"
 """What `quantization_config` calls the format."""
@@ -43,71 +43,6 @@ FORMAT_VERSION = 1
 """Version of the stored form: of the tensors' names and of `SharedTucker.describe`."""
 
 U1_NAME, U2_NAME, CORE_NAME = "lestd_u1", "lestd_u2", "lestd_core"
-
-
-@dataclass(frozen=True)
-class EncodedCore:
-    """A core unfolding (rows x columns) as it is stored.
-
-    ``tensors`` has the codec's tensor names; ``tensors["values"]`` has the value dtype.
-    ``pattern`` says where non-zeros may stand (`codecs.PATTERNS`); every codec stores every one.
-    """
-
-    codec: str
-    rows: int
-    columns: int
-    nnz: int
-    tensors: Mapping[str, Tensor]
-    pattern: str = UNSTRUCTURED
-
-    @classmethod
-    def encode(cls, matrix: Tensor, pattern: str = UNSTRUCTURED) -> EncodedCore:
-        """Store `matrix`, already in its value dtype, in the codec with the fewest bytes."""
-        rows, columns = matrix.shape
-        nnz = count_nonzeros(matrix)
-        codec = cheapest_codec(rows, columns, nnz, matrix.element_size())
-        return cls(codec.name, rows, columns, nnz, codec.encode(matrix), pattern)
-
-    def decode(self) -> Tensor:
-        """The core unfolding (rows x columns), dense, in the value dtype."""
-        return CODECS[self.codec].decode(self.tensors, self.rows, self.columns)
-
-    def check(self) -> None:
-        """Compare the index tensors with each other and with the number of values.
-
-        Decoding would notice an index that leads too far, but not every one that leads elsewhere.
-
-        Raises:
-            ValueError: they disagree: the tensors are damaged.
-        """
-        if self.codec == "bitmask":
-            marked = count_bits(self.tensors["mask"], self.rows * self.columns)
-            if marked != self.nnz:
-                raise ValueError(f"the mask marks {marked} elements, expected {self.nnz}")
-        if self.codec == "csr":
-            ends = self.tensors["row_pointers"].to(torch.int64)
-            columns = self.tensors["columns"].to(torch.int64)
-            rises = (
-                int(ends[0]) == 0 and int(ends[-1]) == self.nnz and bool((ends.diff() >= 0).all())
-            )
-            if not rises:
-                raise ValueError(f"the row pointers do not rise from 0 to {self.nnz}")
-            if bool(((columns < 0) | (columns >= self.columns)).any()):
-                raise ValueError(f"a column index is outside of the core's {self.columns} columns")
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the core's tensors, indices included."""
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
-
-    def named_tensors(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors under their names on disk; values are called ``weight`` there."""
-        return {f"{prefix}.{_disk_name(name)}": tensor for name, tensor in self.tensors.items()}
-
-    def describe(self) -> dict[str, Any]:
-        """What a loader must know before it sees the tensors."""
-        entry: dict[str, Any] = {"codec": self.codec, "nnz": self.nnz}
-        return entry if self.pattern == UNSTRUCTURED else entry | {"pattern": self.pattern}
 
 
 def module_types(module: ModuleLayout) -> tuple[int, ...]:
@@ -172,6 +107,21 @@ class SharedTucker:
     def nnz(self) -> int:
         """Non-zero core elements of the group."""
         return sum(core.nnz for core in self.cores.values())
+
+    @property
+    def core_elements(self) -> int:
+        """Elements of the cores, stored or not."""
+        return sum(core.rows * core.columns for core in self.cores.values())
+
+    @property
+    def codecs(self) -> list[str]:
+        """Names of the cores' codecs, sorted."""
+        return sorted({core.codec for core in self.cores.values()})
+
+    def check(self) -> None:
+        """See `EncodedCore.check`."""
+        for core in self.cores.values():
+            core.check()
 
     @property
     def stored_bytes(self) -> int:
@@ -244,24 +194,50 @@ class SharedTucker:
             entry["width"],
             entry["head_dim"],
             tuple(
-                ModuleLayout(name, module["basis_side"], _slices(name, module))
+                ModuleLayout(name, module["basis_side"], entry_slices(name, module))
                 for name, module in modules.items()
             ),
         )
         if "core" not in entry:
             cores = {
-                name: _stored_core(
+                name: stored_core(
                     f"{path}.{name}", module, ranks["R1"], module["slices"] * ranks["R2"], tensors
                 )
                 for name, module in modules.items()
             }
             return cls(layout, U1, U2, cores)
         core = entry["core"]
-        shared = _stored_core(core["path"], core, ranks["R1"], core["columns"], tensors)
+        shared = stored_core(core["path"], core, ranks["R1"], core["columns"], tensors)
         U3 = U1.new_zeros(len(PROJECTIONS), ranks["R3"])
         for name, module in modules.items():
             U3[module["types"]] = tensors[f"{path}.{name}.weight"].reshape(-1, ranks["R3"])
         return cls(layout, U1, U2, {CORE_NAME: shared}, U3)
+
+    @staticmethod
+    def stored_specs(entry: Mapping[str, Any]) -> dict[str, TensorSpec]:
+        """Name on disk, shape and dtype of every tensor that a group's entry needs, without data.
+
+        Args:
+            entry: as `describe` wrote it.
+
+        Raises:
+            KeyError: the entry lacks a key, or names a codec that does not exist.
+        """
+        path, ranks, modules = entry["path"], entry["ranks"], entry["modules"]
+        specs: dict[str, TensorSpec] = {
+            f"{entry['factors']['U1']}.weight": ((entry["width"], ranks["R1"]), None),
+            f"{entry['factors']['U2']}.weight": ((entry["head_dim"], ranks["R2"]), None),
+        }
+        if "core" in entry:
+            core = entry["core"]
+            specs |= core_specs(core["path"], core, ranks["R1"], core["columns"])
+            for name, module in modules.items():
+                specs[f"{path}.{name}.weight"] = ((len(module["types"]) * ranks["R3"],), None)
+            return specs
+        for name, module in modules.items():
+            columns = module["slices"] * ranks["R2"]
+            specs |= core_specs(f"{path}.{name}", module, ranks["R1"], columns)
+        return specs
 
     def describe(self, group: str) -> dict[str, Any]:
         """The group's entry in ``quantization_config["groups"]`` of the compressed model.
@@ -296,59 +272,3 @@ class SharedTucker:
             description["core"] = {"path": f"{group}.{CORE_NAME}", "columns": core.columns}
             description["core"] |= core.describe()
         return description
-
-
-def stored_specs(entry: Mapping[str, Any]) -> dict[str, TensorSpec]:
-    """Name on disk, shape and dtype of every tensor that a group's entry needs, without data.
-
-    Args:
-        entry: as `SharedTucker.describe` wrote it.
-
-    Raises:
-        KeyError: the entry lacks a key, or names a codec that does not exist.
-    """
-    path, ranks, modules = entry["path"], entry["ranks"], entry["modules"]
-    specs: dict[str, TensorSpec] = {
-        f"{entry['factors']['U1']}.weight": ((entry["width"], ranks["R1"]), None),
-        f"{entry['factors']['U2']}.weight": ((entry["head_dim"], ranks["R2"]), None),
-    }
-    if "core" in entry:
-        core = entry["core"]
-        specs |= _core_specs(core["path"], core, ranks["R1"], core["columns"])
-        for name, module in modules.items():
-            specs[f"{path}.{name}.weight"] = ((len(module["types"]) * ranks["R3"],), None)
-        return specs
-    for name, module in modules.items():
-        columns = module["slices"] * ranks["R2"]
-        specs |= _core_specs(f"{path}.{name}", module, ranks["R1"], columns)
-    return specs
-
-
-def _core_specs(
-    path: str, entry: Mapping[str, Any], rows: int, columns: int
-) -> dict[str, TensorSpec]:
-    specs = CODECS[entry["codec"]].tensor_specs(rows, columns, entry["nnz"])
-    return {f"{path}.{_disk_name(name)}": spec for name, spec in specs.items()}
-
-
-def _stored_core(
-    path: str, entry: Mapping[str, Any], rows: int, columns: int, tensors: Mapping[str, Tensor]
-) -> EncodedCore:
-    names = CODECS[entry["codec"]].tensor_specs(rows, columns, entry["nnz"])
-    parts = {name: tensors[f"{path}.{_disk_name(name)}"] for name in names}
-    pattern = entry.get("pattern", UNSTRUCTURED)
-    return EncodedCore(entry["codec"], rows, columns, entry["nnz"], parts, pattern)
-
-
-def _disk_name(name: str) -> str:
-    """What a codec's tensor is called below its module."""
-    return "weight" if name == "values" else name
-
-
-def _slices(name: str, module: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
-    """Slices of a module from its entry; regular over heads and types where it states types."""
-    if "types" not in module:
-        return tuple((name, i) for i in range(module["slices"]))
-    types = module["types"]
-    heads = module["slices"] // len(types)
-    return tuple((PROJECTIONS[t], i) for i in range(heads) for t in types)

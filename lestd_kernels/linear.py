@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from lestd_kernels import backends
 from lestd_kernels.codecs import CODECS, UNSTRUCTURED, TensorSpec
-from lestd_kernels.decomposition import EncodedCore, mix_types
-from lestd_kernels.errors import LestdError
+from lestd_kernels.decomposition import mix_types
+from lestd_kernels.packed import EncodedCore
 from lestd_kernels.tensorize import BasisSide
 
 
@@ -54,7 +54,7 @@ class _Scope(threading.local):
     """Products ``x U1`` of the block that this thread is in; None outside of a block."""
 
     def __init__(self) -> None:
-        self.products: dict[Factor, tuple[Tensor, tuple[int, bool], Tensor]] | None = None
+        self.products: dict[nn.Module, tuple[Tensor, tuple[int, bool], Tensor]] | None = None
         self.traced = False
 
 
@@ -81,7 +81,7 @@ def share_products(block: nn.Module) -> None:
     block.register_forward_hook(_close_scope, always_call=True)
 
 
-def _shared_product(factor: Factor, x: Tensor) -> Tensor:
+def shared_product(factor: nn.Module, x: Tensor) -> Tensor:
     """``factor(x)``, taken from the open scope where the same tensor was multiplied before."""
     traced = torch.compiler.is_compiling()
     # A module compiled by itself inside an eager block leaves the block's products alone: they
@@ -127,21 +127,12 @@ def _register_core(
             module.register_buffer(name, torch.empty(shape, dtype=index_dtype, device=device))
 
 
-def _packed_core(module: nn.Module, spec: CoreSpec) -> EncodedCore:
+def packed_core(module: nn.Module, spec: CoreSpec) -> EncodedCore:
+    """The core of a module, from the tensors that `_register_core` has given it."""
     tensors = {
         name: getattr(module, "weight" if name == "values" else name) for name in spec.tensor_specs
     }
     return EncodedCore(spec.codec, spec.rows, spec.columns, spec.nnz, tensors, spec.pattern)
-
-
-def check_core(module: SharedCore | CompressedLinear) -> None:
-    """Check the index tensors of a module's own core, where it has one in memory.
-
-    Raises:
-        ValueError: they are damaged, see `EncodedCore.check`.
-    """
-    if module.spec is not None and module.get_parameter("weight").device.type != "meta":
-        _packed_core(module, module.spec).check()
 
 
 class SharedCore(nn.Module):
@@ -157,7 +148,7 @@ class SharedCore(nn.Module):
 
     def forward(self) -> Tensor:
         """G ``(R1, R3 h R2)``, dense."""
-        return backends.expand(_packed_core(self, self.spec), self.backend)
+        return backends.expand(packed_core(self, self.spec), self.backend)
 
     def extra_repr(self) -> str:
         """The packed core, for ``print(model)``."""
@@ -221,7 +212,7 @@ class CompressedLinear(nn.Module):
     def _core(self) -> EncodedCore:
         """M ``(R1, S R2)`` of this module, packed."""
         if self.spec is not None:
-            return _packed_core(self, self.spec)
+            return packed_core(self, self.spec)
         _, U2, shared_core = self._shared
         assert shared_core is not None
         M = mix_types(shared_core(), self.weight.reshape(self.types, -1), U2.weight.shape[1])
@@ -234,7 +225,7 @@ class CompressedLinear(nn.Module):
         p, R2 = U2.weight.shape
         out: Tensor
         if self.basis_side == "input":
-            Z = backends.apply_core(_shared_product(U1, x), self._core(), False, self.backend)
+            Z = backends.apply_core(shared_product(U1, x), self._core(), False, self.backend)
             Z = Z.reshape(*x.shape[:-1], self.slices, R2)
             out = U2(Z, transposed=True).flatten(-2)
         else:
@@ -249,21 +240,3 @@ class CompressedLinear(nn.Module):
         core = f"types={self.types}" if self.spec is None else f"{self.spec}"
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, slices={self.slices}, bias={self.bias is not None}, {core}"
-
-
-def set_backend(model: nn.Module, backend: str | None) -> None:
-    """Have one backend multiply throughout `model`, or with None the one chosen per product.
-
-    Where a backend cannot run (another device or codec, autograd, autocast), `eager` does.
-
-    Raises:
-        LestdError: there is no such backend.
-    """
-    if backend is not None and backend not in backends.BACKENDS:
-        raise LestdError(
-            f"there is no backend {backend!r}, expected {', '.join(backends.BACKENDS)} or None"
-        )
-    for module in model.modules():
-        if isinstance(module, Factor | SharedCore | CompressedLinear):
-            module.backend = backend
-            backends.release(module.get_parameter("weight"))

@@ -23,6 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
+from lestd_kernels.chain_linear import ChainLinear
 from lestd_kernels.errors import LestdError
 from lestd_kernels.linear import CompressedLinear
 
@@ -31,11 +32,11 @@ _INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 
 
 class CompressedLoraLinear(Linear):
-    """A `CompressedLinear` with adapters: plain LoRA, without merging."""
+    """A compressed linear module with adapters: plain LoRA, without merging."""
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         # peft's own warns that it does not know the type.
-        assert isinstance(module, CompressedLinear)
+        assert isinstance(module, CompressedLinear | ChainLinear)
         return module.in_features, module.out_features
 
     @property
@@ -100,7 +101,8 @@ def register() -> None:
     @functools.wraps(prepare)
     def prepare_and_register(config: LoraConfig) -> None:
         prepare(config)
-        config._register_custom_module({CompressedLinear: CompressedLoraLinear})
+        kinds = (CompressedLinear, ChainLinear)
+        config._register_custom_module(dict.fromkeys(kinds, CompressedLoraLinear))
 
     LoraConfig.__post_init__ = prepare_and_register  # type: ignore[method-assign]
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,11 +34,14 @@ class ModuleLayout:
             ``(S_m p, d)`` on disk. ``"output"`` (O): the weight is ``(d, S_m p)`` on disk.
         slices: ``(projection, head)`` of each slice in storage order; projection is one of
             ``"q" "k" "v" "o"``. A fused, per-head interleaved QKV lists q0 k0 v0 q1 k1 v1 ...
+        reads: name of the input that the module reads, by which its metric is found; modules that
+            read the same tensor have the same.
     """
 
     name: str
     basis_side: BasisSide
     slices: tuple[tuple[str, int], ...]
+    reads: str = "in"
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,16 @@ class GroupLayout:
         """Shape of the module's weight as ``nn.Linear`` holds it, ``(out, in)``."""
         columns = len(module.slices) * self.head_dim
         return (columns, self.width) if module.basis_side == "input" else (self.width, columns)
+
+    def columns(self, module: ModuleLayout) -> slice:
+        """Where the module's columns stand in the unfolding."""
+        first = 0
+        for one in self.modules:
+            stop = first + len(one.slices) * self.head_dim
+            if one == module:
+                return slice(first, stop)
+            first = stop
+        raise ValueError(f"{module.name} is not of this group")
 
     @property
     def elements(self) -> int:
@@ -110,3 +123,12 @@ def fold_weights(unfolding: Tensor, layout: GroupLayout) -> dict[str, Tensor]:
         weights[module.name] = (block.T if module.basis_side == "input" else block).contiguous()
         column = stop
     return weights
+
+
+def entry_slices(name: str, module: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
+    """Slices of a module from its entry; regular over heads and types where it states types."""
+    if "types" not in module:
+        return tuple((name, i) for i in range(module["slices"]))
+    types = module["types"]
+    heads = module["slices"] // len(types)
+    return tuple((PROJECTIONS[t], i) for i in range(heads) for t in types)

@@ -4,7 +4,7 @@
 
     "quantization_config": {"quant_method": "lestd", "format_version": 1, "groups": [...]}
 
-with one entry per slice group, as `SharedTucker.describe` writes it. Before the weights are
+with one entry per slice group, as a kind's `describe` writes it. Before the weights are
 loaded, `LestdQuantizer` exchanges the linear modules that the entries name for `CompressedLinear`
 modules of exactly the stored shapes; the rest is ordinary loading. Paths in the entries may have
 or lack the base model's prefix (``model.``), and so may the model: ``AutoModel`` loads it too.
@@ -34,17 +34,21 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lestd_kernels.chain import Chain, op_of
+from lestd_kernels.chain_linear import ChainLinear, PackedMatrix
 from lestd_kernels.codecs import CODECS, PATTERNS, UNSTRUCTURED
 from lestd_kernels.decomposition import FORMAT_VERSION, QUANT_METHOD, SharedTucker
 from lestd_kernels.errors import LestdError
+from lestd_kernels.kinds import KINDS
 from lestd_kernels.linear import (
     CompressedLinear,
     CoreSpec,
     Factor,
     SharedCore,
-    check_core,
     share_products,
 )
+from lestd_kernels.modules import MODULES, check_core
+from lestd_kernels.packing import FULL_BITS, QUANTIZED_BITS
 from lestd_kernels.tensorize import BasisSide
 
 if TYPE_CHECKING:
@@ -113,7 +117,7 @@ class LestdQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for path, module in model.named_modules():
-            if isinstance(module, SharedCore | CompressedLinear):
+            if isinstance(module, MODULES):
                 try:
                     check_core(module)
                 except ValueError as error:
@@ -159,11 +163,77 @@ def _complete_entry(number: int) -> Iterator[None]:
 
 def _build_group(model: PreTrainedModel, entry: dict[str, Any]) -> None:
     """Exchange the linear modules of one slice group for compressed ones, on the meta device."""
-    path, ranks = entry["path"], entry["ranks"]
-    _check_known(path, "kind", entry["kind"], (SharedTucker.kind,))
+    path = entry["path"]
+    _check_known(path, "kind", entry["kind"], KINDS)
     _check_known(path, "value_type", entry["value_type"], _VALUE_TYPES)
     block = _find_module(model, path)
     originals = {name: _find_linear(block, path, name) for name in entry["modules"]}
+    for name, original in originals.items():
+        _check_shape(path, name, entry, original)
+    build = {SharedTucker.kind: _build_shared_tucker, Chain.kind: _build_chains}
+    for name, module in build[entry["kind"]](model, entry, originals).items():
+        block.set_submodule(name, module)
+    share_products(block)
+
+
+def _check_shape(path: str, name: str, entry: dict[str, Any], original: nn.Linear) -> None:
+    module = entry["modules"][name]
+    _check_known(f"{path}.{name}", "basis_side", module["basis_side"], get_args(BasisSide))
+    columns = module["slices"] * entry["head_dim"]
+    wide = module["basis_side"] == "input"
+    expected = (columns, entry["width"]) if wide else (entry["width"], columns)
+    if tuple(original.weight.shape) != expected:
+        raise LestdError(
+            f"config.json: {path}.{name} has weight {tuple(original.weight.shape)} in the "
+            f"model and {expected} in quantization_config: one of the two was changed after "
+            "the model was compressed, restore it."
+        )
+
+
+def _build_chains(
+    model: PreTrainedModel, entry: dict[str, Any], originals: dict[str, nn.Linear]
+) -> dict[str, nn.Module]:
+    """Modules of a `Chain`, and its shared matrices in the block."""
+    path = entry["path"]
+    dtype = next(iter(originals.values())).weight.dtype
+    shared = {}
+    for name, matrix in entry["shared"].items():
+        _check_matrix(matrix["path"], matrix)
+        parent, _, attribute = matrix["path"].rpartition(".")
+        shared[name] = PackedMatrix(matrix, dtype, "meta")
+        _find_module(model, parent).add_module(attribute, shared[name])
+    modules: dict[str, nn.Module] = {}
+    for name, original in originals.items():
+        module = entry["modules"][name]
+        sides = [module["side"]] if "side" in module else []
+        for matrix in (*module["own"], *sides):
+            _check_matrix(f"{path}.{name}", matrix)
+        modules[name] = ChainLinear(
+            module,
+            original.in_features,
+            original.out_features,
+            tuple(op_of(op) for op in module["ops"]),
+            shared,
+            bias=original.bias is not None,
+            dtype=dtype,
+            device="meta",
+        )
+    return modules
+
+
+def _check_matrix(path: str, entry: dict[str, Any]) -> None:
+    _check_known(path, "codec", entry["codec"], CODECS)
+    _check_known(path, "pattern", entry.get("pattern", UNSTRUCTURED), PATTERNS)
+    _check_known(
+        path, "value_bits", entry.get("value_bits", FULL_BITS), (FULL_BITS, *QUANTIZED_BITS)
+    )
+
+
+def _build_shared_tucker(
+    model: PreTrainedModel, entry: dict[str, Any], originals: dict[str, nn.Linear]
+) -> dict[str, nn.Module]:
+    """Modules of a `SharedTucker`; its factors, and a core that the modules share, in the block."""
+    path, ranks = entry["path"], entry["ranks"]
     dtype = next(iter(originals.values())).weight.dtype
     U1 = _place_factor(model, entry["factors"]["U1"], entry["width"], ranks["R1"], dtype)
     U2 = _place_factor(model, entry["factors"]["U2"], entry["head_dim"], ranks["R2"], dtype)
@@ -174,20 +244,11 @@ def _build_group(model: PreTrainedModel, entry: dict[str, Any]) -> None:
         core_parent, _, core_name = entry["core"]["path"].rpartition(".")
         _find_module(model, core_parent).add_module(core_name, shared_core)
 
+    modules: dict[str, nn.Module] = {}
     for name, original in originals.items():
         module = entry["modules"][name]
-        _check_known(f"{path}.{name}", "basis_side", module["basis_side"], get_args(BasisSide))
         slices = module["slices"]
-        columns = slices * entry["head_dim"]
-        wide = module["basis_side"] == "input"
-        expected = (columns, entry["width"]) if wide else (entry["width"], columns)
-        if tuple(original.weight.shape) != expected:
-            raise LestdError(
-                f"config.json: {path}.{name} has weight {tuple(original.weight.shape)} in the "
-                f"model and {expected} in quantization_config: one of the two was changed after "
-                "the model was compressed, restore it."
-            )
-        compressed = CompressedLinear(
+        modules[name] = CompressedLinear(
             original.in_features,
             original.out_features,
             module["basis_side"],
@@ -199,14 +260,14 @@ def _build_group(model: PreTrainedModel, entry: dict[str, Any]) -> None:
             dtype=original.weight.dtype,
             device="meta",
         )
-        block.set_submodule(name, compressed)
-    share_products(block)
+    return modules
 
 
-def _check_known(path: str, what: str, found: Any, known: Collection[str]) -> None:
+def _check_known(path: str, what: str, found: Any, known: Collection[object]) -> None:
     if found not in known:
         raise LestdError(
-            f"config.json: {path} has {what} {found!r}, expected {' or '.join(known)}: {_UPGRADE}."
+            f"config.json: {path} has {what} {found!r}, expected "
+            f"{' or '.join(map(str, known))}: {_UPGRADE}."
         )
 
 
@@ -271,7 +332,7 @@ def _check_presence(model: PreTrainedModel, checkpoint_files: Sequence[str]) -> 
         with safe_open(file, framework="pt") as shard:
             present.update(name.removeprefix(prefix) for name in shard.keys())  # noqa: SIM118
     for path, module in model.named_modules():
-        if not isinstance(module, Factor | SharedCore | CompressedLinear):
+        if not isinstance(module, MODULES):
             continue
         for name in module.state_dict():
             if f"{path}.{name}".removeprefix(prefix) not in present:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from lestd_kernels import LestdConfig
 from lestd_kernels.codecs import TensorSpec
-from lestd_kernels.decomposition import QUANT_METHOD, SharedTucker, stored_specs
+from lestd_kernels.decomposition import QUANT_METHOD
 from lestd_kernels.errors import LestdError, first_line
+from lestd_kernels.kinds import KINDS
 from lestd_kernels.tensorize import BasisSide
 from orchestrator.assemble import about_model
 from orchestrator.manifest import payload_problem
@@ -59,9 +60,8 @@ class CompressedGroup:
         path, shard = self.entry["path"], next(iter(self.refs.values())).shard
         tensors = {name: read_tensor(ref) for name, ref in self.refs.items()}
         try:
-            decomposition = SharedTucker.from_named_tensors(self.entry, tensors)
-            for core in decomposition.cores.values():
-                core.check()
+            decomposition = KINDS[self.entry["kind"]].from_named_tensors(self.entry, tensors)
+            decomposition.check()
             dense = decomposition.to_dense()
         except (RuntimeError, IndexError, ValueError) as error:
             raise LestdError(
@@ -163,13 +163,14 @@ def open_compressed(directory: Path) -> CompressedModel:
 
 def _open_group(number: int, entry: Any, index: ShardIndex) -> CompressedGroup:
     try:
-        if entry["kind"] != SharedTucker.kind:
+        if entry["kind"] not in KINDS:
             raise ValueError(f"unknown kind {entry['kind']!r}")
         sides = {module["basis_side"] for module in entry["modules"].values()}
         if not sides <= set(get_args(BasisSide)):
             raise ValueError(f"unknown basis_side in {sorted(sides)}")
-        entry = _as_on_disk(entry, index.tensors)
-        return _find_tensors(entry, stored_specs(entry), index)
+        specs_of = KINDS[entry["kind"]].stored_specs
+        entry = _as_on_disk(entry, next(iter(specs_of(entry))), index.tensors)
+        return _find_tensors(entry, specs_of(entry), index)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LestdError(
             f"{index.location}/{CONFIG_FILE}: quantization_config.groups[{number}] cannot be read "
@@ -177,33 +178,39 @@ def _open_group(number: int, entry: Any, index: ShardIndex) -> CompressedGroup:
         ) from error
 
 
-def _as_on_disk(entry: Mapping[str, Any], names: Mapping[str, object]) -> dict[str, Any]:
+def _as_on_disk(
+    entry: Mapping[str, Any], first: str, names: Mapping[str, object]
+) -> dict[str, Any]:
     """The entry with its paths as the tensors have them: with or without the base model's prefix.
 
-    A model that was saved by another class than it was compressed from differs in that.
+    A model that was saved by another class than it was compressed from differs in that. `first` is
+    the name of a tensor that the entry needs.
     """
-    U1 = f"{entry['factors']['U1']}.weight"
-    shorter = U1.partition(".")[2]
-    longer = next((name for name in names if name.endswith(f".{U1}")), None)
-    if U1 in names or (shorter not in names and longer is None):
+    shorter = first.partition(".")[2]
+    longer = next((name for name in names if name.endswith(f".{first}")), None)
+    if first in names or (shorter not in names and longer is None):
         return dict(entry)
 
     def renamed(path: str) -> str:
-        return path.partition(".")[2] if longer is None else longer.removesuffix(U1) + path
+        return path.partition(".")[2] if longer is None else longer.removesuffix(first) + path
 
-    changed = dict(entry) | {
-        "path": renamed(entry["path"]),
-        "factors": {name: renamed(path) for name, path in entry["factors"].items()},
-    }
+    changed = dict(entry) | {"path": renamed(entry["path"])}
+    if "factors" in entry:
+        changed["factors"] = {name: renamed(path) for name, path in entry["factors"].items()}
     if "core" in entry:
         changed["core"] = entry["core"] | {"path": renamed(entry["core"]["path"])}
+    if "shared" in entry:
+        changed["shared"] = {
+            name: matrix | {"path": renamed(matrix["path"])}
+            for name, matrix in entry["shared"].items()
+        }
     return changed
 
 
 def _find_tensors(
     entry: dict[str, Any], specs: Mapping[str, TensorSpec], index: ShardIndex
 ) -> CompressedGroup:
-    """Find the tensors of a group; all its values have one dtype, that of U1."""
+    """Find the tensors of a group; all its values have one dtype, that of the first."""
     refs = {}
     for name, (shape, _) in specs.items():
         ref = index.tensors.get(name)
@@ -218,9 +225,9 @@ def _find_tensors(
                 f"{list(shape)}; {_COPY_AGAIN}"
             )
         refs[name] = ref
-    U1 = next(iter(refs.values()))
+    first = refs[next(name for name, (_, index_dtype) in specs.items() if index_dtype is None)]
     for name, (_, index_dtype) in specs.items():
-        known = _VALUE_DTYPES if name == U1.name else (U1.dtype,)
+        known = _VALUE_DTYPES if name == first.name else (first.dtype,)
         if index_dtype is not None:
             known = (DTYPE_NAMES[index_dtype],)
         if refs[name].dtype not in known:
@@ -228,4 +235,4 @@ def _find_tensors(
                 f"tensor {name} in {refs[name].shard} is {refs[name].dtype}, expected "
                 f"{' or '.join(known)}; {_COPY_AGAIN}"
             )
-    return CompressedGroup(entry, refs, DTYPES[U1.dtype])
+    return CompressedGroup(entry, refs, DTYPES[first.dtype])

@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from lestd_kernels.errors import LestdError, first_line
-from lestd_kernels.methods import METHODS, MethodArgs
+from lestd_kernels.methods import ACTIVATION, METHODS, MethodArgs
 
 MAX_LAYERS = 10_000
 """No list of layers goes further: a slip of the pen must not fill the memory."""
@@ -76,7 +76,9 @@ class RunConfig(_Strict):
     keep_model: Fraction | None = Field(
         None, description="the same for the whole model, instead of keep"
     )
-    scope: Literal["attention"] = Field("attention", description="which weights are compressed")
+    scope: Literal["attention", "ffn", "experts", "all"] = Field(
+        "attention", description="which weights are compressed"
+    )
     include: Layers | None = Field(None, description='only these layers, like "0-3,7"')
     exclude: Layers | None = Field(None, description="all layers but these")
     layer_keep: dict[Layers, Fraction] = Field(
@@ -105,6 +107,23 @@ class RunConfig(_Strict):
         MethodArgs.hooi_tol, gt=0, description="stop HOOI when the fit changes by less (relative)"
     )
     hooi_max_iter: int = Field(MethodArgs.hooi_max_iter, ge=1, description="HOOI sweeps at most")
+    metric: Literal["weight", "norm", "activation"] | None = Field(
+        None,
+        description="norm of the error: Frobenius, scaled by the preceding norm, or of the "
+        "calibration text's activations; default: activation where there is such a text",
+    )
+    value_bits: Literal[16, 8, 4, 3, 2] = Field(
+        16, description="bits of a core value; below 16 in groups of 64 with a scale"
+    )
+    factor_bits: Literal[16, 8, 4] = Field(16, description="bits of an element of a factor")
+    super_weights: float = Field(
+        0.0, ge=0, lt=1, description="share of the weights kept exactly, the outliers"
+    )
+    calibrate_on: str | None = Field(
+        None, description="UTF-8 text whose activations make the metric"
+    )
+    samples: int = Field(128, ge=1, description="windows of that text, from its beginning")
+    sample_tokens: int = Field(256, ge=1, description="tokens of such a window")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where workers compute")
     threads: int = Field(
         1, ge=1, description="CPU threads of a worker (reduction order, so the last bit, is theirs)"
@@ -140,6 +159,30 @@ class RunConfig(_Strict):
         return value
 
     @model_validator(mode="after")
+    def _known_metric(self) -> RunConfig:
+        known = METHODS[self.method].metrics
+        if self.metric is not None and self.metric not in known:
+            raise ValueError(
+                f"method {self.method!r} works in the metric {' or '.join(known)}, "
+                f"not in {self.metric!r}; change one of the two"
+            )
+        if self.used_metric == ACTIVATION and self.calibrate_on is None:
+            raise ValueError(
+                f"method {self.method!r} in the metric 'activation' needs a text; give it with "
+                "calibrate_on (--calibrate-on TEXT)"
+            )
+        return self
+
+    @property
+    def used_metric(self) -> str:
+        """The metric, where none is named the one that text and method make sense of."""
+        if self.metric is not None:
+            return self.metric
+        known = METHODS[self.method].metrics
+        calibrated = self.calibrate_on is not None and ACTIVATION in known
+        return ACTIVATION if calibrated else known[0]
+
+    @model_validator(mode="after")
     def _one_target(self) -> RunConfig:
         if (self.keep is None) == (self.keep_model is None):
             raise ValueError("give exactly one of keep and keep_model, a number between 0 and 1")
@@ -156,6 +199,10 @@ class RunConfig(_Strict):
             max_flops=self.max_flops,
             hooi_tol=self.hooi_tol,
             hooi_max_iter=self.hooi_max_iter,
+            metric=self.used_metric,
+            value_bits=self.value_bits,
+            factor_bits=self.factor_bits,
+            super_weights=self.super_weights,
         )
 
     def select_layers(self, layers: Iterable[int]) -> list[int]:

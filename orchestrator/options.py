@@ -17,6 +17,9 @@ class Scope(StrEnum):
     """Which weights are compressed."""
 
     attention = "attention"
+    ffn = "ffn"
+    experts = "experts"
+    all = "all"
 
 
 class ExecutorName(StrEnum):
@@ -39,6 +42,14 @@ class TypeMode(StrEnum):
 
     identity = "identity"
     learned = "learned"
+
+
+class Metric(StrEnum):
+    """In which norm the error is made small."""
+
+    weight = "weight"
+    norm = "norm"
+    activation = "activation"
 
 
 class Allocation(StrEnum):
@@ -117,6 +128,41 @@ PatternOption = Annotated[
     typer.Option(
         help="2:4: of each four core elements two, for sparse tensor cores.",
         show_default="unstructured",
+    ),
+]
+MetricOption = Annotated[
+    Metric | None,
+    typer.Option(
+        help="Norm of the error: weight (Frobenius), norm (scaled by the preceding norm), "
+        "activation (of the calibration text).",
+        show_default="activation with --calibrate-on, else the method's own",
+    ),
+]
+CalibrateOn = Annotated[
+    str | None,
+    typer.Option(help="UTF-8 text whose activations make the metric.", show_default="none"),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(min=1, help="Windows of the calibration text.", show_default="128"),
+]
+SampleTokens = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of such a window.", show_default="256")
+]
+ValueBits = Annotated[
+    int | None,
+    typer.Option(help="Bits of a core value: 16, 8, 4, 3 or 2.", show_default="16"),
+]
+FactorBits = Annotated[
+    int | None,
+    typer.Option(help="Bits of an element of a factor: 16, 8 or 4.", show_default="16"),
+]
+SuperWeights = Annotated[
+    float | None,
+    typer.Option(
+        "--keep-super-weights",
+        help="Share of the weights, the outliers, that is kept exactly.",
+        show_default="0",
     ),
 ]
 MaxFlops = Annotated[

@@ -11,15 +11,16 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lestd_kernels.decomposition import FORMAT_VERSION
-from lestd_kernels.errors import LestdError
-from lestd_kernels.methods import METHODS, Bounds, MethodArgs
+from lestd_kernels.errors import LestdError, first_line
+from lestd_kernels.methods import ACTIVATION, METHODS, NORM, Bounds, MethodArgs
 from orchestrator.allocation import better_than_uniform, curve_budgets
-from orchestrator.architectures import AttentionGroup, find_architecture
+from orchestrator.architectures import SliceGroup, find_architecture
 from orchestrator.config import RunConfig, scope_keep
 from orchestrator.source import Source
 from workers.contracts import CurveTask, Task, TensorRef
@@ -140,6 +141,10 @@ class Plan:
                 "byte_budget": planned.task.byte_budget,
                 "budget_range": None if self.decided else _budget_range(planned),
                 "curve_task_id": planned.curve and planned.curve.task_id,
+                "scope": planned.task.scope,
+                "metric": planned.task.method_args["metric"],
+                "value_bits": planned.task.method_args["value_bits"],
+                "factor_bits": planned.task.method_args["factor_bits"],
                 "max_R1": planned.bounds.max_R1,
                 "max_R2": planned.bounds.max_R2,
                 "max_nnz": planned.bounds.max_nnz,
@@ -179,7 +184,7 @@ def make_plan(source: Source, config: RunConfig) -> Plan:
             give; a layer list that names no layer; a budget that no rank fits.
     """
     architecture = find_architecture(source.config)
-    groups = architecture.attention_groups(source.config, source.index)
+    groups = architecture.groups(source.config, source.index, config.scope)
     chosen = set(config.select_layers(group.layer for group in groups))
     groups = [group for group in groups if group.layer in chosen]
 
@@ -189,7 +194,10 @@ def make_plan(source: Source, config: RunConfig) -> Plan:
     scope_bytes = sum(refs[name].stored_bytes for name in in_scope)
     keep = scope_keep(config, scope_bytes, model_bytes)
 
-    tasks = tuple(_plan_task(group, config, config.keep_of(group.layer, keep)) for group in groups)
+    digest = calibration_digest(config) if config.used_metric == ACTIVATION else ""
+    tasks = tuple(
+        _plan_task(group, config, config.keep_of(group.layer, keep), digest) for group in groups
+    )
     decided = config.allocation == "uniform"
     if not decided:
         own = config.layers_with_own_keep()
@@ -198,7 +206,9 @@ def make_plan(source: Source, config: RunConfig) -> Plan:
     return Plan(architecture.family, tasks, untouched, model_bytes, config.allocation, decided)
 
 
-def _plan_task(group: AttentionGroup, config: RunConfig, keep: float) -> PlannedTask:
+def _plan_task(
+    group: SliceGroup, config: RunConfig, keep: float, metric_digest: str
+) -> PlannedTask:
     dense_bytes = sum(ref.stored_bytes for ref in group.tensors.values())
     dtype = DTYPES[next(iter(group.tensors.values())).dtype]
     task = Task(
@@ -213,6 +223,9 @@ def _plan_task(group: AttentionGroup, config: RunConfig, keep: float) -> Planned
         byte_budget=0,
         value_dtype=str(dtype).removeprefix("torch."),
         predicted_memory_bytes=0,
+        scope=group.scope,
+        metric_tensors=group.norms if config.used_metric == NORM else {},
+        metric_digest=metric_digest,
     )
     try:
         return replace(_with_budget(task, int(keep * dense_bytes)), keep=keep)
@@ -228,9 +241,35 @@ def _with_budget(task: Task, budget: int) -> PlannedTask:
     # One group is decomposed, another read, a third written (workers.decompose): as if all were
     # of this size.
     memory = WORKER_BASE_BYTES + 4 * task.layout.elements + bounds.workspace_bytes
-    memory += task.dense_bytes + budget
+    memory += task.dense_bytes + budget + _metric_bytes(task)
     task = replace(task, byte_budget=budget, predicted_memory_bytes=memory)
     return PlannedTask(replace(task, task_id=_task_id(task)), budget / task.dense_bytes, bounds)
+
+
+def _metric_bytes(task: Task) -> int:
+    """Bytes of the Gram matrices that a task reads, once for it and once for the next one."""
+    if task.method_args["metric"] != ACTIVATION:
+        return 0
+    widths = {m.reads: task.layout.weight_shape(m)[1] for m in task.layout.modules}
+    return 2 * sum(4 * width**2 for width in widths.values())
+
+
+def calibration_digest(config: RunConfig) -> str:
+    """Hash of the text and the settings that decide the activations of a model.
+
+    Raises:
+        LestdError: the text cannot be read.
+    """
+    assert config.calibrate_on is not None
+    try:
+        text = Path(config.calibrate_on).read_bytes()
+    except OSError as error:
+        raise LestdError(
+            f"the calibration text {config.calibrate_on} cannot be read ({first_line(error)}); "
+            "give --calibrate-on a UTF-8 text file"
+        ) from error
+    settings = [hashlib.sha256(text).hexdigest(), config.samples, config.sample_tokens]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 def _undecided(planned: PlannedTask) -> PlannedTask:
@@ -295,7 +334,11 @@ def no_worse_than_uniform(
     """
     measured = {curve[0]["group"]: curve[0] for curve in curves.values()}
     pairs = [
-        (row["squared_error"], measured[row["group"]]["uniform_squared_error"], row["squared_norm"])
+        (
+            row["metric_squared_error"],
+            measured[row["group"]]["uniform_squared_error"],
+            row["metric_squared_norm"],
+        )
         for row in rows
         if row["group"] in measured
     ]
@@ -325,6 +368,7 @@ def _task_id(task: Task, more: Mapping[str, Any] | None = None) -> str:
         "method_args": task.method_args,
         "byte_budget": task.byte_budget,
         "value_dtype": task.value_dtype,
+        "metric_digest": task.metric_digest,
     }
     text = json.dumps(work | dict(more or {}), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

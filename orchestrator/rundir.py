@@ -25,6 +25,7 @@ from upath import UPath
 
 from lestd_kernels.decomposition import FORMAT_VERSION
 from lestd_kernels.errors import LestdError
+from lestd_kernels.methods import ACTIVATION
 from orchestrator.config import RunConfig
 from orchestrator.lease import is_held, leased
 from orchestrator.manifest import (
@@ -34,7 +35,7 @@ from orchestrator.manifest import (
     read_json,
     write_json,
 )
-from orchestrator.plan import Plan
+from orchestrator.plan import Plan, calibration_digest
 from orchestrator.rows import TEMPORARY, Damaged
 from orchestrator.source import Source
 from workers.checkpoint import hash_tensor
@@ -53,7 +54,7 @@ from workers.files import (
 from workers.sampling import sample_digests, shard_stats
 
 _AnyPathT = TypeVar("_AnyPathT", bound=AnyPath)
-_OURS = {"lock", "run.json", "plan.json", "payloads", "manifest", "untouched"}
+_OURS = {"lock", "run.json", "plan.json", "payloads", "manifest", "untouched", "calibration"}
 # `lestd status` takes the lock for a moment to see whether it is free.
 _LOCK_PATIENCE_SECONDS = 1.0
 
@@ -64,9 +65,12 @@ def fingerprint(source: Source, config: RunConfig, device: str) -> dict[str, Any
     Not in it: paths, the executor, the number of workers. `device` is the class that ``auto``
     came to mean.
     """
+    chosen = config.model_dump(mode="json") | {"device": device}
+    if config.used_metric == ACTIVATION:
+        chosen["calibrate_on"] = calibration_digest(config)
     fields = {
         "format_version": FORMAT_VERSION,
-        "config": config.model_dump(mode="json") | {"device": device},
+        "config": chosen,
         "source": {"config.json": source.config_json, "shards": sample_digests(source.index)},
         "versions": software_versions(),
     }

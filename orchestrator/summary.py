@@ -22,6 +22,11 @@ _COPY_COMMANDS = {
 }
 
 
+def _bound(layer: dict[str, Any], name: str, words: str) -> str:
+    """A bound in words; nothing where the method has none."""
+    return "" if layer[name] is None else words.format(layer[name])
+
+
 def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
     """Print what a compression would do: the plan of `Plan.to_dict`."""
     if json:
@@ -31,17 +36,28 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
     rows = [
         [
             str(layer["layer"]),
+            layer["scope"],
             str(len(layer["tensors"])),
             tables.size(layer["dense_bytes"]),
             f"{layer['keep']:.3f}" if decided or not layer["curve_task_id"] else "",
             " to ".join(map(tables.size, layer["budget_range"] or [layer["byte_budget"]])),
-            f"R1 ≤ {layer['max_R1']}, R2 ≤ {layer['max_R2']}",
-            f"≤ {layer['max_nnz']:,}",
+            _bound(layer, "max_R1", "R1 ≤ {}") + _bound(layer, "max_R2", ", R2 ≤ {}"),
+            _bound(layer, "max_nnz", "≤ {:,}"),
             tables.size(layer["predicted_memory_bytes"]),
         ]
         for layer in planned["layers"]
     ]
-    columns = ["layer", "tensors", "dense", "keep", "target", "ranks", "nnz", "worker memory"]
+    columns = [
+        "layer",
+        "block",
+        "tensors",
+        "dense",
+        "keep",
+        "target",
+        "ranks",
+        "nnz",
+        "worker memory",
+    ]
     total = planned["total"]
     if "predicted_seconds" in total:
         columns.append("seconds")

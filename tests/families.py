@@ -31,7 +31,8 @@ from transformers import (
 )
 
 from lestd_kernels.codecs import CODECS
-from lestd_kernels.decomposition import CORE_NAME, EncodedCore, SharedTucker
+from lestd_kernels.decomposition import CORE_NAME, SharedTucker
+from lestd_kernels.packed import EncodedCore
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout
 
 VOCABULARY = 91

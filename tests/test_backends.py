@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM
 from lestd_kernels import LestdError, set_backend
 from lestd_kernels.backends import BACKENDS, apply_core, bitmask, choose, dense_core
 from lestd_kernels.codecs import CODECS
-from lestd_kernels.decomposition import EncodedCore
 from lestd_kernels.linear import CompressedLinear
+from lestd_kernels.packed import EncodedCore
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (17, 21), (5, 9), (33, 77), (130, 403), (7, 64), (3, 1000), (257, 2)]
@@ -339,7 +339,7 @@ def test_saving_after_a_forward_writes_the_same_tensors(tmp_path, kernel):
 _MULTIPLY = """
 import sys, warnings, torch
 from lestd_kernels.backends import apply_core
-from lestd_kernels.decomposition import EncodedCore
+from lestd_kernels.packed import EncodedCore
 M = torch.ones(4, 9) * (torch.arange(36).reshape(4, 9) % 2)
 core, x = EncodedCore.encode(M), torch.ones(1, 4)
 with warnings.catch_warnings(record=True) as caught:

@@ -17,9 +17,10 @@ from lestd_kernels.budget import (
     require_feasible,
 )
 from lestd_kernels.codecs import CODECS
-from lestd_kernels.decomposition import CORE_NAME, EncodedCore, SharedTucker
+from lestd_kernels.decomposition import CORE_NAME, SharedTucker
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import METHODS, MethodArgs
+from lestd_kernels.packed import EncodedCore
 from lestd_kernels.rank_search import RotatedCore, search_dense, search_sparse
 from lestd_kernels.stage1 import Ranks, hosvd
 from lestd_kernels.stage2 import select_largest

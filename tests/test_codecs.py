@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lestd_kernels.backends import apply_core
-from lestd_kernels.codecs import CODECS, cheapest_codec, count_bits, pack_bits, unpack_bits
-from lestd_kernels.decomposition import EncodedCore
+from lestd_kernels.bits import count_bits, pack_bits, unpack_bits
+from lestd_kernels.codecs import CODECS, cheapest_codec
+from lestd_kernels.packed import EncodedCore
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

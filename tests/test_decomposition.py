@@ -10,11 +10,10 @@ from groups import fused, gqa, mha
 from lestd_kernels.codecs import CODECS
 from lestd_kernels.decomposition import (
     CORE_NAME,
-    EncodedCore,
     SharedTucker,
     module_types,
-    stored_specs,
 )
+from lestd_kernels.packed import EncodedCore
 from lestd_kernels.tensorize import PROJECTIONS, ModuleLayout
 
 
@@ -182,7 +181,7 @@ def test_the_stored_specs_are_those_of_the_tensors(codec, R3):
     make = identity_tucker if R3 is None else learned_tucker
     stored = make(layout, *((5, 2) if R3 is None else (5, 2, R3)), torch.bfloat16)
     stored = replace(stored, cores={n: recode(c, codec) for n, c in stored.cores.items()})
-    specs = stored_specs(stored.describe("block"))
+    specs = SharedTucker.stored_specs(stored.describe("block"))
     tensors = stored.named_tensors("block")
     assert specs.keys() == tensors.keys()
     for name, (shape, dtype) in specs.items():
@@ -197,7 +196,7 @@ def test_shared_factors_are_read_where_the_entry_says():
     entry["factors"] = first.describe("a")["factors"]
     tensors = first.named_tensors("a") | second.named_tensors("b")
     del tensors["b.lestd_u1.weight"], tensors["b.lestd_u2.weight"]
-    assert stored_specs(entry).keys() <= tensors.keys()
+    assert SharedTucker.stored_specs(entry).keys() <= tensors.keys()
     found = SharedTucker.from_named_tensors(entry, tensors)
     expected = replace(second, U1=first.U1, U2=first.U2)
     assert torch.equal(found.reconstruct(), expected.reconstruct())

@@ -17,15 +17,16 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lestd_kernels.codecs import CODECS
-from lestd_kernels.decomposition import CORE_NAME, EncodedCore, SharedTucker, module_types
+from lestd_kernels.decomposition import CORE_NAME, SharedTucker, module_types
 from lestd_kernels.linear import (
     CompressedLinear,
     CoreSpec,
     Factor,
     SharedCore,
-    set_backend,
     share_products,
 )
+from lestd_kernels.modules import set_backend
+from lestd_kernels.packed import EncodedCore
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout
 
 MODES = ["identity", "learned"]

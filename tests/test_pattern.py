@@ -28,9 +28,10 @@ from transformers import AutoModelForCausalLM
 from lestd_kernels.backends import BACKENDS, choose, semi_structured
 from lestd_kernels.backends.kept import Kept
 from lestd_kernels.budget import GroupShape, Limits, rank_grid
-from lestd_kernels.decomposition import EncodedCore, SharedTucker, stored_specs
+from lestd_kernels.decomposition import SharedTucker
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import METHODS, MethodArgs
+from lestd_kernels.packed import EncodedCore
 from lestd_kernels.pattern import most_kept, search_two_of_four, spread, two_of_four
 from lestd_kernels.rank_search import RotatedCore
 from lestd_kernels.stage1 import Factors, Ranks, hosvd
@@ -233,7 +234,7 @@ def test_the_entry_carries_the_pattern_and_gives_the_group_back():
     assert [m["pattern"] for m in entry["modules"].values()] == ["2:4", "2:4"]
     tensors = stored.named_tensors("layer.attn")
     assert {n: t.shape for n, t in tensors.items()} == {
-        name: spec[0] for name, spec in stored_specs(entry).items()
+        name: spec[0] for name, spec in SharedTucker.stored_specs(entry).items()
     }
     again = SharedTucker.from_named_tensors(entry, tensors)
     assert {core.pattern for core in again.cores.values()} == {"2:4"}

@@ -32,8 +32,9 @@ from transformers import (
 
 import lestd_kernels
 from lestd_kernels.codecs import CODECS
-from lestd_kernels.decomposition import EncodedCore, SharedTucker
+from lestd_kernels.decomposition import SharedTucker
 from lestd_kernels.linear import CompressedLinear, Factor
+from lestd_kernels.packed import EncodedCore
 from lestd_kernels.tensorize import PROJECTIONS, GroupLayout
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from lestd_kernels import LestdError, set_backend
 from lestd_kernels.backends import BACKENDS, apply_core, choose, expand, triton_bitmask
-from lestd_kernels.decomposition import EncodedCore
+from lestd_kernels.packed import EncodedCore
 
 # One element; whole tiles; one row; one column; rows and a tile that begin within a byte.
 SHAPES = [(1, 1), (17, 512), (1, 300), (50, 1), (18, 261)]

@@ -58,6 +58,11 @@ class Task:
         value_dtype: torch name of the dtype that values and factors are stored in, the
             checkpoint's own: ``"bfloat16"``, ``"float16"``, ``"float32"``.
         predicted_memory_bytes: what the plan expects the worker to need.
+        scope: what the block is: ``"attention"``, ``"ffn"`` or ``"experts"``.
+        metric_tensors: ``ModuleLayout.reads``, or that with a dot and one of
+            `lestd_kernels.methods.base.STATISTICS` -> where it lies; none in the metric
+            ``"weight"``. In the metric ``"norm"`` it is the weight of the preceding norm.
+        metric_digest: names what they were computed from.
     """
 
     task_id: str
@@ -71,6 +76,9 @@ class Task:
     byte_budget: int
     value_dtype: str
     predicted_memory_bytes: int
+    scope: str = "attention"
+    metric_tensors: dict[str, TensorRef] = field(default_factory=dict)
+    metric_digest: str = ""
 
     @property
     def dense_bytes(self) -> int:
@@ -126,7 +134,7 @@ class Bundle:
 class CurveResult:
     """A group's error against bytes; the manifest's table `curves` has a row for each point.
 
-    Errors are squared Frobenius norms in the units of the weights, so those of different groups
+    Errors and norms are squared Frobenius norms in the run's metric, so those of different groups
     may be added up. `uniform_squared_error` is what `Result.squared_error` would be within
     `uniform_byte_budget`; the errors of `points` are predictions (see `CurvePoint`). The other
     fields are those of `Result`.
@@ -187,10 +195,10 @@ class Result:
     relative_error: float
     squared_norm: float
     squared_error: float
-    squared_energy_stage1: float
-    squared_energy_stage2: float
-    threshold: float
-    hooi_iterations: int
+    squared_energy_stage1: float | None
+    squared_energy_stage2: float | None
+    threshold: float | None
+    hooi_iterations: int | None
     seconds: dict[str, float]
     started_at: float
     peak_memory_bytes: int
@@ -201,6 +209,12 @@ class Result:
     slices: tuple[SliceStats, ...]
     singular_values_1: tuple[float, ...]
     singular_values_2: tuple[float, ...]
+    scope: str
+    metric: str
+    value_bits: int
+    factor_bits: int
+    metric_squared_norm: float
+    metric_squared_error: float
     attempt: int = 1
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import METHODS, Decomposed, MethodArgs
-from lestd_kernels.methods.base import add_seconds
+from lestd_kernels.methods.base import STATISTICS, add_seconds
 from lestd_kernels.methods.steps import Stopwatch
 from lestd_kernels.tensorize import unfold_weights
 from workers.checkpoint import digest_safetensors, read_tensor, write_safetensors
@@ -168,9 +168,10 @@ class DecomposeWorker:
         started_at = time.time()
         with clock("read"):
             weights, source_sha256 = self._read(tasks[0])
+            metrics = _read_metrics(tasks[0])
 
         advance()
-        encodings = self._encodings(tasks, weights, clock)
+        encodings = self._encodings(tasks, weights, metrics, clock)
         encoding: Future[_Encoded] | None = next(encodings)
         # Each task bears its share of what is done for all.
         shared = {stage: seconds / len(tasks) for stage, seconds in clock.seconds.items()}
@@ -187,16 +188,16 @@ class DecomposeWorker:
                 encoding = next(encodings, None)
                 continue
             encoding = next(encodings, None)
+            args = MethodArgs(**task.method_args)
             known: dict[str, Any] = {
                 "task_id": task.task_id,
                 "layer": task.layer,
                 "group": task.group,
                 "tensors": tuple(ref.name for ref in task.tensors.values()),
                 "method": task.method,
-                "pattern": MethodArgs(**task.method_args).pattern,
+                "pattern": args.pattern,
                 "source_sha256": source_sha256,
                 "dense_bytes": task.dense_bytes,
-                "squared_norm": done.squared_norm,
                 "started_at": started_at,
                 "peak_memory_bytes": peak,
                 "device": device_name(self._device),
@@ -208,7 +209,8 @@ class DecomposeWorker:
                 outcomes.append(
                     CurveResult(
                         uniform_byte_budget=task.byte_budget,
-                        uniform_squared_error=done.squared_error,
+                        squared_norm=done.metric_squared_norm,
+                        uniform_squared_error=done.metric_squared_error,
                         points=done.curve,
                         seconds=add_seconds(shared, done.seconds),
                         **known,
@@ -225,7 +227,6 @@ class DecomposeWorker:
                 atomic_write(directory / payload, partial(write_safetensors, tensors=tensors))
             del tensors
             decomposition = done.decomposition
-            cores = decomposition.cores.values()
             outcomes.append(
                 Result(
                     payload=payload,
@@ -234,11 +235,12 @@ class DecomposeWorker:
                     format=decomposition.describe(task.group),
                     ranks=decomposition.ranks,
                     nnz=decomposition.nnz,
-                    density=decomposition.nnz / sum(core.rows * core.columns for core in cores),
-                    codec="+".join(sorted({core.codec for core in cores})),
+                    density=decomposition.nnz / decomposition.core_elements,
+                    codec="+".join(decomposition.codecs),
                     byte_budget=task.byte_budget,
                     stored_bytes=decomposition.stored_bytes,
                     relative_error=done.relative_error,
+                    squared_norm=done.squared_norm,
                     squared_error=done.squared_error,
                     squared_energy_stage1=done.squared_energy_stage1,
                     squared_energy_stage2=done.squared_energy_stage2,
@@ -248,10 +250,16 @@ class DecomposeWorker:
                     slices=done.slices,
                     singular_values_1=done.singular_values[0],
                     singular_values_2=done.singular_values[1],
+                    scope=task.scope,
+                    metric=args.metric,
+                    value_bits=args.value_bits,
+                    factor_bits=args.factor_bits,
+                    metric_squared_norm=done.metric_squared_norm,
+                    metric_squared_error=done.metric_squared_error,
                     **known,
                 )
             )
-            del done, decomposition, cores
+            del done, decomposition
         return outcomes
 
     def _read(self, task: Task) -> tuple[dict[str, Tensor], str]:
@@ -264,10 +272,14 @@ class DecomposeWorker:
         return weights, digest.hexdigest()
 
     def _encodings(
-        self, tasks: Sequence[Task], weights: dict[str, Tensor], clock: Stopwatch
+        self,
+        tasks: Sequence[Task],
+        weights: dict[str, Tensor],
+        metrics: dict[str, Tensor],
+        clock: Stopwatch,
     ) -> Iterator[Future[_Encoded]]:
         """Begin with one task after the other, as the next is asked for."""
-        prepared = self._computing.submit(self._prepare, tasks[0], weights, clock).result()
+        prepared = self._computing.submit(self._prepare, tasks[0], weights, metrics, clock).result()
         for task in tasks:
             reuse = task is not tasks[-1]
             encoding = self._computing.submit(self._encode, prepared, task, reuse)
@@ -276,7 +288,13 @@ class DecomposeWorker:
             yield encoding
             del encoding
 
-    def _prepare(self, task: Task, weights: dict[str, Tensor], clock: Stopwatch) -> Any:
+    def _prepare(
+        self,
+        task: Task,
+        weights: dict[str, Tensor],
+        metrics: dict[str, Tensor],
+        clock: Stopwatch,
+    ) -> Any:
         """What the decompositions of a group have in common, and its seconds in `clock`."""
         reset_peak_memory(self._device)
         with torch.inference_mode():
@@ -290,6 +308,7 @@ class DecomposeWorker:
                 task.layout,
                 getattr(torch, task.value_dtype),
                 MethodArgs(**task.method_args),
+                {name: metric.to(self._device) for name, metric in metrics.items()},
             )
         clock.seconds.update(add_seconds(clock.seconds, prepared.seconds))
         return prepared
@@ -307,6 +326,22 @@ class DecomposeWorker:
             tensors = done.decomposition.named_tensors(task.tensor_prefix)
             tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
         return done, tensors, peak_memory_bytes(self._device)
+
+
+def _read_metrics(task: Task) -> dict[str, Tensor]:
+    """The metric of each module's input that has one, float32, see `Metrics`."""
+    read: dict[str, Tensor] = {}
+    for name, ref in task.metric_tensors.items():
+        tensor = read_tensor(ref).float()
+        check_finite(tensor, ref)
+        # The inputs of the modules are normalized ones, each channel times the norm's weight.
+        read[name] = tensor.square() if task.method_args["metric"] == "norm" else tensor
+    metrics = {}
+    for module in task.layout.modules:
+        for suffix in ("", *(f".{one}" for one in STATISTICS)):
+            if module.reads + suffix in read:
+                metrics[module.name + suffix] = read[module.reads + suffix]
+    return metrics
 
 
 def check_finite(tensor: Tensor, ref: TensorRef) -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.backends.base import Backend, is_plain, token_count
-from lestd_kernels.decomposition import EncodedCore
+from lestd_kernels.packed import EncodedCore
 
 _NAME = "lestd_bitmask"
 _SOURCE = Path(__file__).with_suffix(".cpp")

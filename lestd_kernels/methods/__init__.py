@@ -3,8 +3,29 @@
 from __future__ import annotations
 
 from lestd_kernels.methods import lestd, tucker
-from lestd_kernels.methods.base import Bounds, Decomposed, Method, MethodArgs, SliceStats
+from lestd_kernels.methods.base import (
+    ACTIVATION,
+    METRICS,
+    NORM,
+    WEIGHT,
+    Bounds,
+    Decomposed,
+    Method,
+    MethodArgs,
+    SliceStats,
+)
 
 METHODS: dict[str, Method] = {method.name: method for method in (lestd.METHOD, tucker.METHOD)}
 
-__all__ = ["METHODS", "Bounds", "Decomposed", "Method", "MethodArgs", "SliceStats"]
+__all__ = [
+    "ACTIVATION",
+    "METHODS",
+    "METRICS",
+    "NORM",
+    "WEIGHT",
+    "Bounds",
+    "Decomposed",
+    "Method",
+    "MethodArgs",
+    "SliceStats",
+]

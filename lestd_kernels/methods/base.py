@@ -5,7 +5,7 @@ Shapes: see lestd_kernels.tensorize and decomposition.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -14,8 +14,14 @@ from torch import Tensor
 
 from lestd_kernels.budget import CurvePoint
 from lestd_kernels.codecs import UNSTRUCTURED
-from lestd_kernels.decomposition import SharedTucker
+from lestd_kernels.errors import LestdError
+from lestd_kernels.kinds import Decomposition
+from lestd_kernels.packing import FULL_BITS
 from lestd_kernels.tensorize import GroupLayout
+
+WEIGHT, NORM, ACTIVATION = METRICS = ("weight", "norm", "activation")
+"""In which norm an error is made small: Frobenius, with inputs scaled by the preceding norm, or
+with the inputs of a calibration text."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,10 @@ class MethodArgs:
         max_flops: upper bound of multiply-adds per token relative to the dense projections.
         hooi_tol: HOOI stops when the fit changes by less than this, relatively.
         hooi_max_iter: HOOI sweeps at most.
+        metric: one of `METRICS`.
+        value_bits: bits of a stored core value: 16 (the value dtype), 8, 4, 3 or 2.
+        factor_bits: bits of a stored element of a factor: the same.
+        super_weights: share of the weights that is kept exactly in a sparse side matrix.
     """
 
     type_mode: str = "identity"
@@ -43,6 +53,10 @@ class MethodArgs:
     max_flops: float | None = None
     hooi_tol: float = 1e-6
     hooi_max_iter: int = 25
+    metric: str = WEIGHT
+    value_bits: int = FULL_BITS
+    factor_bits: int = FULL_BITS
+    super_weights: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,18 +64,19 @@ class Bounds:
     """What is known of a decomposition from shapes alone.
 
     Attributes:
-        max_R1: the largest R1 that fits, beside the smallest other ranks.
-        max_R2: the largest R2 that fits, beside the smallest other ranks.
-        max_nnz: the most non-zeros that fit at any ranks, however they spread over the cores.
+        max_R1: the largest R1 that fits, beside the smallest other ranks; None where there is none.
+        max_R2: the largest R2 that fits, beside the smallest other ranks; None likewise.
+        max_nnz: the most non-zeros that fit at any ranks, however they spread over the cores; None
+            where the method does not say.
         max_bytes: upper bound of the stored bytes: the budget, or less where the pattern leaves
             some of it unused even at full rank.
         workspace_bytes: peak memory of `Method.decompose` beside the unfolding.
         reuse_bytes: how much more it is where a group is prepared for several budgets.
     """
 
-    max_R1: int  # noqa: N815
-    max_R2: int  # noqa: N815
-    max_nnz: int
+    max_R1: int | None  # noqa: N815
+    max_R2: int | None  # noqa: N815
+    max_nnz: int | None
     max_bytes: int
     workspace_bytes: int
     reuse_bytes: int
@@ -72,10 +87,11 @@ class SliceStats:
     """One slice of a decomposed group.
 
     Attributes:
-        projection: ``"q" "k" "v" "o"``.
-        head: index of the head.
-        nnz: non-zeros of the slice's M_s (mixed, with a learned type mode).
-        density: nnz / (R1 R2).
+        projection: ``"q" "k" "v" "o"``, ``"gate" "up" "down"``.
+        head: index of the head, or of the expert.
+        nnz: non-zeros of the slice's M_s (mixed, with a learned type mode); of a chain, the slice's
+            share of the module's own matrices.
+        density: nnz / elements that it could have had.
         core_bytes: the slice's share of its core's bytes, in proportion to nnz; with a learned
             type mode a fourth of its head's share.
         relative_error: ``||W_s - W_hat_s|| / ||W_s||``.
@@ -102,28 +118,45 @@ class Decomposed:
         squared_norm: ``||W||^2``.
         squared_error: ``||W - W_hat||^2``, the residual of the tensors as stored.
         relative_error: ``||W - W_hat|| / ||W||``.
-        squared_energy_stage1: ``||G||^2`` after HOOI, for orthonormal float32 factors.
+        squared_energy_stage1: ``||G||^2`` after HOOI, for orthonormal float32 factors; None for
+            methods without that stage, like the next three.
         squared_energy_stage2: sum of the squares of the stored core values.
         threshold: smallest stored |g|; 0 where nothing is stored.
         hooi_iterations: sweeps after the HOSVD.
         seconds: wall time of ``"stage1"``, ``"rank_search"``, ``"stage2"``, ``"error"``.
         slices: statistics of every slice, in unfolding order.
         curve: the error to expect at other byte budgets, where asked for.
-        singular_values: of the mode-1 unfolding (d) and of the mode-2 unfolding (p), descending.
+        singular_values: of the mode-1 unfolding (d) and of the mode-2 unfolding (p), descending;
+            empty where the method does not need them.
+        metric_squared_norm: ``||S W||^2`` with the root S of the metric, ``G = S^T S``, summed over
+            the modules; `squared_norm` where there is no metric.
+        metric_squared_error: ``||S (W - W_hat)||^2``; likewise.
     """
 
-    decomposition: SharedTucker
+    decomposition: Decomposition
     squared_norm: float
     squared_error: float
     relative_error: float
-    squared_energy_stage1: float
-    squared_energy_stage2: float
-    threshold: float
-    hooi_iterations: int
+    squared_energy_stage1: float | None
+    squared_energy_stage2: float | None
+    threshold: float | None
+    hooi_iterations: int | None
     seconds: dict[str, float]
     slices: tuple[SliceStats, ...]
     curve: tuple[CurvePoint, ...]
     singular_values: tuple[tuple[float, ...], tuple[float, ...]]
+    metric_squared_norm: float
+    metric_squared_error: float
+
+
+Metrics = Mapping[str, Tensor]
+"""Of modules the metric of their input, float32: a Gram matrix ``(in, in)`` or its diagonal
+``(in,)``. A module that is absent is measured as it is. Where calibration has recorded them there
+are also ``<module>.mean_abs`` ``(in,)``, ``<module>.max_abs`` ``(in,)`` and
+``<module>.out_max_abs`` ``(out,)``: the mean and the largest magnitude of each channel."""
+
+STATISTICS = ("mean_abs", "max_abs", "out_max_abs")
+"""What calibration records of an input beside its Gram matrix."""
 
 
 class Encode(Protocol):
@@ -140,6 +173,21 @@ class Encode(Protocol):
         """Decompose a prepared slice group."""
 
 
+def require_plain(name: str, args: MethodArgs) -> None:
+    """Refuse what a method of shared bases in the weights' own norm does not know.
+
+    Raises:
+        LestdError: another metric, few-bit values, or super weights.
+    """
+    plain = MethodArgs()
+    for option in ("metric", "value_bits", "factor_bits", "super_weights"):
+        if (found := getattr(args, option)) != getattr(plain, option):
+            raise LestdError(
+                f"method {name!r} knows {option} {getattr(plain, option)!r} only, found {found!r}; "
+                "change one of the two"
+            )
+
+
 def add_seconds(*parts: dict[str, float]) -> dict[str, float]:
     """Seconds per stage, summed over parts of the work."""
     names = {name: None for part in parts for name in part}
@@ -152,9 +200,9 @@ class Method:
 
     Attributes:
         name: how configuration and manifest call it.
-        prepare: ``(unfolding (d, S p) float32, layout, value_dtype, args)``; what no byte budget
-            decides, done once for all of them. What it returns has its cost as `seconds`. The
-            unfolding is used up: it is scaled in place, since a copy would double the memory.
+        prepare: ``(unfolding (d, S p) float32, layout, value_dtype, args, metrics)``; what no byte
+            budget decides, done once for all of them. What it returns has its cost as `seconds`.
+            The unfolding is used up: it is scaled in place, since a copy would double the memory.
             Raises LestdError where the type mode does not go with the layout or the pattern.
         encode: ``(prepared, byte_budget, curve_budgets, reuse=...)``; the result stores at most
             `byte_budget` bytes, and has the error to expect at each of the curve's budgets
@@ -168,13 +216,16 @@ class Method:
             mode or the kind of Stage II does not go with the pattern.
         least_bytes: ``(layout, value_dtype, args)``; the smallest feasible byte budget. Raises
             LestdError as `bounds` does, but for the budget and `max_flops`.
+        metrics: the metrics that it knows; the first is the one that it takes without calibration,
+            or where that is ``"activation"`` it cannot do without.
     """
 
     name: str
-    prepare: Callable[[Tensor, GroupLayout, torch.dtype, MethodArgs], Any]
+    prepare: Callable[[Tensor, GroupLayout, torch.dtype, MethodArgs, Metrics], Any]
     encode: Encode
     bounds: Callable[[GroupLayout, int, torch.dtype, MethodArgs], Bounds]
     least_bytes: Callable[[GroupLayout, torch.dtype, MethodArgs], int]
+    metrics: tuple[str, ...] = (WEIGHT,)
 
     def decompose(
         self,
@@ -184,8 +235,9 @@ class Method:
         value_dtype: torch.dtype,
         args: MethodArgs,
         curve_budgets: Sequence[int] = (),
+        metrics: Metrics | None = None,
     ) -> Decomposed:
         """Decompose a slice group for one byte budget: `prepare`, then `encode`."""
-        prepared = self.prepare(unfolding, layout, value_dtype, args)
+        prepared = self.prepare(unfolding, layout, value_dtype, args, metrics or {})
         done = self.encode(prepared, byte_budget, curve_budgets)
         return replace(done, seconds=add_seconds(prepared.seconds, done.seconds))

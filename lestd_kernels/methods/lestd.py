@@ -19,7 +19,7 @@ from lestd_kernels.budget import (
 )
 from lestd_kernels.codecs import TWO_OF_FOUR, UNSTRUCTURED
 from lestd_kernels.errors import LestdError
-from lestd_kernels.methods.base import Bounds, Decomposed, Method, MethodArgs
+from lestd_kernels.methods.base import Bounds, Decomposed, Method, MethodArgs, require_plain
 from lestd_kernels.methods.steps import (
     Prepared,
     Stopwatch,
@@ -53,6 +53,7 @@ def _checked(
             f"pattern {args.pattern!r} needs stage2 'one-shot', found {args.stage2!r}, which "
             "prunes by one threshold; change one of the two"
         )
+    require_plain("lestd", args)
     shape, limits = group_shape(layout, value_dtype, args), limits_of(byte_budget, args)
     smallest = _smallest(layout, args)
     require_feasible(shape, limits, smallest, _least_bytes(shape, smallest))

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lestd_kernels.decomposition import EncodedCore, SharedTucker
+from lestd_kernels.decomposition import SharedTucker
 from lestd_kernels.methods.base import SliceStats
+from lestd_kernels.packed import EncodedCore
 from lestd_kernels.tensorize import PROJECTIONS
 
 _ERROR_CHUNK_COLUMNS, _SQUARE_ELEMENTS = 512, 1 << 16

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from lestd_kernels.budget import CurvePoint, GroupShape, Limits
 from lestd_kernels.codecs import TWO_OF_FOUR, UNSTRUCTURED
-from lestd_kernels.decomposition import CORE_NAME, EncodedCore, SharedTucker
+from lestd_kernels.decomposition import CORE_NAME, SharedTucker
 from lestd_kernels.errors import LestdError
-from lestd_kernels.methods.base import Decomposed, MethodArgs
+from lestd_kernels.methods.base import Decomposed, MethodArgs, Metrics
 from lestd_kernels.methods.statistics import relative, slice_stats
+from lestd_kernels.packed import EncodedCore
 from lestd_kernels.pattern import spread
 from lestd_kernels.rank_search import RotatedCore
 from lestd_kernels.stage1 import FLOAT64_ORDER, Bases, Factors, hooi, hosvd, squared_sum
@@ -171,9 +172,13 @@ class Prepared:
 
 
 def prepare(
-    unfolding: Tensor, layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs
+    unfolding: Tensor,
+    layout: GroupLayout,
+    value_dtype: torch.dtype,
+    args: MethodArgs,
+    metrics: Metrics,
 ) -> Prepared:
-    """Scale a group and find its HOSVD bases; see `Method.prepare`.
+    """Scale a group and find its HOSVD bases; see `Method.prepare`. Metrics are not used.
 
     Its rotation by them, the other half of what budgets have in common, is computed as far as rank
     searches ask for it.
@@ -301,6 +306,8 @@ def finish(
         slices=tuple(slices),
         curve=basis.curve,
         singular_values=basis.singular_values,
+        metric_squared_norm=squared_norm,
+        metric_squared_error=squared_error,
     )
 
 

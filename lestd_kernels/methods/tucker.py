@@ -21,7 +21,7 @@ from lestd_kernels.budget import (
 )
 from lestd_kernels.codecs import UNSTRUCTURED
 from lestd_kernels.errors import LestdError
-from lestd_kernels.methods.base import Bounds, Decomposed, Method, MethodArgs
+from lestd_kernels.methods.base import Bounds, Decomposed, Method, MethodArgs, require_plain
 from lestd_kernels.methods.steps import (
     Prepared,
     Stopwatch,
@@ -47,6 +47,7 @@ def _checked(
             f"pattern {args.pattern!r} needs method 'lestd', found 'tucker', whose cores are "
             "dense; change one of the two"
         )
+    require_plain("tucker", args)
     shape, limits = group_shape(layout, value_dtype, args), limits_of(byte_budget, args)
     smallest = _smallest(layout, args)
     require_feasible(shape, limits, smallest, dense_bytes(shape, smallest))

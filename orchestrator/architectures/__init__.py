@@ -35,23 +35,27 @@ COMPRESSIBLE_DTYPES = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True)
-class AttentionGroup:
-    """The attention block of one layer: its slice group and where its weights lie.
+class SliceGroup:
+    """One block of one layer: its slice group and where its weights lie.
 
     Attributes:
         layer: index of the decoder layer.
+        scope: ``"attention"``, ``"ffn"`` or ``"experts"``.
         group: path of the block in the loaded model.
         tensor_prefix: path of the block in the checkpoint's tensor names; differs from `group`
             only where the checkpoint leaves the base model's prefix out.
         layout: how the weights divide into slices.
         tensors: module name -> its weight, in the layout's order; one dtype.
+        norms: `ModuleLayout.reads` -> weight of the norm that makes this input, where one does.
     """
 
     layer: int
+    scope: str
     group: str
     tensor_prefix: str
     layout: GroupLayout
     tensors: dict[str, TensorRef]
+    norms: dict[str, TensorRef]
 
 
 class AttentionModule(BaseModel):
@@ -107,11 +111,12 @@ class Architecture(BaseModel):
                 )
             module_heads = range(counts[module.projections[0]])
             slices = tuple((p, head) for head in module_heads for p in module.projections)
-            modules.append(ModuleLayout(module.name, module.basis_side, slices))
+            reads = "in" if module.basis_side == "input" else "heads"
+            modules.append(ModuleLayout(module.name, module.basis_side, slices, reads))
         return GroupLayout(config.hidden_size, head_dim, tuple(modules))
 
-    def attention_groups(self, config: PretrainedConfig, index: ShardIndex) -> list[AttentionGroup]:
-        """The attention block of every layer, found in the checkpoint and checked.
+    def groups(self, config: PretrainedConfig, index: ShardIndex, scope: str) -> list[SliceGroup]:
+        """The blocks of every layer that a scope names, found in the checkpoint and checked.
 
         Raises:
             LestdError: there is no layer, a weight is absent, its shape is not what config.json
@@ -135,7 +140,7 @@ class Architecture(BaseModel):
             for module in layout.modules:
                 _check_weight(tensors[module.name], layout.weight_shape(module))
             _check_same_dtype(list(tensors.values()))
-            groups.append(AttentionGroup(layer, path, tensor_prefix, layout, tensors))
+            groups.append(SliceGroup(layer, "attention", path, tensor_prefix, layout, tensors, {}))
         return groups
 
     def _checkpoint_prefix(self, index: ShardIndex) -> str:

@@ -1,0 +1,323 @@
+"""Decompositions in which every module is a product of packed matrices.
+
+Shapes: W (in, out) of a module, row-vector convention y = x W.
+
+    low rank             W = A B                     two own matrices
+    shared basis         W = U1 M                    U1 shared, an own core M
+      on the output side W = M U1^T                  likewise
+    Tucker per head      W = A blockdiag(M_i) blockdiag(U_i^T)
+    TT matrix            W = permutations and TT cores in turn
+    pruned or quantized  W = M                       one own matrix
+
+and to any of them a sparse side matrix may be added, whose elements are exact.
+
+Names on disk, below the block's path: ``<shared>.weight`` and what else the matrix has; for each
+module ``<module>.weight`` (its first own matrix), ``<module>.m1.weight`` (the second), ..., and
+``<module>.side.weight``. ``<module>.weight`` is 1-D on purpose, see lestd_kernels.decomposition.
+
+Reference: the general form of a slice group; "Rethinking the Role of Tensor Decompositions in
+Post-Training LLM Compression", arXiv 2606.03465, for the formats that it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lestd_kernels.codecs import TensorSpec
+from lestd_kernels.packed import EncodedCore, core_specs, stored_core
+from lestd_kernels.tensorize import GroupLayout, ModuleLayout, entry_slices
+
+
+@dataclass(frozen=True)
+class Multiply:
+    """``x (..., blocks rows) -> (..., blocks columns)``: each block of x times a matrix.
+
+    Attributes:
+        matrix: name of a shared matrix, or index of one of the module's own.
+        transposed: multiply by the transposed matrix.
+        blocks: number of blocks.
+        distinct: whether the matrix holds one for each block, stacked along its rows; otherwise
+            all blocks are multiplied by the same.
+    """
+
+    matrix: str | int
+    transposed: bool = False
+    blocks: int = 1
+    distinct: bool = False
+
+
+@dataclass(frozen=True)
+class Permute:
+    """Reshape the last dimension to `shape`, permute by `order`, flatten."""
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+
+
+Op = Multiply | Permute
+
+_ROWS = 512
+
+
+@dataclass(frozen=True)
+class ModuleChain:
+    """One module: ``W = op_1 op_2 ... (+ side)``.
+
+    Attributes:
+        ops: applied to x in order.
+        own: the module's own matrices, at least one.
+        side: ``(in, out)``, added.
+    """
+
+    ops: tuple[Op, ...]
+    own: tuple[EncodedCore, ...]
+    side: EncodedCore | None = None
+
+    def weight(self, in_features: int, shared: Mapping[str, EncodedCore]) -> Tensor:
+        """W-hat, ``(in, out)``, float32."""
+        matrices = [
+            None
+            if isinstance(op, Permute)
+            else (self.own[op.matrix] if isinstance(op.matrix, int) else shared[op.matrix])
+            for op in self.ops
+        ]
+        dense = [None if matrix is None else matrix.decode().float() for matrix in matrices]
+        blocks = []
+        for start in range(0, in_features, _ROWS):
+            # What the rows of the identity become: a few at a time, since they are wide.
+            count = min(_ROWS, in_features - start)
+            x = torch.zeros(count, in_features, device=self.own[0].device)
+            x[:, start : start + count].fill_diagonal_(1)
+            for op, matrix in zip(self.ops, dense, strict=True):
+                if isinstance(op, Permute):
+                    x = apply_permute(x, op)
+                else:
+                    assert matrix is not None
+                    x = apply_dense(x, op, matrix)
+            blocks.append(x)
+        W = torch.cat(blocks)
+        return W if self.side is None else W + self.side.decode().float()
+
+
+def apply_permute(x: Tensor, op: Permute) -> Tensor:
+    """``x (..., prod(shape))``, permuted."""
+    head = x.dim() - 1
+    order = (*range(head), *(head + axis for axis in op.order))
+    return x.reshape(*x.shape[:-1], *op.shape).permute(order).flatten(head)
+
+
+def apply_dense(x: Tensor, op: Multiply, matrix: Tensor) -> Tensor:
+    """``x (..., blocks rows) -> (..., blocks columns)`` with the dense matrix of an op."""
+    blocks = x.reshape(*x.shape[:-1], op.blocks, -1)
+    if op.distinct:
+        stacked = matrix.reshape(op.blocks, -1, matrix.shape[-1])
+        stacked = stacked.mT if op.transposed else stacked
+        return (blocks.unsqueeze(-2) @ stacked).squeeze(-2).flatten(-2)
+    return (blocks @ (matrix.T if op.transposed else matrix)).flatten(-2)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A slice group whose modules are chains.
+
+    Attributes:
+        layout: the group.
+        shared: matrices that several modules use, by name.
+        modules: module name -> its chain; every module of the layout.
+        ranks: named ranks of the group, for people; ``R1``, ``R2`` and ``R3`` have columns in the
+            manifest.
+        value_dtype: of values and scales.
+    """
+
+    layout: GroupLayout
+    shared: Mapping[str, EncodedCore]
+    modules: Mapping[str, ModuleChain]
+    ranks: dict[str, int]
+    value_dtype: torch.dtype
+
+    kind = "chain"
+
+    def _matrices(self) -> Iterator[tuple[str, EncodedCore]]:
+        """Every stored matrix, with its path below the block."""
+        yield from self.shared.items()
+        for name, chain in self.modules.items():
+            for index, matrix in enumerate(chain.own):
+                yield own_path(name, index), matrix
+            if chain.side is not None:
+                yield f"{name}.side", chain.side
+
+    @property
+    def own_matrices(self) -> list[EncodedCore]:
+        """The matrices of the modules, without those that they share and without side matrices."""
+        return [matrix for chain in self.modules.values() for matrix in chain.own]
+
+    @property
+    def nnz(self) -> int:
+        """Stored non-zeros of the modules' own matrices."""
+        return sum(matrix.nnz for matrix in self.own_matrices)
+
+    @property
+    def core_elements(self) -> int:
+        """Elements of the modules' own matrices, stored or not."""
+        return sum(matrix.rows * matrix.columns for matrix in self.own_matrices)
+
+    @property
+    def codecs(self) -> list[str]:
+        """Names of the codecs of the modules' own matrices, sorted."""
+        return sorted({matrix.codec for matrix in self.own_matrices})
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of every tensor: values, scales and indices."""
+        return sum(matrix.stored_bytes for _, matrix in self._matrices())
+
+    def check(self) -> None:
+        """See `EncodedCore.check`."""
+        for _, matrix in self._matrices():
+            matrix.check()
+
+    def module_weight(self, name: str) -> Tensor:
+        """W-hat of one module, ``(in, out)``, float32."""
+        module = next(module for module in self.layout.modules if module.name == name)
+        in_features = self.layout.weight_shape(module)[1]
+        return self.modules[name].weight(in_features, self.shared)
+
+    def to_dense(self) -> dict[str, Tensor]:
+        """Reconstruct the weights: module name -> W-hat ``(out, in)``, float32."""
+        return {name: self.module_weight(name).T.contiguous() for name in self.modules}
+
+    def named_tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Every stored tensor under its name on disk, below `prefix` (a block's path)."""
+        dot = f"{prefix}." if prefix else ""
+        tensors: dict[str, Tensor] = {}
+        for path, matrix in self._matrices():
+            tensors |= matrix.named_tensors(dot + path)
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+    def describe(self, group: str) -> dict[str, Any]:
+        """The group's entry in ``quantization_config["groups"]`` of the compressed model."""
+        return {
+            "path": group,
+            "kind": self.kind,
+            "width": self.layout.width,
+            "head_dim": self.layout.head_dim,
+            "ranks": self.ranks,
+            "value_type": str(self.value_dtype).removeprefix("torch."),
+            "shared": {
+                name: {"path": f"{group}.{name}"} | describe_matrix(matrix)
+                for name, matrix in self.shared.items()
+            },
+            "modules": {
+                module.name: {
+                    "basis_side": module.basis_side,
+                    "slices": len(module.slices),
+                    "ops": [_describe_op(op) for op in self.modules[module.name].ops],
+                    "own": [describe_matrix(own) for own in self.modules[module.name].own],
+                }
+                | _describe_side(self.modules[module.name].side)
+                for module in self.layout.modules
+            },
+        }
+
+    @staticmethod
+    def stored_specs(entry: Mapping[str, Any]) -> dict[str, TensorSpec]:
+        """Name on disk, shape and dtype of every tensor that a group's entry needs, without data.
+
+        Raises:
+            KeyError: the entry lacks a key, or names a codec that does not exist.
+        """
+        specs: dict[str, TensorSpec] = {}
+        for path, matrix in _entry_matrices(entry):
+            specs |= core_specs(path, matrix, matrix["rows"], matrix["columns"])
+        return specs
+
+    @classmethod
+    def from_named_tensors(cls, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Chain:
+        """Invert `named_tensors` and `describe`; see `SharedTucker.from_named_tensors`.
+
+        Raises:
+            KeyError: the entry lacks a key, or `tensors` a tensor.
+        """
+        found = {
+            path: stored_core(path, matrix, matrix["rows"], matrix["columns"], tensors)
+            for path, matrix in _entry_matrices(entry)
+        }
+        block = entry["path"]
+        layout = GroupLayout(
+            entry["width"],
+            entry["head_dim"],
+            tuple(
+                ModuleLayout(name, module["basis_side"], entry_slices(name, module))
+                for name, module in entry["modules"].items()
+            ),
+        )
+        modules = {
+            name: ModuleChain(
+                tuple(op_of(op) for op in module["ops"]),
+                tuple(found[f"{block}.{own_path(name, i)}"] for i in range(len(module["own"]))),
+                found.get(f"{block}.{name}.side"),
+            )
+            for name, module in entry["modules"].items()
+        }
+        shared = {name: found[matrix["path"]] for name, matrix in entry["shared"].items()}
+        dtype = getattr(torch, entry["value_type"])
+        return cls(layout, shared, modules, dict(entry["ranks"]), dtype)
+
+
+def own_path(module: str, index: int) -> str:
+    """Path of a module's own matrix below the block."""
+    return module if index == 0 else f"{module}.m{index}"
+
+
+def describe_matrix(matrix: EncodedCore) -> dict[str, Any]:
+    """What a loader must know of a matrix before it sees its tensors."""
+    return {"rows": matrix.rows, "columns": matrix.columns} | matrix.describe()
+
+
+def _describe_side(side: EncodedCore | None) -> dict[str, Any]:
+    return {} if side is None else {"side": describe_matrix(side)}
+
+
+def _describe_op(op: Op) -> dict[str, Any]:
+    if isinstance(op, Permute):
+        return {"permute": list(op.order), "shape": list(op.shape)}
+    entry: dict[str, Any] = {"matrix": op.matrix}
+    if op.transposed:
+        entry["transposed"] = True
+    if op.blocks != 1:
+        entry["blocks"] = op.blocks
+    if op.distinct:
+        entry["distinct"] = True
+    return entry
+
+
+def op_of(entry: Mapping[str, Any]) -> Op:
+    """The op that an entry describes.
+
+    Raises:
+        KeyError: the entry lacks a key.
+    """
+    if "permute" in entry:
+        return Permute(tuple(entry["shape"]), tuple(entry["permute"]))
+    return Multiply(
+        entry["matrix"],
+        entry.get("transposed", False),
+        entry.get("blocks", 1),
+        entry.get("distinct", False),
+    )
+
+
+def _entry_matrices(entry: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Path and description of every stored matrix of a group's entry."""
+    for matrix in entry["shared"].values():
+        yield matrix["path"], matrix
+    for name, module in entry["modules"].items():
+        for index, matrix in enumerate(module["own"]):
+            yield f"{entry['path']}.{own_path(name, index)}", matrix
+        if "side" in module:
+            yield f"{entry['path']}.{name}.side", module["side"]

@@ -1,0 +1,185 @@
+"""A matrix as it is stored: where its values stand (codec), and in how many bits (packing).
+
+Names on disk, below the path of what holds it: ``weight`` (1-D: the values, or with few-bit values
+their scales), ``codes`` (few-bit values), and ``mask`` and so on as the codec says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lestd_kernels.bits import count_bits, count_nonzeros
+from lestd_kernels.codecs import CODECS, UNSTRUCTURED, TensorSpec, cheapest_codec
+from lestd_kernels.packing import FULL_BITS, code_bytes, dequantize, quantize, scale_count
+
+
+@dataclass(frozen=True)
+class EncodedCore:
+    """A matrix (rows x columns) as it is stored: a core, a factor, or a whole weight.
+
+    ``tensors`` has the codec's tensor names; ``tensors["values"]`` has the value dtype. With
+    `value_bits` below 16 there are ``tensors["codes"]`` (uint8) and ``tensors["scales"]`` (value
+    dtype) in its place, see lestd_kernels.packing. ``pattern`` says where non-zeros may stand
+    (`codecs.PATTERNS`); every codec stores every one.
+    """
+
+    codec: str
+    rows: int
+    columns: int
+    nnz: int
+    tensors: Mapping[str, Tensor]
+    pattern: str = UNSTRUCTURED
+    value_bits: int = FULL_BITS
+
+    @classmethod
+    def encode(cls, matrix: Tensor, pattern: str = UNSTRUCTURED) -> EncodedCore:
+        """Store `matrix`, already in its value dtype, in the codec with the fewest bytes."""
+        rows, columns = matrix.shape
+        nnz = count_nonzeros(matrix)
+        codec = cheapest_codec(rows, columns, nnz, matrix.element_size())
+        return cls(codec.name, rows, columns, nnz, codec.encode(matrix), pattern)
+
+    @classmethod
+    def quantized(
+        cls,
+        matrix: Tensor,
+        value_bits: int,
+        value_dtype: torch.dtype,
+        scales: Tensor | None = None,
+        codec: str | None = None,
+    ) -> EncodedCore:
+        """Store the non-zeros of `matrix` in few bits, or rounded to the value dtype.
+
+        Args:
+            matrix: ``(rows, columns)``, any floating dtype.
+            value_bits: 16 for the value dtype itself, or 8, 4, 3, 2.
+            value_dtype: of values or scales.
+            scales: one per group of the stored values, in their order, where they are chosen
+                already.
+            codec: default: the one with the fewest bytes. A dense codec stores zeros, too.
+        """
+        if value_bits == FULL_BITS:
+            matrix = matrix.to(value_dtype)
+        rows, columns = matrix.shape
+        nnz = count_nonzeros(matrix)
+        best = cheapest_codec(rows, columns, nnz, value_dtype.itemsize, value_bits)
+        chosen = CODECS[codec or best.name]
+        tensors = chosen.encode(matrix)
+        if value_bits != FULL_BITS:
+            codes, scales = quantize(tensors.pop("values"), value_bits, value_dtype, scales)
+            tensors = {"scales": scales, "codes": codes} | tensors
+        return cls(chosen.name, rows, columns, nnz, tensors, value_bits=value_bits)
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """Dtype of the values or of the scales."""
+        return self.tensors["values" if self.value_bits == FULL_BITS else "scales"].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(iter(self.tensors.values())).device
+
+    def unpacked(self) -> EncodedCore:
+        """The same matrix with its values in the value dtype."""
+        if self.value_bits == FULL_BITS:
+            return self
+        tensors = dict(self.tensors)
+        codes, scales = tensors.pop("codes"), tensors.pop("scales")
+        count = self.rows * self.columns if self.codec == "dense" else self.nnz
+        values = dequantize(codes, scales, count, self.value_bits)
+        return replace(self, tensors={"values": values} | tensors, value_bits=FULL_BITS)
+
+    def decode(self) -> Tensor:
+        """The matrix (rows x columns), dense, in the value dtype."""
+        return CODECS[self.codec].decode(self.unpacked().tensors, self.rows, self.columns)
+
+    def check(self) -> None:
+        """Compare the index tensors with each other and with the number of values.
+
+        Decoding would notice an index that leads too far, but not every one that leads elsewhere.
+
+        Raises:
+            ValueError: they disagree: the tensors are damaged.
+        """
+        if self.codec == "bitmask":
+            marked = count_bits(self.tensors["mask"], self.rows * self.columns)
+            if marked != self.nnz:
+                raise ValueError(f"the mask marks {marked} elements, expected {self.nnz}")
+        if self.codec == "csr":
+            ends = self.tensors["row_pointers"].to(torch.int64)
+            columns = self.tensors["columns"].to(torch.int64)
+            rises = (
+                int(ends[0]) == 0 and int(ends[-1]) == self.nnz and bool((ends.diff() >= 0).all())
+            )
+            if not rises:
+                raise ValueError(f"the row pointers do not rise from 0 to {self.nnz}")
+            if bool(((columns < 0) | (columns >= self.columns)).any()):
+                raise ValueError(f"a column index is outside of the core's {self.columns} columns")
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the matrix' tensors, indices and scales included."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def named_tensors(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors under their names on disk."""
+        return {f"{prefix}.{disk_name(name)}": tensor for name, tensor in self.tensors.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """What a loader must know before it sees the tensors, beside rows and columns."""
+        entry: dict[str, Any] = {"codec": self.codec, "nnz": self.nnz}
+        if self.pattern != UNSTRUCTURED:
+            entry["pattern"] = self.pattern
+        if self.value_bits != FULL_BITS:
+            entry["value_bits"] = self.value_bits
+        return entry
+
+
+def packed_specs(
+    codec: str, rows: int, columns: int, nnz: int, value_bits: int = FULL_BITS
+) -> dict[str, TensorSpec]:
+    """Name, shape and dtype of each tensor of an `EncodedCore`, without data.
+
+    Raises:
+        KeyError: there is no such codec.
+    """
+    specs = dict(CODECS[codec].tensor_specs(rows, columns, nnz))
+    if value_bits != FULL_BITS:
+        (count,), _ = specs.pop("values")
+        packed: dict[str, TensorSpec] = {
+            "scales": ((scale_count(count),), None),
+            "codes": ((code_bytes(count, value_bits),), torch.uint8),
+        }
+        specs = packed | specs
+    return specs
+
+
+def core_specs(
+    path: str, entry: Mapping[str, Any], rows: int, columns: int
+) -> dict[str, TensorSpec]:
+    """`packed_specs` by names on disk, from what `EncodedCore.describe` wrote."""
+    bits = entry.get("value_bits", FULL_BITS)
+    specs = packed_specs(entry["codec"], rows, columns, entry["nnz"], bits)
+    return {f"{path}.{disk_name(name)}": spec for name, spec in specs.items()}
+
+
+def stored_core(
+    path: str, entry: Mapping[str, Any], rows: int, columns: int, tensors: Mapping[str, Tensor]
+) -> EncodedCore:
+    """The matrix at `path`, from what `EncodedCore.describe` and `named_tensors` wrote."""
+    bits = entry.get("value_bits", FULL_BITS)
+    names = packed_specs(entry["codec"], rows, columns, entry["nnz"], bits)
+    parts = {name: tensors[f"{path}.{disk_name(name)}"] for name in names}
+    pattern = entry.get("pattern", UNSTRUCTURED)
+    return EncodedCore(entry["codec"], rows, columns, entry["nnz"], parts, pattern, bits)
+
+
+def disk_name(name: str) -> str:
+    """What a tensor of a packed matrix is called below its module."""
+    return "weight" if name in ("values", "scales") else name

@@ -1,0 +1,138 @@
+"""Values in few bits: groups of 64 consecutive values share one scale.
+
+A value is ``(code - (2^bits - 1) / 2) * scale``: the grid is symmetric, has no level to spare, and
+needs no zero, since sparse codecs store no zeros. A code takes `bits` bits, the first value in the
+lowest ones; the scale has the value dtype. A group of zeros has the scale 0.
+
+Reference: uniform quantization in groups as in Frantar et al., "GPTQ", ICLR 2023, section 5.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lestd_kernels.bits import pack_bits, unpack_bits
+
+GROUP = 64
+"""Consecutive values that share a scale."""
+FULL_BITS = 16
+"""Stands for values as they are, in the value dtype, whatever its width."""
+QUANTIZED_BITS = (8, 4, 3, 2)
+
+
+def code_bytes(count: int, bits: int) -> int:
+    """Bytes of the codes of `count` values."""
+    return (count * bits + 7) // 8
+
+
+def scale_count(count: int) -> int:
+    """Scales of `count` values."""
+    return -(-count // GROUP)
+
+
+def values_bytes(count: int, bits: int, value_bytes: int) -> int:
+    """Bytes of `count` values, scales included.
+
+    Args:
+        count: number of values.
+        bits: 16 for values as they are.
+        value_bytes: of the value dtype.
+    """
+    if bits == FULL_BITS:
+        return count * value_bytes
+    return code_bytes(count, bits) + scale_count(count) * value_bytes
+
+
+def group_scales(values: Tensor, bits: int, scale_dtype: torch.dtype) -> Tensor:
+    """The scales with which the largest value of each group is on the grid's last level.
+
+    Args:
+        values: ``(n,)``, float32.
+        bits: 8, 4, 3 or 2.
+        scale_dtype: what they are rounded to.
+
+    Returns:
+        ``(ceil(n / 64),)``.
+    """
+    padded = functional.pad(values, (0, -len(values) % GROUP)).view(-1, GROUP)
+    low, high = padded.aminmax(dim=1)
+    scales: Tensor = torch.maximum(high, -low) * (2 / (2**bits - 1))
+    return scales.to(scale_dtype)
+
+
+def nearest_codes(values: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """The code of the level nearest to each value, uint8 ``(n,)``; any shapes that broadcast.
+
+    A tie goes to the even code; with a scale of 0 every level is 0.
+    """
+    safe = torch.where(scales == 0, torch.ones_like(scales), scales).float()
+    codes: Tensor = (values.float() / safe + (2**bits - 1) / 2).round_()
+    return codes.clamp_(0, 2**bits - 1).to(torch.uint8)
+
+
+def levels(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Values of codes, float32; shapes that broadcast."""
+    values: Tensor = (codes.float() - (2**bits - 1) / 2) * scales.float()
+    return values
+
+
+def spread_scales(scales: Tensor, count: int) -> Tensor:
+    """The scale of each of `count` values ``(count,)``."""
+    return scales.repeat_interleave(GROUP)[:count]
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes below 2^bits, uint8 ``(n,)`` -> uint8 ``(ceil(n bits / 8),)``."""
+    if bits == 8:
+        return codes.clone()
+    if bits == 3:
+        shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device)
+        return pack_bits((codes[:, None] >> shifts & 1).bool().reshape(-1))
+    per_byte = 8 // bits
+    padded = functional.pad(codes, (0, -len(codes) % per_byte)).view(-1, per_byte)
+    shifts = torch.arange(per_byte, dtype=torch.uint8, device=codes.device) * bits
+    packed: Tensor = (padded << shifts).sum(dim=1, dtype=torch.uint8)
+    return packed
+
+
+def unpack_codes(packed: Tensor, count: int, bits: int) -> Tensor:
+    """Invert `pack_codes`: the first `count` codes, uint8 ``(count,)``."""
+    if bits == 8:
+        return packed[:count]
+    if bits == 3:
+        flags = unpack_bits(packed, count * bits).view(-1, bits).to(torch.uint8)
+        shifts = torch.arange(bits, dtype=torch.uint8, device=packed.device)
+        codes: Tensor = (flags << shifts).sum(dim=1, dtype=torch.uint8)
+        return codes
+    shifts = torch.arange(8 // bits, dtype=torch.uint8, device=packed.device) * bits
+    every: Tensor = (packed[:, None] >> shifts & (2**bits - 1)).reshape(-1)
+    return every[:count]
+
+
+def quantize(
+    values: Tensor, bits: int, scale_dtype: torch.dtype, scales: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Round values to few bits.
+
+    Args:
+        values: ``(n,)``, any floating dtype.
+        bits: 8, 4, 3 or 2.
+        scale_dtype: dtype of the scales.
+        scales: one per group, where they are chosen already.
+
+    Returns:
+        Codes, uint8 ``(ceil(n bits / 8),)``, and scales ``(ceil(n / 64),)``.
+    """
+    values = values.float()
+    if scales is None:
+        scales = group_scales(values, bits, scale_dtype)
+    scales = scales.to(scale_dtype)
+    return pack_codes(nearest_codes(values, spread_scales(scales, len(values)), bits), bits), scales
+
+
+def dequantize(codes: Tensor, scales: Tensor, count: int, bits: int) -> Tensor:
+    """The values of packed codes, in the dtype of the scales, ``(count,)``."""
+    values = levels(unpack_codes(codes, count, bits), spread_scales(scales, count), bits)
+    return values.to(scales.dtype)
