@@ -116,7 +116,8 @@ def attach_adapter(model: Any, rank: int, alpha: float) -> PeftModel:
         alpha: the product of A and B counts ``alpha / rank`` times.
     """
     register()
-    names = [name for name, module in model.named_modules() if isinstance(module, CompressedLinear)]
+    kinds = (CompressedLinear, ChainLinear)
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ class Train(StrEnum):
     factors = "factors"
 
 
-_RATES = {Train.lora: 3e-3, Train.factors: 1e-3}
+_RATES = {Train.lora: 1e-3, Train.factors: 3e-4}
 
 
 @app.command()
@@ -69,7 +69,7 @@ def recover(
     alpha: Annotated[float, typer.Option(help="The adapter counts alpha / rank times.")] = 16.0,
     lr: Annotated[
         float | None,
-        typer.Option(help="Peak learning rate.", show_default="0.003, for factors 0.001"),
+        typer.Option(help="Peak learning rate.", show_default="0.001, for factors 0.0003"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of windows and the start.")] = 0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between two states on disk.")] = 50,

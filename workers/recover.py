@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lestd_kernels.errors import LestdError
-from lestd_kernels.linear import CompressedLinear, Factor, SharedCore
+from lestd_kernels.modules import MODULES
 from workers.checkpoint import ShardIndex, read_header, read_tensor, write_safetensors
 from workers.evaluate import load_model
 from workers.files import atomic_write, file_sha256
@@ -41,7 +41,6 @@ from workers.headers import DTYPES
 LORA, FACTORS = "lora", "factors"
 STATE_FILE = "state.json"
 
-_OWNERS = (Factor, SharedCore, CompressedLinear)
 _WARM_UP = 0.1
 _MAX_GRADIENT_NORM = 1.0
 # Logits take L V float32 numbers a window: a step computes few windows at once, and adds up.
@@ -120,9 +119,15 @@ def train(
     """
     with _threads(settings.threads):
         model = load_model(str(model_dir), settings.dtype, settings.device)
+        stored, dtypes = _stored_values(model, model_dir)
+        trained = {name: value for name, value in stored.items() if value.requires_grad}
         model.requires_grad_(False)
-        trained, dtypes = _own_values(model, model_dir)
         if settings.train == FACTORS:
+            if not trained:
+                raise LestdError(
+                    f"{model_dir} stores all factors and values in few bits, which are not "
+                    "trainable; use --train lora"
+                )
             losses = _Training(model, trained, dtypes, settings, state_dir).run(windows, progress)
             tensors = {n: p.detach().to("cpu", dtypes[n]) for n, p in trained.items()}
             return Trained(tensors, None, losses)
@@ -150,26 +155,23 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _own_values(
+def _stored_values(
     model: nn.Module, model_dir: Path
 ) -> tuple[dict[str, nn.Parameter], dict[str, torch.dtype]]:
-    """The stored floating-point values of the compressed modules, and their dtypes on disk.
+    """The floating-point tensors of the compressed modules, and their dtypes on disk.
+
+    Those that cannot be trained, the scales of few-bit values, do not require a gradient.
 
     Raises:
-        LestdError: there are none, or one is not stored under its name.
+        LestdError: one is not stored under its name.
     """
     found = {
         f"{path}.{name}": parameter
         for path, module in model.named_modules()
-        if isinstance(module, _OWNERS)
+        if isinstance(module, MODULES)
         for name, parameter in module.named_parameters(recurse=False)
-        if name != "bias" and parameter.is_floating_point()
+        if name != "bias"
     }
-    if not found:
-        raise LestdError(
-            f"{model_dir} has no floating-point factors or values to train in place: few-bit "
-            "tensors are not trainable; use --train lora"
-        )
     stored = ShardIndex.from_directory(model_dir).tensors
     if absent := sorted(found.keys() - stored.keys()):
         raise LestdError(
