@@ -116,7 +116,7 @@ class RunConfig(_Strict):
         16, description="bits of a core value; below 16 in groups of 64 with a scale"
     )
     factor_bits: Literal[16, 8, 4] = Field(16, description="bits of an element of a factor")
-    super_weights: float = Field(
+    keep_super_weights: float = Field(
         0.0, ge=0, lt=1, description="share of the weights kept exactly, the outliers"
     )
     calibrate_on: str | None = Field(
@@ -202,7 +202,7 @@ class RunConfig(_Strict):
             metric=self.used_metric,
             value_bits=self.value_bits,
             factor_bits=self.factor_bits,
-            super_weights=self.super_weights,
+            super_weights=self.keep_super_weights,
         )
 
     def select_layers(self, layers: Iterable[int]) -> list[int]:
@@ -377,3 +377,18 @@ def scope_keep(config: RunConfig, scope_bytes: int, model_bytes: int) -> float:
             f"{untouched / model_bytes:.3f} of the model; choose a value above that and below 1"
         )
     return keep
+
+
+def read_calibration(path: str) -> bytes:
+    """The bytes of a calibration text.
+
+    Raises:
+        LestdError: it cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise LestdError(
+            f"the calibration text {path} cannot be read ({first_line(error)}); "
+            "give --calibrate-on a UTF-8 text file"
+        ) from error

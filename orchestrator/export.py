@@ -29,6 +29,7 @@ from orchestrator.markdown import template
 from orchestrator.source import CONFIG_FILE, copy_side_files
 from workers.checkpoint import INDEX_FILE, write_safetensors, write_safetensors_stream
 from workers.contracts import TensorRef
+from workers.devices import return_freed_memory
 from workers.files import atomic_write, building_directory, explain_os_errors, fsync_directory
 
 Progress = Callable[[int, int], None]
@@ -85,6 +86,7 @@ def export_dense(
             taken, or another process exports into it; no space is left.
     """
     began = time.perf_counter()
+    return_freed_memory()
     out = out.absolute()
     _require_free(out)
     if out.resolve().is_relative_to(model_dir.resolve()):

@@ -160,7 +160,6 @@ FactorBits = Annotated[
 SuperWeights = Annotated[
     float | None,
     typer.Option(
-        "--keep-super-weights",
         help="Share of the weights, the outliers, that is kept exactly.",
         show_default="0",
     ),

@@ -11,17 +11,16 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lestd_kernels.decomposition import FORMAT_VERSION
-from lestd_kernels.errors import LestdError, first_line
+from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import ACTIVATION, METHODS, NORM, Bounds, MethodArgs
 from orchestrator.allocation import better_than_uniform, curve_budgets
 from orchestrator.architectures import SliceGroup, find_architecture
-from orchestrator.config import RunConfig, scope_keep
+from orchestrator.config import RunConfig, read_calibration, scope_keep
 from orchestrator.source import Source
 from workers.contracts import CurveTask, Task, TensorRef
 from workers.headers import DTYPES
@@ -261,13 +260,7 @@ def calibration_digest(config: RunConfig) -> str:
         LestdError: the text cannot be read.
     """
     assert config.calibrate_on is not None
-    try:
-        text = Path(config.calibrate_on).read_bytes()
-    except OSError as error:
-        raise LestdError(
-            f"the calibration text {config.calibrate_on} cannot be read ({first_line(error)}); "
-            "give --calibrate-on a UTF-8 text file"
-        ) from error
+    text = read_calibration(config.calibrate_on)
     settings = [hashlib.sha256(text).hexdigest(), config.samples, config.sample_tokens]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 

@@ -167,8 +167,9 @@ def describe_result(result: Result | CurveResult) -> str:
             f"{relative(last.squared_error, result.squared_norm):.4f} in "
             f"{tables.size(last.byte_budget)}"
         )
+    ranks = f"ranks {tables.ranks(result.ranks)}, " if result.ranks else ""
     return (
-        f"ranks {tables.ranks(result.ranks)}, density {result.density:.4f} ({result.codec}), "
+        f"{ranks}density {result.density:.4f} ({result.codec}), "
         f"{tables.size(result.dense_bytes)} -> {tables.size(result.stored_bytes)}, relative error "
         f"{result.relative_error:.4f}"
     )

@@ -30,7 +30,7 @@ import orchestrator
 import workers
 from lestd_kernels.errors import LestdError, first_line
 from orchestrator import logs
-from orchestrator.config import ClusterConfig
+from orchestrator.config import ClusterConfig, read_calibration
 from orchestrator.location import store_url
 
 PACKAGES = (orchestrator, workers, lestd_kernels)
@@ -126,6 +126,9 @@ def job_command(
         text = Path(given["config"]).read_text(encoding="utf-8")
         (folder / "run.yaml").write_text(text, encoding="utf-8")
         given["config"] = "run.yaml"
+    if "calibrate_on" in given:
+        (folder / "calibration.txt").write_bytes(read_calibration(given["calibrate_on"]))
+        given["calibrate_on"] = "calibration.txt"
     if "cluster" in given:
         # Without the address: there, it would submit the command once more.
         settings = cluster.model_dump(exclude={"address"}, exclude_none=True)
