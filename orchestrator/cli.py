@@ -18,6 +18,7 @@ import typer
 
 from lestd_kernels.errors import LestdError
 from orchestrator import (  # noqa: F401 - the others register their commands
+    cli_compare,
     cli_evaluate,
     cli_manifest,
     cli_models,

@@ -135,7 +135,7 @@ def check_judgeable(source: Source, text: Path | None, window: int | None) -> No
 
 def judge_keeps(
     dense: Path,
-    keeps: Sequence[float],
+    compressed: Sequence[Path],
     out: Path,
     executor: Executor,
     *,
@@ -148,7 +148,7 @@ def judge_keeps(
 
     Args:
         dense: directory of the dense model.
-        keeps: the models, which are compressed.
+        compressed: directories of those of the keeps.
         out: directory of the sweep.
         executor: who computes.
         text: what to predict, or None.
@@ -162,7 +162,7 @@ def judge_keeps(
     Raises:
         LestdError: see `evaluate` and `judge`.
     """
-    models = [dense, *(model_dir(out, keep) for keep in keeps)]
+    models = [dense, *compressed]
     opened = open_models(models, window)
 
     def keep_rows(rows: Sequence[dict[str, Any]]) -> None:
