@@ -151,11 +151,11 @@ def save_comparison(rows: Sequence[Row], title: str, path: Path) -> None:
     found = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes, draw in zip(found, panels, strict=False):
         draw(axes)
+        axes.set_xlabel("weights in scope, MiB")
     for axes in found[count:]:
         axes.set_axis_off()
     handles, labels = found[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
-    figure.supxlabel("weights in scope, MiB", fontsize="medium")
     figure.suptitle(title, fontsize="medium")
     write_figure(figure, path)
 
