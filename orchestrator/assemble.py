@@ -71,8 +71,11 @@ _OF_OUR_OWN = (CONFIG_FILE, CARD_FILE)
 
 
 def payload_shard_name(row: dict[str, Any]) -> str:
-    """Name of a group's payload as a shard of the model."""
-    return f"lestd-{row['layer']:05d}-{row['group'].rpartition('.')[2]}.safetensors"
+    """Name of a group's payload as a shard of the model: its layer and block."""
+    block = row["group"].rpartition(".")[2]
+    if block.isdigit():  # Modules of the layer itself.
+        block = row["scope"]
+    return f"lestd-{row['layer']:05d}-{block}.safetensors"
 
 
 def assemble(

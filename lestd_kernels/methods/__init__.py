@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from lestd_kernels.methods import lestd, tucker
+from lestd_kernels.methods import (
+    asvd,
+    hosvd,
+    laser,
+    lestd,
+    per_head_tucker,
+    svd,
+    svd_llm,
+    td_moe,
+    tt,
+    tucker,
+)
 from lestd_kernels.methods.base import (
     ACTIVATION,
     METRICS,
@@ -15,7 +26,21 @@ from lestd_kernels.methods.base import (
     SliceStats,
 )
 
-METHODS: dict[str, Method] = {method.name: method for method in (lestd.METHOD, tucker.METHOD)}
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        lestd.METHOD,
+        tucker.METHOD,
+        hosvd.METHOD,
+        per_head_tucker.METHOD,
+        td_moe.METHOD,
+        tt.METHOD,
+        svd.METHOD,
+        svd_llm.METHOD,
+        asvd.METHOD,
+        laser.METHOD,
+    )
+}
 
 __all__ = [
     "ACTIVATION",

@@ -43,6 +43,10 @@ class MethodArgs:
         value_bits: bits of a stored core value: 16 (the value dtype), 8, 4, 3 or 2.
         factor_bits: bits of a stored element of a factor: the same.
         super_weights: share of the weights that is kept exactly in a sparse side matrix.
+        td_moe_mode: method td_moe: ``"preserve"`` (a core per expert) or ``"compress"`` (the cores
+            of the experts are mixtures of fewer ones).
+        whitening: method td_moe in the metric activation: which sides are whitened, ``"none"``,
+            ``"input"``, ``"output"`` or ``"both"``.
     """
 
     type_mode: str = "identity"
@@ -57,6 +61,8 @@ class MethodArgs:
     value_bits: int = FULL_BITS
     factor_bits: int = FULL_BITS
     super_weights: float = 0.0
+    td_moe_mode: str = "preserve"
+    whitening: str = "input"
 
 
 @dataclass(frozen=True)
