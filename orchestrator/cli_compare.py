@@ -162,7 +162,9 @@ def compare(
     try:
         with open_executor(cluster_config) as runner:
             chosen_ones = {c: by_keep for c, by_keep in configs.items() if by_keep}
-            outcomes = compress_contenders(source, chosen_ones, runner, out, fresh=fresh)
+            outcomes, calibration = compress_contenders(
+                source, chosen_ones, runner, out, fresh=fresh
+            )
             failed = [
                 (outcome, model_dir(out / contender.directory, one))
                 for contender, by_keep in outcomes.items()
@@ -186,7 +188,7 @@ def compare(
                     settings={**common, "max_windows": max_windows},
                     examination=examination,
                 )
-        rows = comparison_rows(source, outcomes, out, qualities, timing)
+        rows = comparison_rows(source, outcomes, out, qualities, calibration, timing)
     except KeyboardInterrupt:
         logs.log(
             "message",

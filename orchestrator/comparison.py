@@ -18,23 +18,25 @@ from pathlib import Path
 from typing import Any
 
 from lestd_kernels.errors import LestdError
-from lestd_kernels.methods import ACTIVATION
 from orchestrator import logs
 from orchestrator.bench import compare as compare_speed
 from orchestrator.config import RunConfig
 from orchestrator.contenders import Contender
 from orchestrator.curve import Point
 from orchestrator.executor import Executor
+from orchestrator.grams import CALIBRATION_DIR, Calibration, calibrate_for
 from orchestrator.manifest import read_json, write_json
 from orchestrator.meter import Meter
-from orchestrator.pipeline import Outcome
+from orchestrator.pipeline import Outcome, device_of
 from orchestrator.plan import make_plan
+from orchestrator.progress import SweepProgress
 from orchestrator.recording import open_models
 from orchestrator.source import Source
 from orchestrator.sweep import compress_keeps, model_dir, sweep_points
-from orchestrator.weight_errors import largest_operator_error
+from orchestrator.weight_errors import WeightErrors, weight_errors
 from workers.bench import BenchSettings
 from workers.checkpoint import ShardIndex
+from workers.files import remove_tree
 
 _STAGES = "seconds_"
 _REPEATS = 3
@@ -50,9 +52,9 @@ class Row:
         byte_budget: bytes that its weights in scope were allowed.
         model_bytes: data bytes of all of its tensors.
         operator_error: largest ``||W - W_hat||_2 / ||W||_2`` of its weights.
-        operator_tensor: the weight that has it.
-        activation_error: ``||X (W - W_hat)|| / ||X W||`` on the calibration text; None where the
-            method did not work in that metric.
+        operator_module: the module that has it.
+        activation_error: ``||X (W - W_hat)|| / ||X W||`` on the calibration text; None where there
+            is none.
         seconds: work of all workers that compressed it.
         decode_ratio: decoded tokens per second / those of the dense model, side by side; None
             where it was not asked for.
@@ -63,7 +65,7 @@ class Row:
     byte_budget: int
     model_bytes: int
     operator_error: float = 0.0
-    operator_tensor: str = ""
+    operator_module: str = ""
     activation_error: float | None = None
     seconds: float = 0.0
     decode_ratio: float | None = None
@@ -117,14 +119,36 @@ def compress_contenders(
     out: Path,
     *,
     fresh: bool,
-) -> dict[Contender, dict[float, Outcome]]:
-    """Compress by every method to every keep; see `compress_keeps`."""
+) -> tuple[dict[Contender, dict[float, Outcome]], Calibration | None]:
+    """Compress by every method to every keep; see `compress_keeps`.
+
+    Returns:
+        The outcomes; the activations of the dense model, found once for all methods, where there
+        is a calibration text.
+    """
+    calibration = None
+    first = next(iter(next(iter(contenders.values())).values()))
+    if first.calibrate_on is not None:
+        if fresh:
+            remove_tree(out / CALIBRATION_DIR)
+        with Meter("calibrate", "bytes") as meter:
+            calibration = calibrate_for(
+                [planned.task for planned in make_plan(source, first).tasks],
+                source,
+                first,
+                device_of(first, None, executor),
+                executor,
+                out / CALIBRATION_DIR,
+                **SweepProgress(meter).listeners(out.name),
+            )
     outcomes = {}
     for contender, configs in contenders.items():
         directory = out / contender.directory
         directory.mkdir(parents=True, exist_ok=True)
-        outcomes[contender] = compress_keeps(source, configs, executor, directory, fresh=fresh)
-    return outcomes
+        outcomes[contender] = compress_keeps(
+            source, configs, executor, directory, calibration=out / CALIBRATION_DIR, fresh=fresh
+        )
+    return outcomes, calibration
 
 
 def comparison_rows(
@@ -132,6 +156,7 @@ def comparison_rows(
     outcomes: Mapping[Contender, Mapping[float, Outcome]],
     out: Path,
     qualities: Sequence[tuple[Any, ...]],
+    calibration: Calibration | None,
     speed: BenchSettings | None,
 ) -> list[Row]:
     """The dense model, then those of the methods, all measured, the largest keep first.
@@ -141,6 +166,7 @@ def comparison_rows(
         outcomes: complete ones.
         out: directory of the comparison.
         qualities: of the dense model, then of each other in this order; see `judge_keeps`.
+        calibration: activations that errors are measured with, too.
         speed: how to time decoding; None for not at all.
 
     Raises:
@@ -160,7 +186,8 @@ def comparison_rows(
             for point, outcome in zip(points, by_keep.values(), strict=True):
                 row = _counted(contender, point, outcome)
                 figures = out / "figures" / f"{contender.directory}-{Path(point.model).name}.json"
-                rows.append(_measured(row, source, figures, speed))
+                row = _with_errors(row, source, outcome, calibration, figures)
+                rows.append(row if speed is None else _timed(row, source, speed, figures))
                 meter.update(len(rows) - 1, total)
     return [*rows[:1], *sorted(rows[1:], key=lambda row: row.point.keep or 0.0, reverse=True)]
 
@@ -171,56 +198,49 @@ def _dense_row(source: Source, point: Point) -> Row:
 
 def _counted(contender: Contender, point: Point, outcome: Outcome) -> Row:
     rows = outcome.rows
-    calibrated = [row for row in rows if row["metric"] == ACTIVATION]
-    error = None
-    if len(calibrated) == len(rows):
-        norm = sum(row["metric_squared_norm"] for row in rows)
-        error = (sum(row["metric_squared_error"] for row in rows) / norm) ** 0.5 if norm else 0.0
     return Row(
         label=contender.label,
         point=point,
         byte_budget=sum(row["byte_budget"] for row in rows),
         model_bytes=ShardIndex.from_directory(Path(point.model)).stored_bytes,
-        activation_error=error,
         seconds=sum(
             value or 0.0 for row in rows for key, value in row.items() if key.startswith(_STAGES)
         ),
     )
 
 
-def _measured(row: Row, source: Source, path: Path, speed: BenchSettings | None) -> Row:
-    """The row with what takes time to measure, which is kept in a file for the next call."""
+def _with_errors(
+    row: Row, source: Source, outcome: Outcome, calibration: Calibration | None, path: Path
+) -> Row:
+    """The row with the errors of its weights, which are kept in a file for the next call."""
     model = Path(row.point.model)
-    [(_, facts)] = open_models([model])
+    of = {"model_id": _model_id(model), "calibration": calibration and calibration.digest}
     known = read_json(path) if path.is_file() else {}
-    if known.get("model_id") != facts.model_id:
-        known = {"model_id": facts.model_id}
-    if "operator_error" not in known:
-        worst = largest_operator_error(model, source.index)
-        known |= {"operator_error": worst.value, "operator_tensor": worst.tensor}
-        _keep(path, known)
-    ratio = None
-    if speed is not None:
-        if known.get("speed_settings") != asdict(speed):
-            found = compare_speed(source.directory, model, speed, _REPEATS)
-            known |= {
-                "speed_settings": asdict(speed),
-                "decode_ratio": found.ratios["decode_tokens_per_second"],
-            }
-            _keep(path, known)
-        ratio = known["decode_ratio"]
-    logs.log("measured", f"{row.label}, {model.name}: operator error {known['operator_error']:.4f}")
-    return replace(
-        row,
-        operator_error=known["operator_error"],
-        operator_tensor=known["operator_tensor"],
-        decode_ratio=ratio,
-    )
+    if known.get("of") != of:
+        tasks = [planned.task for planned in outcome.plan.tasks]
+        found = weight_errors(model, tasks, {} if calibration is None else calibration.refs)
+        known = {"of": of, "errors": asdict(found)}
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, known)
+    errors = WeightErrors(**known["errors"])
+    logs.log("measured", f"{row.label}, {model.name}: operator error {errors.operator_error:.4f}")
+    return replace(row, **asdict(errors))
 
 
-def _keep(path: Path, known: dict[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, known)
+def _timed(row: Row, source: Source, speed: BenchSettings, path: Path) -> Row:
+    """The row with its decode speed, kept likewise."""
+    known = read_json(path)
+    if known.get("speed_settings") != asdict(speed):
+        found = compare_speed(source.directory, Path(row.point.model), speed, _REPEATS)
+        ratio = found.ratios["decode_tokens_per_second"]
+        known |= {"speed_settings": asdict(speed), "decode_ratio": ratio}
+        write_json(path, known)
+    return replace(row, decode_ratio=known["decode_ratio"])
+
+
+def _model_id(model: Path) -> str:
+    [(_, facts)] = open_models([model])
+    return facts.model_id
 
 
 def models_of(outcomes: Mapping[Contender, Mapping[float, Outcome]], out: Path) -> list[Path]:

@@ -21,8 +21,7 @@ _NOTES = (
     "how much the budget is undershot",
     "relative error `||W - W_hat||_F / ||W||_F` over all weights in scope; operator error the "
     "largest `||W - W_hat||_2 / ||W||_2` of a weight; activation error "
-    "`||X (W - W_hat)||_F / ||X W||_F` on the calibration text, where the method worked in that "
-    "metric",
+    "`||X (W - W_hat)||_F / ||X W||_F` on the calibration text",
     "behind quality the difference to the dense model, with its paired standard error",
     "seconds: work of all workers together; decode: tokens per second / those of the dense model, "
     "measured in turn",
@@ -113,8 +112,8 @@ def _quality(quality: Quality, is_dense: bool, newline: str) -> str:
 def _notes(rows: Sequence[Row], missing: Sequence[Missing]) -> list[str]:
     notes = []
     worst = max(rows, key=lambda row: row.operator_error)
-    if worst.operator_tensor:
-        notes.append(f"the largest operator error is that of {worst.operator_tensor}")
+    if worst.operator_module:
+        notes.append(f"the largest operator error is that of {worst.operator_module}")
     return notes + [f"left out: {one.label} at keep {one.keep:g}: {one.reason}" for one in missing]
 
 

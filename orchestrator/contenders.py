@@ -21,7 +21,10 @@ from lestd_kernels.methods import METHODS
 from orchestrator.config import RunConfig
 
 _SAME_FOR_ALL = frozenset(
-    ("keep", "keep_model", "layer_keep", "method", "scope", "include", "exclude", "device")
+    (
+        *("keep", "keep_model", "layer_keep", "method", "scope", "include", "exclude", "device"),
+        *("calibrate_on", "samples", "sample_tokens"),
+    )
 )
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._]+")
 

@@ -69,6 +69,7 @@ def compress_keeps(
     executor: Executor,
     out: Path,
     *,
+    calibration: Path | None = None,
     fresh: bool = False,
 ) -> dict[float, Outcome]:
     """Compress a checkpoint to each of several sizes; continue where an earlier call stopped.
@@ -78,7 +79,8 @@ def compress_keeps(
         configs: what to compute, by keep; alike but for the keep.
         executor: who computes.
         out: directory of the sweep.
-        fresh: forget what an earlier call left there.
+        calibration: directory of one that several sweeps share; None for one in `out`.
+        fresh: forget what an earlier call left there, but for a calibration that is shared.
 
     Returns:
         The outcomes, by keep.
@@ -90,12 +92,12 @@ def compress_keeps(
     _require_disk(out, sum(plan.disk_bytes for plan in plans))
     reuse_bytes = max(planned.bounds.reuse_bytes for plan in plans for planned in plan.tasks)
     logs.log("sweep_started", f"{out.name}: {', '.join(map(str, configs))}", out=str(out))
-    calibration = out / CALIBRATION_DIR
+    shared, calibration = calibration is not None, calibration or out / CALIBRATION_DIR
     keep, config = next(iter(configs.items()))
     if config.used_metric == ACTIVATION:
         # Once, before the compressions find that each wants it.
         begun = RunDirectory(default_run_dir(model_dir(out, keep)))
-        if fresh:
+        if fresh and not shared:
             remove_tree(calibration)
         with Meter("calibrate", "bytes") as meter:
             calibrate_for(

@@ -1,70 +1,85 @@
-"""How far the weights of a compressed model are from the source's, in the operator norm.
+"""How far the weights of a compressed model are from the source's, beside the Frobenius norm.
 
-    ||W - W_hat||_2 / ||W||_2
+    operator error      max over modules of ||W - W_hat||_2 / ||W||_2
+    activation error    ||X (W - W_hat)||_F / ||X W||_F, over all modules, X the inputs of each on
+                        the calibration text: with its Gram matrix G, ||X W||_F^2 = tr(W^T G W)
 
-is the most that a module's output can be off, relative to the most that the module can do: the
-Frobenius error says what happens on average over all directions of the input, this one in the
-worst. Modules are reconstructed from the files on disk, one group after the other.
+The first is the most that a module's output can be off, relative to the most that the module can
+do: the Frobenius error says what happens on average over all directions of the input, the operator
+norm in the worst one, the activation error in those that occur. Modules are reconstructed from the
+files on disk, one group after the other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from lestd_kernels.errors import LestdError
 from lestd_kernels.norms import operator_norm
+from lestd_kernels.tensorize import fold_weights, unfold_weights
 from orchestrator.compressed import open_compressed
-from workers.checkpoint import ShardIndex, read_tensor
+from workers.checkpoint import read_tensor
+from workers.contracts import Task, TensorRef
 
 
 @dataclass(frozen=True)
-class OperatorError:
-    """The largest error of a model's modules.
+class WeightErrors:
+    """Errors of a model's weights.
 
     Attributes:
-        value: ``||W - W_hat||_2 / ||W||_2``.
-        tensor: the weight that has it.
+        operator_error: the largest of a module.
+        operator_module: the module that has it.
+        activation_error: over all modules; None without a calibration.
     """
 
-    value: float
-    tensor: str
+    operator_error: float
+    operator_module: str
+    activation_error: float | None
 
 
-def largest_operator_error(model: Path, source: ShardIndex) -> OperatorError:
-    """The largest relative operator-norm error of the weights in scope.
-
-    Of weights that are stored together, as those of experts are, each counts by itself.
+def weight_errors(
+    model: Path, tasks: Sequence[Task], grams: Mapping[str, TensorRef]
+) -> WeightErrors:
+    """Compare the weights in scope of a compressed model with the source's.
 
     Args:
-        model: a compressed model.
-        source: the checkpoint that it was made from.
+        model: the compressed model.
+        tasks: of the plan that it was made by; they name the source's tensors.
+        grams: ``<group>.<what a module reads>`` -> X^T X, see `orchestrator.grams`; empty for no
+            activation error.
 
     Raises:
-        LestdError: a file is damaged, or the two do not belong together.
+        LestdError: a file is damaged.
     """
-    worst = OperatorError(0.0, "")
+    by_path = {task.tensor_prefix: task for task in tasks}
+    worst, where = 0.0, ""
+    squared_error = squared_norm = 0.0
     for group in open_compressed(model).groups:
-        for name, approximation in group.to_dense().items():
-            ref = source.tensors.get(name)
-            if ref is None or ref.shape != tuple(approximation.shape):
-                raise LestdError(
-                    f"{source.location} has no tensor {name} of shape "
-                    f"{list(approximation.shape)}, which {model} was made from; give the "
-                    "checkpoint that it was made from"
-                )
-            weight = read_tensor(ref).to(approximation)
-            differences = _matrices(weight - approximation)
-            for W, D in zip(_matrices(weight), differences, strict=True):
-                norm = operator_norm(W)
-                error = operator_norm(D) / norm if norm else 0.0
-                if error > worst.value:
-                    worst = OperatorError(error, name)
-    return worst
+        task = by_path[group.entry["path"]]
+        approximations, _ = group.weights()
+        read = {name: read_tensor(ref) for name, ref in task.tensors.items()}
+        weights = fold_weights(unfold_weights(read, task.layout), task.layout)
+        for module in task.layout.modules:
+            W = weights.pop(module.name)
+            D = approximations.pop(module.name).sub_(W)
+            norm = operator_norm(W)
+            error = operator_norm(D) / norm if norm else 0.0
+            if error > worst:
+                worst, where = error, f"{task.group}.{module.name}"
+            if (ref := grams.get(f"{task.group}.{module.reads}")) is not None:
+                gram = read_tensor(ref)
+                squared_error += _squared_output(D, gram)
+                squared_norm += _squared_output(W, gram)
+    activation = None
+    if grams:
+        activation = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
+    return WeightErrors(worst, where, activation)
 
 
-def _matrices(weight: Tensor) -> Tensor:
-    """``(..., rows, columns) -> (n, rows, columns)``."""
-    return weight.reshape(-1, *weight.shape[-2:])
+def _squared_output(weight: Tensor, gram: Tensor) -> float:
+    """``||X W||_F^2`` of a weight ``(out, in)`` from the Gram matrix of its inputs."""
+    return max(0.0, float(((weight @ gram) * weight).sum(dtype=torch.float64)))
