@@ -19,9 +19,11 @@ import typer
 from lestd_kernels.errors import LestdError
 from orchestrator import (  # noqa: F401 - the others register their commands
     cli_audit,
+    cli_compare,
     cli_evaluate,
     cli_manifest,
     cli_models,
+    cli_recover,
     cli_sweep,
     logs,
     tables,
