@@ -18,9 +18,12 @@ import typer
 
 from lestd_kernels.errors import LestdError
 from orchestrator import (  # noqa: F401 - the others register their commands
+    cli_audit,
+    cli_compare,
     cli_evaluate,
     cli_manifest,
     cli_models,
+    cli_recover,
     cli_sweep,
     logs,
     tables,
@@ -56,9 +59,11 @@ from orchestrator.options import (
     SampleTokens,
     ScopeOption,
     SuperWeights,
+    TdMoeModeOption,
     Threads,
     TypeModeOption,
     ValueBits,
+    WhiteningOption,
     Workers,
 )
 from workers.files import as_path
@@ -85,6 +90,8 @@ def plan(
     value_bits: ValueBits = None,
     factor_bits: FactorBits = None,
     keep_super_weights: SuperWeights = None,
+    td_moe_mode: TdMoeModeOption = None,
+    whitening: WhiteningOption = None,
     config: ConfigFile = None,
     calibrate: Calibrate = False,
     json: Json = False,
@@ -126,6 +133,8 @@ def compress(
     value_bits: ValueBits = None,
     factor_bits: FactorBits = None,
     keep_super_weights: SuperWeights = None,
+    td_moe_mode: TdMoeModeOption = None,
+    whitening: WhiteningOption = None,
     device: DeviceOption = None,
     threads: Threads = None,
     config: ConfigFile = None,
