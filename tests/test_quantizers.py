@@ -30,20 +30,20 @@ PRUNERS, ROUNDERS = ("magnitude", "wanda", "sparsegpt"), ("rtn", "gptq")
 BOUND = ("lestd", "tucker", "svd", "tt", "per_head_tucker", *PRUNERS, *ROUNDERS)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize(("bits", "dtype"), [(16, BF16), (8, FP16), (8, FP32), (4, BF16)])
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("bits", [16, 4])
 @pytest.mark.parametrize("method", PRUNERS)
 def test_pruning_uses_its_budget(method: str, bits: int, name: str, dtype: torch.dtype) -> None:
     layout = layout_of(name)
     done = decompose(method, layout, 0.3, dtype, value_bits=bits)
     stored = done.decomposition
-    if bits == 4 and dtype == FP32:  # The whole matrix fits.
-        assert stored.nnz == layout.elements
     budget = int(0.3 * layout.elements * dtype.itemsize)
-    limit = min(budget, layout.elements * 9 // 16)
-    assert 0.97 * limit if stored.nnz == layout.elements else 0.98 * budget <= stored.stored_bytes
-    assert stored.stored_bytes <= budget
+    sizes = [rows * columns for rows, columns in map(layout.weight_shape, layout.modules)]
+    whole = sum(values_bytes(n, bits, dtype.itemsize) for n in sizes)
+    if whole <= budget:
+        budget = whole
+        assert stored.codecs == ["dense"]
+    assert 0.98 * budget <= stored.stored_bytes <= budget
     dense = stored.to_dense()
     residual = random_unfolding(layout)
     for key, W in fold_weights(residual, layout).items():
@@ -116,7 +116,7 @@ def test_what_is_too_small_is_refused_and_the_least_is_not(method: str) -> None:
 def test_super_weights_are_exact_with_any_method(method: str, dtype: torch.dtype) -> None:
     layout, share, keep = layout_of("gqa"), 0.002, 0.6
     outliers = random_unfolding(layout)
-    outliers.view(-1)[torch.randperm(outliers.numel())[:8]] *= 100
+    outliers.view(-1)[7 :: outliers.numel() // 8] += 50
     outliers = outliers.to(dtype).float()
     args = MethodArgs(metric=METHODS[method].metrics[0], super_weights=share, rank_step=4)
     budget = int(keep * layout.elements * dtype.itemsize)
@@ -132,10 +132,10 @@ def test_super_weights_are_exact_with_any_method(method: str, dtype: torch.dtype
     for name, W in fold_weights(outliers, layout).items():
         W_hat = stored.to_dense()[name]
         count = -(-W.numel() * 2 // 1000)
-        largest = W.abs() >= W.abs().flatten().topk(count).values[-1]
+        largest = W.abs() > W.abs().flatten().topk(count + 1).values[-1]
         side = stored.modules[name].side
         assert side is not None
-        assert side.nnz == count == int(largest.sum())
+        assert side.nnz == count >= int(largest.sum()) > count - 3
         torch.testing.assert_close(
             W_hat[largest], W[largest], rtol=2 * torch.finfo(dtype).eps, atol=1e-5
         )
@@ -197,9 +197,9 @@ def expected_logits(source: Path, out: Path, ids: Tensor) -> Tensor:
     [
         ("llama-gqa", "attention", "magnitude", 0.5, {}),
         ("llama-gqa", "all", "rtn", 0.2, {}),
-        ("neox", "all", "rtn", 0.3, {"keep_super_weights": 0.01}),
-        ("neox", "attention", "magnitude", 0.1, {"value_bits": 4}),
-        ("opt", "ffn", "magnitude", 0.04, {"keep_super_weights": 0.001}),
+        ("gpt_neox", "all", "rtn", 0.3, {"keep_super_weights": 0.01}),
+        ("gpt_neox", "attention", "magnitude", 0.1, {"value_bits": 4}),
+        ("opt", "ffn", "magnitude", 0.05, {"keep_super_weights": 0.001}),
         ("gptj", "attention", "lestd", 0.5, {"keep_super_weights": 0.01}),
     ],
 )
