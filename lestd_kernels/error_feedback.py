@@ -35,7 +35,7 @@ from lestd_kernels.packing import (
 
 _DAMPING = 0.01
 # Inputs between which errors are passed on one by one; to those after them they go together.
-_BLOCK = 128
+_BLOCK = 32
 
 
 def inverse_factor(gram: Tensor) -> Tensor:
