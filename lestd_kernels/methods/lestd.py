@@ -178,15 +178,15 @@ def _most_nonzeros_at(shape: GroupShape, byte_budget: int, ranks: Ranks) -> int:
     """
     cores = range(len(shape.core_slices))
     kinds = Counter(
-        (math.prod(shape.core_shape(ranks, core)), *shape.codec_lines(ranks, core))
+        (math.prod(shape.core_shape(ranks, core)), tuple(shape.codec_lines(ranks, core)))
         for core in cores
     )
-    empty = sum(count * _core_bytes(lines, 0) for (_, *lines), count in kinds.items())
+    empty = sum(count * _core_bytes(lines, 0) for (_, lines), count in kinds.items())
     spare = byte_budget - shape.factor_bytes(ranks) - empty
     if spare < 0:
         return 0
     most = 0
-    filling = [_core_bytes(lines, size) - _core_bytes(lines, 0) for size, *lines in kinds]
+    filling = [_core_bytes(lines, size) - _core_bytes(lines, 0) for size, lines in kinds]
     *others, last = (range(count + 1) for count in kinds.values())
     for some in itertools.product(*others):
         left = spare - sum(n * more for n, more in zip(some, filling, strict=False))
@@ -197,7 +197,7 @@ def _most_nonzeros_at(shape: GroupShape, byte_budget: int, ranks: Ranks) -> int:
         for full in range(top if not others else 0, top + 1):
             rest = left - full * filling[-1]
             total = partial = 0
-            for n, (size, *lines), count in zip((*some, full), kinds, kinds.values(), strict=True):
+            for n, (size, lines), count in zip((*some, full), kinds, kinds.values(), strict=True):
                 total += n * size
                 if n < count:
                     partial = max(partial, _partial(size, lines, rest + _core_bytes(lines, 0)))
