@@ -90,13 +90,24 @@ class ModuleChain:
             for op in self.ops
         ]
         dense = [None if matrix is None else matrix.decode().float() for matrix in matrices]
+        steps = list(zip(self.ops, dense, strict=True))
+        first, rows = steps[0]
+        if isinstance(first, Multiply) and first.blocks == 1 and rows is not None:
+            # The rows of the identity become those of the matrix.
+            steps = steps[1:]
+            rows = rows.T if first.transposed else rows
+        else:
+            rows = None
         blocks = []
         for start in range(0, in_features, _ROWS):
             # What the rows of the identity become: a few at a time, since they are wide.
             count = min(_ROWS, in_features - start)
-            x = torch.zeros(count, in_features, device=self.own[0].device)
-            x[:, start : start + count].fill_diagonal_(1)
-            for op, matrix in zip(self.ops, dense, strict=True):
+            if rows is not None:
+                x = rows[start : start + count]
+            else:
+                x = torch.zeros(count, in_features, device=self.own[0].device)
+                x[:, start : start + count].fill_diagonal_(1)
+            for op, matrix in steps:
                 if isinstance(op, Permute):
                     x = apply_permute(x, op)
                 else:
