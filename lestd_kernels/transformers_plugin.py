@@ -19,6 +19,8 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
@@ -31,6 +33,7 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lestd_kernels.building import UPGRADE, build_group
@@ -98,6 +101,7 @@ class LestdQuantizer(HfQuantizer):
                 build_group(model, entry)
         if checkpoint_files is not None:
             _check_presence(model, checkpoint_files)
+            _expect_adapter(Path(checkpoint_files[0]).parent)
 
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform], model: PreTrainedModel
@@ -186,6 +190,24 @@ def _check_presence(model: PreTrainedModel, checkpoint_files: Sequence[str]) -> 
                     f"{checkpoint_files[0]}: neither this file nor the model's other shards hold "
                     f"the tensor {path}.{name}: copy the model again from where it was made."
                 )
+
+
+def _expect_adapter(directory: Path) -> None:
+    """Have peft know compressed projections where an adapter will be loaded with the model.
+
+    Raises:
+        LestdError: peft is not there; Transformers would leave the adapter out, and say nothing.
+    """
+    if not (directory / ADAPTER_CONFIG_NAME).is_file():
+        return
+    if find_spec("peft") is None:
+        raise LestdError(
+            f"{directory} has an adapter beside the model, and peft, which loads it, is not "
+            'installed: pip install "lestd[recover]".'
+        )
+    from lestd_kernels import peft_plugin  # slow to import, and an extra
+
+    peft_plugin.register()
 
 
 register()

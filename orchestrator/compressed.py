@@ -19,7 +19,7 @@ from lestd_kernels.codecs import TensorSpec
 from lestd_kernels.decomposition import QUANT_METHOD
 from lestd_kernels.errors import LestdError, first_line
 from lestd_kernels.kinds import KINDS
-from lestd_kernels.tensorize import BasisSide, dense_tensors
+from lestd_kernels.tensorize import BasisSide, GroupLayout, dense_tensors
 from orchestrator.assemble import about_model
 from orchestrator.manifest import payload_problem
 from orchestrator.source import CONFIG_FILE, read_config_json
@@ -55,6 +55,16 @@ class CompressedGroup:
         """Read the group and reconstruct it: tensor name in the dense model -> W-hat, float32.
 
         Raises:
+            LestdError: see `weights`.
+        """
+        weights, layout = self.weights()
+        dense = dense_tensors(weights, layout)
+        return {f"{self.entry['path']}.{name}": tensor for name, tensor in dense.items()}
+
+    def weights(self) -> tuple[dict[str, Tensor], GroupLayout]:
+        """Read and reconstruct the group: module -> W-hat ``(out, in)``, float32; its layout.
+
+        Raises:
             LestdError: the tensors cannot be read, or do not decode.
         """
         path, shard = self.entry["path"], next(iter(self.refs.values())).shard
@@ -62,13 +72,12 @@ class CompressedGroup:
         try:
             decomposition = KINDS[self.entry["kind"]].from_named_tensors(self.entry, tensors)
             decomposition.check()
-            dense = dense_tensors(decomposition.to_dense(), decomposition.layout)
+            return decomposition.to_dense(), decomposition.layout
         except (RuntimeError, IndexError, ValueError) as error:
             raise LestdError(
                 f"the tensors of {path} in {shard} do not decode ({first_line(error)}); "
                 f"{_COPY_AGAIN}"
             ) from error
-        return {f"{path}.{name}": tensor for name, tensor in dense.items()}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from lestd_kernels.errors import LestdError, first_line
+from orchestrator.adapter import adapter_file
 from orchestrator.source import load_config, read_config_json
 from workers.checkpoint import ShardIndex
 
@@ -26,7 +27,7 @@ class EvaluationModel:
         tokenizer: its tokenizer.
         vocabulary: number of token ids that it knows.
         window_length: inputs of a full window.
-        bytes_on_disk: bytes of its safetensors files, headers included.
+        bytes_on_disk: bytes of its safetensors files, headers and an adapter included.
     """
 
     directory: Path
@@ -57,13 +58,15 @@ def open_model(model_dir: Path, window: int | None = None) -> EvaluationModel:
             f"{model_dir} is not a language model: its config.json, of model_type "
             f"{config_json.get('model_type')!r}, has no vocab_size"
         )
-    index = ShardIndex.from_directory(model_dir)
+    files = [model_dir / shard for shard in ShardIndex.from_directory(model_dir).shards]
+    if (adapter := adapter_file(model_dir)) is not None:
+        files.append(adapter)
     return EvaluationModel(
         directory=model_dir,
         tokenizer=load_tokenizer(model_dir),
         vocabulary=vocabulary,
         window_length=window_length(config, window, str(model_dir)),
-        bytes_on_disk=sum((model_dir / shard).stat().st_size for shard in index.shards),
+        bytes_on_disk=sum(file.stat().st_size for file in files),
     )
 
 

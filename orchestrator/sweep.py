@@ -69,6 +69,7 @@ def compress_keeps(
     executor: Executor,
     out: Path,
     *,
+    calibration: Path | None = None,
     fresh: bool = False,
 ) -> dict[float, Outcome]:
     """Compress a checkpoint to each of several sizes; continue where an earlier call stopped.
@@ -78,7 +79,8 @@ def compress_keeps(
         configs: what to compute, by keep; alike but for the keep.
         executor: who computes.
         out: directory of the sweep.
-        fresh: forget what an earlier call left there.
+        calibration: directory of one that several sweeps share; None for one in `out`.
+        fresh: forget what an earlier call left there, but for a calibration that is shared.
 
     Returns:
         The outcomes, by keep.
@@ -90,12 +92,12 @@ def compress_keeps(
     _require_disk(out, sum(plan.disk_bytes for plan in plans))
     reuse_bytes = max(planned.bounds.reuse_bytes for plan in plans for planned in plan.tasks)
     logs.log("sweep_started", f"{out.name}: {', '.join(map(str, configs))}", out=str(out))
-    calibration = out / CALIBRATION_DIR
+    shared, calibration = calibration is not None, calibration or out / CALIBRATION_DIR
     keep, config = next(iter(configs.items()))
     if config.used_metric == ACTIVATION:
         # Once, before the compressions find that each wants it.
         begun = RunDirectory(default_run_dir(model_dir(out, keep)))
-        if fresh:
+        if fresh and not shared:
             remove_tree(calibration)
         with Meter("calibrate", "bytes") as meter:
             calibrate_for(
@@ -158,7 +160,7 @@ def check_judgeable(source: Source, text: Path | None, window: int | None) -> No
 
 def judge_keeps(
     dense: Path,
-    keeps: Sequence[float],
+    compressed: Sequence[Path],
     out: Path,
     executor: Executor,
     *,
@@ -171,7 +173,7 @@ def judge_keeps(
 
     Args:
         dense: directory of the dense model.
-        keeps: the models, which are compressed.
+        compressed: directories of those of the keeps.
         out: directory of the sweep.
         executor: who computes.
         text: what to predict, or None.
@@ -185,7 +187,7 @@ def judge_keeps(
     Raises:
         LestdError: see `evaluate` and `judge`.
     """
-    models = [dense, *(model_dir(out, keep) for keep in keeps)]
+    models = [dense, *compressed]
     opened = open_models(models, window)
 
     def keep_rows(rows: Sequence[dict[str, Any]]) -> None:
