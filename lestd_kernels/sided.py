@@ -97,14 +97,12 @@ class SidedGroup:
                 scale = weighted.diagonal()
                 core = (self._basis.T @ apply_metric(reader.C, reader.W)) / scale[:, None]
                 loss = core.square() * scale[:, None]
-                left_out += loss.double().sum(dim=1).cpu()
             else:
                 scale = self._basis.square().sum(dim=0)
                 core = (reader.W @ self._basis) / scale
-                weighted = core * apply_metric(reader.C, core)
-                left_out += (weighted.double().sum(dim=0) * scale).cpu()
                 R = feedback_root(reader.C)
                 loss = (core.square() * diagonal_of(R).square()[:, None] * scale).T
+            left_out += loss.double().sum(dim=1).cpu()
             losses += torch.split(loss, widths, dim=1)
         return losses, left_out
 
@@ -143,9 +141,15 @@ class SidedGroup:
             scale: what the cores are multiplied by.
         """
         shape = self.shape
-        A = EncodedCore.quantized(
-            self._basis[:, :R], shape.factor_bits, value_dtype, codec="dense"
+        # The factor's rows are the channels of the input; on the output side they have no metric.
+        rows = (
+            _mean([reader.C for reader in self._readers])
+            if shape.rank_first
+            else self._basis.new_ones(shape.width)
         )
+        basis = self._basis[:, :R].clone()
+        every = torch.ones_like(basis, dtype=torch.bool)
+        A = store_with_feedback(basis, every, feedback_root(rows), shape.factor_bits, value_dtype)
         stored = A.decode().float()
         cores: list[Tensor] = []
         roots: list[Tensor] = []
