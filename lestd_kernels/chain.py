@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.codecs import TensorSpec
+from lestd_kernels.entries import describe_layout, describe_module, guard_specs, layout_of
 from lestd_kernels.packed import EncodedCore, core_specs, stored_core
-from lestd_kernels.tensorize import GroupLayout, ModuleLayout, entry_slices
+from lestd_kernels.tensorize import GroupLayout
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,14 @@ class Multiply:
         blocks: number of blocks.
         distinct: whether the matrix holds one for each block, stacked along its rows; otherwise
             all blocks are multiplied by the same.
+        each: with `distinct`, consecutive blocks that share a matrix.
     """
 
     matrix: str | int
     transposed: bool = False
     blocks: int = 1
     distinct: bool = False
+    each: int = 1
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,9 @@ def apply_dense(x: Tensor, op: Multiply, matrix: Tensor) -> Tensor:
     """``x (..., blocks rows) -> (..., blocks columns)`` with the dense matrix of an op."""
     blocks = x.reshape(*x.shape[:-1], op.blocks, -1)
     if op.distinct:
-        stacked = matrix.reshape(op.blocks, -1, matrix.shape[-1])
+        stacked = matrix.reshape(op.blocks // op.each, -1, matrix.shape[-1])
+        if op.each != 1:
+            stacked = stacked.repeat_interleave(op.each, dim=0)
         stacked = stacked.mT if op.transposed else stacked
         return (blocks.unsqueeze(-2) @ stacked).squeeze(-2).flatten(-2)
     return (blocks @ (matrix.T if op.transposed else matrix)).flatten(-2)
@@ -197,15 +202,14 @@ class Chain:
         tensors: dict[str, Tensor] = {}
         for path, matrix in self._matrices():
             tensors |= matrix.named_tensors(dot + path)
+        tensors |= self.layout.guard_tensors(prefix)
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def describe(self, group: str) -> dict[str, Any]:
         """The group's entry in ``quantization_config["groups"]`` of the compressed model."""
         return {
-            "path": group,
+            **describe_layout(self.layout, group),
             "kind": self.kind,
-            "width": self.layout.width,
-            "head_dim": self.layout.head_dim,
             "ranks": self.ranks,
             "value_type": str(self.value_dtype).removeprefix("torch."),
             "shared": {
@@ -213,9 +217,8 @@ class Chain:
                 for name, matrix in self.shared.items()
             },
             "modules": {
-                module.name: {
-                    "basis_side": module.basis_side,
-                    "slices": len(module.slices),
+                module.name: describe_module(module)
+                | {
                     "ops": [_describe_op(op) for op in self.modules[module.name].ops],
                     "own": [describe_matrix(own) for own in self.modules[module.name].own],
                 }
@@ -234,7 +237,7 @@ class Chain:
         specs: dict[str, TensorSpec] = {}
         for path, matrix in _entry_matrices(entry):
             specs |= core_specs(path, matrix, matrix["rows"], matrix["columns"])
-        return specs
+        return specs | guard_specs(entry)
 
     @classmethod
     def from_named_tensors(cls, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Chain:
@@ -248,14 +251,6 @@ class Chain:
             for path, matrix in _entry_matrices(entry)
         }
         block = entry["path"]
-        layout = GroupLayout(
-            entry["width"],
-            entry["head_dim"],
-            tuple(
-                ModuleLayout(name, module["basis_side"], entry_slices(name, module))
-                for name, module in entry["modules"].items()
-            ),
-        )
         modules = {
             name: ModuleChain(
                 tuple(op_of(op) for op in module["ops"]),
@@ -266,7 +261,7 @@ class Chain:
         }
         shared = {name: found[matrix["path"]] for name, matrix in entry["shared"].items()}
         dtype = getattr(torch, entry["value_type"])
-        return cls(layout, shared, modules, dict(entry["ranks"]), dtype)
+        return cls(layout_of(entry), shared, modules, dict(entry["ranks"]), dtype)
 
 
 def own_path(module: str, index: int) -> str:
@@ -293,6 +288,8 @@ def _describe_op(op: Op) -> dict[str, Any]:
         entry["blocks"] = op.blocks
     if op.distinct:
         entry["distinct"] = True
+    if op.each != 1:
+        entry["each"] = op.each
     return entry
 
 
@@ -309,6 +306,7 @@ def op_of(entry: Mapping[str, Any]) -> Op:
         entry.get("transposed", False),
         entry.get("blocks", 1),
         entry.get("distinct", False),
+        entry.get("each", 1),
     )
 
 

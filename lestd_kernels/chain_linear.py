@@ -117,6 +117,35 @@ class ChainLinear(PackedMatrix):
             nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         )
 
+    def _shared_matrix(self, op: Op) -> PackedMatrix | None:
+        """The matrix of an op that multiplies the whole last dimension by a shared one."""
+        whole = isinstance(op, Multiply) and isinstance(op.matrix, str) and op.blocks == 1
+        return dict(self._shared)[str(op.matrix)] if whole else None  # type: ignore[union-attr]
+
+    @property
+    def first_factor(self) -> nn.Module | None:
+        """The matrix that `enter` applies, which other modules may share; None where there is none.
+
+        A side matrix reads the input itself.
+        """
+        return None if self.side is not None else self._shared_matrix(self.ops[0])
+
+    @property
+    def last_factor(self) -> nn.Module | None:
+        """The matrix that `leave` applies, which other modules may share; None where there is none.
+
+        What a side matrix adds is added after it.
+        """
+        return None if self.side is not None else self._shared_matrix(self.ops[-1])
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The product with `first_factor`."""
+        return self._apply_op(x, self.ops[0], first=True)
+
+    def leave(self, z: Tensor) -> Tensor:
+        """The product with `last_factor`."""
+        return self._apply_op(z, self.ops[-1], first=False)
+
     def _apply_op(self, x: Tensor, op: Op, first: bool) -> Tensor:
         if isinstance(op, Permute):
             return apply_permute(x, op)
@@ -129,11 +158,27 @@ class ChainLinear(PackedMatrix):
             return self.multiply(x, op)
         return self.get_submodule(f"m{op.matrix}")(x, op)  # type: ignore[no-any-return]
 
-    def forward(self, x: Tensor, op: Multiply | None = None) -> Tensor:
-        """``x (..., in_features) -> (..., out_features)``, in the dtype of the operands."""
+    def forward(
+        self,
+        x: Tensor,
+        op: Multiply | None = None,
+        entered: bool = False,
+        leaving: bool = True,
+    ) -> Tensor:
+        """``x (..., in_features) -> (..., out_features)``, in the dtype of the operands.
+
+        Args:
+            x: the input, or what `enter` has made of it.
+            op: not used; that of a `PackedMatrix`.
+            entered: whether `enter` was applied.
+            leaving: whether to apply `leave`, and to add the bias after it.
+        """
         out = x
-        for position, one in enumerate(self.ops):
-            out = self._apply_op(out, one, first=position == 0)
+        for position, one in enumerate(self.ops if leaving else self.ops[:-1]):
+            if position > 0 or not entered:
+                out = self._apply_op(out, one, first=position == 0)
+        if not leaving:
+            return out
         if self.side is not None:
             out = out + self.side(x)
         # Under autocast `out` is narrower than the bias; the sum keeps its dtype, as nn.Linear's.

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.codecs import TensorSpec
+from lestd_kernels.entries import describe_layout, describe_module, guard_specs, layout_of
 from lestd_kernels.packed import EncodedCore, core_specs, stored_core
 from lestd_kernels.tensorize import (
     PROJECTIONS,
     GroupLayout,
     ModuleLayout,
-    entry_slices,
     fold_weights,
 )
 
@@ -167,6 +167,7 @@ class SharedTucker:
             for module in self.layout.modules:
                 rows = self.U3[list(module_types(module))]
                 tensors[f"{dot}{module.name}.weight"] = rows.reshape(-1)
+        tensors |= self.layout.guard_tensors(prefix)
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     @classmethod
@@ -190,14 +191,7 @@ class SharedTucker:
         path, ranks, modules = entry["path"], entry["ranks"], entry["modules"]
         U1 = tensors[f"{entry['factors']['U1']}.weight"]
         U2 = tensors[f"{entry['factors']['U2']}.weight"]
-        layout = GroupLayout(
-            entry["width"],
-            entry["head_dim"],
-            tuple(
-                ModuleLayout(name, module["basis_side"], entry_slices(name, module))
-                for name, module in modules.items()
-            ),
-        )
+        layout = layout_of(entry)
         if "core" not in entry:
             cores = {
                 name: stored_core(
@@ -237,7 +231,7 @@ class SharedTucker:
         for name, module in modules.items():
             columns = module["slices"] * ranks["R2"]
             specs |= core_specs(f"{path}.{name}", module, ranks["R1"], columns)
-        return specs
+        return specs | guard_specs(entry)
 
     def describe(self, group: str) -> dict[str, Any]:
         """The group's entry in ``quantization_config["groups"]`` of the compressed model.
@@ -247,10 +241,7 @@ class SharedTucker:
         """
         modules = {}
         for module in self.layout.modules:
-            entry: dict[str, Any] = {
-                "basis_side": module.basis_side,
-                "slices": len(module.slices),
-            }
+            entry = describe_module(module)
             if self.U3 is None:
                 entry |= self.cores[module.name].describe()
             else:
@@ -258,10 +249,8 @@ class SharedTucker:
             modules[module.name] = entry
         factors = {"U1": f"{group}.{U1_NAME}", "U2": f"{group}.{U2_NAME}"}
         description: dict[str, Any] = {
-            "path": group,
+            **describe_layout(self.layout, group),
             "kind": self.kind,
-            "width": self.layout.width,
-            "head_dim": self.layout.head_dim,
             "ranks": self.ranks,
             "value_type": str(self.U1.dtype).removeprefix("torch."),
             "factors": factors,

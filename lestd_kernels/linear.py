@@ -219,19 +219,46 @@ class CompressedLinear(nn.Module):
         rows, columns = M.shape
         return EncodedCore("dense", rows, columns, M.numel(), {"values": M.reshape(-1)})
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x (..., in_features) -> (..., out_features)``, in the dtype of the operands."""
-        U1, U2, _ = self._shared
+    @property
+    def first_factor(self) -> nn.Module | None:
+        """The factor that `enter` applies, U1; None where it stands on the other side."""
+        return self._shared[0] if self.basis_side == "input" else None
+
+    @property
+    def last_factor(self) -> nn.Module | None:
+        """The factor that `leave` applies, U1; None where it stands on the other side."""
+        return self._shared[0] if self.basis_side == "output" else None
+
+    def enter(self, x: Tensor) -> Tensor:
+        """``x U1``, the product with `first_factor`."""
+        return shared_product(self._shared[0], x)
+
+    def leave(self, z: Tensor) -> Tensor:
+        """``z U1^T``, the product with `last_factor`."""
+        return self._shared[0](z, transposed=True)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor, entered: bool = False, leaving: bool = True) -> Tensor:
+        """``x (..., in_features) -> (..., out_features)``, in the dtype of the operands.
+
+        Args:
+            x: the input, or what `enter` has made of it.
+            entered: whether `enter` was applied.
+            leaving: whether to apply `leave`, and to add the bias after it.
+        """
+        U2 = self._shared[1]
         p, R2 = U2.weight.shape
         out: Tensor
         if self.basis_side == "input":
-            Z = backends.apply_core(shared_product(U1, x), self._core(), False, self.backend)
+            Y = x if entered else self.enter(x)
+            Z = backends.apply_core(Y, self._core(), False, self.backend)
             Z = Z.reshape(*x.shape[:-1], self.slices, R2)
             out = U2(Z, transposed=True).flatten(-2)
         else:
             Z = U2(x.reshape(*x.shape[:-1], self.slices, p)).flatten(-2)
-            Z = backends.apply_core(Z, self._core(), True, self.backend)
-            out = U1(Z, transposed=True)
+            out = backends.apply_core(Z, self._core(), True, self.backend)
+            if not leaving:
+                return out
+            out = self.leave(out)
         # Under autocast `out` is narrower than the bias; the sum keeps its dtype, as nn.Linear's.
         return out if self.bias is None else out + self.bias.to(out.dtype)
 

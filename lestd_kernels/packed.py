@@ -52,6 +52,7 @@ class EncodedCore:
         value_dtype: torch.dtype,
         scales: Tensor | None = None,
         codec: str | None = None,
+        mask: Tensor | None = None,
     ) -> EncodedCore:
         """Store the non-zeros of `matrix` in few bits, or rounded to the value dtype.
 
@@ -61,17 +62,25 @@ class EncodedCore:
             value_dtype: of values or scales.
             scales: one per group of the stored values, in their order, where they are chosen
                 already.
-            codec: default: the one with the fewest bytes. A dense codec stores zeros, too.
+            codec: default: the one with the fewest bytes. A dense codec stores zeros, too, and its
+                grid has a level for them.
+            mask: bool ``(rows, columns)``, which elements a sparse codec stores; default: those
+                that are not zero.
         """
         if value_bits == FULL_BITS:
             matrix = matrix.to(value_dtype)
+        mask = matrix != 0 if mask is None else mask
         rows, columns = matrix.shape
-        nnz = count_nonzeros(matrix)
+        nnz = int(mask.sum())
         best = cheapest_codec(rows, columns, nnz, value_dtype.itemsize, value_bits)
         chosen = CODECS[codec or best.name]
-        tensors = chosen.encode(matrix)
+        tensors = dict(chosen.encode(mask.to(torch.uint8)))
+        tensors["values"] = matrix.reshape(-1) if chosen.name == "dense" else matrix[mask]
         if value_bits != FULL_BITS:
-            codes, scales = quantize(tensors.pop("values"), value_bits, value_dtype, scales)
+            has_zero = chosen.name == "dense"
+            codes, scales = quantize(
+                tensors.pop("values"), value_bits, value_dtype, scales, has_zero
+            )
             tensors = {"scales": scales, "codes": codes} | tensors
         return cls(chosen.name, rows, columns, nnz, tensors, value_bits=value_bits)
 
@@ -92,7 +101,7 @@ class EncodedCore:
         tensors = dict(self.tensors)
         codes, scales = tensors.pop("codes"), tensors.pop("scales")
         count = self.rows * self.columns if self.codec == "dense" else self.nnz
-        values = dequantize(codes, scales, count, self.value_bits)
+        values = dequantize(codes, scales, count, self.value_bits, self.codec == "dense")
         return replace(self, tensors={"values": values} | tensors, value_bits=FULL_BITS)
 
     def decode(self) -> Tensor:

@@ -1,8 +1,15 @@
 """Values in few bits: groups of 64 consecutive values share one scale.
 
-A value is ``(code - (2^bits - 1) / 2) * scale``: the grid is symmetric, has no level to spare, and
-needs no zero, since sparse codecs store no zeros. A code takes `bits` bits, the first value in the
-lowest ones; the scale has the value dtype. A group of zeros has the scale 0.
+A value is ``(code - offset) * scale``, and there are two grids of 2^bits levels:
+
+    grid        offset            scale                          for
+    with zero   2^(bits - 1)      signed: the largest value is   dense matrices, whose values
+                                  the first level exactly        crowd around zero
+    without     (2^bits - 1) / 2  the largest value is on the    sparse ones, which store no
+                                  last level, by magnitude       small values
+
+Measured on trained weights, each is the better one where it is used. A code takes `bits` bits, the
+first value in the lowest ones; the scale has the value dtype. A group of zeros has the scale 0.
 
 Reference: uniform quantization in groups as in Frantar et al., "GPTQ", ICLR 2023, section 5.
 """
@@ -45,36 +52,46 @@ def values_bytes(count: int, bits: int, value_bytes: int) -> int:
     return code_bytes(count, bits) + scale_count(count) * value_bytes
 
 
-def group_scales(values: Tensor, bits: int, scale_dtype: torch.dtype) -> Tensor:
-    """The scales with which the largest value of each group is on the grid's last level.
+def _offset(bits: int, has_zero: bool) -> float:
+    return float((1 << bits) / 2 if has_zero else ((1 << bits) - 1) / 2)
+
+
+def group_scales(
+    values: Tensor, bits: int, scale_dtype: torch.dtype, has_zero: bool = False
+) -> Tensor:
+    """The scales with which the largest value of each group is on an outer level of the grid.
 
     Args:
         values: ``(n,)``, float32.
         bits: 8, 4, 3 or 2.
         scale_dtype: what they are rounded to.
+        has_zero: whether the grid has a level 0.
 
     Returns:
         ``(ceil(n / 64),)``.
     """
     padded = functional.pad(values, (0, -len(values) % GROUP)).view(-1, GROUP)
     low, high = padded.aminmax(dim=1)
-    scales: Tensor = torch.maximum(high, -low) * (2 / (2**bits - 1))
-    return scales.to(scale_dtype)
+    outer = -torch.where(high > -low, high, low) if has_zero else torch.maximum(high, -low)
+    scales: Tensor = outer / _offset(bits, has_zero)
+    # Zero, not a number that is not normal, which has few bits itself.
+    tiny = torch.finfo(scale_dtype).smallest_normal
+    return torch.where(scales.abs() < tiny, torch.zeros_like(scales), scales).to(scale_dtype)
 
 
-def nearest_codes(values: Tensor, scales: Tensor, bits: int) -> Tensor:
+def nearest_codes(values: Tensor, scales: Tensor, bits: int, has_zero: bool = False) -> Tensor:
     """The code of the level nearest to each value, uint8 ``(n,)``; any shapes that broadcast.
 
     A tie goes to the even code; with a scale of 0 every level is 0.
     """
     safe = torch.where(scales == 0, torch.ones_like(scales), scales).float()
-    codes: Tensor = (values.float() / safe + (2**bits - 1) / 2).round_()
+    codes: Tensor = (values.float() / safe + _offset(bits, has_zero)).round_()
     return codes.clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
-def levels(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
+def levels(codes: Tensor, scales: Tensor, bits: int, has_zero: bool = False) -> Tensor:
     """Values of codes, float32; shapes that broadcast."""
-    values: Tensor = (codes.float() - (2**bits - 1) / 2) * scales.float()
+    values: Tensor = (codes.float() - _offset(bits, has_zero)) * scales.float()
     return values
 
 
@@ -112,7 +129,11 @@ def unpack_codes(packed: Tensor, count: int, bits: int) -> Tensor:
 
 
 def quantize(
-    values: Tensor, bits: int, scale_dtype: torch.dtype, scales: Tensor | None = None
+    values: Tensor,
+    bits: int,
+    scale_dtype: torch.dtype,
+    scales: Tensor | None = None,
+    has_zero: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Round values to few bits.
 
@@ -121,18 +142,22 @@ def quantize(
         bits: 8, 4, 3 or 2.
         scale_dtype: dtype of the scales.
         scales: one per group, where they are chosen already.
+        has_zero: whether the grid has a level 0.
 
     Returns:
         Codes, uint8 ``(ceil(n bits / 8),)``, and scales ``(ceil(n / 64),)``.
     """
     values = values.float()
     if scales is None:
-        scales = group_scales(values, bits, scale_dtype)
+        scales = group_scales(values, bits, scale_dtype, has_zero)
     scales = scales.to(scale_dtype)
-    return pack_codes(nearest_codes(values, spread_scales(scales, len(values)), bits), bits), scales
+    codes = nearest_codes(values, spread_scales(scales, len(values)), bits, has_zero)
+    return pack_codes(codes, bits), scales
 
 
-def dequantize(codes: Tensor, scales: Tensor, count: int, bits: int) -> Tensor:
+def dequantize(
+    codes: Tensor, scales: Tensor, count: int, bits: int, has_zero: bool = False
+) -> Tensor:
     """The values of packed codes, in the dtype of the scales, ``(count,)``."""
-    values = levels(unpack_codes(codes, count, bits), spread_scales(scales, count), bits)
-    return values.to(scales.dtype)
+    unpacked = unpack_codes(codes, count, bits)
+    return levels(unpacked, spread_scales(scales, count), bits, has_zero).to(scales.dtype)

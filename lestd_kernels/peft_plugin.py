@@ -15,12 +15,13 @@ Reference: LoRA, Hu et al., ICLR 2022, section 4.1.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear
-from torch import nn
+from torch import Tensor, nn
 
 from lestd_kernels.chain_linear import ChainLinear
 from lestd_kernels.errors import LestdError
@@ -104,3 +105,40 @@ def register() -> None:
         config._register_custom_module(dict.fromkeys(kinds, CompressedLoraLinear))
 
     LoraConfig.__post_init__ = prepare_and_register  # type: ignore[method-assign]
+
+
+def attach_adapter(model: Any, rank: int, alpha: float) -> PeftModel:
+    """Give every compressed projection of a model, and nothing else, an adapter.
+
+    Args:
+        model: a compressed model, as `from_pretrained` returns it.
+        rank: r.
+        alpha: the product of A and B counts ``alpha / rank`` times.
+    """
+    register()
+    kinds = (CompressedLinear, ChainLinear)
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        target_modules=names,
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        # peft asks Transformers for an attribute by its old name.
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = get_peft_model(model, config)
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def adapter_files(model: PeftModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What peft's files of a model's adapter hold: its configuration and its tensors.
+
+    The same adapter gives the same two; no path of this machine is in them.
+    """
+    config: dict[str, Any] = model.peft_config["default"].to_dict()
+    config |= {"base_model_name_or_path": None, "inference_mode": True}
+    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    tensors = get_peft_model_state_dict(model)
+    return plain, {name: tensor.detach().cpu() for name, tensor in tensors.items()}

@@ -71,8 +71,11 @@ _OF_OUR_OWN = (CONFIG_FILE, CARD_FILE)
 
 
 def payload_shard_name(row: dict[str, Any]) -> str:
-    """Name of a group's payload as a shard of the model."""
-    return f"lestd-{row['layer']:05d}-{row['group'].rpartition('.')[2]}.safetensors"
+    """Name of a group's payload as a shard of the model: its layer and block."""
+    block = row["group"].rpartition(".")[2]
+    if block.isdigit():  # Modules of the layer itself.
+        block = row["scope"]
+    return f"lestd-{row['layer']:05d}-{block}.safetensors"
 
 
 def assemble(
@@ -216,13 +219,14 @@ def _link_payloads(
     def link(row: dict[str, Any]) -> dict[str, str]:
         check()
         shard = target / payload_shard_name(row)
-        _link(payloads / row["payload"], shard)
+        link_or_copy(payloads / row["payload"], shard)
         return dict.fromkeys(read_header(shard), shard.name)
 
     return {name: shard for names in in_parallel(link, rows) for name, shard in names.items()}
 
 
-def _link(path: AnyPath, target: AnyPath) -> None:
+def link_or_copy(path: AnyPath, target: AnyPath) -> None:
+    """The same file under a second name: a hard link, a copy where links are impossible."""
     try:
         if isinstance(path, UPath) or isinstance(target, UPath):
             raise OSError("no links there")
@@ -250,7 +254,7 @@ def _copy_untouched(
     for name, refs in _dense_shards(untouched).items():
         check()
         if is_url(refs[0].shard) and isinstance(run_dir, Path):
-            _link(fetch_shard(refs, run_dir / UNTOUCHED_DIR, name), target / name)
+            link_or_copy(fetch_shard(refs, run_dir / UNTOUCHED_DIR, name), target / name)
         else:  # An unfinished object cannot be kept: what is killed is fetched again.
             atomic_write(target / name, partial(write_safetensors_stream, refs=refs))
         weight_map |= {ref.name: name for ref in refs}

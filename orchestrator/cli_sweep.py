@@ -159,7 +159,7 @@ def sweep(
             if judged:
                 qualities = judge_keeps(
                     source.directory,
-                    list(outcomes),
+                    [model_dir(out, one) for one in outcomes],
                     out,
                     runner,
                     text=text,

@@ -6,7 +6,7 @@ group at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -19,7 +19,7 @@ from lestd_kernels.codecs import TensorSpec
 from lestd_kernels.decomposition import QUANT_METHOD
 from lestd_kernels.errors import LestdError, first_line
 from lestd_kernels.kinds import KINDS
-from lestd_kernels.tensorize import BasisSide
+from lestd_kernels.tensorize import BasisSide, GroupLayout, dense_tensors
 from orchestrator.assemble import about_model
 from orchestrator.manifest import payload_problem
 from orchestrator.source import CONFIG_FILE, read_config_json
@@ -52,7 +52,17 @@ class CompressedGroup:
         return int(self.entry["width"] * self.entry["head_dim"] * slices)
 
     def to_dense(self) -> dict[str, Tensor]:
-        """Read the group and reconstruct it: tensor name -> W-hat ``(out, in)``, float32.
+        """Read the group and reconstruct it: tensor name in the dense model -> W-hat, float32.
+
+        Raises:
+            LestdError: see `weights`.
+        """
+        weights, layout = self.weights()
+        dense = dense_tensors(weights, layout)
+        return {f"{self.entry['path']}.{name}": tensor for name, tensor in dense.items()}
+
+    def weights(self) -> tuple[dict[str, Tensor], GroupLayout]:
+        """Read and reconstruct the group: module -> W-hat ``(out, in)``, float32; its layout.
 
         Raises:
             LestdError: the tensors cannot be read, or do not decode.
@@ -62,13 +72,12 @@ class CompressedGroup:
         try:
             decomposition = KINDS[self.entry["kind"]].from_named_tensors(self.entry, tensors)
             decomposition.check()
-            dense = decomposition.to_dense()
+            return decomposition.to_dense(), decomposition.layout
         except (RuntimeError, IndexError, ValueError) as error:
             raise LestdError(
                 f"the tensors of {path} in {shard} do not decode ({first_line(error)}); "
                 f"{_COPY_AGAIN}"
             ) from error
-        return {f"{path}.{name}.weight": weight for name, weight in dense.items()}
 
 
 @dataclass(frozen=True)
@@ -169,6 +178,9 @@ def _open_group(number: int, entry: Any, index: ShardIndex) -> CompressedGroup:
         if not sides <= set(get_args(BasisSide)):
             raise ValueError(f"unknown basis_side in {sorted(sides)}")
         specs_of = KINDS[entry["kind"]].stored_specs
+        if "stored_path" in entry:
+            path, stored = entry["path"], entry["stored_path"]
+            entry = _with_paths(entry, lambda one: stored + one.removeprefix(path))
         entry = _as_on_disk(entry, next(iter(specs_of(entry))), index.tensors)
         return _find_tensors(entry, specs_of(entry), index)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -194,6 +206,11 @@ def _as_on_disk(
     def renamed(path: str) -> str:
         return path.partition(".")[2] if longer is None else longer.removesuffix(first) + path
 
+    return _with_paths(entry, renamed)
+
+
+def _with_paths(entry: Mapping[str, Any], renamed: Callable[[str], str]) -> dict[str, Any]:
+    """The entry with all of its paths renamed."""
     changed = dict(entry) | {"path": renamed(entry["path"])}
     if "factors" in entry:
         changed["factors"] = {name: renamed(path) for name, path in entry["factors"].items()}

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from lestd_kernels.errors import LestdError, first_line
+from orchestrator.adapter import adapter_file
 from orchestrator.source import load_config, read_config_json
 from workers.checkpoint import ShardIndex
 
@@ -26,7 +27,7 @@ class EvaluationModel:
         tokenizer: its tokenizer.
         vocabulary: number of token ids that it knows.
         window_length: inputs of a full window.
-        bytes_on_disk: bytes of its safetensors files, headers included.
+        bytes_on_disk: bytes of its safetensors files, headers and an adapter included.
     """
 
     directory: Path
@@ -57,24 +58,36 @@ def open_model(model_dir: Path, window: int | None = None) -> EvaluationModel:
             f"{model_dir} is not a language model: its config.json, of model_type "
             f"{config_json.get('model_type')!r}, has no vocab_size"
         )
+    files = [model_dir / shard for shard in ShardIndex.from_directory(model_dir).shards]
+    if (adapter := adapter_file(model_dir)) is not None:
+        files.append(adapter)
+    return EvaluationModel(
+        directory=model_dir,
+        tokenizer=load_tokenizer(model_dir),
+        vocabulary=vocabulary,
+        window_length=window_length(config, window, str(model_dir)),
+        bytes_on_disk=sum(file.stat().st_size for file in files),
+    )
+
+
+def window_length(config: PretrainedConfig, window: int | None, model: str) -> int:
+    """Tokens that a model reads at once: as many as asked for, or 2048, or all it has room for.
+
+    Raises:
+        LestdError: more are asked for than the model has positions.
+    """
     # GPT-J's n_positions answers to this name too; some families say -1 where there is no limit.
-    positions = getattr(text_config, "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
         positions = None
     if window is not None and positions is not None and window > positions:
         raise LestdError(
-            f"window {window} is longer than the {positions} positions of {model_dir}; "
+            f"window {window} is longer than the {positions} positions of {model}; "
             f"use at most {positions}"
         )
-    default = min(_LONGEST_DEFAULT_WINDOW, positions or _LONGEST_DEFAULT_WINDOW)
-    index = ShardIndex.from_directory(model_dir)
-    return EvaluationModel(
-        directory=model_dir,
-        tokenizer=_load_tokenizer(model_dir),
-        vocabulary=vocabulary,
-        window_length=default if window is None else window,
-        bytes_on_disk=sum((model_dir / shard).stat().st_size for shard in index.shards),
-    )
+    if window is not None:
+        return window
+    return min(_LONGEST_DEFAULT_WINDOW, positions or _LONGEST_DEFAULT_WINDOW)
 
 
 def require_positive(name: str, value: int | None) -> None:
@@ -87,7 +100,12 @@ def require_positive(name: str, value: int | None) -> None:
         raise LestdError(f"{name} must be at least 1, got {value}")
 
 
-def _load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies in a directory; no code of the model is run.
+
+    Raises:
+        LestdError: there is none, or it is damaged.
+    """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(model_dir), local_files_only=True, trust_remote_code=False

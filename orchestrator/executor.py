@@ -121,6 +121,7 @@ class Executor(Protocol):
     ) -> Iterator[Any]:
         """Yield one result or `Failure` per item, as they finish.
 
+        An item may have ``after``: ids of items before it in the sequence that must have ended.
         Failures of the infrastructure are retried on other workers, up to the limit; within one
         process, where there is no other, they are final. Any other `Failure` that a worker returns
         is final, but for the first of kind ``"device_memory"``: that item is tried once more, with

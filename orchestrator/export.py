@@ -1,16 +1,17 @@
 """A compressed model -> an ordinary dense checkpoint, for tools that do not know the format.
 
-In place of each group's factors and cores stands its reconstruction W-hat; every other tensor is
-copied byte for byte. The directory is built beside its name and renamed last, so it is complete or
-absent. Groups are read, reconstructed and written one after the other: memory stays bounded by
-the largest group in float32 and the copy buffer.
+In place of each group's factors and cores stands its reconstruction W-hat, with the adapter beside
+the model, if there is one, merged into it; every other tensor is copied byte for byte. The
+directory is built beside its name and renamed last, so it is complete or absent. Groups are read,
+reconstructed and written one after the other: memory stays bounded by the adapter, the largest
+group in float32 and the copy buffer.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.errors import LestdError
+from orchestrator.adapter import ADAPTER_FILES, adapter_deltas
 from orchestrator.card import card_metadata
 from orchestrator.compressed import CompressedGroup, CompressedModel, open_compressed
 from orchestrator.manifest import write_json
@@ -27,6 +29,7 @@ from orchestrator.markdown import template
 from orchestrator.source import CONFIG_FILE, copy_side_files
 from workers.checkpoint import INDEX_FILE, write_safetensors, write_safetensors_stream
 from workers.contracts import TensorRef
+from workers.devices import return_freed_memory
 from workers.files import atomic_write, building_directory, explain_os_errors, fsync_directory
 
 Progress = Callable[[int, int], None]
@@ -83,6 +86,7 @@ def export_dense(
             taken, or another process exports into it; no space is left.
     """
     began = time.perf_counter()
+    return_freed_memory()
     out = out.absolute()
     _require_free(out)
     if out.resolve().is_relative_to(model_dir.resolve()):
@@ -130,7 +134,7 @@ def export_dense(
                 "weight_map": dict(sorted(weight_map.items())),
             },
         )
-        copy_side_files(model.directory, building)
+        copy_side_files(model.directory, building, but=ADAPTER_FILES)
         write_json(building / CONFIG_FILE, _dense_config(model.config_json, dtype))
         card = _model_card(model, export).encode()
         atomic_write(building / "README.md", lambda file: file.write(card))
@@ -168,9 +172,10 @@ def _write_shards(
         atomic_write(target / name, partial(write_safetensors_stream, refs=refs))
         weight_map |= dict.fromkeys((ref.name for ref in refs), name)
         advance(sum(ref.stored_bytes for ref in refs))
+    deltas = adapter_deltas(model.directory)
     for group in model.groups:
         name = next(names)
-        weights = _reconstruct(group, dtype or group.value_type)
+        weights = _reconstruct(group, deltas, dtype or group.value_type)
         atomic_write(target / name, partial(write_safetensors, tensors=weights))
         weight_map |= dict.fromkeys(weights, name)
         advance(_dense_bytes(group, dtype))
@@ -181,8 +186,13 @@ def _dense_bytes(group: CompressedGroup, dtype: torch.dtype | None) -> int:
     return group.elements * (dtype or group.value_type).itemsize
 
 
-def _reconstruct(group: CompressedGroup, dtype: torch.dtype) -> dict[str, Tensor]:
-    weights = {name: weight.to(dtype) for name, weight in group.to_dense().items()}
+def _reconstruct(
+    group: CompressedGroup, deltas: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """W-hat of each module, and what an adapter adds to it, rounded once."""
+    weights = {}
+    for name, weight in group.to_dense().items():
+        weights[name] = (weight + deltas[name] if name in deltas else weight).to(dtype)
     for name, weight in weights.items():
         if not bool(torch.isfinite(weight).all()):
             shard = next(iter(group.refs.values())).shard

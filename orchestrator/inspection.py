@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lestd_kernels.errors import LestdError
+from orchestrator.adapter import adapter_stored_bytes
 from orchestrator.assemble import about_model, is_complete, payload_shard_name
 from orchestrator.manifest import MANIFEST_DIR, Manifest, payload_problem, read_json, slice_count
 from orchestrator.rundir import RunDirectory
@@ -243,12 +244,13 @@ def _check_index(out: AnyPath) -> list[str]:
 def stored_scope_bytes(directory: Path) -> dict[str, int] | None:
     """Dense and stored bytes of the weights in scope of a compressed model; None for a dense one.
 
-    Stored bytes are counted from the headers of the files on disk, not taken from the manifest.
+    Stored bytes are counted from the headers of the files on disk, not taken from the manifest;
+    an adapter beside the model counts.
     """
     rows = Manifest(directory / MANIFEST_DIR).groups().to_pylist()
     if not rows:
         return None
-    stored = 0
+    stored = adapter_stored_bytes(directory)
     for row in rows:
         shard = read_header(directory / payload_shard_name(row))
         stored += sum(ref.stored_bytes for ref in shard.values())

@@ -109,6 +109,7 @@ class Meter:
         self._unit = unit
         self._fields = fields
         self._pace = Pace()
+        self._note = ""
         # Replaced, never changed: the bar's thread reads it, and must not wait for this lock while
         # it holds the terminal, for which the holder of this lock may wait.
         self._running: dict[str, _Running] = {}
@@ -174,20 +175,23 @@ class Meter:
         with self._lock:
             self._running = {k: v for k, v in self._running.items() if k != task_id}
 
-    def update(self, done: float, total: float) -> None:
+    def update(self, done: float, total: float, note: str = "") -> None:
         """Show that `done` of `total` is done.
 
-        What is done at the first call was done before: it counts for no rate.
+        What is done at the first call was done before: it counts for no rate. `note` says how
+        it goes, as a loss does.
         """
         with self._lock:
             self._pace.update(done, total)
+            self._note = note
             if self._bar is None:
                 if done >= total or time.monotonic() - self._said >= PAUSE_SECONDS:
                     self._say_progress()
                 return
             if self._task is None:
                 self._task = self._bar.add_task(self._title, total=total or None)
-            self._bar.update(self._task, completed=done, total=total or None)
+            told = f"{self._title}, {note}" if note else self._title
+            self._bar.update(self._task, description=told, completed=done, total=total or None)
 
     def say(
         self,
@@ -261,6 +265,7 @@ class Meter:
         parts = [f"{self._title}: {self._percent_text().lstrip()}"]
         if self._pace.done < self._pace.total:
             parts += filter(None, (self.rate_text(), self._left_text()))
+        parts += filter(None, [self._note])
         return ", ".join(parts)
 
     def _percent_text(self) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from orchestrator.executor import Event
+from workers.calibrate import Calibrated, CalibrationItem
 from workers.contracts import CurveResult, Failure, Result, Task
 
 Kind = Literal["Counter", "Gauge", "Histogram"]
@@ -58,7 +59,9 @@ class RunMetrics:
         if self._metrics:
             self._refresher.join()
 
-    def on_start(self, name: str, tasks: Sequence[Task], finished: set[str]) -> None:
+    def on_start(
+        self, name: str, tasks: Sequence[Task | CalibrationItem], finished: set[str]
+    ) -> None:
         """Begin a pass, see `CompressionProgress.on_start`."""
         if not tasks:  # The assembly: the figures of the last pass stand.
             return
@@ -78,7 +81,7 @@ class RunMetrics:
             self._count("lestd_tasks_retried_total", 1)
 
     def on_progress(
-        self, outcome: Result | CurveResult | Failure, finished: int, total: int
+        self, outcome: Result | CurveResult | Calibrated | Failure, finished: int, total: int
     ) -> None:
         """A task has ended."""
         if not self._metrics:  # It failed before any was started.

@@ -32,6 +32,7 @@ from orchestrator.evaluation import DTYPES, EvaluationModel, require_positive
 from orchestrator.executor import Executor, Listener, WorkerSpec
 from orchestrator.pieces import EvaluationDirectory
 from orchestrator.recording import ModelFacts, evaluation_id, evaluation_versions
+from orchestrator.texts import decode_text
 from workers.contracts import EvalRequest, EvalResult, Failure
 from workers.evaluate import EvalWorker
 from workers.files import AnyPath, file_sha256
@@ -142,7 +143,7 @@ def evaluate(
     require_positive("max-windows", max_windows)
     if dtype not in DTYPES:
         raise LestdError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    text = _read_text(text_path)
+    text = read_text(text_path)
     token_ids = _tokenize(model.tokenizer, text, text_path)
     if max(token_ids) >= model.vocabulary:
         raise LestdError(
@@ -225,19 +226,19 @@ def evaluate(
     return evaluation, deciding
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A text, as it stands in the file.
+
+    Raises:
+        LestdError: it cannot be read, is not UTF-8 or is empty.
+    """
     try:
-        # Bytes first: text mode would turn "\r\n" into "\n".
-        text = path.read_bytes().decode("utf-8")
+        content = path.read_bytes()
     except OSError as error:
         raise LestdError(
             f"the text {path} cannot be read ({error.strerror}); check --text"
         ) from error
-    except UnicodeDecodeError as error:
-        raise LestdError(
-            f"the text {path} is not UTF-8: byte {error.start} is "
-            f"0x{error.object[error.start]:02x}; convert it to UTF-8"
-        ) from error
+    text = decode_text(content, path)
     if not text.strip():
         raise LestdError(f"the text {path} is empty; evaluation needs at least two tokens")
     return text

@@ -2,6 +2,9 @@
 
 source -> plan -> (skip what is done) -> executor -> payload and manifest row -> assemble.
 
+In the metric of activations these are found before the first task that has to be done (see
+`orchestrator.grams`).
+
 With global allocation the middle is walked through twice: pass one finds the groups' curves of
 error against bytes, which decide the budgets that pass two encodes with. Every decision follows
 from what is committed, so a killed run decides the same again.
@@ -20,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from lestd_kernels.errors import LestdError, OutOfSpaceError
+from lestd_kernels.methods import ACTIVATION
 from orchestrator.assemble import assemble, check_output, remove_model
 from orchestrator.config import RunConfig
 from orchestrator.executor import Event, Executor, Listener, WorkerSpec
+from orchestrator.grams import CALIBRATION_DIR, calibrate_for, with_metrics
 from orchestrator.manifest import MANIFEST_DIR, Manifest
 from orchestrator.plan import Plan, decide, make_plan, no_worse_than_uniform
 from orchestrator.rundir import RunDirectory, fingerprint, require_same
@@ -30,16 +35,18 @@ from orchestrator.runs import RunRecord, on_record
 from orchestrator.source import Source
 from orchestrator.tables import size
 from orchestrator.untouched import UNTOUCHED_DIR
+from workers.calibrate import Calibrated, CalibrationItem
 from workers.contracts import CurveResult, CurveTask, Failure, Result, Task
 from workers.decompose import STATIONS, DecomposeWorker
 from workers.files import AnyPath, list_files, not_shared, unseen
 from workers.ranges import is_url
 
 # Called with every finished or failed task, the number done and the number planned.
-OnProgress = Callable[[Result | CurveResult | Failure, int, int], None]
-# Called when a pass begins with its name, its tasks, and the ids of those that are done already;
-# at last with "assemble", which has no tasks.
-OnStart = Callable[[str, Sequence[Task], set[str]], None]
+OnProgress = Callable[[Result | CurveResult | Calibrated | Failure, int, int], None]
+# Called when a pass begins with its name, its tasks, and the ids of those that are done already:
+# "calibrate", whose tasks are items of `workers.calibrate`, "curves", "compress"; at last
+# "assemble", which has none.
+OnStart = Callable[[str, Sequence[Task | CalibrationItem], set[str]], None]
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,7 @@ def compress_model(
     out: AnyPath,
     run_dir: AnyPath,
     *,
+    calibration: AnyPath | None = None,
     fresh: bool = False,
     on_start: OnStart | None = None,
     on_event: Listener | None = None,
@@ -92,6 +100,7 @@ def compress_model(
         out: directory of the compressed model; appears when it is complete, see
             `orchestrator.assemble`.
         run_dir: where the run keeps its payloads and manifest.
+        calibration: directory of the calibration, which runs may share; None for one in `run_dir`.
         fresh: forget what an earlier run left at `out` and `run_dir`.
         on_start: called as a pass begins.
         on_event: told of every start and retry.
@@ -119,7 +128,7 @@ def compress_model(
             run.remove_contents()
             model = None
         recorded = run.fingerprint() or (model and model["fingerprint"])
-        current = fingerprint(source, config, _device(config, recorded, executor))
+        current = fingerprint(source, config, device_of(config, recorded, executor))
         if model is not None:
             require_same(model["fingerprint"], current, out)
             if not run.exists:  # `lestd clean` has dropped it, and nothing is left to do.
@@ -133,6 +142,21 @@ def compress_model(
         until_the_end.enter_context(on_record(record, run.manifest, require_lock))
         run.manifest.compact_many(require_lock)
 
+        def with_activations(todo: list[Task]) -> list[Task]:
+            found = calibrate_for(
+                (planned.task for planned in plan.tasks),
+                source,
+                config,
+                current["config"]["device"],
+                executor,
+                calibration or run_dir / CALIBRATION_DIR,
+                require_lock=require_lock,
+                on_start=on_start,
+                on_event=on_event,
+                on_progress=on_progress,
+            )
+            return [with_metrics(task, found) for task in todo]
+
         encoded_here: set[str] = set()
 
         def run_pass(name: str, plan: Plan, tasks: Sequence[Task]) -> _Pass:
@@ -141,17 +165,20 @@ def compress_model(
             if name == "compress":
                 record.finished_before, record.finished = skipped, len(done)
             todo = [task for task in tasks if task.task_id not in done]
+            if todo:
+                _require_disk(plan, out, run_dir, reclaimed=0)
+                _require_memory(plan, executor)
+                _require_shared(source, run, executor)
+                if config.used_metric == ACTIVATION:
+                    todo = with_activations(todo)
             if on_start is not None:
                 on_start(name, tasks, set(done))
             failures = []
             if todo:
-                _require_disk(plan, out, run_dir, reclaimed=0)
-                _require_memory(plan, executor)
                 # Largest first: small ones fill up the time when workers run out of work.
                 todo.sort(key=lambda task: task.dense_bytes, reverse=True)
                 spec = _worker_spec(plan, config, current["config"]["device"], run)
                 finished = len(done)
-                _require_shared(source, run, executor)
                 for outcome in _run_and_commit(executor, spec, todo, run, record, on_event):
                     require_lock()
                     if isinstance(outcome, Failure):
@@ -217,7 +244,7 @@ def _completed(run: RunDirectory, tasks: Sequence[Task]) -> dict[str, Any]:
     return run.manifest.completed((task.task_id for task in tasks), run.payloads)
 
 
-def _device(config: RunConfig, recorded: dict[str, Any] | None, executor: Executor) -> str:
+def device_of(config: RunConfig, recorded: dict[str, Any] | None, executor: Executor) -> str:
     """The device class: what is asked for; for ``auto`` what the run began with, or the best."""
     if config.device != "auto":
         return config.device

@@ -132,7 +132,7 @@ class Plan:
                 "task_id": planned.task.task_id,
                 "layer": planned.task.layer,
                 "group": planned.task.group,
-                "tensors": [ref.name for ref in planned.task.tensors.values()],
+                "tensors": list(dict.fromkeys(r.name for r in planned.task.tensors.values())),
                 "method": planned.task.method,
                 "pattern": planned.task.method_args["pattern"],
                 "keep": planned.keep,

@@ -15,6 +15,7 @@ from orchestrator.executor import Event
 from orchestrator.meter import Meter
 from orchestrator.metrics import RunMetrics
 from orchestrator.pipeline import Outcome
+from workers.calibrate import Calibrated, CalibrationItem, CalibrationPiece
 from workers.contracts import CurveResult, Failure, Result, Task
 
 # How a line goes on after "attempt 2"; other kinds speak for themselves.
@@ -33,9 +34,9 @@ class CompressionProgress:
         self._run = run
         self._metrics = metrics
         self._meter = Meter("compress", "bytes", run=run)
-        self._tasks: dict[str, Task] = {}
+        self._tasks: dict[str, Task | CalibrationItem] = {}
         self._pass = ""
-        self._done = 0
+        self._done = self._total = 0
         self._began = time.monotonic()
         self._outcome: Outcome | None = None
 
@@ -79,7 +80,9 @@ class CompressionProgress:
         """The run came to its end, complete or with failed tasks."""
         self._outcome = outcome
 
-    def on_start(self, name: str, tasks: Sequence[Task], finished: set[str]) -> None:
+    def on_start(
+        self, name: str, tasks: Sequence[Task | CalibrationItem], finished: set[str]
+    ) -> None:
         """Begin a pass: its tasks, and the ids of those that an earlier call has finished.
 
         The last thing that begins is the assembly, which has no tasks.
@@ -90,8 +93,8 @@ class CompressionProgress:
         self._tasks = {task.task_id: task for task in tasks}
         self._done = sum(self._tasks[task_id].dense_bytes for task_id in finished)
         self._meter.restart(name)
-        total = sum(task.dense_bytes for task in tasks)
-        self._meter.update(self._done, total)
+        self._total = sum(task.dense_bytes for task in tasks)
+        self._meter.update(self._done, self._total)
         if finished:
             line = f"{len(finished)} of {len(tasks)} tasks were finished before"
             fields: dict[str, Any] = {"pass": name, "finished": len(finished)}
@@ -117,7 +120,7 @@ class CompressionProgress:
         self._meter.say(f"task_{event.kind}", line, logging.WARNING, **known)
 
     def on_progress(
-        self, outcome: Result | CurveResult | Failure, finished: int, total: int
+        self, outcome: Result | CurveResult | Calibrated | Failure, finished: int, total: int
     ) -> None:
         """A task has ended."""
         if self._metrics is not None:
@@ -136,10 +139,13 @@ class CompressionProgress:
             )
             return
         self._done += outcome.dense_bytes
+        if isinstance(self._tasks.get(outcome.task_id), CalibrationPiece):
+            self._meter.update(self._done, self._total)  # Hundreds of a kind need no lines.
+            return
         seconds = sum(outcome.seconds.values())
         self._meter.say(
             "task_done",
-            f"{head}: {describe_result(outcome)}, {seconds:.1f} s",
+            f"{head}: {_describe(outcome)}, {seconds:.1f} s",
             done=self._done,
             **known,
             worker=outcome.worker,
@@ -154,6 +160,10 @@ class CompressionProgress:
         known = {"pass": self._pass, "task_id": task_id}
         task = self._tasks.get(task_id)
         return known if task is None else known | {"group": task.group, "layer": task.layer}
+
+
+def _describe(outcome: Result | CurveResult | Calibrated) -> str:
+    return "done" if isinstance(outcome, Calibrated) else describe_result(outcome)
 
 
 def describe_result(result: Result | CurveResult) -> str:
@@ -187,9 +197,11 @@ class SweepProgress:
 
     def listeners(self, name: str) -> dict[str, Any]:
         """What `compress_model` calls, for the compression of that name."""
-        tasks: dict[str, Task] = {}
+        tasks: dict[str, Task | CalibrationItem] = {}
 
-        def on_start(what: str, planned: Sequence[Task], finished: set[str]) -> None:
+        def on_start(
+            what: str, planned: Sequence[Task | CalibrationItem], finished: set[str]
+        ) -> None:
             if not planned:
                 self._meter.say("assembling", f"{name}: {what}", run=name)
                 return
@@ -214,7 +226,9 @@ class SweepProgress:
             about: dict[str, Any] = {"run": name, "task_id": task.task_id, "group": task.group}
             self._meter.say(f"task_{event.kind}", line + event.message, logging.WARNING, **about)
 
-        def on_progress(outcome: Result | CurveResult | Failure, finished: int, total: int) -> None:
+        def on_progress(
+            outcome: Result | CurveResult | Calibrated | Failure, finished: int, total: int
+        ) -> None:
             task = tasks[outcome.task_id]
             self._end(task)
             head = f"[{name} {finished}/{total}] {task.group}"
@@ -224,17 +238,20 @@ class SweepProgress:
                 self._meter.say("task_failed", line, logging.ERROR, **about)
                 return
             self._done[name] += task.dense_bytes
+            if isinstance(task, CalibrationPiece):
+                self._meter.update(sum(self._done.values()), sum(self._total.values()))
+                return
             seconds = sum(outcome.seconds.values())
             self._meter.say(
                 "task_done",
-                f"{head}: {describe_result(outcome)}, {seconds:.1f} s",
+                f"{head}: {_describe(outcome)}, {seconds:.1f} s",
                 done=sum(self._done.values()),
                 **about,
             )
 
         return {"on_start": on_start, "on_event": on_event, "on_progress": on_progress}
 
-    def _end(self, task: Task) -> None:
+    def _end(self, task: Task | CalibrationItem) -> None:
         if (task_id := self._running.pop(task.group, None)) is not None:
             self._meter.end(task_id)
 

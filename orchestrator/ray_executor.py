@@ -161,6 +161,7 @@ class RayExecutor:
                         queue.add(following.attempt)
                         notify(retried(following))
                     else:
+                        queue.ended(following.task_id)
                         yield following
         finally:
             pool.close()

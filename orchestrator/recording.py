@@ -22,6 +22,7 @@ import transformers
 
 from lestd_kernels.errors import LestdError
 from orchestrator import logs
+from orchestrator.adapter import adapter_file
 from orchestrator.evaluation import EvaluationModel, open_model
 from orchestrator.inspection import stored_scope_bytes
 from orchestrator.manifest import MANIFEST_DIR, Manifest
@@ -65,6 +66,8 @@ def model_facts(model: EvaluationModel) -> ModelFacts:
     """
     directory = model.directory
     shards = sample_digests(ShardIndex.from_directory(directory))
+    if (adapter := adapter_file(directory)) is not None:
+        shards[adapter.name] = file_sha256(adapter)
     names = {*_TOKENIZER_FILES, *model.tokenizer.vocab_files_names.values()}
     tokenizer = {
         name: file_sha256(directory / name)

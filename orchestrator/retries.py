@@ -177,11 +177,16 @@ SlotT = TypeVar("SlotT")
 
 
 class Queue:
-    """The items that no worker has: first those that are tried again and due, then the others."""
+    """The items that no worker has: first those that are tried again and due, then the others.
+
+    An item with `after` waits for the items of those ids, which stand before it, and those behind
+    it wait with it.
+    """
 
     def __init__(self, items: Iterable[Any]) -> None:
         self._fresh = deque(Attempt(item) for item in items)
         self._again: list[Attempt] = []
+        self._unfinished = {attempt.item.task_id for attempt in self._fresh}
 
     def __len__(self) -> int:
         return len(self._fresh) + len(self._again)
@@ -190,6 +195,10 @@ class Queue:
         """Have an item tried again, once it is due."""
         self._again.append(attempt)
         self._again.sort(key=lambda attempt: attempt.due)
+
+    def ended(self, task_id: str) -> None:
+        """An item will not be tried again."""
+        self._unfinished.discard(task_id)
 
     def pop(self) -> Attempt:
         """Take any item out, due or not."""
@@ -202,8 +211,13 @@ class Queue:
             if (slot := free(attempt)) is not None:
                 self._again.remove(attempt)
                 yield attempt, slot
-        while self._fresh and (slot := free(self._fresh[0])) is not None:
+        while self._fresh and self._may_begin(self._fresh[0].item):
+            if (slot := free(self._fresh[0])) is None:
+                return
             yield self._fresh.popleft(), slot
+
+    def _may_begin(self, item: Any) -> bool:
+        return self._unfinished.isdisjoint(getattr(item, "after", ()))
 
     def seconds_until_due(self) -> float:
         """Until an item that is not due now will be; infinite if there is none."""

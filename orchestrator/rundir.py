@@ -7,6 +7,7 @@ OUT.run/          on a disk or in an object store
     payloads/     <task_id>-<sha256>.safetensors, one per finished task
     manifest/     see orchestrator.manifest
     untouched/    see orchestrator.untouched; there while a model is put together
+    calibration/  see orchestrator.grams; of a run in the metric of activations
 """
 
 from __future__ import annotations
@@ -85,19 +86,19 @@ def require_same(recorded: dict[str, Any], current: dict[str, Any], where: AnyPa
     Raises:
         LestdError: the fingerprints differ; the sentence names the fields.
     """
-    if changes := _differences(recorded, current):
+    if changes := differences(recorded, current):
         raise LestdError(
             f"{where} belongs to a run that differs in: {'; '.join(changes)}; undo the change to "
             "continue it, choose another --out, or start over with --fresh"
         )
 
 
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
     """Paths of the values that differ, each with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in sorted(old.keys() | new.keys()):
-            found += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
         return found
     return [] if old == new else [f"{path} (was {_short(old)}, is {_short(new)})"]
 
@@ -268,6 +269,7 @@ class RunDirectory:
         remove_tree(self.payloads)
         remove_tree(self.manifest.directory)
         remove_tree(self.path / "untouched")
+        remove_tree(self.path / "calibration")
         for name in ("plan.json", "run.json"):
             remove_file(self.path / name)
 

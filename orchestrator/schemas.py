@@ -162,13 +162,15 @@ GROUPS = TableSpec(
 
 SLICES = TableSpec(
     "slices",
-    "one row per slice: one head of one projection of a finished group",
+    "one row per slice: one head, or one expert, of one projection of a finished group",
     (
         *_TASK,
-        Column("projection", _TEXT, "q, k, v or o", required=True),
-        Column("head", _INT, "index of the head; a key or value head where heads share them"),
+        Column("projection", _TEXT, "q, k, v, o, gate, up or down", required=True),
+        Column(
+            "head", _INT, "index of the head (a key or value head where heads share them) or expert"
+        ),
         Column("nnz", _LONG, "stored non-zeros of the slice"),
-        Column("density", _REAL, "nnz / (R1 R2)"),
+        Column("density", _REAL, "nnz / elements that it could have had"),
         Column("core_bytes", _REAL, "share of its core's bytes, by nnz", "bytes"),
         Column("relative_error", _REAL, "||W_s - W_hat_s|| / ||W_s||"),
         Column("squared_norm", _REAL, "||W_s||^2", "weights^2"),

@@ -284,7 +284,7 @@ def print_status(state: dict[str, Any], json: bool) -> None:
                 tables.ranks(layer),
                 f"{layer['density']:.4f}" if done else "",
                 layer.get("codec", ""),
-                f"{layer['relative_error']:.4f}" if done else layer.get("message", ""),
+                _error(layer["relative_error"]) if done else layer.get("message", ""),
             )
         )
     columns = ("layer", "state", "target", "stored", "ranks", "density", "codec", "relative error")
@@ -309,6 +309,11 @@ def print_status(state: dict[str, Any], json: bool) -> None:
             f"{count} {'file' if count == 1 else 'files'} of the manifest cannot be read: {remedy}",
             soft_wrap=True,
         )
+
+
+def _error(value: float | None) -> str:
+    """A relative error; of values that were trained nobody knows it."""
+    return "" if value is None else f"{value:.4f}"
 
 
 def print_export(export: Export, json: bool) -> None:

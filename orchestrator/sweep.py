@@ -1,6 +1,7 @@
 """A checkpoint at several sizes: compressed and judged, with the dense model as what to beat.
 
     DIR/keep-0.80           the model, DIR/keep-0.80.run its run: as `lestd compress` makes them
+    DIR/calibration         the activations of the dense model, where its metric is made of them
     DIR/evaluations         finished pieces of the evaluations, of the dense model too
     DIR/manifest            their rows; DIR/keep-0.80/manifest has those of its model and the dense
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lestd_kernels.errors import LestdError
+from lestd_kernels.methods import ACTIVATION
 from orchestrator import logs, tables
 from orchestrator.bundles import compress_together
 from orchestrator.config import RunConfig
@@ -24,14 +26,17 @@ from orchestrator.curve import Point, Quality, text_qualities
 from orchestrator.evaluated import evaluate_models
 from orchestrator.evaluation import open_model
 from orchestrator.executor import Executor
+from orchestrator.grams import CALIBRATION_DIR, calibrate_for
 from orchestrator.manifest import MANIFEST_DIR, Manifest, default_run_dir
 from orchestrator.meter import Meter
-from orchestrator.pipeline import Outcome, compress_model
+from orchestrator.pipeline import Outcome, compress_model, device_of
 from orchestrator.plan import make_plan
 from orchestrator.progress import SweepProgress
 from orchestrator.recording import open_models, record
+from orchestrator.rundir import RunDirectory
 from orchestrator.source import Source
 from workers.checkpoint import ShardIndex
+from workers.files import remove_tree
 
 if TYPE_CHECKING:  # It imports lm_eval.
     from orchestrator.judging import Examination
@@ -64,6 +69,7 @@ def compress_keeps(
     executor: Executor,
     out: Path,
     *,
+    calibration: Path | None = None,
     fresh: bool = False,
 ) -> dict[float, Outcome]:
     """Compress a checkpoint to each of several sizes; continue where an earlier call stopped.
@@ -73,7 +79,8 @@ def compress_keeps(
         configs: what to compute, by keep; alike but for the keep.
         executor: who computes.
         out: directory of the sweep.
-        fresh: forget what an earlier call left there.
+        calibration: directory of one that several sweeps share; None for one in `out`.
+        fresh: forget what an earlier call left there, but for a calibration that is shared.
 
     Returns:
         The outcomes, by keep.
@@ -85,6 +92,23 @@ def compress_keeps(
     _require_disk(out, sum(plan.disk_bytes for plan in plans))
     reuse_bytes = max(planned.bounds.reuse_bytes for plan in plans for planned in plan.tasks)
     logs.log("sweep_started", f"{out.name}: {', '.join(map(str, configs))}", out=str(out))
+    shared, calibration = calibration is not None, calibration or out / CALIBRATION_DIR
+    keep, config = next(iter(configs.items()))
+    if config.used_metric == ACTIVATION:
+        # Once, before the compressions find that each wants it.
+        begun = RunDirectory(default_run_dir(model_dir(out, keep)))
+        if fresh and not shared:
+            remove_tree(calibration)
+        with Meter("calibrate", "bytes") as meter:
+            calibrate_for(
+                [planned.task for planned in plans[0].tasks],
+                source,
+                config,
+                device_of(config, None if fresh else begun.fingerprint(), executor),
+                executor,
+                calibration,
+                **SweepProgress(meter).listeners(out.name),
+            )
     with Meter("compress", "bytes") as meter:
         progress = SweepProgress(meter)
         compressions = [
@@ -94,6 +118,7 @@ def compress_keeps(
                 config,
                 out=model_dir(out, keep),
                 run_dir=default_run_dir(model_dir(out, keep)),
+                calibration=calibration,
                 fresh=fresh,
                 **progress.listeners(model_dir(out, keep).name),
             )
@@ -135,7 +160,7 @@ def check_judgeable(source: Source, text: Path | None, window: int | None) -> No
 
 def judge_keeps(
     dense: Path,
-    keeps: Sequence[float],
+    compressed: Sequence[Path],
     out: Path,
     executor: Executor,
     *,
@@ -148,7 +173,7 @@ def judge_keeps(
 
     Args:
         dense: directory of the dense model.
-        keeps: the models, which are compressed.
+        compressed: directories of those of the keeps.
         out: directory of the sweep.
         executor: who computes.
         text: what to predict, or None.
@@ -162,7 +187,7 @@ def judge_keeps(
     Raises:
         LestdError: see `evaluate` and `judge`.
     """
-    models = [dense, *(model_dir(out, keep) for keep in keeps)]
+    models = [dense, *compressed]
     opened = open_models(models, window)
 
     def keep_rows(rows: Sequence[dict[str, Any]]) -> None:

@@ -20,8 +20,10 @@ from transformers import (
     AutoModelForCausalLM,
     GPTJConfig,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -82,11 +84,25 @@ CONFIGS: dict[str, PretrainedConfig] = {
         **_LLAMA_LIKE | {"hidden_size": 40, "num_key_value_heads": 2}, head_dim=14
     ),
     "qwen3_moe": Qwen3MoeConfig(
-        **_LLAMA_LIKE | {"hidden_size": 40, "num_key_value_heads": 2},
+        **_LLAMA_LIKE | {"hidden_size": 40, "num_key_value_heads": 2, "num_hidden_layers": 3},
         head_dim=14,
         moe_intermediate_size=24,
         num_experts=4,
         num_experts_per_tok=2,
+        mlp_only_layers=[1],
+    ),
+    "mixtral": MixtralConfig(
+        **_LLAMA_LIKE | {"num_key_value_heads": 2, "intermediate_size": 20},
+        num_local_experts=5,
+        num_experts_per_tok=2,
+    ),
+    "gpt_oss": GptOssConfig(
+        **_LLAMA_LIKE | {"hidden_size": 40, "num_key_value_heads": 2, "intermediate_size": 20},
+        head_dim=14,
+        sliding_window=8,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
     ),
     "gpt_neox": GPTNeoXConfig(
         **_COMMON,

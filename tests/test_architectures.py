@@ -15,23 +15,26 @@ from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig
 from lestd_kernels.errors import LestdError
 from lestd_kernels.tensorize import fold_weights, unfold_weights
 from orchestrator.architectures import (
-    AttentionGroup,
+    SliceGroup,
     architectures,
     find_architecture,
     parse_architecture,
 )
 from workers.checkpoint import ShardIndex, read_tensor
 
-KNOWN = ("gpt_neox", "gptj", "llama", "mistral", "opt", "qwen2", "qwen3", "qwen3_moe")
+KNOWN = (
+    *("gpt_neox", "gpt_oss", "gptj", "llama", "mistral", "mixtral", "opt", "qwen2", "qwen3"),
+    "qwen3_moe",
+)
 
 
-def groups_of(directory: Path) -> list[AttentionGroup]:
+def groups_of(directory: Path, scope: str = "attention") -> list[SliceGroup]:
     config = AutoConfig.from_pretrained(directory)
     index = ShardIndex.from_directory(directory)
-    return find_architecture(config).attention_groups(config, index)
+    return find_architecture(config).groups(config, index, scope)
 
 
-def weights_of(group: AttentionGroup) -> dict[str, torch.Tensor]:
+def weights_of(group: SliceGroup) -> dict[str, torch.Tensor]:
     return {name: read_tensor(ref) for name, ref in group.tensors.items()}
 
 
@@ -76,7 +79,7 @@ def test_groups_are_the_modules_of_the_loaded_model(
             assert torch.equal(weights[name], expected)
 
 
-def mark_heads(config: Any, group: AttentionGroup) -> dict[str, torch.Tensor]:
+def mark_heads(config: Any, group: SliceGroup) -> dict[str, torch.Tensor]:
     """Weights whose every element says which head of which projection it belongs to.
 
     Written from each family's attention code, not from the layout: Q, K and V of a head are rows
@@ -256,7 +259,7 @@ def test_a_config_without_layers(layers: int, tiny_models: dict[str, Path]) -> N
     config.num_hidden_layers = layers
     index = ShardIndex.from_directory(tiny_models["llama"])
     with pytest.raises(LestdError, match=rf"num_hidden_layers {layers}; expected at least 1"):
-        find_architecture(config).attention_groups(config, index)
+        find_architecture(config).groups(config, index, "attention")
 
 
 def test_a_fused_module_needs_equal_head_counts(tiny_models: dict[str, Path]) -> None:
@@ -277,11 +280,18 @@ def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
     assert "orchestrator/architectures" in message
 
 
+Q = {"name": "q", "projections": ["q"], "basis_side": "input"}
+ATTENTION = {"path": "a", "norm": "n", "modules": [Q]}
+EXPERTS = {
+    **{"path": "e", "norm": "n", "hidden_width": "f", "count": "c", "guard": "g"},
+    "modules": [Q | {"stored": {"tensor": "t"}}],
+}
 VALID = {
     "family": "x",
-    "attention_path": "m.{layer}.a",
+    "layer_path": "m.{layer}",
     "base_model_prefix": "m.",
-    "modules": [{"name": "q", "projections": ["q"], "basis_side": "input"}],
+    "attention": ATTENTION,
+    "experts": EXPERTS,
 }
 
 
@@ -289,11 +299,23 @@ VALID = {
     ("change", "message"),
     [
         ({"modul": []}, "modul: Extra inputs"),
-        ({"attention_path": "m.a"}, "attention_path: .*exactly once"),
-        ({"modules": []}, "modules: .*at least 1"),
-        ({"modules": [VALID["modules"][0] | {"basis_side": "left"}]}, r"modules\.0\.basis_side"),
-        ({"modules": [VALID["modules"][0] | {"projections": ["w"]}]}, r"modules\.0\.projections"),
-        ({"modules": [VALID["modules"][0] | {"projections": []}]}, r"modules\.0\.projections"),
+        ({"layer_path": "m.a"}, "layer_path: .*exactly once"),
+        ({"attention": None}, "attention: "),
+        ({"attention": ATTENTION | {"modules": []}}, r"attention\.modules: .*at least 1"),
+        (
+            {"attention": ATTENTION | {"modules": [Q | {"basis_side": "left"}]}},
+            r"attention\.modules\.0\.basis_side",
+        ),
+        (
+            {"attention": ATTENTION | {"modules": [Q | {"projections": ["w"]}]}},
+            r"attention\.modules\.0\.projections",
+        ),
+        (
+            {"attention": ATTENTION | {"modules": [Q | {"projections": []}]}},
+            r"attention\.modules\.0\.projections",
+        ),
+        ({"experts": EXPERTS | {"modules": [Q]}}, r"experts\.modules\.0\.stored: Field required"),
+        ({"ffn": ATTENTION}, r"ffn\.hidden_width: Field required"),
         ({"family": 3}, "family: "),
     ],
 )

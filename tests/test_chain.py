@@ -44,30 +44,43 @@ def test_codes_are_packed_without_loss(bits: int, count: int) -> None:
     assert stored.tolist() == expected
 
 
+@pytest.mark.parametrize("has_zero", [False, True])
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
-def test_every_value_goes_to_the_nearest_level(bits: int, dtype: torch.dtype) -> None:
+def test_every_value_goes_to_the_nearest_level(
+    bits: int, dtype: torch.dtype, has_zero: bool
+) -> None:
     torch.manual_seed(bits)
     values = torch.randn(200) * torch.logspace(-3, 2, 200)
     values[64:128] = 0
-    codes, scales = quantize(values, bits, dtype)
-    assert codes.numel() + scales.numel() * dtype.itemsize == values_bytes(
-        200, bits, dtype.itemsize
-    )
-    found = dequantize(codes, scales, 200, bits)
+    codes, scales = quantize(values, bits, dtype, has_zero=has_zero)
+    stored_bytes = codes.numel() + scales.numel() * dtype.itemsize
+    assert stored_bytes == values_bytes(200, bits, dtype.itemsize)
+    found = dequantize(codes, scales, 200, bits, has_zero)
     assert found.dtype == dtype
     assert torch.equal(found[64:128], torch.zeros(64, dtype=dtype))
+    offset = 2 ** (bits - 1) if has_zero else (2**bits - 1) / 2
     for first in range(0, 200, GROUP):
         scale = float(scales[first // GROUP])
-        grid = [(code - (2**bits - 1) / 2) * scale for code in range(2**bits)]
-        for value, stored in zip(
-            values[first : first + GROUP].tolist(),
-            found[first : first + GROUP].tolist(),
-            strict=True,
-        ):
+        grid = [(code - offset) * scale for code in range(2**bits)]
+        group = values[first : first + GROUP].tolist()
+        largest = max(group, key=abs)
+        outer = grid[0] if has_zero else max(grid)
+        assert outer == pytest.approx(largest if has_zero else abs(largest), rel=2**-8)
+        for value, stored in zip(group, found[first : first + GROUP].tolist(), strict=True):
             nearest = min(abs(value - level) for level in grid)
             # The stored value is itself rounded to the dtype.
             assert abs(value - stored) <= nearest + abs(stored) * torch.finfo(dtype).eps + 1e-30
+
+
+def test_positions_of_kept_zeros_are_stored() -> None:
+    matrix = torch.tensor([[0.0, 5.0, 0.0], [0.0, 1.0, 0.0]])
+    mask = torch.tensor([[True, True, False], [False, True, False]])
+    for bits in (16, 4):
+        core = EncodedCore.quantized(matrix, bits, torch.float32, codec="bitmask", mask=mask)
+        assert core.nnz == 3
+        core.check()
+        assert torch.equal(core.decode() != 0, mask if bits == 4 else matrix != 0)
 
 
 def layout(*modules: ModuleLayout, width: int = 12, head_dim: int = 5) -> GroupLayout:

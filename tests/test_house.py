@@ -20,6 +20,7 @@ RAY = {Path(f"orchestrator/{name}.py") for name in ("ray_executor", "submit", "m
 ABOVE = {"orchestrator": (), "workers": ("orchestrator",), "lestd_kernels": HOUSE[:2]}
 ALLOWED = {
     "workers": {
+        "accelerate",
         "fsspec",
         "huggingface_hub",
         "torch",

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lestd_kernels.entries import with_stored_path
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import METHODS, Decomposed, MethodArgs
 from lestd_kernels.methods.base import STATISTICS, add_seconds
@@ -193,7 +194,7 @@ class DecomposeWorker:
                 "task_id": task.task_id,
                 "layer": task.layer,
                 "group": task.group,
-                "tensors": tuple(ref.name for ref in task.tensors.values()),
+                "tensors": tuple(dict.fromkeys(ref.name for ref in task.tensors.values())),
                 "method": task.method,
                 "pattern": args.pattern,
                 "source_sha256": source_sha256,
@@ -232,7 +233,7 @@ class DecomposeWorker:
                     payload=payload,
                     sha256=sha256,
                     payload_bytes=payload_bytes,
-                    format=decomposition.describe(task.group),
+                    format=with_stored_path(decomposition.describe(task.group), task.tensor_prefix),
                     ranks=decomposition.ranks,
                     nnz=decomposition.nnz,
                     density=decomposition.nnz / decomposition.core_elements,

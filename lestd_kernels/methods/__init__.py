@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from lestd_kernels.methods import lestd, tucker
+from lestd_kernels.methods import (
+    asvd,
+    gptq,
+    hosvd,
+    laser,
+    lestd,
+    magnitude,
+    per_head_tucker,
+    rtn,
+    sparsegpt,
+    svd,
+    svd_llm,
+    td_moe,
+    tt,
+    tucker,
+    wanda,
+)
 from lestd_kernels.methods.base import (
     ACTIVATION,
     METRICS,
@@ -14,8 +30,28 @@ from lestd_kernels.methods.base import (
     MethodArgs,
     SliceStats,
 )
+from lestd_kernels.methods.super_weights import with_super_weights
 
-METHODS: dict[str, Method] = {method.name: method for method in (lestd.METHOD, tucker.METHOD)}
+METHODS: dict[str, Method] = {
+    method.name: with_super_weights(method)
+    for method in (
+        lestd.METHOD,
+        tucker.METHOD,
+        hosvd.METHOD,
+        per_head_tucker.METHOD,
+        td_moe.METHOD,
+        tt.METHOD,
+        svd.METHOD,
+        svd_llm.METHOD,
+        asvd.METHOD,
+        laser.METHOD,
+        magnitude.METHOD,
+        wanda.METHOD,
+        rtn.METHOD,
+        gptq.METHOD,
+        sparsegpt.METHOD,
+    )
+}
 
 __all__ = [
     "ACTIVATION",

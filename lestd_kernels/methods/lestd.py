@@ -9,6 +9,8 @@ Reference: "LeSTD: LLM Compression via Learning-based Sparse Tensor Decompositio
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 
@@ -168,22 +170,52 @@ def _most_nonzeros(shape: GroupShape, byte_budget: int, candidates: Sequence[Ran
 
 
 def _most_nonzeros_at(shape: GroupShape, byte_budget: int, ranks: Ranks) -> int:
-    """The most non-zeros that fit with each core in any codec; exact."""
+    """The most non-zeros that fit with each core in any codec; exact.
+
+    A core's bytes are concave in its non-zeros: the fewest of several lines. To shift non-zeros
+    from one partly filled core to another, in the better direction, costs nothing, so that with
+    some optimal numbers every core but one is full or empty.
+    """
     cores = range(len(shape.core_slices))
-    sizes = [rows * columns for rows, columns in (shape.core_shape(ranks, c) for c in cores)]
+    kinds = Counter(
+        (math.prod(shape.core_shape(ranks, core)), tuple(shape.codec_lines(ranks, core)))
+        for core in cores
+    )
+    empty = sum(count * _core_bytes(lines, 0) for (_, lines), count in kinds.items())
+    spare = byte_budget - shape.factor_bytes(ranks) - empty
+    if spare < 0:
+        return 0
     most = 0
-    for codecs in itertools.product(*(shape.codec_lines(ranks, core) for core in cores)):
-        left = byte_budget - shape.factor_bytes(ranks) - sum(fixed for fixed, _ in codecs)
+    filling = [_core_bytes(lines, size) - _core_bytes(lines, 0) for size, lines in kinds]
+    *others, last = (range(count + 1) for count in kinds.values())
+    for some in itertools.product(*others):
+        left = spare - sum(n * more for n, more in zip(some, filling, strict=False))
         if left < 0:
             continue
-        total = 0
-        for per_nonzero, size in sorted((o, s) for (_, o), s in zip(codecs, sizes, strict=True)):
-            # The dense codec stores every element at the same bytes.
-            count = min(size, left // per_nonzero) if per_nonzero else size
-            total += count
-            left -= count * per_nonzero
-        most = max(most, total)
+        # Of cores that are all alike the most that fit are full.
+        top = min(last[-1], left // filling[-1])
+        for full in range(top if not others else 0, top + 1):
+            rest = left - full * filling[-1]
+            total = partial = 0
+            for n, (size, lines), count in zip((*some, full), kinds, kinds.values(), strict=True):
+                total += n * size
+                if n < count:
+                    partial = max(partial, _partial(size, lines, rest + _core_bytes(lines, 0)))
+            most = max(most, total + partial)
     return most
+
+
+def _core_bytes(lines: Sequence[tuple[int, int]], nnz: int) -> int:
+    return min(fixed + per_nonzero * nnz for fixed, per_nonzero in lines)
+
+
+def _partial(size: int, lines: Sequence[tuple[int, int]], byte_budget: int) -> int:
+    """The most non-zeros of one core within a budget, with the best codec."""
+    return max(
+        min(size, (byte_budget - fixed) // per_nonzero) if per_nonzero else size
+        for fixed, per_nonzero in lines
+        if fixed <= byte_budget
+    )
 
 
 def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:

@@ -1,189 +1,60 @@
-"""Model families: where each keeps its attention projections, and how they divide into heads.
+"""Model families: where each keeps its weights, and how they divide into slices.
 
 A family is one JSON file in this directory, and adding one is adding a file:
 
     family              the family, as ``model_type`` in config.json calls it
-    attention_path      path of the attention block in ``AutoModelForCausalLM``, with ``{layer}``
+    layer_path          path of a decoder layer in ``AutoModelForCausalLM``, with ``{layer}``
     base_model_prefix   the part of that path that a checkpoint may leave out
+    attention           the attention block
+    ffn                 the dense feed-forward block; absent where every layer has experts
+    experts             the experts; absent where there are none
+
+and a block:
+
+    path                path of the block below the layer; "" for modules of the layer itself
+    norm                the norm whose output the block reads, below the layer
     modules             the block's linear modules, in the order of the unfolding:
         name            name of the module; its tensor is ``<name>.weight``, ``(out, in)``
-        projections     ["q"], ["k"], ["v"] or ["o"]; several for a fused module, whose heads are
-                        interleaved: q, k and v of head 0, then of head 1, ...
+        projections     ["q"], ["k"], ["v"], ["o"], ["gate"], ["up"] or ["down"]; several for a
+                        fused module, whose heads are interleaved: q, k and v of head 0, of head 1
         basis_side      the side that U1 stands on: "input" where the module reads the residual
-                        stream (Q, K, V), "output" where it writes it (O)
+                        stream (q, k, v, gate, up), "output" where it writes it (o, down)
+    hidden_width        ffn and experts: name of the width between up and down in config.json
+
+and experts:
+
+    stored_path         path of the block in the checkpoint, where it is another one
+    count               name of the number of experts in config.json
+    guard               the parameter of the block in Transformers that stands for all of them
+    modules             once for every expert, as module ``expert_<number>.<name>``, and
+        stored.tensor       its tensor below the block: with ``{expert}`` one for each expert,
+                            without, one that stacks them all along its first axis
+        stored.part         [k, n] where the tensor interleaves n modules: columns k, k + n, ...
+        stored.transposed   true where the tensor is ``(in, out)``
 
 Sizes are not written down here: they come from the model's config.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ValidationError
 from transformers import PretrainedConfig
 
 from lestd_kernels.errors import LestdError
-from lestd_kernels.tensorize import BasisSide, GroupLayout, ModuleLayout
-from workers.checkpoint import ShardIndex
-from workers.contracts import TensorRef
+from orchestrator.architectures.groups import SCOPES, Architecture, SliceGroup
 
-COMPRESSIBLE_DTYPES = ("BF16", "F16", "F32")
-"""safetensors names of the dtypes that a compressed weight may have."""
-
-
-@dataclass(frozen=True)
-class SliceGroup:
-    """One block of one layer: its slice group and where its weights lie.
-
-    Attributes:
-        layer: index of the decoder layer.
-        scope: ``"attention"``, ``"ffn"`` or ``"experts"``.
-        group: path of the block in the loaded model.
-        tensor_prefix: path of the block in the checkpoint's tensor names; differs from `group`
-            only where the checkpoint leaves the base model's prefix out.
-        layout: how the weights divide into slices.
-        tensors: module name -> its weight, in the layout's order; one dtype.
-        norms: `ModuleLayout.reads` -> weight of the norm that makes this input, where one does.
-    """
-
-    layer: int
-    scope: str
-    group: str
-    tensor_prefix: str
-    layout: GroupLayout
-    tensors: dict[str, TensorRef]
-    norms: dict[str, TensorRef]
-
-
-class AttentionModule(BaseModel):
-    """One linear module of an attention block; fields as in the module's docstring."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    projections: tuple[Literal["q", "k", "v", "o"], ...] = Field(min_length=1)
-    basis_side: BasisSide
-
-
-class Architecture(BaseModel):
-    """One model family; fields as in the module's docstring."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    family: str
-    attention_path: str
-    base_model_prefix: str
-    modules: tuple[AttentionModule, ...] = Field(min_length=1)
-
-    @field_validator("attention_path")
-    @classmethod
-    def _has_one_layer(cls, path: str) -> str:
-        if path.count("{layer}") != 1:
-            raise ValueError("must contain {layer} exactly once")
-        return path
-
-    def layout(self, config: PretrainedConfig) -> GroupLayout:
-        """The slice group of every attention block of a model with this config.
-
-        Raises:
-            LestdError: the config's head counts or widths are not possible.
-        """
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        if heads < 1 or kv_heads < 1 or heads % kv_heads or config.hidden_size < 1:
-            raise LestdError(
-                f"config.json has {heads} attention heads, {kv_heads} key/value heads and a "
-                f"hidden size of {config.hidden_size}; expected positive numbers, the first a "
-                "multiple of the second; use the config.json that belongs to the weights"
-            )
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        counts = {"q": heads, "k": kv_heads, "v": kv_heads, "o": heads}
-        modules = []
-        for module in self.modules:
-            if len({counts[p] for p in module.projections}) > 1:
-                raise LestdError(
-                    f"{module.name} fuses projections with {heads} and {kv_heads} heads, and "
-                    f"{self.family} has one layout only for equal numbers; config.json must "
-                    "have num_key_value_heads equal to num_attention_heads"
-                )
-            module_heads = range(counts[module.projections[0]])
-            slices = tuple((p, head) for head in module_heads for p in module.projections)
-            reads = "in" if module.basis_side == "input" else "heads"
-            modules.append(ModuleLayout(module.name, module.basis_side, slices, reads))
-        return GroupLayout(config.hidden_size, head_dim, tuple(modules))
-
-    def groups(self, config: PretrainedConfig, index: ShardIndex, scope: str) -> list[SliceGroup]:
-        """The blocks of every layer that a scope names, found in the checkpoint and checked.
-
-        Raises:
-            LestdError: there is no layer, a weight is absent, its shape is not what config.json
-                says, or its dtype is not one that can be compressed, or differs within a block.
-        """
-        if config.num_hidden_layers < 1:
-            raise LestdError(
-                f"config.json has num_hidden_layers {config.num_hidden_layers}; expected at least "
-                "1; use the config.json that belongs to the weights"
-            )
-        layout = self.layout(config)
-        prefix = self._checkpoint_prefix(index)
-        groups = []
-        for layer in range(config.num_hidden_layers):
-            path = self.attention_path.replace("{layer}", str(layer))
-            tensor_prefix = path.removeprefix(prefix)
-            tensors = {
-                module.name: _find_weight(index, f"{tensor_prefix}.{module.name}.weight")
-                for module in layout.modules
-            }
-            for module in layout.modules:
-                _check_weight(tensors[module.name], layout.weight_shape(module))
-            _check_same_dtype(list(tensors.values()))
-            groups.append(SliceGroup(layer, "attention", path, tensor_prefix, layout, tensors, {}))
-        return groups
-
-    def _checkpoint_prefix(self, index: ShardIndex) -> str:
-        """The part of `attention_path` that the checkpoint leaves out, perhaps nothing."""
-        full = self.attention_path.partition("{layer}")[0]
-        short = full.removeprefix(self.base_model_prefix)
-        has_full = any(name.startswith(full) for name in index.tensors)
-        has_short = any(name.startswith(short) for name in index.tensors)
-        return self.base_model_prefix if has_short and not has_full else ""
-
-
-def _find_weight(index: ShardIndex, name: str) -> TensorRef:
-    if name not in index.tensors:
-        raise LestdError(
-            f"tensor {name} is absent from the checkpoint in {index.location}, which its "
-            "config.json says it has; download it again, or use the config.json that belongs to it"
-        )
-    return index.tensors[name]
-
-
-def _check_weight(ref: TensorRef, expected: tuple[int, int]) -> None:
-    if ref.shape != expected:
-        raise LestdError(
-            f"tensor {ref.name} in {ref.shard} has the shape {list(ref.shape)}, and config.json "
-            f"says {list(expected)}; use the config.json that belongs to the weights"
-        )
-    if ref.dtype not in COMPRESSIBLE_DTYPES:
-        raise LestdError(
-            f"tensor {ref.name} in {ref.shard} is stored as {ref.dtype}, and only "
-            f"{', '.join(COMPRESSIBLE_DTYPES)} can be compressed; start from the model before it "
-            "was quantized or converted"
-        )
-
-
-def _check_same_dtype(refs: list[TensorRef]) -> None:
-    first = refs[0]
-    for ref in refs[1:]:
-        if ref.dtype != first.dtype:
-            raise LestdError(
-                f"tensor {ref.name} in {ref.shard} is stored as {ref.dtype} and {first.name} as "
-                f"{first.dtype}; the weights of one attention block must have one dtype, save "
-                "the model in one"
-            )
+__all__ = [
+    "SCOPES",
+    "Architecture",
+    "SliceGroup",
+    "architectures",
+    "check_family",
+    "find_architecture",
+    "parse_architecture",
+]
 
 
 @cache
@@ -240,7 +111,6 @@ def check_family(model_type: object) -> None:
     if not isinstance(model_type, str) or model_type not in known:
         raise LestdError(
             f"model family {model_type!r} is unknown; known are {', '.join(known)}; to add one, "
-            "put a JSON file like llama.json into orchestrator/architectures with its family, "
-            "attention_path, base_model_prefix and modules (name, projections, basis_side), as "
-            "explained in that directory's __init__.py"
+            "put a JSON file like llama.json into orchestrator/architectures with the fields that "
+            "that directory's __init__.py explains"
         )

@@ -1,0 +1,130 @@
+"""The experts of a layer, in the compressed domain; dense weights are never rebuilt.
+
+Shapes: N tokens, k experts of each token, E experts, d model width, f hidden width of an expert,
+r rank of a shared factor.
+
+    y_n = sum over the experts e of token n of  w_ne act(x_n G_e, x_n U_e) D_e
+
+Every expert has linear modules ``gate``, ``up`` and ``down`` of its own, compressed as any other,
+and is called once with all of its tokens. What the experts share is applied once per token instead
+of once per token and expert: a first factor of all gates or ups, before the tokens are dealt out,
+and a last factor of all downs, after the weighted sum over the experts.
+
+Reference: TD-MoE (ICLR 2026) and the general form of a slice group, for experts that share U_in
+and U_out; the routing is Transformers', as in `transformers.integrations.moe`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lestd_kernels.tensorize import GUARD_DTYPE, GUARD_SHAPE
+
+ROLES = ("gate", "up", "down")
+GUARD_NAME = "lestd_guard"
+"""The guard's name in memory; on disk it has that of the parameter that it stands for."""
+
+
+class CompressedExperts(nn.Module):
+    """Stands in for the experts module of a Transformers model (Mixtral, Qwen3-MoE, GPT-OSS).
+
+    Submodule ``expert_<e>`` holds the linear modules of expert e, once they have been put there:
+    `CompressedLinear` or `ChainLinear` without a bias. Biases are this module's, stacked as in the
+    original; so is the way from gate and up to the input of down.
+
+    Args:
+        original: the module to stand in for; its weights are dropped, its biases taken over.
+        device: where the guard is made.
+    """
+
+    gate_up_proj_bias: nn.Parameter | None
+    down_proj_bias: nn.Parameter | None
+
+    def __init__(self, original: nn.Module, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        source: Any = original
+        self.num_experts = int(source.num_experts)
+        self._interleaved = not source.is_concatenated
+        for name in ("gate_up_proj", "down_proj"):
+            delattr(original, name)
+            bias = original._parameters.pop(f"{name}_bias", None)
+            self.register_parameter(f"{name}_bias", bias)
+        # In a tuple, so that it is no submodule: it has no tensor left, but knows its activation.
+        self._original = (source,)
+        for expert in range(self.num_experts):
+            self.add_module(f"expert_{expert}", nn.Module())
+        guard = torch.empty(GUARD_SHAPE, dtype=GUARD_DTYPE, device=device)
+        self.register_buffer(GUARD_NAME, guard)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Outputs of the experts, weighted and summed.
+
+        Args:
+            hidden_states: ``(N, d)``.
+            top_k_index: ``(N, k)``, the experts of each token.
+            top_k_weights: ``(N, k)``, their weights.
+
+        Returns:
+            ``(N, d)`` in the dtype of `hidden_states`.
+        """
+        experts: list[Any] = [self.get_submodule(f"expert_{e}") for e in range(self.num_experts)]
+        gates, ups, downs = ([getattr(expert, role) for expert in experts] for role in ROLES)
+        chosen = top_k_index.reshape(-1)
+        order = torch.argsort(chosen, stable=True)
+        counts = torch.bincount(chosen, minlength=self.num_experts).tolist()
+        tokens = order // top_k_index.shape[-1]
+
+        # Once per token, before the tokens are dealt out to their experts.
+        gates_share, ups_share = _share(gates, "first_factor"), _share(ups, "first_factor")
+        gate_inputs = gates[0].enter(hidden_states) if gates_share else hidden_states
+        up_inputs = ups[0].enter(hidden_states) if ups_share else hidden_states
+        to_gates = gate_inputs[tokens].split(counts)
+        to_ups = to_gates if up_inputs is gate_inputs else up_inputs[tokens].split(counts)
+
+        downs_share = _share(downs, "last_factor")
+        outputs = []
+        for expert, count in enumerate(counts):
+            if count:
+                gate = gates[expert](to_gates[expert], entered=gates_share)
+                up = ups[expert](to_ups[expert], entered=ups_share)
+                hidden = self._activate(gate, up, expert)
+                outputs.append(downs[expert](hidden, leaving=not downs_share))
+        if not outputs:
+            return torch.zeros_like(hidden_states)
+        weighted = torch.cat(outputs) * top_k_weights.reshape(-1, 1)[order]
+        # Summed in the order of the router's choices: the same on every device.
+        weighted = weighted[torch.argsort(order)]
+        total = weighted.reshape(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
+        # Once per token, after the sum over its experts.
+        total = downs[0].leave(total) if downs_share else total
+        if self.down_proj_bias is not None:
+            shares = top_k_weights.new_zeros(len(total), self.num_experts)
+            shares = shares.scatter(1, top_k_index, top_k_weights).to(total.dtype)
+            total = total + shares @ self.down_proj_bias.to(total.dtype)
+        out: Tensor = total.to(hidden_states.dtype)
+        return out
+
+    def _activate(self, gate: Tensor, up: Tensor, expert: int) -> Tensor:
+        """Input of down ``(n, f)``, by the original's way, which reads gate and up joined."""
+        if self._interleaved:
+            joined = torch.stack((gate, up), dim=-1).flatten(-2)
+        else:
+            joined = torch.cat((gate, up), dim=-1)
+        if self.gate_up_proj_bias is not None:
+            joined = joined + self.gate_up_proj_bias[expert].to(joined.dtype)
+        [original] = self._original
+        return original._apply_gate(joined)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """Number of experts, for ``print(model)``."""
+        return f"num_experts={self.num_experts}"
+
+
+def _share(projections: list[Any], side: str) -> bool:
+    """Whether all have one factor in common on that side."""
+    # A module that adapters wrap has none.
+    factors = [getattr(one, side, None) for one in projections]
+    return factors[0] is not None and all(factor is factors[0] for factor in factors)

@@ -1,0 +1,328 @@
+"""TD-MoE: the experts of a layer as one tensor per projection, with factors that they share.
+
+    W_e ~ U_in M_e U_out^T,   U_in (in, R1), U_out (out, R2), M_e (R1, R2)
+
+Mode ``preserve`` stores a core M_e per expert. Mode ``compress`` truncates the expert mode, too:
+``M_e = sum_r P[e, r] K_r``, with the reduced cores K_r shared and one row of P per expert. The
+ranks are those of least error in the byte budget, found on the rotated tensor.
+
+Whitening, in the metric ``activation`` only: ``input`` decomposes ``S_in^T W_e`` with the root of
+the experts' summed Gram matrix, ``output`` decomposes ``W_e S_out`` with the root of the covariance
+of the outputs, which the Gram matrices of the inputs say exactly: ``sum_e W_e^T G_e W_e``; ``both``
+does both. An expert counts as often as tokens came to it, which the Gram matrices say as well.
+
+Reference: Xu et al., "TD-MoE: Tensor Decomposition for MoE Models", ICLR 2026: joint decomposition
+of the stacked experts, multi-linear whitening, allocation of three ranks. There the parameter count
+chooses the ranks, here the error does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lestd_kernels.budget import CurvePoint
+from lestd_kernels.chain import ModuleChain, Multiply, Op, Permute
+from lestd_kernels.errors import LestdError
+from lestd_kernels.low_rank import Root, matrix_bytes
+from lestd_kernels.methods.base import (
+    ACTIVATION,
+    WEIGHT,
+    Bounds,
+    Decomposed,
+    Method,
+    MethodArgs,
+    Metrics,
+    require_no_core,
+)
+from lestd_kernels.methods.matrices import (
+    PreparedGroup,
+    chain_result,
+    metric_squares,
+    module_workspace_bytes,
+)
+from lestd_kernels.methods.pairs import traffic
+from lestd_kernels.methods.steps import Stopwatch
+from lestd_kernels.packed import EncodedCore
+from lestd_kernels.stacked import (
+    RankGrid,
+    StackFactors,
+    StackRanks,
+    best_ranks,
+    fit_core,
+    full_bases,
+    kept_energy,
+    leading_energies,
+    refine,
+    search_grid,
+)
+from lestd_kernels.stage1 import Ranks
+from lestd_kernels.tensorize import GroupLayout, ModuleLayout
+
+
+@dataclass
+class _Projection:
+    """The experts' matrices of one projection, as they are decomposed.
+
+    Attributes:
+        modules: one per expert.
+        stack: ``w_e S_in^T W_e S_out``, ``(experts, in, out)``.
+        weights: w_e, ``(experts,)``.
+        root_in: S_in.
+        root_out: S_out.
+        bases: of the stack.
+        grid: of the ranks that are looked at.
+        energies: see `leading_energies`.
+    """
+
+    modules: list[ModuleLayout]
+    stack: Tensor
+    weights: Tensor
+    root_in: Root
+    root_out: Root
+    bases: StackFactors
+    grid: RankGrid
+    energies: Tensor
+
+
+@dataclass
+class PreparedExperts(PreparedGroup):
+    """A group with the stack and the bases of every projection."""
+
+    projections: dict[str, _Projection]
+
+
+def _by_projection(layout: GroupLayout) -> dict[str, list[ModuleLayout]]:
+    """Modules of each projection, one per expert.
+
+    Raises:
+        LestdError: the group is not one of experts.
+    """
+    found: dict[str, list[ModuleLayout]] = {}
+    for module in layout.modules:
+        found.setdefault(module.slices[0][0], []).append(module)
+    experts = {len(modules) for modules in found.values()}
+    if any(len(module.slices) > 1 for module in layout.modules) or min(experts) < 2:
+        raise LestdError(
+            "method 'td_moe' decomposes the experts of a layer together, but this group has the "
+            f"modules {', '.join(m.name for m in layout.modules)}; use scope experts"
+        )
+    return found
+
+
+def prepare(
+    unfolding: Tensor,
+    layout: GroupLayout,
+    value_dtype: torch.dtype,
+    args: MethodArgs,
+    metrics: Metrics,
+) -> PreparedExperts:
+    """Stack and whiten the experts, and find their HOSVD bases; see `Method.prepare`."""
+    clock = Stopwatch(unfolding.device)
+    prepared = PreparedExperts(unfolding, layout, value_dtype, args, metrics, clock.seconds, {})
+    with clock("stage1"):
+        for name, modules in _by_projection(layout).items():
+            prepared.projections[name] = _prepare_projection(prepared, modules)
+    return prepared
+
+
+def _prepare_projection(prepared: PreparedExperts, modules: list[ModuleLayout]) -> _Projection:
+    metrics, args = prepared.metrics, prepared.args
+    whitening = args.whitening if args.metric == ACTIVATION else "none"
+    grams = [metrics.get(module.name) for module in modules]
+    matrices = [prepared.weight(module) for module in modules]
+    root_in = Root.of(_sum(grams) if whitening in ("input", "both") else None)
+    root_out = Root.of(_output_gram(matrices, grams) if whitening in ("output", "both") else None)
+    counts = traffic(prepared)
+    weights = torch.tensor([math.sqrt(counts[module.name]) for module in modules])
+    if whitening == "none":
+        weights = torch.ones(len(modules))
+    weights = weights.to(matrices[0].device)
+    stack = torch.stack(
+        [
+            root_out.apply(root_in.apply(W).T).T * weight
+            for W, weight in zip(matrices, weights, strict=True)
+        ]
+    )
+    compress = args.td_moe_mode == "compress"
+    grid, bases = search_grid(stack.shape, compress), full_bases(stack, compress)
+    energies = leading_energies(stack, bases, grid)
+    return _Projection(modules, stack, weights, root_in, root_out, bases, grid, energies)
+
+
+def _sum(grams: Sequence[Tensor | None]) -> Tensor | None:
+    total = None
+    for gram in grams:
+        if gram is not None:
+            total = gram.clone() if total is None else total.add_(gram)
+    return total
+
+
+def _output_gram(matrices: Sequence[Tensor], grams: Sequence[Tensor | None]) -> Tensor | None:
+    """``Y^T Y`` of the outputs ``Y = X W``, summed over the experts."""
+    return _sum(
+        [
+            None if gram is None else W.T @ (gram @ W)
+            for W, gram in zip(matrices, grams, strict=True)
+        ]
+    )
+
+
+def _projection_bytes(
+    shape: Sequence[int], ranks: StackRanks, value_bytes: int, args: MethodArgs
+) -> int:
+    """Stored bytes of the experts' matrices ``(experts, in, out)`` of one projection."""
+    experts, rows, columns = shape
+    Rn, R1, R2 = ranks
+    total = matrix_bytes(R1, rows, value_bytes, args.factor_bits)
+    total += matrix_bytes(R2, columns, value_bytes, args.factor_bits)
+    if args.td_moe_mode == "preserve":
+        return total + experts * matrix_bytes(R1, R2, value_bytes, args.value_bits)
+    total += matrix_bytes(R1, Rn * R2, value_bytes, args.value_bits)
+    return total + experts * matrix_bytes(Rn, 1, value_bytes, args.factor_bits)
+
+
+def _choose(prepared: PreparedExperts, byte_budget: int) -> dict[str, StackRanks]:
+    """Ranks of every projection; what one leaves of its share is the next one's."""
+    value_bytes, args = prepared.value_dtype.itemsize, prepared.args
+    left, elements, chosen = byte_budget, prepared.layout.elements, {}
+    for name, one in prepared.projections.items():
+        size = partial(_projection_bytes, one.stack.shape, value_bytes=value_bytes, args=args)
+        ranks = best_ranks(one.energies, one.grid, size, left * one.stack.numel() // elements)
+        assert ranks is not None  # bounds has said so
+        chosen[name] = ranks
+        left -= size(ranks)
+        elements -= one.stack.numel()
+    return chosen
+
+
+def encode(
+    prepared: PreparedExperts,
+    byte_budget: int,
+    curve_budgets: Sequence[int] = (),
+    *,
+    reuse: bool = False,
+) -> Decomposed:
+    """Decompose the experts of a layer; see `Method.encode`."""
+    bounds(prepared.layout, byte_budget, prepared.value_dtype, prepared.args)
+    clock = Stopwatch(prepared.unfolding.device)
+    with clock("rank_search"):
+        chosen = _choose(prepared, byte_budget)
+        curve = [
+            CurvePoint(b, Ranks(0, 0, 0), _expected_error(prepared, _choose(prepared, b)))
+            for b in curve_budgets
+        ]
+    shared: dict[str, EncodedCore] = {}
+    modules: dict[str, ModuleChain] = {}
+    named: dict[str, int] = {}
+    for name, ranks in chosen.items():
+        one, args = prepared.projections[name], prepared.args
+        with clock("stage1"):
+            factors = refine(one.stack, one.bases, ranks, args.hooi_tol, args.hooi_max_iter)
+        with clock("stage2"):
+            modules |= _store(prepared, name, factors, ranks, shared)
+        named |= {f"{name}_R1": ranks.Ra, f"{name}_R2": ranks.Rb}
+        if factors.P is not None:
+            named[f"{name}_experts"] = ranks.Rn
+    ordered = {module.name: modules[module.name] for module in prepared.layout.modules}
+    return chain_result(prepared, ordered, clock, shared, named, curve)
+
+
+def _expected_error(prepared: PreparedExperts, chosen: Mapping[str, StackRanks]) -> float:
+    """What the ranks leave of the weights in their metric, as if they were whitened exactly."""
+    total = 0.0
+    for name, ranks in chosen.items():
+        one = prepared.projections[name]
+        norm = sum(
+            metric_squares(prepared.weight(m), prepared.metrics.get(m.name)) for m in one.modules
+        )
+        whole = float(one.energies[-1, -1, -1])
+        missing = whole - kept_energy(one.energies, one.grid, ranks)
+        total += norm * missing / max(whole, 1e-300)
+    return total
+
+
+def _store(
+    prepared: PreparedExperts,
+    name: str,
+    factors: StackFactors,
+    ranks: StackRanks,
+    shared: dict[str, EncodedCore],
+) -> dict[str, ModuleChain]:
+    """The chains of a projection; what they share is added to `shared`.
+
+    The cores are fitted to the factors as they are stored.
+    """
+    one, args, dtype = prepared.projections[name], prepared.args, prepared.value_dtype
+    left, right, core = (f"lestd_{name}_{part}" for part in ("in", "out", "core"))
+    sides = ((left, one.root_in, factors.U), (right, one.root_out, factors.V))
+    white = []
+    for key, root, factor in sides:
+        # Transposed, so that every column is in groups of its own.
+        shared[key] = EncodedCore.quantized(
+            root.solve(factor).T.contiguous(), args.factor_bits, dtype
+        )
+        white.append(root.apply(shared[key].decode().float().T))
+    if factors.P is None:
+        cores = fit_core(one.stack, StackFactors(white[0], white[1], None))
+        own = [
+            EncodedCore.quantized(M / weight, args.value_bits, dtype)
+            for M, weight in zip(cores, one.weights, strict=True)
+        ]
+        ops: tuple[Op, ...] = (Multiply(left, transposed=True), Multiply(0), Multiply(right))
+    else:
+        rows = (factors.P / one.weights[:, None])[:, :, None]
+        own = [EncodedCore.quantized(row, args.factor_bits, dtype) for row in rows]
+        P = torch.cat([row.decode().float().T for row in own]) * one.weights[:, None]
+        K = fit_core(one.stack, StackFactors(white[0], white[1], P))
+        together = K.permute(1, 0, 2).flatten(1)
+        shared[core] = EncodedCore.quantized(together, args.value_bits, dtype)
+        ops = (
+            Multiply(left, transposed=True),
+            Multiply(core),
+            Permute((ranks.Rn, ranks.Rb), (1, 0)),
+            Multiply(0, blocks=ranks.Rb),
+            Multiply(right),
+        )
+    return {
+        module.name: ModuleChain(ops, (matrix,))
+        for module, matrix in zip(one.modules, own, strict=True)
+    }
+
+
+def bounds(
+    layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
+) -> Bounds:
+    """See `Method.bounds`."""
+    least = least_bytes(layout, value_dtype, args)
+    if byte_budget < least:
+        raise LestdError(
+            f"the byte budget of a slice group is {byte_budget:,} bytes, but the smallest ranks of "
+            f"method 'td_moe' take {least:,} bytes; raise keep"
+        )
+    # The stacks; a projection's copy and its mixture, twice, and its eigenvectors.
+    largest = layout.elements // len(_by_projection(layout))
+    squares = max(layout.width, layout.head_dim) ** 2
+    workspace = 4 * layout.elements + 16 * largest + 64 * squares + module_workspace_bytes(layout)
+    return Bounds(None, None, None, byte_budget, workspace, 0)
+
+
+def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
+    """See `Method.least_bytes`."""
+    require_no_core("td_moe", args)
+    total, least = len(layout.slices), 0
+    for modules in _by_projection(layout).values():
+        columns, rows = layout.weight_shape(modules[0])
+        shape = (len(modules), rows, columns)
+        needed = _projection_bytes(shape, StackRanks(1, 1, 1), value_dtype.itemsize, args)
+        # The budget of which the projection's share is enough.
+        least = max(least, -(-(needed + 1) * total // len(modules)))
+    return least
+
+
+METHOD = Method("td_moe", prepare, encode, bounds, least_bytes, (WEIGHT, ACTIVATION))

@@ -1,0 +1,152 @@
+"""What the inputs of a layer's modules are like: Gram matrices and channel statistics.
+
+Which weight tells of which input, given the loaded layer:
+
+    attention   "in": what Q, K and V read           "heads": what O reads
+    FFN         "in": what gate and up read          "hidden": what down reads
+    experts     "in_<e>", "hidden_<e>": the same for expert e, of the tokens routed to it. Their
+                weights are stacked in memory: `gate_up_proj` and `down_proj`, ``(E, .., ..)``
+
+Every input is seen where PyTorch multiplies it with a weight, so nothing of a family's forward is
+repeated here. Shapes: T rows (tokens), n channels of the input, m of the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+_PRODUCTS = (functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+_STACKED = {"gate_up_proj": "in", "down_proj": "hidden"}
+
+
+@dataclass(frozen=True)
+class Watched:
+    """An input that is looked at.
+
+    Attributes:
+        name: name of its statistics; with `stacked` the expert's index goes on at the end.
+        weight: path of a weight that reads it, in the model.
+        stacked: whether the weight holds all experts, one behind the other.
+        outputs: whether the outputs matter as well.
+    """
+
+    name: str
+    weight: str
+    stacked: bool
+    outputs: bool
+
+
+def watched_inputs(model: nn.Module, group: str, modules: Mapping[str, str]) -> list[Watched]:
+    """The weights by which the inputs of a block are seen.
+
+    Args:
+        model: the model.
+        group: path of the block in it.
+        modules: module of the block -> name of the input that it reads. Those that read one input
+            must be given the same tensor; the first is looked at. Experts that are stacked in
+            memory are found by their parameters, whatever their modules are called on disk.
+    """
+    block = model.get_submodule(group)
+    parameters = dict(block.named_parameters(recurse=False))
+    stacked = {name: reads for name, reads in _STACKED.items() if name in parameters}
+    if stacked:
+        return [
+            Watched(f"{group}.{reads}_", f"{group}.{name}", True, reads == "hidden")
+            for name, reads in stacked.items()
+        ]
+    first: dict[str, str] = {}
+    for module, reads in modules.items():
+        first.setdefault(reads, module)
+    return [
+        Watched(f"{group}.{reads}", f"{group}.{module}.weight", False, reads == "hidden")
+        for reads, module in first.items()
+    ]
+
+
+class InputStatistics:
+    """Sums and maxima over the rows of an input; float32, added up in the order of the calls.
+
+    Attributes:
+        tokens: T, the rows so far.
+        gram: ``X^T X`` ``(n, n)``.
+        sum_abs: sum of ``|x|`` ``(n,)``.
+        max_abs: maximum of ``|x|`` ``(n,)``.
+        out_max_abs: maximum of ``|y|`` of the outputs ``(m,)``, where they matter: those of a down
+            projection tell of super weights (arXiv 2411.07191, section 3.1).
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.gram = torch.zeros(width, width, device=device)
+        self.sum_abs = torch.zeros(width, device=device)
+        self.max_abs = torch.zeros(width, device=device)
+        self.out_max_abs: Tensor | None = None
+
+    def add(self, inputs: Tensor, outputs: Tensor | None) -> None:
+        """Take in rows ``(.., n)``, and their outputs ``(.., m)``."""
+        X = inputs.reshape(-1, inputs.shape[-1]).float()
+        self.tokens += len(X)
+        self.gram.addmm_(X.T, X)
+        magnitudes = X.abs()
+        self.sum_abs += magnitudes.sum(dim=0)
+        self.max_abs = torch.maximum(self.max_abs, magnitudes.amax(dim=0))
+        if outputs is not None:
+            largest = outputs.reshape(-1, outputs.shape[-1]).float().abs().amax(dim=0)
+            before = self.out_max_abs
+            self.out_max_abs = largest if before is None else torch.maximum(before, largest)
+
+    def named_tensors(self, name: str) -> dict[str, Tensor]:
+        """The statistics under the name of their input; `tokens` is int64 ``(1,)``."""
+        tensors = {
+            name: self.gram,
+            f"{name}.sum_abs": self.sum_abs,
+            f"{name}.max_abs": self.max_abs,
+            f"{name}.tokens": torch.tensor([self.tokens]),
+        }
+        if self.out_max_abs is not None:
+            tensors[f"{name}.out_max_abs"] = self.out_max_abs
+        return tensors
+
+
+class Watch(TorchFunctionMode):
+    """While the context lasts, takes in what is multiplied with the watched weights.
+
+    Args:
+        model: its watched weights are loaded.
+        watched: what to look at.
+
+    Attributes:
+        found: name of the input -> its statistics. An expert that got no token has none.
+    """
+
+    def __init__(self, model: nn.Module, watched: list[Watched]) -> None:
+        super().__init__()
+        self.found: dict[str, InputStatistics] = {}
+        self._watched: dict[int, tuple[Watched, Tensor]] = {}
+        for one in watched:
+            weight = model.get_parameter(one.weight)
+            self._watched[weight.untyped_storage().data_ptr()] = one, weight
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        if func in _PRODUCTS:
+            inputs, factor = args[:2]
+            one, weight = self._watched.get(factor.untyped_storage().data_ptr(), (None, None))
+            if one is not None and weight is not None and inputs.numel():
+                name = one.name
+                if one.stacked:  # A view of the expert's own matrix.
+                    offset = factor.storage_offset() - weight.storage_offset()
+                    name += str(offset // weight.stride(0))
+                if name not in self.found:
+                    self.found[name] = InputStatistics(inputs.shape[-1], inputs.device)
+                self.found[name].add(inputs, outputs if one.outputs else None)
+        return outputs
