@@ -143,9 +143,7 @@ class SidedGroup:
             scale: what the cores are multiplied by.
         """
         shape = self.shape
-        A = EncodedCore.quantized(
-            self._basis[:, :R], shape.factor_bits, value_dtype, codec="dense"
-        )
+        A = EncodedCore.quantized(self._basis[:, :R], shape.factor_bits, value_dtype, codec="dense")
         stored = A.decode().float()
         cores: list[Tensor] = []
         roots: list[Tensor] = []

@@ -65,7 +65,7 @@ class SidedShape:
         if max_flops is None:
             return ranks
         most = max_flops * self.elements
-        return [R for R in ranks if R == ranks[0] or self.flops(R) <= most]
+        return [R for R in ranks if ranks[0] == R or self.flops(R) <= most]
 
     def flops(self, R: int) -> int:
         """Multiply-adds of one token, cores counted as dense."""
