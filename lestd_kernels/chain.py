@@ -79,7 +79,7 @@ class Mix:
 
 Op = Multiply | Permute | Mix
 
-_ROWS = 512
+_ROWS, _ELEMENTS = 512, 1 << 23
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,11 @@ class ModuleChain:
         """W-hat, ``(in, out)``, float32."""
         dense = [self._dense(op, shared) for op in self.ops]
         blocks = []
-        for start in range(0, in_features, _ROWS):
-            # What the rows of the identity become: a few at a time, since they are wide.
-            count = min(_ROWS, in_features - start)
+        # What the rows of the identity become: a few at a time, since they are wide.
+        widths = [_width(op, matrix) for op, matrix in zip(self.ops, dense, strict=True)]
+        step = max(1, min(_ROWS, _ELEMENTS // max(in_features, *widths)))
+        for start in range(0, in_features, step):
+            count = min(step, in_features - start)
             x = torch.zeros(count, in_features, device=self.own[0].device)
             x[:, start : start + count].fill_diagonal_(1)
             for op, matrix in zip(self.ops, dense, strict=True):
@@ -125,6 +127,15 @@ class ModuleChain:
             return (weights @ shared[op.matrices].decode().float()).view(op.rows, -1)
         matrix = self.own[op.matrix] if isinstance(op.matrix, int) else shared[op.matrix]
         return matrix.decode().float()
+
+
+def _width(op: Op, matrix: Tensor) -> int:
+    """Elements that an op makes of one row; 0 for a permutation, which makes no more."""
+    if isinstance(op, Permute):
+        return 0
+    if isinstance(op, Mix) or not op.transposed:
+        return matrix.shape[-1] * (1 if isinstance(op, Mix) else op.blocks)
+    return matrix.shape[0] * (op.each if op.distinct else op.blocks)
 
 
 def apply_permute(x: Tensor, op: Permute) -> Tensor:

@@ -305,7 +305,7 @@ def bounds(
     # The stacks; copies of one, in turn projected and unfolded; eigenvectors and Gram matrices.
     largest = layout.elements // len(_by_projection(layout))
     squares = max(layout.width, layout.head_dim) ** 2
-    workspace = 4 * layout.elements + 20 * largest + 64 * squares + module_workspace_bytes(layout)
+    workspace = 4 * layout.elements + 32 * largest + 64 * squares + module_workspace_bytes(layout)
     return Bounds(None, None, None, byte_budget, workspace, 0)
 
 
