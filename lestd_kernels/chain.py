@@ -153,7 +153,8 @@ def apply_dense(x: Tensor, op: Multiply, matrix: Tensor) -> Tensor:
         stacked = matrix.reshape(count, -1, matrix.shape[-1])
         # (matrices, everything that one multiplies, rows): one product each, nothing repeated.
         apart = x.reshape(-1, count, op.each, rows).transpose(0, 1).flatten(1, 2)
-        product = (apart @ (stacked.mT if op.transposed else stacked)).unflatten(1, (-1, op.each))
+        product = apart @ (stacked.mT if op.transposed else stacked)
+        product = product.view(count, -1, op.each, product.shape[-1])
         return product.transpose(0, 1).reshape(*x.shape[:-1], -1)
     return (blocks @ (matrix.T if op.transposed else matrix)).flatten(-2)
 

@@ -280,7 +280,7 @@ def _store(
         ]
         ops: tuple[Op, ...] = (Multiply(left, transposed=True), Multiply(0), Multiply(right))
     else:
-        rows = (factors.P / one.weights[:, None]).split(1)
+        rows = torch.split(factors.P / one.weights[:, None], 1)
         own = [EncodedCore.quantized(row, args.factor_bits, dtype) for row in rows]
         P = torch.cat([row.decode().float() for row in own]) * one.weights[:, None]
         K = fit_core(one.stack, StackFactors(white[0], white[1], P))
