@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lestd_kernels import backends
-from lestd_kernels.chain import Multiply, Op, Permute, apply_dense, apply_permute
+from lestd_kernels.chain import Mix, Multiply, Op, Permute, apply_dense, apply_permute
 from lestd_kernels.codecs import UNSTRUCTURED
 from lestd_kernels.linear import shared_product
 from lestd_kernels.packed import EncodedCore, disk_name, packed_specs
@@ -150,6 +150,12 @@ class ChainLinear(PackedMatrix):
     def _apply_op(self, x: Tensor, op: Op, first: bool) -> Tensor:
         if isinstance(op, Permute):
             return apply_permute(x, op)
+        if isinstance(op, Mix):
+            own = self if op.weights == 0 else self.get_submodule(f"m{op.weights}")
+            assert isinstance(own, PackedMatrix)
+            weights = own.packed().decode()
+            mixture: Tensor = dict(self._shared)[op.matrices](weights)
+            return x @ mixture.view(op.rows, -1).to(x.dtype)
         if isinstance(op.matrix, str):
             matrix = dict(self._shared)[op.matrix]
             if first and op.blocks == 1 and not op.transposed:
