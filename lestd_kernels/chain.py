@@ -98,44 +98,26 @@ class ModuleChain:
 
     def weight(self, in_features: int, shared: Mapping[str, EncodedCore]) -> Tensor:
         """W-hat, ``(in, out)``, float32."""
-<<<<<<< HEAD
-        matrices = [
-            None
-            if isinstance(op, Permute)
-            else (self.own[op.matrix] if isinstance(op.matrix, int) else shared[op.matrix])
-            for op in self.ops
-        ]
-        dense = [None if matrix is None else matrix.decode().float() for matrix in matrices]
+        dense = [self._dense(op, shared) for op in self.ops]
         steps = list(zip(self.ops, dense, strict=True))
         first, rows = steps[0]
-        if isinstance(first, Multiply) and first.blocks == 1 and rows is not None:
+        begins = isinstance(first, Multiply) and first.blocks == 1
+        if isinstance(first, Multiply) and begins:
             # The rows of the identity become those of the matrix.
             steps = steps[1:]
             rows = rows.T if first.transposed else rows
-        else:
-            rows = None
-        blocks = []
-        for start in range(0, in_features, _ROWS):
-            # What the rows of the identity become: a few at a time, since they are wide.
-            count = min(_ROWS, in_features - start)
-            if rows is not None:
-                x = rows[start : start + count]
-            else:
-                x = torch.zeros(count, in_features, device=self.own[0].device)
-                x[:, start : start + count].fill_diagonal_(1)
-            for op, matrix in steps:
-=======
-        dense = [self._dense(op, shared) for op in self.ops]
         blocks = []
         # What the rows of the identity become: a few at a time, since they are wide.
         widths = [_width(op, matrix) for op, matrix in zip(self.ops, dense, strict=True)]
         step = max(1, min(_ROWS, _ELEMENTS // max(in_features, *widths)))
         for start in range(0, in_features, step):
             count = min(step, in_features - start)
-            x = torch.zeros(count, in_features, device=self.own[0].device)
-            x[:, start : start + count].fill_diagonal_(1)
-            for op, matrix in zip(self.ops, dense, strict=True):
->>>>>>> w8-d
+            if begins:
+                x = rows[start : start + count]
+            else:
+                x = torch.zeros(count, in_features, device=self.own[0].device)
+                x[:, start : start + count].fill_diagonal_(1)
+            for op, matrix in steps:
                 if isinstance(op, Permute):
                     x = apply_permute(x, op)
                 elif isinstance(op, Mix):

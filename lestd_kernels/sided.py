@@ -141,7 +141,6 @@ class SidedGroup:
             scale: what the cores are multiplied by.
         """
         shape = self.shape
-<<<<<<< HEAD
         # The factor's rows are the channels of the input; on the output side they have no metric.
         rows = (
             _mean([reader.C for reader in self._readers])
@@ -151,9 +150,6 @@ class SidedGroup:
         basis = self._basis[:, :R].contiguous()
         every = torch.ones_like(basis, dtype=torch.bool)
         A = _store(basis, every, feedback_root(rows), shape.factor_bits, value_dtype)
-=======
-        A = EncodedCore.quantized(self._basis[:, :R], shape.factor_bits, value_dtype, codec="dense")
->>>>>>> w8-d
         stored = A.decode().float()
         cores: list[Tensor] = []
         roots: list[Tensor] = []
