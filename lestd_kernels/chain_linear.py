@@ -128,10 +128,7 @@ class ChainLinear(PackedMatrix):
 
         A side matrix reads the input itself.
         """
-        op = self.ops[0]
-        if self.side is not None or (isinstance(op, Multiply) and op.transposed):
-            return None
-        return self._shared_matrix(op)
+        return None if self.side is not None else self._shared_matrix(self.ops[0])
 
     @property
     def last_factor(self) -> nn.Module | None:

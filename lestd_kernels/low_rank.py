@@ -17,17 +17,25 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lestd_kernels.codecs import CODECS
-from lestd_kernels.methods.base import MethodArgs
 from lestd_kernels.packed import EncodedCore
+from lestd_kernels.packing import FULL_BITS
 from lestd_kernels.stage1 import gram_matrix, leading_eigenvectors
 
 # Added to a metric whose mean diagonal is 1, so that directions no input has are still defined.
 _RIDGE = 1e-3
+
+
+class Bits(NamedTuple):
+    """Bits of an element of A and of B; 16 for the value dtype."""
+
+    factor: int = FULL_BITS
+    value: int = FULL_BITS
 
 
 @dataclass(frozen=True)
@@ -103,25 +111,26 @@ class Pair:
 
 
 def fit_pair(
-    W: Tensor, root: Root, found: Spectrum, rank: int, value_dtype: torch.dtype, args: MethodArgs
+    W: Tensor, root: Root, found: Spectrum, rank: int, value_dtype: torch.dtype, bits: Bits
 ) -> Pair:
-    """The pair of a rank, A with `factor_bits`, B fitted to it and with `value_bits`."""
+    """The pair of a rank; B is fitted to A as it is stored."""
     X = root.apply(W)
     leading = found.vectors[:, :rank]
     if W.shape[0] > W.shape[1]:
         leading = X @ leading
         leading = leading / leading.norm(dim=0).clamp(min=torch.finfo(X.dtype).tiny)
     A = root.solve(leading).T.contiguous()
-    left = EncodedCore.quantized(A, args.factor_bits, value_dtype)
+    left = EncodedCore.quantized(A, bits.factor, value_dtype)
     B = least_squares(root.apply(left.decode().float().T), X)
-    return Pair(left, EncodedCore.quantized(B, args.value_bits, value_dtype))
+    return Pair(left, EncodedCore.quantized(B, bits.value, value_dtype))
 
 
 def least_squares(A: Tensor, X: Tensor) -> Tensor:
     """B of least ``||X - A B||``, of least norm where A has no full column rank; float32."""
     exact = A.double()
     inverse = torch.linalg.pinv(exact.T @ exact, hermitian=True)
-    return (inverse @ (exact.T @ X.double())).float()
+    B: Tensor = inverse @ (exact.T @ X.double())
+    return B.float()
 
 
 def matrix_bytes(rows: int, columns: int, value_bytes: int, bits: int) -> int:
@@ -129,10 +138,10 @@ def matrix_bytes(rows: int, columns: int, value_bytes: int, bits: int) -> int:
     return CODECS["dense"].stored_bytes(rows, columns, rows * columns, value_bytes, bits)
 
 
-def pair_bytes(rows: int, columns: int, rank: int, value_bytes: int, args: MethodArgs) -> int:
+def pair_bytes(rows: int, columns: int, rank: int, value_bytes: int, bits: Bits) -> int:
     """Stored bytes of a pair for W ``(rows, columns)``, at most."""
-    return matrix_bytes(rank, rows, value_bytes, args.factor_bits) + matrix_bytes(
-        rank, columns, value_bytes, args.value_bits
+    return matrix_bytes(rank, rows, value_bytes, bits.factor) + matrix_bytes(
+        rank, columns, value_bytes, bits.value
     )
 
 

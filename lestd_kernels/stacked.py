@@ -89,8 +89,9 @@ def leading_vectors(T: Tensor, mode: int) -> Tensor:
     # Their images are orthogonal, so that this only normalizes them, zeros as well.
     images = flat @ leading_eigenvectors(flat.T @ flat)[1]
     basis, triangle = torch.linalg.qr(images)
-    signs: Tensor = torch.where(triangle.diagonal() < 0, -1.0, 1.0)
-    return basis * signs
+    signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0)
+    vectors: Tensor = basis * signs
+    return vectors
 
 
 def mix_stack(T: Tensor, P: Tensor | None) -> Tensor:
@@ -214,12 +215,12 @@ def expand(core: Tensor, factors: StackFactors) -> Tensor:
 
 def fit_core(T: Tensor, factors: StackFactors) -> Tensor:
     """The core of least squared residual for factors that are not orthonormal, as stored ones."""
-    return project(T, StackFactors(*(_dual(F) for F in (factors.U, factors.V)), _dual(factors.P)))
+    P = None if factors.P is None else _dual(factors.P)
+    return project(T, StackFactors(_dual(factors.U), _dual(factors.V), P))
 
 
-def _dual(factor: Tensor | None) -> Tensor | None:
+def _dual(factor: Tensor) -> Tensor:
     """``F (F^T F)^+`` of a factor, float32."""
-    if factor is None:
-        return None
     exact = factor.double()
-    return (exact @ torch.linalg.pinv(exact.T @ exact, hermitian=True)).float()
+    dual: Tensor = exact @ torch.linalg.pinv(exact.T @ exact, hermitian=True)
+    return dual.float()

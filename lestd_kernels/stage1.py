@@ -185,7 +185,7 @@ def hooi(W: Tensor, bases: Bases, ranks: Ranks, tol: float, max_iter: int) -> St
         bases: of `hosvd`.
         ranks: of the result.
         tol: stop when the fit ``1 - ||W - W_hat|| / ||W||`` changes by less than this, relatively.
-        max_iter: largest number of sweeps, at least 1.
+        max_iter: largest number of sweeps; 0 gives the truncated HOSVD.
     """
     factors, iterations = bases.leading(ranks), 0
     kept = [
@@ -196,6 +196,9 @@ def hooi(W: Tensor, bases: Bases, ranks: Ranks, tol: float, max_iter: int) -> St
     squared_norm, fit = squared_sum(W), -math.inf
     # Exact with one mode truncated; with more the first sweep tells.
     squared_energy = min([squared_norm, *kept])
+    if len(kept) > 1 and max_iter == 0:
+        core = project_rows(_reduce_columns(_reduce_types(W, factors.U3), factors.U2), factors.U1)
+        squared_energy = squared_sum(core)
     while len(kept) > 1 and iterations < max_iter:
         factors, squared_energy = _sweep(W, factors)
         iterations += 1

@@ -104,7 +104,7 @@ def _measure(planned: PlannedTask, width: int, device: torch.device, curve: bool
 
 
 def _scaled(layout: GroupLayout, width: int) -> GroupLayout:
-    """The layout at another width, with as many heads of each projection for it."""
+    """The layout at another width, with as many heads or experts of each projection for it."""
     heads: dict[str, int] = {}
     for projection, head in layout.slices:
         heads[projection] = max(heads.get(projection, 0), head + 1)
@@ -113,4 +113,5 @@ def _scaled(layout: GroupLayout, width: int) -> GroupLayout:
     def fewer(module: ModuleLayout) -> ModuleLayout:
         return replace(module, slices=tuple((p, i) for p, i in module.slices if i < kept[p]))
 
-    return GroupLayout(width, layout.head_dim, tuple(fewer(m) for m in layout.modules))
+    modules = (fewer(module) for module in layout.modules)
+    return GroupLayout(width, layout.head_dim, tuple(m for m in modules if m.slices))

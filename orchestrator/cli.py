@@ -18,6 +18,7 @@ import typer
 
 from lestd_kernels.errors import LestdError
 from orchestrator import (  # noqa: F401 - the others register their commands
+    cli_audit,
     cli_compare,
     cli_evaluate,
     cli_manifest,
@@ -34,6 +35,7 @@ from orchestrator.options import (
     AllocationOption,
     Calibrate,
     CalibrateOn,
+    CalibrationDir,
     ClusterFile,
     ConfigFile,
     DeviceOption,
@@ -57,9 +59,11 @@ from orchestrator.options import (
     SampleTokens,
     ScopeOption,
     SuperWeights,
+    TdMoeModeOption,
     Threads,
     TypeModeOption,
     ValueBits,
+    WhiteningOption,
     Workers,
 )
 from workers.files import as_path
@@ -86,6 +90,8 @@ def plan(
     value_bits: ValueBits = None,
     factor_bits: FactorBits = None,
     keep_super_weights: SuperWeights = None,
+    td_moe_mode: TdMoeModeOption = None,
+    whitening: WhiteningOption = None,
     config: ConfigFile = None,
     calibrate: Calibrate = False,
     json: Json = False,
@@ -123,9 +129,12 @@ def compress(
     calibrate_on: CalibrateOn = None,
     samples: Samples = None,
     sample_tokens: SampleTokens = None,
+    calibration: CalibrationDir = None,
     value_bits: ValueBits = None,
     factor_bits: FactorBits = None,
     keep_super_weights: SuperWeights = None,
+    td_moe_mode: TdMoeModeOption = None,
+    whitening: WhiteningOption = None,
     device: DeviceOption = None,
     threads: Threads = None,
     config: ConfigFile = None,
@@ -190,6 +199,7 @@ def compress(
                 runner,
                 out,
                 run_dir,
+                calibration=calibration,
                 fresh=fresh,
                 on_start=shown.on_start,
                 on_event=shown.on_event,

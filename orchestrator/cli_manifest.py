@@ -76,7 +76,7 @@ def query(
     if csv + json + (parquet is not None) > 1:
         raise LestdError("--csv, --json and --parquet were given together; choose one")
     if parquet is not None:
-        _require_folder("--parquet", parquet)
+        require_folder("--parquet", parquet)
     if show_list:
         if name is not None:
             raise LestdError("--list and --name were given together; choose one")
@@ -157,7 +157,7 @@ def report(
     from orchestrator.report_data import gather
 
     target = out or as_path(f"report.{format}")
-    _require_folder("--out", target)
+    require_folder("--out", target)
     if format is ReportFormat.html:
         report_html.require_plotly()
     data = gather(run)
@@ -169,7 +169,7 @@ def report(
     tables.out.print(f"{target}: {tables.size(len(content))}", soft_wrap=True)
 
 
-def _require_folder(option: str, file: AnyPath) -> None:
+def require_folder(option: str, file: AnyPath) -> None:
     """Refuse a file in a folder that is not there, before any work."""
     if isinstance(file, Path) and not file.parent.is_dir():
         raise LestdError(f"{option} {file}: there is no directory {file.parent}; make it first")

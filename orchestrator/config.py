@@ -119,6 +119,12 @@ class RunConfig(_Strict):
     keep_super_weights: float = Field(
         0.0, ge=0, lt=1, description="share of the weights kept exactly, the outliers"
     )
+    td_moe_mode: Literal["preserve", "compress"] = Field(
+        "preserve", description="method td_moe: a core per expert, or mixtures of fewer cores"
+    )
+    whitening: Literal["none", "input", "output", "both"] = Field(
+        "input", description="method td_moe in the metric activation: the sides that are whitened"
+    )
     calibrate_on: str | None = Field(
         None, description="UTF-8 text whose activations make the metric"
     )
@@ -203,6 +209,8 @@ class RunConfig(_Strict):
             value_bits=self.value_bits,
             factor_bits=self.factor_bits,
             super_weights=self.keep_super_weights,
+            td_moe_mode=self.td_moe_mode,
+            whitening=self.whitening,
         )
 
     def select_layers(self, layers: Iterable[int]) -> list[int]:

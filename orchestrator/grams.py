@@ -37,6 +37,7 @@ from orchestrator.config import RunConfig
 from orchestrator.executor import Executor, Listener, WorkerSpec
 from orchestrator.manifest import read_json, write_json
 from orchestrator.plan import WORKER_BASE_BYTES
+from orchestrator.rows import TEMPORARY
 from orchestrator.rundir import differences
 from orchestrator.source import Source
 from orchestrator.tables import size
@@ -235,7 +236,7 @@ def _begin(directory: AnyPath, about: dict[str, Any]) -> None:
                 "change, or choose another directory for this one"
             )
         return
-    if names := list_names(directory):
+    if names := [name for name in list_names(directory) if not name.startswith(TEMPORARY)]:
         raise LestdError(
             f"{directory} is not empty and holds {names[0]}, but no {_ABOUT_FILE}; choose another "
             "directory"

@@ -44,6 +44,22 @@ class TypeMode(StrEnum):
     learned = "learned"
 
 
+class TdMoeMode(StrEnum):
+    """What td_moe does with the expert mode."""
+
+    preserve = "preserve"
+    compress = "compress"
+
+
+class Whitening(StrEnum):
+    """Which sides of the experts td_moe whitens."""
+
+    none = "none"
+    input = "input"
+    output = "output"
+    both = "both"
+
+
 class Metric(StrEnum):
     """In which norm the error is made small."""
 
@@ -115,7 +131,8 @@ AllocationOption = Annotated[
 MethodOption = Annotated[
     str | None,
     typer.Option(
-        help="lestd: shared basis, sparse core. tucker: dense core (TensorLLM).",
+        help="lestd: shared basis, sparse core. tucker (TensorLLM), hosvd: dense core. "
+        "per_head_tucker, tt, td_moe: other tensor formats. svd, svd_llm, asvd, laser: low rank.",
         show_default="lestd",
     ),
 ]
@@ -149,6 +166,15 @@ Samples = Annotated[
 SampleTokens = Annotated[
     int | None, typer.Option(min=1, help="Tokens of such a window.", show_default="256")
 ]
+CalibrationDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        help="Directory of the activations of that text, which runs may share.",
+        show_default="calibration, in the run directory",
+        parser=as_path,
+    ),
+]
 ValueBits = Annotated[
     int | None,
     typer.Option(help="Bits of a core value: 16, 8, 4, 3 or 2.", show_default="16"),
@@ -156,6 +182,22 @@ ValueBits = Annotated[
 FactorBits = Annotated[
     int | None,
     typer.Option(help="Bits of an element of a factor: 16, 8 or 4.", show_default="16"),
+]
+TdMoeModeOption = Annotated[
+    TdMoeMode | None,
+    typer.Option(
+        "--td-moe-mode",
+        help="Method td_moe: preserve (a core per expert) or compress (mixtures of fewer cores).",
+        show_default="preserve",
+    ),
+]
+WhiteningOption = Annotated[
+    Whitening | None,
+    typer.Option(
+        help="Method td_moe with --calibrate-on: the sides that are whitened, none, input, output "
+        "or both.",
+        show_default="input",
+    ),
 ]
 SuperWeights = Annotated[
     float | None,

@@ -15,7 +15,7 @@ from orchestrator.executor import Event
 from orchestrator.meter import Meter
 from orchestrator.metrics import RunMetrics
 from orchestrator.pipeline import Outcome
-from workers.calibrate import Calibrated, CalibrationItem
+from workers.calibrate import Calibrated, CalibrationItem, CalibrationPiece
 from workers.contracts import CurveResult, Failure, Result, Task
 
 # How a line goes on after "attempt 2"; other kinds speak for themselves.
@@ -36,7 +36,7 @@ class CompressionProgress:
         self._meter = Meter("compress", "bytes", run=run)
         self._tasks: dict[str, Task | CalibrationItem] = {}
         self._pass = ""
-        self._done = 0
+        self._done = self._total = 0
         self._began = time.monotonic()
         self._outcome: Outcome | None = None
 
@@ -93,8 +93,8 @@ class CompressionProgress:
         self._tasks = {task.task_id: task for task in tasks}
         self._done = sum(self._tasks[task_id].dense_bytes for task_id in finished)
         self._meter.restart(name)
-        total = sum(task.dense_bytes for task in tasks)
-        self._meter.update(self._done, total)
+        self._total = sum(task.dense_bytes for task in tasks)
+        self._meter.update(self._done, self._total)
         if finished:
             line = f"{len(finished)} of {len(tasks)} tasks were finished before"
             fields: dict[str, Any] = {"pass": name, "finished": len(finished)}
@@ -139,6 +139,9 @@ class CompressionProgress:
             )
             return
         self._done += outcome.dense_bytes
+        if isinstance(self._tasks.get(outcome.task_id), CalibrationPiece):
+            self._meter.update(self._done, self._total)  # Hundreds of a kind need no lines.
+            return
         seconds = sum(outcome.seconds.values())
         self._meter.say(
             "task_done",
@@ -235,6 +238,9 @@ class SweepProgress:
                 self._meter.say("task_failed", line, logging.ERROR, **about)
                 return
             self._done[name] += task.dense_bytes
+            if isinstance(task, CalibrationPiece):
+                self._meter.update(sum(self._done.values()), sum(self._total.values()))
+                return
             seconds = sum(outcome.seconds.values())
             self._meter.say(
                 "task_done",

@@ -80,10 +80,15 @@ def require_plotly() -> None:
     Raises:
         LestdError: plotly is not installed.
     """
-    _plotly_js()
+    plotly_js()
 
 
-def _plotly_js() -> str:
+def plotly_js() -> str:
+    """Plotly's script.
+
+    Raises:
+        LestdError: plotly is not installed.
+    """
     # An extra of the package: only who asks for a report needs it.
     try:
         from plotly.offline import get_plotlyjs
@@ -101,13 +106,14 @@ def render(data: ReportData) -> str:
     Raises:
         LestdError: plotly is not installed.
     """
-    scripts = list(map(_inline, (_plotly_js(), _file("report_figures.js"), _file("report.js"))))
+    names = ("report_figures.js", "report.js")
+    scripts = [inline_script(text) for text in (plotly_js(), *map(package_file, names))]
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True
     )
     environment.filters |= {"size": size, "duration": duration, "moment": moment}
     environment.filters |= {"figure": figure, "change": change}
-    template = environment.from_string(_file("report.html.jinja"))
+    template = environment.from_string(package_file("report.html.jinja"))
     content = {
         "tables": _tables(data),
         "relative_error": data.summary["relative_error"],
@@ -123,23 +129,25 @@ def render(data: ReportData) -> str:
         answers=answers(data),
         embedded=htmlsafe_json_dumps(finite(content), separators=(",", ":"), allow_nan=False),
         scripts=[Markup(script) for script in scripts],
-        hashes=" ".join(map(_csp_hash, scripts)),
-        style=Markup(_file("report.css")),
+        hashes=" ".join(map(csp_hash, scripts)),
+        style=Markup(package_file("report.css")),
         judged=headline(data.evaluations),
         ranks=ranks,
     )
 
 
-def _file(name: str) -> str:
+def package_file(name: str) -> str:
+    """A text file of this package."""
     return files("orchestrator").joinpath(name).read_text(encoding="utf-8")
 
 
-def _inline(script: str) -> str:
+def inline_script(script: str) -> str:
     """A script that does not end the element that holds it; its hash is that of this text."""
     return script.replace("</script", "<\\/script").replace("\r\n", "\n")
 
 
-def _csp_hash(script: str) -> str:
+def csp_hash(script: str) -> str:
+    """What a Content-Security-Policy calls a script."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return f"'sha256-{digest}'"
 
@@ -168,28 +176,30 @@ def _tables(data: ReportData) -> dict[str, Any]:
     layers = list(data.layers[0]) if data.layers else ["layer", "group"]
     unique = _is_unique(data.layers)
     return {
-        "planned": _table(data.planned, ("what", "unit", "planned", "actual")),
-        "projections": _table(
+        "planned": column_table(data.planned, ("what", "unit", "planned", "actual")),
+        "projections": column_table(
             data.projections,
             _PROJECTIONS,
         ),
         # A quarter of a million rows need not repeat a name that the layer's number tells.
-        "heads": _table(data.heads, [name for name in _HEADS if name != "group" or not unique]),
-        "layers": _table(data.layers, layers),
-        "spectra": _table(
+        "heads": column_table(
+            data.heads, [name for name in _HEADS if name != "group" or not unique]
+        ),
+        "layers": column_table(data.layers, layers),
+        "spectra": column_table(
             _drawn_spectra(data),
             ("row", "layer", *(() if unique else ("group",)), "mode", "index", "singular_value"),
         ),
-        "wall": _table(data.wall, ("what", "seconds")),
-        "stages": _table(data.stages, ("stage", "seconds")),
-        "timeline": _table(data.timeline, _TIMELINE),
-        "lost": _table(data.lost, _LOST),
-        "calls": _table(data.calls, ("invocation", "started_at", "ended_at", "state")),
-        "evaluations": _table(data.evaluations, _EVALUATIONS),
+        "wall": column_table(data.wall, ("what", "seconds")),
+        "stages": column_table(data.stages, ("stage", "seconds")),
+        "timeline": column_table(data.timeline, _TIMELINE),
+        "lost": column_table(data.lost, _LOST),
+        "calls": column_table(data.calls, ("invocation", "started_at", "ended_at", "state")),
+        "evaluations": column_table(data.evaluations, _EVALUATIONS),
     }
 
 
-def _table(rows: Sequence[Row], names: Iterable[str]) -> dict[str, Any]:
+def column_table(rows: Sequence[Row], names: Iterable[str]) -> dict[str, Any]:
     """Columns with their meanings, and their values, one list per column."""
     names = list(names)
     return {

@@ -8,56 +8,15 @@ from pathlib import Path
 import torch
 from families import VOCABULARY, save_tiny
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM
 
-from orchestrator.grams import Calibration
+from orchestrator.config import RunConfig
+from orchestrator.grams import Calibration, blocks_of
+from orchestrator.plan import make_plan
 from orchestrator.source import Source, load_config, read_config_json
 from orchestrator.texts import Samples
 from workers.calibrate import CalibratedBlock
 from workers.checkpoint import ShardIndex, read_tensor
-
-LAYERS = {"opt": "model.decoder.layers", "gptj": "transformer.h", "gpt_neox": "gpt_neox.layers"}
-EXPERTS: dict[str, PretrainedConfig] = {
-    "mixtral": MixtralConfig(
-        vocab_size=VOCABULARY,
-        max_position_embeddings=64,
-        hidden_size=40,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=5,
-        num_experts_per_tok=2,
-        bos_token_id=1,
-        eos_token_id=2,
-    ),
-    "gpt_oss": GptOssConfig(
-        vocab_size=VOCABULARY,
-        max_position_embeddings=64,
-        hidden_size=40,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=12,
-        sliding_window=8,
-        layer_types=["sliding_attention", "full_attention"],
-        num_local_experts=5,
-        num_experts_per_tok=2,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-    ),
-}
-FAMILIES = (
-    "opt",
-    "gptj",
-    "gpt_neox",
-    "llama",
-    "mistral",
-    "qwen3",
-    "qwen3_moe",
-    "mixtral",
-    "gpt_oss",
-)
 
 
 def tiny_source(family: str, directory: Path) -> Source:
@@ -74,39 +33,10 @@ def some_samples(windows: int = 11, length: int = 13) -> Samples:
     return Samples(tuple(map(tuple, ids)), about)
 
 
-def all_blocks(source: Source, family: str) -> list[CalibratedBlock]:
-    """Attention and FFN or experts of every layer, written down by hand."""
-    config = source.config
-    d, heads = config.hidden_size, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or d // heads
-    attention = {"q_proj": "in", "k_proj": "in", "v_proj": "in", "o_proj": "heads"}
-    ffn = {"gate_proj": "in", "up_proj": "in", "down_proj": "hidden"}
-    attention_path, ffn_path, hidden = "self_attn", "mlp", getattr(config, "intermediate_size", 0)
-    if family == "opt":
-        attention["out_proj"] = attention.pop("o_proj")
-        ffn, ffn_path, hidden = {"fc1": "in", "fc2": "hidden"}, "", config.ffn_dim
-    if family == "gptj":
-        attention["out_proj"] = attention.pop("o_proj")
-        attention_path, ffn, hidden = "attn", {"fc_in": "in", "fc_out": "hidden"}, 4 * d
-    if family == "gpt_neox":
-        attention = {"query_key_value": "in", "dense": "heads"}
-        attention_path = "attention"
-        ffn = {"dense_h_to_4h": "in", "dense_4h_to_h": "hidden"}
-    widths = {"in": d, "hidden": hidden}
-    experts = getattr(config, "num_local_experts", 0) or getattr(config, "num_experts", 0)
-    if experts:
-        ffn_path, hidden = "mlp.experts", getattr(config, "moe_intermediate_size", hidden)
-        numbers = range(experts)
-        ffn = {f"expert_{e}.gate": f"in_{e}" for e in numbers}
-        ffn |= {f"expert_{e}.down": f"hidden_{e}" for e in numbers}
-        widths = {f"in_{e}": d for e in numbers} | {f"hidden_{e}": hidden for e in numbers}
-    blocks = []
-    for layer in range(config.num_hidden_layers):
-        path = f"{LAYERS.get(family, 'model.layers')}.{layer}"
-        around = {"in": d, "heads": heads * head_dim}
-        blocks.append(CalibratedBlock(layer, f"{path}.{attention_path}", attention, around))
-        blocks.append(CalibratedBlock(layer, f"{path}.{ffn_path}".rstrip("."), ffn, widths))
-    return blocks
+def all_blocks(source: Source) -> list[CalibratedBlock]:
+    """Attention and FFN or experts of every layer."""
+    planned = make_plan(source, RunConfig(keep=0.6, scope="all", method="svd"))
+    return blocks_of(task.task for task in planned.tasks)
 
 
 # -- the oracle: one float64 forward of the whole model, with hooks -------------------------------

@@ -36,7 +36,7 @@ def test_a_group_prepared_once_has_the_bytes_of_each_budget_alone(case, dtype):
     method, layout, changes = CASES[case]
     method, args = METHODS[method], MethodArgs(rank_step=4, **changes)
     budgets = [int(keep * layout.elements * dtype.itemsize) for keep in KEEPS]
-    prepared = method.prepare(unfolding(layout), layout, dtype, args)
+    prepared = method.prepare(unfolding(layout), layout, dtype, args, {})
     for budget in budgets:
         shared = method.encode(prepared, budget, budgets, reuse=budget != budgets[-1])
         alone = method.decompose(unfolding(layout), layout, budget, dtype, args, budgets)
@@ -67,7 +67,7 @@ W[:8] @ W[:8].T
 Path("/proc/self/clear_refs").write_text("5")
 before = resident("VmRSS")
 method = METHODS["{method}"]
-prepared = method.prepare(W, layout, torch.bfloat16, args)
+prepared = method.prepare(W, layout, torch.bfloat16, args, {{}})
 for keep in (0.8, 0.6, 0.8):
     method.encode(prepared, int(keep * W.numel() * 2), reuse=True)
 print(resident("VmHWM") - before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from activations import oracle
+from cli import digest_tree, lestd, run_lestd, start_lestd
 from torch import Tensor
 
 from lestd_kernels.errors import LestdError
@@ -159,3 +161,49 @@ class CountingExecutor(SerialExecutor):
     ) -> Iterator[Any]:
         self.workers.append(spec.cls.__name__)
         return super().map(spec, items, on_event)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_changes_no_byte(tiny_llama: Path, wikitext: Path, tmp_path: Path) -> None:
+    command: list[object] = ["compress", tiny_llama, "--keep", 0.5, "--method", "svd_llm"]
+    command += ["--calibrate-on", wikitext, "--scope", "all", "--executor", "serial"]
+    assert run_lestd(*command, "--out", tmp_path / "whole").code == 0
+    out = tmp_path / "killed"
+    pieces = tmp_path / "killed.run" / "calibration" / "pieces"
+    for layer in (1, 3):
+        process = start_lestd(*command, "--out", out)
+        while process.poll() is None and not [*pieces.glob(f"layer-{layer:05d}*.grams")]:
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        assert [*pieces.iterdir()]
+    finished = run_lestd(*command, "--out", out)
+    assert finished.code == 0, finished.err
+    assert digest_tree(out) == digest_tree(tmp_path / "whole")
+    calibrations = [
+        digest_tree(tmp_path / f"{name}.run/calibration") for name in ("killed", "whole")
+    ]
+    assert calibrations[0] == calibrations[1]
+    assert len(calibrations[0]) == 1 + 2 * 4
+
+
+def test_calibration_on_the_command_line(tiny_llama: Path, wikitext: Path, tmp_path: Path) -> None:
+    command: list[object] = ["compress", tiny_llama, "--keep", 0.5, "--method", "svd_llm"]
+    command += ["--samples", 2, "--sample-tokens", 16, "--executor", "serial"]
+    command += ["--calibration", tmp_path / "calibration", "--out"]
+    refused = lestd(*command, tmp_path / "none")
+    assert refused.code == 2
+    assert "give it with calibrate_on (--calibrate-on TEXT)" in " ".join(refused.err.split())
+    first = lestd(*command, tmp_path / "one", "--calibrate-on", wikitext)
+    assert first.code == 0, first.err
+    assert "layer 3, sums" in first.err
+    assert "layer 3, samples" not in first.err
+    second = lestd(*command, tmp_path / "two", "--calibrate-on", wikitext)
+    assert "calibrate" not in second.err
+    assert digest_tree(tmp_path / "one") == digest_tree(tmp_path / "two")
+    assert not (tmp_path / "one.run" / "calibration").exists()
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    refused = lestd(*command, tmp_path / "three", "--calibrate-on", short, "--fresh")
+    assert refused.code == 2
+    assert "2 samples of 16 take 32; give a longer text" in " ".join(refused.err.split())

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from activations import EXPERTS, FAMILIES, all_blocks, check, oracle, some_samples, tiny_source
-from families import CONFIGS
+from activations import all_blocks, check, oracle, some_samples, tiny_source
+from families import FAMILIES
+from s3 import s3_server
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -34,19 +35,14 @@ from orchestrator.grams import calibrate
 from orchestrator.source import resolve_source
 from orchestrator.texts import read_samples
 from workers.checkpoint import ShardIndex, read_tensor
+from workers.files import as_path, list_names
 from workers.layerwise import LayerwiseModel
-
-
-@pytest.fixture(autouse=True)
-def _experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    for family, config in EXPERTS.items():
-        monkeypatch.setitem(CONFIGS, family, config)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_grams_are_those_of_a_whole_forward(family: str, tmp_path: Path) -> None:
     source = tiny_source(family, tmp_path / "model")
-    blocks, samples = all_blocks(source, family), some_samples()
+    blocks, samples = all_blocks(source), some_samples()
     found = calibrate(source, blocks, samples, SerialExecutor(), tmp_path / "calibration")
     check(found, oracle(source, blocks, samples))
     assert sorted(path.name for path in (tmp_path / "calibration").iterdir()) == [
@@ -55,9 +51,34 @@ def test_grams_are_those_of_a_whole_forward(family: str, tmp_path: Path) -> None
     ]
 
 
+def test_inputs_are_named_by_who_reads_them(tmp_path: Path) -> None:
+    attention, experts, _, ffn, *_ = all_blocks(tiny_source("qwen3_moe", tmp_path))
+    assert attention.widths == {"in": 40, "heads": 56}
+    assert attention.modules["v_proj"] == "in"
+    assert attention.modules["o_proj"] == "heads"
+    assert attention.file == "layer-00000-self_attn.safetensors"
+    assert list(experts.widths.items())[:4] == [
+        ("in_0", 40),
+        ("hidden_0", 24),
+        ("in_1", 40),
+        ("hidden_1", 24),
+    ]
+    assert experts.modules["expert_3.up"] == "in_3"
+    assert experts.file == "layer-00000-mlp.experts.safetensors"
+    assert ffn.widths == {"in": 40, "hidden": 72}
+    assert {block.layers for block in (attention, experts, ffn)} == {"model.layers"}
+
+
+def test_a_block_of_the_layer_itself(tmp_path: Path) -> None:
+    block = all_blocks(tiny_source("opt", tmp_path))[3]
+    assert block.group == "model.decoder.layers.1"
+    assert (block.file, block.layers) == ("layer-00001-layer.safetensors", "model.decoder.layers")
+    assert block.modules == {"fc1": "in", "fc2": "hidden"}
+
+
 def test_an_expert_that_no_token_comes_to_has_zeros(tmp_path: Path) -> None:
     source = tiny_source("mixtral", tmp_path / "model")
-    blocks, samples = all_blocks(source, "mixtral")[1:2], some_samples(1, 1)
+    blocks, samples = all_blocks(source)[1:2], some_samples(1, 1)
     found = calibrate(source, blocks, samples, SerialExecutor(), tmp_path / "calibration")
     check(found, oracle(source, blocks, samples))
     tokens = [
@@ -71,14 +92,14 @@ def test_an_expert_that_no_token_comes_to_has_zeros(tmp_path: Path) -> None:
 def test_a_trained_model_and_its_text(tiny_llama: Path, wikitext: Path, tmp_path: Path) -> None:
     source = resolve_source(str(tiny_llama))
     samples = read_samples(source, str(wikitext), 5, 40)
-    blocks = all_blocks(source, "llama")
+    blocks = all_blocks(source)
     found = calibrate(source, blocks, samples, SerialExecutor(), tmp_path / "calibration")
     check(found, oracle(source, blocks, samples))
 
 
 def test_tensor_names_without_the_base_models_prefix(tmp_path: Path) -> None:
     source = tiny_source("opt", tmp_path / "model")
-    blocks, samples = all_blocks(source, "opt"), some_samples(3)
+    blocks, samples = all_blocks(source), some_samples(3)
     expected = oracle(source, blocks, samples)
     for shard in source.directory.glob("*.safetensors"):
         tensors = {name.removeprefix("model."): t for name, t in load_file(shard).items()}
@@ -134,7 +155,7 @@ class StoppingExecutor(SerialExecutor):
 
 def calibrated(family: str, root: Path, executor: Executor, **options: Any) -> dict[str, bytes]:
     source = tiny_source(family, root / "model")
-    blocks = all_blocks(source, family)
+    blocks = all_blocks(source)
     calibrate(source, blocks, some_samples(), executor, root / "calibration", **options)
     return contents(root / "calibration")
 
@@ -145,7 +166,7 @@ def test_an_interrupted_calibration_goes_on_and_changes_no_byte(
 ) -> None:
     expected = calibrated(family, tmp_path / "whole", SerialExecutor())
     begun: list[str] = []
-    for items in (1, 3, 4, 5):  # Six pieces of each of two layers, and two sums.
+    for items in (1, 3, 4, 5):  # Of each layer six pieces and their sums.
         with pytest.raises(KeyboardInterrupt):
             calibrated(
                 family,
@@ -166,7 +187,9 @@ def test_an_interrupted_calibration_goes_on_and_changes_no_byte(
     assert found == expected
     # What the interrupted calls had begun last was done, too, but nobody asked for its result.
     assert sorted(set(begun)) == sorted(begun)
-    assert len(begun) == 14
+    assert (
+        len(begun) == 7 * resolve_source(str(tmp_path / "parts" / "model")).config.num_hidden_layers
+    )
     [(name, items, finished)] = planned
     assert (name, finished) == ("calibrate", set())
     assert [(outcome.task_id, at, of) for outcome, at, of in seen] == [
@@ -177,7 +200,7 @@ def test_an_interrupted_calibration_goes_on_and_changes_no_byte(
 def test_blocks_that_are_asked_for_later_are_added(tmp_path: Path) -> None:
     expected = calibrated("llama", tmp_path / "whole", SerialExecutor())
     source = tiny_source("llama", tmp_path / "model")
-    blocks, directory = all_blocks(source, "llama"), tmp_path / "calibration"
+    blocks, directory = all_blocks(source), tmp_path / "calibration"
     with pytest.raises(KeyboardInterrupt):
         calibrate(source, blocks[2:3], some_samples(), StoppingExecutor(9), directory)
     attention = calibrate(source, blocks[::2], some_samples(), SerialExecutor(), directory)
@@ -229,12 +252,25 @@ def test_two_workers_one_of_them_killed_change_no_byte(tmp_path: Path) -> None:
     assert found == expected
 
 
+def test_a_calibration_in_an_object_store(tmp_path: Path) -> None:
+    expected = calibrated("qwen3", tmp_path / "disk", SerialExecutor())
+    source = tiny_source("qwen3", tmp_path / "model")
+    arguments: Any = (source, all_blocks(source), some_samples())
+    with s3_server() as (url, _):
+        directory = as_path(f"{url}/run/calibration")
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(*arguments, StoppingExecutor(8), directory)
+        found = calibrate(*arguments, SerialExecutor(), directory)
+        assert {name: (directory / name).read_bytes() for name in list_names(directory)} == expected
+        read_tensor(found.refs["model.layers.1.mlp.hidden"])
+
+
 # -- what a user can get wrong --------------------------------------------------------------------
 
 
 def test_another_text_is_not_mixed_in(tmp_path: Path) -> None:
     source = tiny_source("llama", tmp_path / "model")
-    blocks, samples = all_blocks(source, "llama"), some_samples()
+    blocks, samples = all_blocks(source), some_samples()
     calibrate(source, blocks, samples, SerialExecutor(), tmp_path / "calibration")
     other = replace(samples, about=copy.deepcopy(samples.about) | {"samples": 12})
     with pytest.raises(LestdError, match=r"calibration .*differs in: samples \(was 11, is 12\)"):
@@ -244,9 +280,7 @@ def test_another_text_is_not_mixed_in(tmp_path: Path) -> None:
 def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
     source = tiny_source("llama", tmp_path / "model")
     with pytest.raises(LestdError, match=r"model is not empty and holds config.json"):
-        calibrate(
-            source, all_blocks(source, "llama"), some_samples(), SerialExecutor(), source.directory
-        )
+        calibrate(source, all_blocks(source), some_samples(), SerialExecutor(), source.directory)
 
 
 def test_a_layer_that_lacks_a_tensor(tmp_path: Path) -> None:
@@ -257,7 +291,7 @@ def test_a_layer_that_lacks_a_tensor(tmp_path: Path) -> None:
     with pytest.raises(LestdError, match=r"model\.layers\.1\.mlp\.experts\S+ is absent"):
         calibrate(
             broken,
-            all_blocks(source, "mixtral"),
+            all_blocks(source),
             some_samples(),
             SerialExecutor(),
             tmp_path / "calibration",
@@ -274,7 +308,7 @@ def test_weights_that_overflow(tmp_path: Path) -> None:
     with pytest.raises(LestdError, match="after layer 1 are not finite"):
         calibrate(
             source,
-            all_blocks(source, "llama"),
+            all_blocks(source),
             some_samples(),
             SerialExecutor(),
             tmp_path / "calibration",

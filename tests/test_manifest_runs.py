@@ -266,7 +266,7 @@ def test_evaluations_in_a_store_go_with_the_model(tiny_llama: Path, tmp_path: Pa
 SCALES = [1.0, 3e-20, 1e15]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lestd", "tucker"])
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("type_mode", ["identity", "learned"])
 def test_spectra_are_the_singular_values_of_the_unfoldings(

@@ -79,7 +79,7 @@ def test_figures_in_the_units_of_the_weights_are_those_of_the_reconstruction(exp
 
 @pytest.mark.parametrize("factor", [1e-40, 1e-44])
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", ["lestd", "tucker"])
 def test_weights_below_the_normal_numbers_never_fail(method, dtype, factor):
     layout = mha(40, 12, 3)
     W = unfolding(layout) * factor

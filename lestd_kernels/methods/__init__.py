@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from lestd_kernels.methods import (
     asvd,
+    gptq,
     hosvd,
     laser,
     lestd,
+    magnitude,
     per_head_tucker,
+    rtn,
+    sparsegpt,
     svd,
     svd_llm,
     td_moe,
     tt,
     tucker,
+    wanda,
 )
 from lestd_kernels.methods.base import (
     ACTIVATION,
@@ -25,9 +30,10 @@ from lestd_kernels.methods.base import (
     MethodArgs,
     SliceStats,
 )
+from lestd_kernels.methods.super_weights import with_super_weights
 
 METHODS: dict[str, Method] = {
-    method.name: method
+    method.name: with_super_weights(method)
     for method in (
         lestd.METHOD,
         tucker.METHOD,
@@ -39,6 +45,11 @@ METHODS: dict[str, Method] = {
         svd_llm.METHOD,
         asvd.METHOD,
         laser.METHOD,
+        magnitude.METHOD,
+        wanda.METHOD,
+        rtn.METHOD,
+        gptq.METHOD,
+        sparsegpt.METHOD,
     )
 }
 

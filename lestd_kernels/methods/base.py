@@ -185,12 +185,31 @@ def require_plain(name: str, args: MethodArgs) -> None:
     Raises:
         LestdError: another metric, few-bit values, or super weights.
     """
+    require_default(name, args, "metric", "value_bits", "factor_bits", "super_weights")
+
+
+def require_no_core(name: str, args: MethodArgs) -> None:
+    """Refuse what is of sparse cores in a shared basis only.
+
+    Raises:
+        LestdError: a type mode, a kind of Stage II, a pattern or a limit of arithmetic is asked
+            for.
+    """
+    require_default(name, args, "type_mode", "stage2", "pattern", "max_flops")
+
+
+def require_default(name: str, args: MethodArgs, *options: str) -> None:
+    """Refuse other values of options than their defaults, which are all that a method knows.
+
+    Raises:
+        LestdError: there is one.
+    """
     plain = MethodArgs()
-    for option in ("metric", "value_bits", "factor_bits", "super_weights"):
-        if (found := getattr(args, option)) != getattr(plain, option):
+    for option in options:
+        if (found := getattr(args, option)) != (known := getattr(plain, option)):
+            takes = f"no {option}" if known is None else f"{option} {known!r} only"
             raise LestdError(
-                f"method {name!r} knows {option} {getattr(plain, option)!r} only, found {found!r}; "
-                "change one of the two"
+                f"method {name!r} knows {takes}, found {found!r}; change one of the two"
             )
 
 

@@ -11,6 +11,8 @@ task; here the error chooses.
 
 from __future__ import annotations
 
+from functools import partial
+
 from lestd_kernels.low_rank import largest_rank
 from lestd_kernels.methods.base import NORM, WEIGHT
 from lestd_kernels.methods.pairs import (
@@ -36,21 +38,17 @@ def _choose(prepared: PreparedPairs, byte_budget: int) -> Choice:
     def lost(module: ModuleLayout) -> float:
         return float(prepared.spectra[module.name].energies[small(module) :].sum())
 
-    def size(module: ModuleLayout, rank: int) -> int:
-        return module_bytes(layout, module, rank, value_bytes, args)
-
     choice: dict[str, int | None] = {module.name: None for module in layout.modules}
     stored = sum(dense_module_bytes(layout, module, value_bytes, args) for module in layout.modules)
     for module in sorted(layout.modules, key=lost):
         if stored <= byte_budget:
             return choice
+        size = partial(module_bytes, layout, module, value_bytes=value_bytes, args=args)
         stored -= dense_module_bytes(layout, module, value_bytes, args)
-        left, least = byte_budget - stored, small(module)
-        fitting = largest_rank(
-            lambda rank, cut=module: size(cut, rank), len(prepared.spectra[module.name].energies), left
-        )
-        choice[module.name] = max(least, fitting)
-        stored += size(module, max(least, fitting))
+        full = min(layout.weight_shape(module))
+        rank = max(small(module), largest_rank(size, full, byte_budget - stored))
+        choice[module.name] = rank
+        stored += size(rank)
     return choice if stored <= byte_budget else choose_ranks(prepared, byte_budget)
 
 

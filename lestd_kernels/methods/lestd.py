@@ -1,15 +1,21 @@
 """LeSTD: a shared Tucker basis (Stage I) with ultra-sparse cores (Stage II).
 
+Attention in the weights' own norm, 16 bits to a value, is stored here; everything else by
+lestd_kernels.methods.metric_lestd.
+
 Reference: "LeSTD: LLM Compression via Learning-based Sparse Tensor Decomposition", ICLR 2026.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from lestd_kernels.budget import (
     GroupShape,
@@ -19,7 +25,16 @@ from lestd_kernels.budget import (
 )
 from lestd_kernels.codecs import TWO_OF_FOUR, UNSTRUCTURED
 from lestd_kernels.errors import LestdError
-from lestd_kernels.methods.base import Bounds, Decomposed, Method, MethodArgs, require_plain
+from lestd_kernels.methods import metric_lestd
+from lestd_kernels.methods.base import (
+    METRICS,
+    Bounds,
+    Decomposed,
+    Method,
+    MethodArgs,
+    Metrics,
+    require_plain,
+)
 from lestd_kernels.methods.steps import (
     Prepared,
     Stopwatch,
@@ -155,22 +170,52 @@ def _most_nonzeros(shape: GroupShape, byte_budget: int, candidates: Sequence[Ran
 
 
 def _most_nonzeros_at(shape: GroupShape, byte_budget: int, ranks: Ranks) -> int:
-    """The most non-zeros that fit with each core in any codec; exact."""
+    """The most non-zeros that fit with each core in any codec; exact.
+
+    A core's bytes are concave in its non-zeros: the fewest of several lines. To shift non-zeros
+    from one partly filled core to another, in the better direction, costs nothing, so that with
+    some optimal numbers every core but one is full or empty.
+    """
     cores = range(len(shape.core_slices))
-    sizes = [rows * columns for rows, columns in (shape.core_shape(ranks, c) for c in cores)]
+    kinds = Counter(
+        (math.prod(shape.core_shape(ranks, core)), tuple(shape.codec_lines(ranks, core)))
+        for core in cores
+    )
+    empty = sum(count * _core_bytes(lines, 0) for (_, lines), count in kinds.items())
+    spare = byte_budget - shape.factor_bytes(ranks) - empty
+    if spare < 0:
+        return 0
     most = 0
-    for codecs in itertools.product(*(shape.codec_lines(ranks, core) for core in cores)):
-        left = byte_budget - shape.factor_bytes(ranks) - sum(fixed for fixed, _ in codecs)
+    filling = [_core_bytes(lines, size) - _core_bytes(lines, 0) for size, lines in kinds]
+    *others, last = (range(count + 1) for count in kinds.values())
+    for some in itertools.product(*others):
+        left = spare - sum(n * more for n, more in zip(some, filling, strict=False))
         if left < 0:
             continue
-        total = 0
-        for per_nonzero, size in sorted((o, s) for (_, o), s in zip(codecs, sizes, strict=True)):
-            # The dense codec stores every element at the same bytes.
-            count = min(size, left // per_nonzero) if per_nonzero else size
-            total += count
-            left -= count * per_nonzero
-        most = max(most, total)
+        # Of cores that are all alike the most that fit are full.
+        top = min(last[-1], left // filling[-1])
+        for full in range(top if not others else 0, top + 1):
+            rest = left - full * filling[-1]
+            total = partial = 0
+            for n, (size, lines), count in zip((*some, full), kinds, kinds.values(), strict=True):
+                total += n * size
+                if n < count:
+                    partial = max(partial, _partial(size, lines, rest + _core_bytes(lines, 0)))
+            most = max(most, total + partial)
     return most
+
+
+def _core_bytes(lines: Sequence[tuple[int, int]], nnz: int) -> int:
+    return min(fixed + per_nonzero * nnz for fixed, per_nonzero in lines)
+
+
+def _partial(size: int, lines: Sequence[tuple[int, int]], byte_budget: int) -> int:
+    """The most non-zeros of one core within a budget, with the best codec."""
+    return max(
+        min(size, (byte_budget - fixed) // per_nonzero) if per_nonzero else size
+        for fixed, per_nonzero in lines
+        if fixed <= byte_budget
+    )
 
 
 def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
@@ -178,4 +223,39 @@ def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs)
     return _least_bytes(group_shape(layout, value_dtype, args), _smallest(layout, args))
 
 
-METHOD = Method("lestd", prepare, encode, bounds, least_bytes)
+def _prepare_any(
+    unfolding: Tensor,
+    layout: GroupLayout,
+    value_dtype: torch.dtype,
+    args: MethodArgs,
+    metrics: Metrics,
+) -> Prepared | metric_lestd.PreparedSides:
+    chosen = metric_lestd.prepare if metric_lestd.serves(layout, args) else prepare
+    return chosen(unfolding, layout, value_dtype, args, metrics)
+
+
+def _encode_any(
+    prepared: Prepared | metric_lestd.PreparedSides,
+    byte_budget: int,
+    curve_budgets: Sequence[int] = (),
+    *,
+    reuse: bool = False,
+) -> Decomposed:
+    if isinstance(prepared, Prepared):
+        return encode(prepared, byte_budget, curve_budgets, reuse=reuse)
+    return metric_lestd.encode(prepared, byte_budget, curve_budgets, reuse=reuse)
+
+
+def _bounds_any(
+    layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
+) -> Bounds:
+    chosen = metric_lestd.bounds if metric_lestd.serves(layout, args) else bounds
+    return chosen(layout, byte_budget, value_dtype, args)
+
+
+def _least_bytes_any(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
+    chosen = metric_lestd.least_bytes if metric_lestd.serves(layout, args) else least_bytes
+    return chosen(layout, value_dtype, args)
+
+
+METHOD = Method("lestd", _prepare_any, _encode_any, _bounds_any, _least_bytes_any, METRICS)

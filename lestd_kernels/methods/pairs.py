@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from lestd_kernels.budget import CurvePoint
 from lestd_kernels.chain import ModuleChain, Multiply
 from lestd_kernels.errors import LestdError
 from lestd_kernels.low_rank import (
+    Bits,
     Root,
     Spectrum,
     common_slope,
@@ -28,7 +30,14 @@ from lestd_kernels.low_rank import (
     pair_bytes,
     spectrum,
 )
-from lestd_kernels.methods.base import Bounds, Decomposed, Method, MethodArgs, Metrics
+from lestd_kernels.methods.base import (
+    Bounds,
+    Decomposed,
+    Method,
+    MethodArgs,
+    Metrics,
+    require_no_core,
+)
 from lestd_kernels.methods.matrices import (
     PreparedGroup,
     chain_result,
@@ -86,12 +95,17 @@ def traffic(prepared: PreparedGroup) -> dict[str, float]:
     }
 
 
+def bits_of(args: MethodArgs) -> Bits:
+    """Bits of the two matrices of a pair."""
+    return Bits(args.factor_bits, args.value_bits)
+
+
 def module_bytes(
-    layout: GroupLayout, module: ModuleLayout, rank: int, value_bytes: int, args: MethodArgs
+    layout: GroupLayout, module: ModuleLayout, rank: int, *, value_bytes: int, args: MethodArgs
 ) -> int:
     """Stored bytes of a module's pair."""
     columns, rows = layout.weight_shape(module)
-    return pair_bytes(rows, columns, rank, value_bytes, args)
+    return pair_bytes(rows, columns, rank, value_bytes, bits_of(args))
 
 
 def dense_module_bytes(
@@ -111,38 +125,40 @@ Choose = Callable[[PreparedPairs, int], Choice]
 
 def choose_ranks(prepared: PreparedPairs, byte_budget: int) -> Choice:
     """The ranks of least summed relative error, see `common_slope`."""
-    weights, modules = traffic(prepared), prepared.layout.modules
-    value_bytes = prepared.value_dtype.itemsize
-
-    def size_of(module: ModuleLayout) -> Callable[[int], int]:
-        return lambda r: module_bytes(prepared.layout, module, r, value_bytes, prepared.args)
-
+    layout, weights = prepared.layout, traffic(prepared)
+    modules, value_bytes = layout.modules, prepared.value_dtype.itemsize
+    sizes = [
+        partial(module_bytes, layout, module, value_bytes=value_bytes, args=prepared.args)
+        for module in modules
+    ]
     energies = [
         (prepared.spectra[module.name].energies * weights[module.name]).tolist()
         for module in modules
     ]
-    ranks = common_slope(energies, [size_of(module) for module in modules], byte_budget)
+    ranks = common_slope(energies, sizes, byte_budget)
     return {module.name: rank for module, rank in zip(modules, ranks, strict=True)}
 
 
-def _encode_choice(prepared: PreparedPairs, choice: Choice, clock: Stopwatch) -> dict[str, ModuleChain]:
+def _encode_choice(
+    prepared: PreparedPairs, choice: Choice, clock: Stopwatch
+) -> dict[str, ModuleChain]:
     chains = {}
-    dtype, args = prepared.value_dtype, prepared.args
+    dtype, bits = prepared.value_dtype, bits_of(prepared.args)
     with clock("stage2"):
         for module in prepared.layout.modules:
             name, W = module.name, prepared.weight(module)
             rank = choice[name]
             if rank is None:
-                whole = EncodedCore.quantized(W, args.value_bits, dtype)
+                whole = EncodedCore.quantized(W, bits.value, dtype)
                 chains[name] = ModuleChain((Multiply(0),), (whole,))
                 continue
-            pair = fit_pair(W, prepared.roots[name], prepared.spectra[name], rank, dtype, args)
+            pair = fit_pair(W, prepared.roots[name], prepared.spectra[name], rank, dtype, bits)
             ops = (Multiply(0, transposed=True), Multiply(1))
             chains[name] = ModuleChain(ops, (pair.left, pair.right))
     return chains
 
 
-def _expected_error(prepared: PreparedPairs, choice: Choice) -> float:
+def _left_out(prepared: PreparedPairs, choice: Choice) -> float:
     """What the choice leaves of the weights in their metric, before anything is rounded."""
     total = 0.0
     for module in prepared.layout.modules:
@@ -202,11 +218,19 @@ def pair_method(
         with clock("rank_search"):
             choice = choose(prepared, byte_budget)
             curve = [
-                CurvePoint(b, Ranks(0, 0, 0), _expected_error(prepared, choose(prepared, b)))
+                CurvePoint(b, Ranks(0, 0, 0), expected_error(prepared, choose(prepared, b)))
                 for b in curve_budgets
             ]
         chains = _encode_choice(prepared, choice, clock)
         return chain_result(prepared, chains, clock, ranks=_named_ranks(choice), curve=curve)
+
+    def expected_error(prepared: PreparedPairs, choice: Choice) -> float:
+        if metric_of is own_metric:
+            return _left_out(prepared, choice)
+        # Truncated in one metric and measured in another: only the pairs themselves tell.
+        clock = Stopwatch(prepared.unfolding.device)
+        pairs = _encode_choice(prepared, choice, clock)
+        return chain_result(prepared, pairs, clock).metric_squared_error
 
     def bounds(
         layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
@@ -219,15 +243,19 @@ def pair_method(
             )
         # The vectors of every module, and the roots of their inputs' metrics.
         shapes = [layout.weight_shape(module) for module in layout.modules]
-        inputs = {module.reads: shape[1] for module, shape in zip(layout.modules, shapes, strict=True)}
+        inputs = {
+            module.reads: shape[1] for module, shape in zip(layout.modules, shapes, strict=True)
+        }
         kept = sum(4 * min(shape) ** 2 for shape in shapes) + sum(4 * n**2 for n in inputs.values())
         most = _most_bytes(layout, value_dtype, args)
         workspace = module_workspace_bytes(layout) + kept
         return Bounds(None, None, None, min(byte_budget, most), workspace, 0)
 
     def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
+        require_no_core(name, args)
         return sum(
-            module_bytes(layout, module, 1, value_dtype.itemsize, args) for module in layout.modules
+            module_bytes(layout, module, 1, value_bytes=value_dtype.itemsize, args=args)
+            for module in layout.modules
         )
 
     return Method(name, prepare, encode, bounds, least_bytes, metrics)
@@ -235,15 +263,12 @@ def pair_method(
 
 def _most_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
     """Bytes at full rank, or of the whole matrix where that takes more."""
-    return sum(
-        max(
-            module_bytes(
-                layout, module, min(layout.weight_shape(module)), value_dtype.itemsize, args
-            ),
-            dense_module_bytes(layout, module, value_dtype.itemsize, args),
-        )
-        for module in layout.modules
-    )
+    value_bytes, total = value_dtype.itemsize, 0
+    for module in layout.modules:
+        full = min(layout.weight_shape(module))
+        pair = module_bytes(layout, module, full, value_bytes=value_bytes, args=args)
+        total += max(pair, dense_module_bytes(layout, module, value_bytes, args))
+    return total
 
 
 def _named_ranks(choice: Choice) -> dict[str, int]:

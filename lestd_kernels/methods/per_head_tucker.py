@@ -1,9 +1,9 @@
 """Tucker for every head on its own: TensorLLM without the basis that the heads share.
 
-The slices (d x p) of a head, W_q, W_k, W_v and W_o^T, are one tensor with its own factors U1 (d, R1)
-and U2 (p, R2) and a dense core (R1, R2) per slice; the type mode stays whole. Query heads that share
-a key and value head belong to one unit with it. The ranks are those of least error in the byte
-budget, the same for all heads.
+The slices (d x p) of a head, W_q, W_k, W_v and W_o^T, are one tensor with factors of its own, U1
+(d, R1) and U2 (p, R2), and a dense core (R1, R2) per slice; the type mode stays whole. Query heads
+that share a key and value head belong to one unit with it. The ranks are those of least error in
+the byte budget, the same for all heads.
 
     module q, k, v    x (d) -> U1 of all units -> cores -> U2^T
     module o          x (heads p) -> U2 -> cores^T -> U1^T, summed over the units
@@ -25,7 +25,15 @@ from lestd_kernels.budget import CurvePoint
 from lestd_kernels.chain import ModuleChain, Multiply, Op, Permute
 from lestd_kernels.errors import LestdError
 from lestd_kernels.low_rank import matrix_bytes
-from lestd_kernels.methods.base import WEIGHT, Bounds, Decomposed, Method, MethodArgs, Metrics
+from lestd_kernels.methods.base import (
+    WEIGHT,
+    Bounds,
+    Decomposed,
+    Method,
+    MethodArgs,
+    Metrics,
+    require_no_core,
+)
 from lestd_kernels.methods.matrices import PreparedGroup, chain_result, module_workspace_bytes
 from lestd_kernels.methods.steps import Stopwatch
 from lestd_kernels.packed import EncodedCore
@@ -183,9 +191,7 @@ def encode(
         norm = squared_sum(prepared.unfolding)
         curve = []
         for budget in curve_budgets:
-            kept = kept_energy(
-                prepared.energies, prepared.grid, _ranks_for(prepared, budget)
-            )
+            kept = kept_energy(prepared.energies, prepared.grid, _ranks_for(prepared, budget))
             curve.append(CurvePoint(budget, Ranks(0, 0, 0), max(norm - kept, 0.0)))
     with clock("stage1"):
         factors = [
@@ -200,9 +206,7 @@ def encode(
             _U2: EncodedCore.quantized(U2, args.factor_bits, dtype),
         }
         cores = _fit_cores(prepared, shared)
-        modules = {
-            module.name: _chain(prepared, module, cores, ranks) for module in layout.modules
-        }
+        modules = {module.name: _chain(prepared, module, cores, ranks) for module in layout.modules}
     named = {"R1": ranks.Ra, "R2": ranks.Rb}
     return chain_result(prepared, modules, clock, shared, named, curve)
 
@@ -212,7 +216,7 @@ def _fit_cores(prepared: PreparedHeads, shared: dict[str, EncodedCore]) -> dict[
     count = prepared.units.count
     U1 = shared[_U1].decode().float().chunk(count, dim=1)
     U2 = shared[_U2].decode().float().chunk(count)
-    cores = {}
+    cores: dict[int, Tensor] = {}
     for unit, members in enumerate(prepared.units.members):
         fitted = fit_core(prepared.stack(unit), StackFactors(U1[unit], U2[unit], None))
         cores |= dict(zip(members, fitted, strict=True))
@@ -252,9 +256,7 @@ def _chain(
             Multiply(0, blocks=count, distinct=True),
             Multiply(_U1, transposed=True),
         )
-    return ModuleChain(
-        ops, (EncodedCore.quantized(matrix, args.value_bits, prepared.value_dtype),)
-    )
+    return ModuleChain(ops, (EncodedCore.quantized(matrix, args.value_bits, prepared.value_dtype),))
 
 
 def bounds(
@@ -277,6 +279,7 @@ def bounds(
 
 def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
     """See `Method.least_bytes`."""
+    require_no_core("per_head_tucker", args)
     ranks = StackRanks(1, 1, 1)
     return _stored_bytes(layout, _units_of(layout), ranks, value_dtype.itemsize, args)
 

@@ -3,9 +3,9 @@
 ``S^T W`` is truncated, where S is the Cholesky factor of the inputs' Gram matrix, so that the
 truncated energy is the error of the outputs.
 
-Reference: Wang, Zheng, Wan, Zhang, "SVD-LLM: Truncation-aware singular value decomposition for large
-language model compression", ICLR 2025, section 3.1. The paper gives every matrix the same ratio;
-here they share the bytes, see lestd_kernels.methods.pairs.
+Reference: Wang, Zheng, Wan, Zhang, "SVD-LLM: Truncation-aware singular value decomposition for
+large language model compression", ICLR 2025, section 3.1. The paper gives every matrix the same
+ratio; here they share the bytes, see lestd_kernels.methods.pairs.
 """
 
 from __future__ import annotations

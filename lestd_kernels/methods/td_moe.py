@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ from lestd_kernels.methods.base import (
     Method,
     MethodArgs,
     Metrics,
+    require_no_core,
 )
 from lestd_kernels.methods.matrices import (
     PreparedGroup,
@@ -164,7 +166,10 @@ def _sum(grams: Sequence[Tensor | None]) -> Tensor | None:
 def _output_gram(matrices: Sequence[Tensor], grams: Sequence[Tensor | None]) -> Tensor | None:
     """``Y^T Y`` of the outputs ``Y = X W``, summed over the experts."""
     return _sum(
-        [None if gram is None else W.T @ (gram @ W) for W, gram in zip(matrices, grams, strict=True)]
+        [
+            None if gram is None else W.T @ (gram @ W)
+            for W, gram in zip(matrices, grams, strict=True)
+        ]
     )
 
 
@@ -184,20 +189,15 @@ def _projection_bytes(
 
 def _choose(prepared: PreparedExperts, byte_budget: int) -> dict[str, StackRanks]:
     """Ranks of every projection; what one leaves of its share is the next one's."""
-    left, chosen = byte_budget, {}
-    elements = {name: one.stack.numel() for name, one in prepared.projections.items()}
+    value_bytes, args = prepared.value_dtype.itemsize, prepared.args
+    left, elements, chosen = byte_budget, prepared.layout.elements, {}
     for name, one in prepared.projections.items():
-        shape, args = one.stack.shape, prepared.args
-        value_bytes = prepared.value_dtype.itemsize
-        share = left * elements[name] // sum(n for k, n in elements.items() if k not in chosen)
-
-        def size(ranks: StackRanks, shape: Sequence[int] = shape) -> int:
-            return _projection_bytes(shape, ranks, value_bytes, args)
-
-        ranks = best_ranks(one.energies, one.grid, size, share)
+        size = partial(_projection_bytes, one.stack.shape, value_bytes=value_bytes, args=args)
+        ranks = best_ranks(one.energies, one.grid, size, left * one.stack.numel() // elements)
         assert ranks is not None  # bounds has said so
         chosen[name] = ranks
         left -= size(ranks)
+        elements -= one.stack.numel()
     return chosen
 
 
@@ -264,7 +264,9 @@ def _store(
     white = []
     for key, root, factor in sides:
         # Transposed, so that every column is in groups of its own.
-        shared[key] = EncodedCore.quantized(root.solve(factor).T.contiguous(), args.factor_bits, dtype)
+        shared[key] = EncodedCore.quantized(
+            root.solve(factor).T.contiguous(), args.factor_bits, dtype
+        )
         white.append(root.apply(shared[key].decode().float().T))
     if factors.P is None:
         cores = fit_core(one.stack, StackFactors(white[0], white[1], None))
@@ -312,6 +314,7 @@ def bounds(
 
 def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
     """See `Method.least_bytes`."""
+    require_no_core("td_moe", args)
     total, least = len(layout.slices), 0
     for modules in _by_projection(layout).values():
         columns, rows = layout.weight_shape(modules[0])

@@ -1,0 +1,43 @@
+"""GPTQ: rounding to few bits with error feedback; of fixed size, as lestd_kernels.methods.rtn.
+
+Inputs are rounded in the order of falling activation where that costs nothing: where groups of 64
+do not reach from one input to the next, so that every input brings its own scales with it.
+
+Reference: Frantar et al., "GPTQ: Accurate post-training quantization for generative pre-trained
+transformers", ICLR 2023; the order is the option "act-order" of the authors' program.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lestd_kernels.chain import ModuleChain, Multiply
+from lestd_kernels.error_feedback import inverse_factor, round_with_feedback
+from lestd_kernels.methods.base import ACTIVATION, MethodArgs
+from lestd_kernels.methods.matrices import module_method
+from lestd_kernels.methods.quantizing import fitting_bits, least_module_bytes
+from lestd_kernels.packed import EncodedCore
+from lestd_kernels.packing import GROUP
+
+
+def encode_module(
+    W: Tensor, metric: Tensor | None, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
+) -> ModuleChain:
+    """Round one module ``(in, out)`` in the metric of its Gram matrix."""
+    assert metric is not None, "in the metric 'activation' every module has a Gram matrix"
+    bits = fitting_bits(W.numel(), byte_budget, value_dtype.itemsize, args)
+    order = torch.arange(len(W), device=W.device)
+    if W.shape[1] % GROUP == 0:
+        order = metric.diagonal().argsort(descending=True, stable=True)
+    U = inverse_factor(metric[order][:, order])
+    rounded, scales = round_with_feedback(W[order], U, bits, value_dtype)
+    assert scales is not None
+    if W.shape[1] % GROUP == 0:
+        back = order.argsort()
+        rounded, scales = rounded[back], scales.view(len(W), -1)[back].view(-1)
+    stored = EncodedCore.quantized(rounded, bits, value_dtype, scales, codec="dense")
+    return ModuleChain((Multiply(0),), (stored,))
+
+
+METHOD = module_method("gptq", encode_module, least_module_bytes, (ACTIVATION,))

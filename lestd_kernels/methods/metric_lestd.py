@@ -1,0 +1,266 @@
+"""LeSTD in a metric, with few-bit values and factors, and beyond attention.
+
+Every module stands in the basis of its side of the model's width, see lestd_kernels.sided: Q, K and
+V share one on their input side and O has one on its output side; so gate, up and down; the gates
+and ups of all experts share one, and their downs. The bytes of a group are divided between the two
+sides as the dense ones are.
+
+References: LeSTD (ICLR 2026), Stages I and II; "Rethinking the Role of Tensor Decompositions in
+Post-Training LLM Compression", arXiv 2606.03465, on the metric.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from lestd_kernels.budget import CurvePoint
+from lestd_kernels.chain import ModuleChain, Multiply
+from lestd_kernels.decomposition import U1_NAME
+from lestd_kernels.errors import LestdError
+from lestd_kernels.methods.base import Bounds, Decomposed, MethodArgs, Metrics
+from lestd_kernels.methods.matrices import PreparedGroup, chain_result
+from lestd_kernels.methods.steps import Stopwatch
+from lestd_kernels.packed import EncodedCore
+from lestd_kernels.packing import FULL_BITS
+from lestd_kernels.sided import SidedGroup, readers_of
+from lestd_kernels.sided_search import SidedShape
+from lestd_kernels.stage1 import Ranks
+from lestd_kernels.tensorize import PROJECTIONS, BasisSide, GroupLayout, ModuleLayout
+
+U1_OUTPUT_NAME = "lestd_u1_output"
+_NAMES: dict[BasisSide, str] = {"input": U1_NAME, "output": U1_OUTPUT_NAME}
+_RANKS: dict[BasisSide, str] = {"input": "R1", "output": "R1_output"}
+_BUFFERS_BYTES = 80 << 20
+
+
+def serves(layout: GroupLayout, args: MethodArgs) -> bool:
+    """Whether a group is stored by this file: in a metric, in few bits, or beyond attention."""
+    plain = MethodArgs()
+    if any(projection not in PROJECTIONS for projection, _ in layout.slices):
+        return True
+    return any(
+        getattr(args, option) != getattr(plain, option)
+        for option in ("metric", "value_bits", "factor_bits")
+    )
+
+
+def sides(layout: GroupLayout) -> dict[BasisSide, tuple[ModuleLayout, ...]]:
+    """The modules of each side, those that read the same input adjacent; sides that have any."""
+    found: dict[BasisSide, tuple[ModuleLayout, ...]] = {}
+    for side in _NAMES:
+        modules = [module for module in layout.modules if module.basis_side == side]
+        order = {reads: i for i, reads in enumerate(dict.fromkeys(m.reads for m in modules))}
+        if modules:
+            found[side] = tuple(sorted(modules, key=lambda m: order[m.reads]))
+    return found
+
+
+def side_shape(
+    layout: GroupLayout,
+    side: BasisSide,
+    value_dtype: torch.dtype,
+    args: MethodArgs,
+    dense: bool = False,
+) -> SidedShape:
+    """Sizes of the cores of one side."""
+    modules = sides(layout)[side]
+    uses = len({module.reads for module in modules}) if side == "input" else len(modules)
+    return SidedShape(
+        width=layout.width,
+        core_columns=tuple(len(module.slices) * layout.head_dim for module in modules),
+        rank_first=side == "input",
+        factor_uses=uses,
+        value_bytes=value_dtype.itemsize,
+        value_bits=args.value_bits,
+        factor_bits=args.factor_bits,
+        dense=dense,
+    )
+
+
+def _shapes(
+    layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs
+) -> dict[BasisSide, SidedShape]:
+    for option in ("type_mode", "stage2", "pattern", "super_weights"):
+        expected, found = getattr(MethodArgs(), option), getattr(args, option)
+        if found != expected:
+            raise LestdError(
+                f"{option} {found!r} goes with attention in the metric 'weight' at 16 bits only; "
+                f"change it to {expected!r}, or metric, bits and scope"
+            )
+    return {side: side_shape(layout, side, value_dtype, args) for side in sides(layout)}
+
+
+def _shares(shapes: dict[BasisSide, SidedShape], byte_budget: int) -> dict[BasisSide, int]:
+    """The bytes of each side, in proportion to its elements; none is left over."""
+    total = sum(shape.elements for shape in shapes.values())
+    shares: dict[BasisSide, int] = {}
+    before = 0
+    for side, shape in shapes.items():
+        after = before + shape.elements
+        shares[side] = byte_budget * after // total - byte_budget * before // total
+        before = after
+    return shares
+
+
+@dataclass
+class PreparedSides(PreparedGroup):
+    """A group with the bases of its sides.
+
+    Attributes:
+        groups: one per side.
+        scale: power of two that the weights in `groups` were divided by.
+    """
+
+    groups: dict[BasisSide, SidedGroup]
+    scale: float
+
+
+def prepare(
+    unfolding: Tensor,
+    layout: GroupLayout,
+    value_dtype: torch.dtype,
+    args: MethodArgs,
+    metrics: Metrics,
+) -> PreparedSides:
+    """Find the basis of each side; see `Method.prepare`."""
+    shapes = _shapes(layout, value_dtype, args)
+    clock = Stopwatch(unfolding.device)
+    group = PreparedGroup(unfolding, layout, value_dtype, args, metrics, clock.seconds)
+    with clock("stage1"):
+        largest = max(abs(float(end)) for end in torch.aminmax(unfolding))
+        # A power of two, whose reciprocal is a normal number too; see lestd_kernels.methods.steps.
+        scale = math.ldexp(1.0, min(max(math.frexp(largest or 1.0)[1] - 1, -126), 126))
+        groups = {}
+        for side, modules in sides(layout).items():
+            weights = {module.name: group.weight(module) for module in modules}
+            reads = {module.name: module.reads for module in modules}
+            if side == "output":
+                # Each has a core of its own, even where inputs are the same.
+                reads = {module.name: module.name for module in modules}
+            readers, unit = readers_of(weights, reads, metrics, scale)
+            groups[side] = SidedGroup(readers, shapes[side], unit)
+    known = {field.name: getattr(group, field.name) for field in fields(group)}
+    return PreparedSides(**known, groups=groups, scale=scale)
+
+
+def encode(
+    prepared: PreparedSides,
+    byte_budget: int,
+    curve_budgets: Sequence[int] = (),
+    *,
+    reuse: bool = False,
+) -> Decomposed:
+    """Store a group with sparse cores in the bases of its sides; see `Method.encode`."""
+    args, layout = prepared.args, prepared.layout
+    bounds(layout, byte_budget, prepared.value_dtype, args)
+    clock = Stopwatch(prepared.unfolding.device)
+    shapes = {side: group.shape for side, group in prepared.groups.items()}
+    budgets = [byte_budget, *curve_budgets]
+    shares = [_shares(shapes, budget) for budget in budgets]
+    expected = [0.0] * len(budgets)
+    shared: dict[str, EncodedCore] = {}
+    chains: dict[str, ModuleChain] = {}
+    ranks: dict[str, int] = {}
+    every: dict[BasisSide, list[int]] = {}
+    for side, group in prepared.groups.items():
+        with clock("rank_search"):
+            grid = group.shape.grid(args.rank_step, args.max_flops)
+            found = group.search(grid, [share[side] for share in shares])
+            if not reuse:
+                group.forget()
+            every[side] = [R for R, _ in found]
+            for i, (_, error) in enumerate(found):
+                expected[i] += error * prepared.scale**2
+        with clock("stage2"):
+            R = ranks[_RANKS[side]] = every[side][0]
+            factor, cores = group.encode(R, shares[0][side], prepared.value_dtype, prepared.scale)
+            shared[_NAMES[side]] = factor
+            for module, core in zip(sides(layout)[side], cores, strict=True):
+                U1 = Multiply(_NAMES[side], transposed=side == "output")
+                ops = (U1, Multiply(0)) if side == "input" else (Multiply(0), U1)
+                chains[module.name] = ModuleChain(ops, (core,))
+    modules = {module.name: chains[module.name] for module in layout.modules}
+    done = chain_result(prepared, modules, clock, shared, ranks)
+    # What rounding adds hardly depends on the budget.
+    rounding = max(done.metric_squared_error - expected[0], 0.0)
+    curve = tuple(
+        CurvePoint(budget, Ranks(every.get("input", [0] * len(budgets))[i], 0, 0), error + rounding)
+        for i, (budget, error) in enumerate(zip(budgets, expected, strict=True))
+    )
+    values = tuple(group.singular_values for group in prepared.groups.values())
+    first = tuple(value * prepared.scale for value in values[0])
+    return replace(done, curve=curve[1:], singular_values=(first, ()))
+
+
+def bounds(
+    layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
+) -> Bounds:
+    """Sizes from shapes alone; see `Method.bounds`."""
+    shapes = _shapes(layout, value_dtype, args)
+    least = least_bytes(layout, value_dtype, args)
+    if byte_budget < least:
+        raise LestdError(
+            f"the byte budget of a slice group is {byte_budget:,} bytes, but its smallest ranks "
+            f"take {least:,} bytes; raise keep, or lower rank_step or bits"
+        )
+    shares = _shares(shapes, byte_budget)
+    largest, nnz, most_bytes = {}, 0, 0
+    for side, shape in shapes.items():
+        grid = shape.grid(args.rank_step, args.max_flops)
+        if args.max_flops is not None and shape.flops(grid[0]) > args.max_flops * shape.elements:
+            raise LestdError(
+                f"max_flops is {args.max_flops}, but the smallest rank of a slice group "
+                f"({grid[0]}) takes {shape.flops(grid[0]) / shape.elements:.3f} of the dense "
+                "multiply-adds; raise max_flops or lower rank_step"
+            )
+        empty = [0] * len(shape.core_columns)
+        fitting = [R for R in grid if shape.stored_bytes(R, empty) <= shares[side]]
+        largest[side] = fitting[-1]
+        full = [grid[-1] * n for n in shape.core_columns]
+        most_bytes += min(shares[side], shape.stored_bytes(grid[-1], full))
+        values = 8 * (shares[side] - shape.factor_bytes(grid[0]))
+        nnz += min(fitting[-1] * sum(shape.core_columns), values // _value_size(shape))
+    return Bounds(
+        max_R1=largest.get("input", largest.get("output")),
+        max_R2=None,
+        max_nnz=nnz,
+        max_bytes=most_bytes,
+        workspace_bytes=_workspace_bytes(layout, shapes, args),
+        reuse_bytes=0,
+    )
+
+
+def _value_size(shape: SidedShape) -> int:
+    """Bits of a value at least, its scale and index not counted."""
+    return shape.value_bits if shape.value_bits != FULL_BITS else 8 * shape.value_bytes
+
+
+def _workspace_bytes(
+    layout: GroupLayout, shapes: dict[BasisSide, SidedShape], args: MethodArgs
+) -> int:
+    """Upper bound of the peak memory beside the unfolding and the metrics as they were read.
+
+    A copy of the weights, and of one side core, importance, mask and the fit in float64; metrics
+    in their units; of the largest metric some factors in float64.
+    """
+    most = max(shape.elements for shape in shapes.values())
+    inputs = {m.reads: layout.weight_shape(m)[1] for m in layout.modules}
+    squares = sum(width**2 for width in inputs.values()) if args.metric == "activation" else 0
+    widest = max([layout.width, *inputs.values()] if squares else [layout.width])
+    return 4 * layout.elements + 30 * most + 4 * squares + 40 * widest**2 + _BUFFERS_BYTES
+
+
+def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
+    """The smallest feasible byte budget; see `Method.least_bytes`."""
+    shapes = _shapes(layout, value_dtype, args)
+    total = sum(shape.elements for shape in shapes.values())
+    # The budget of which each side's share is enough.
+    return max(
+        -(-(shape.least_bytes(args.rank_step) + 1) * total // shape.elements)
+        for shape in shapes.values()
+    )

@@ -1,0 +1,31 @@
+"""Round to nearest: every weight in few bits, groups of 64 with one scale; of fixed size.
+
+The baseline that every other quantizer is measured against. It stores its own size, the largest
+bit width that fits the budget, or the one that `value_bits` asks for.
+
+Reference: the baseline "RTN" of Frantar et al., "GPTQ", ICLR 2023, section 5.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lestd_kernels.chain import ModuleChain, Multiply
+from lestd_kernels.methods.base import MethodArgs
+from lestd_kernels.methods.matrices import module_method
+from lestd_kernels.methods.quantizing import fitting_bits, least_module_bytes
+from lestd_kernels.packed import EncodedCore
+
+
+def encode_module(
+    W: Tensor, metric: Tensor | None, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
+) -> ModuleChain:
+    """Round one module ``(in, out)``."""
+    bits = fitting_bits(W.numel(), byte_budget, value_dtype.itemsize, args)
+    return ModuleChain(
+        (Multiply(0),), (EncodedCore.quantized(W, bits, value_dtype, codec="dense"),)
+    )
+
+
+METHOD = module_method("rtn", encode_module, least_module_bytes)

@@ -1,0 +1,39 @@
+"""SparseGPT: pruning with error feedback, composed with values in few bits.
+
+Two passes: the first prunes, feeding errors back, and leaves the positions; the second starts
+again from the weights, rounds what is kept and feeds back what rounding and pruning lose. So every
+group's members are known when its scale is chosen.
+
+Reference: Frantar, Alistarh, "SparseGPT: Massive language models can be accurately pruned in
+one-shot", ICML 2023, section 3; section 3.5 for the composition with quantization.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lestd_kernels.chain import ModuleChain, Multiply
+from lestd_kernels.error_feedback import inverse_factor, prune, round_with_feedback
+from lestd_kernels.methods.base import ACTIVATION, MethodArgs
+from lestd_kernels.methods.matrices import module_method
+from lestd_kernels.methods.pruning import largest_nnz, least_module_bytes
+from lestd_kernels.packed import EncodedCore
+
+
+def encode_module(
+    W: Tensor, metric: Tensor | None, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
+) -> ModuleChain:
+    """Prune one module ``(in, out)`` in the metric of its Gram matrix, and round what is left."""
+    assert metric is not None, "in the metric 'activation' every module has a Gram matrix"
+    bits = args.value_bits
+    rows, columns = W.shape
+    count, codec = largest_nnz(rows, columns, byte_budget, value_dtype.itemsize, bits)
+    U = inverse_factor(metric)
+    mask = prune(W, U, count) if codec != "dense" else None
+    rounded, scales = round_with_feedback(W, U, bits, value_dtype, mask)
+    stored = EncodedCore.quantized(rounded, bits, value_dtype, scales, codec, mask)
+    return ModuleChain((Multiply(0),), (stored,))
+
+
+METHOD = module_method("sparsegpt", encode_module, least_module_bytes, (ACTIVATION,))

@@ -1,0 +1,245 @@
+"""Shared bases in a metric, one for each side of the modules, with cores thinned out and rounded.
+
+Shapes: W (in, out) of a module, y = x W; d the width that the modules of one side share; C (in, in)
+the metric of a module's input, see lestd_kernels.metric; R ranks.
+
+    input side   W_m ~ A M_m     A (d, R), M_m (R, out_m)    Q, K, V; gate, up
+    output side  W_m ~ M_m A^T   A (d, R), M_m (in_m, R)     O; down
+
+On the input side A is ``S^-T U`` with the leading left singular vectors U of ``S^T [W_1 ...]`` and
+``C = S S^T``; modules that read different inputs (experts) share the basis of their mean metric. On
+the output side A holds the leading right singular vectors of the modules in their metrics. Then
+Stage II against A as it is stored: the core of least error in each module's own metric, a threshold
+over all cores, and rounding with the error fed back.
+
+References: LeSTD (ICLR 2026), Stages I and II; SVD-LLM (ICLR 2025), section 3, for the whitening;
+SparseGPT (ICML 2023), section 3, for importance and feedback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lestd_kernels.feedback import store_with_feedback
+from lestd_kernels.metric import (
+    apply_metric,
+    diagonal_of,
+    feedback_root,
+    mean_diagonal,
+    regularized,
+    root,
+    solve,
+    unwhiten,
+    whiten,
+)
+from lestd_kernels.packed import EncodedCore
+from lestd_kernels.packing import FULL_BITS
+from lestd_kernels.sided_search import SidedShape, search_rank
+from lestd_kernels.stage1 import gram_matrix, leading_eigenvectors
+from lestd_kernels.stage2 import select_largest
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Modules that read the same input, side by side, and that input's metric.
+
+    Attributes:
+        W: ``(in, n)``, float32.
+        C: ``(in, in)`` or ``(in,)``, float32.
+    """
+
+    W: Tensor
+    C: Tensor
+
+
+class SidedGroup:
+    """Modules that share one basis on one of their sides.
+
+    Args:
+        readers: in order; input side: one per input, output side: one per module.
+        shape: sizes of the cores; on the input side a reader has one core or several.
+        unit: what the metrics were divided by.
+    """
+
+    def __init__(self, readers: Sequence[Reader], shape: SidedShape, unit: float) -> None:
+        self.shape, self.unit = shape, unit
+        self._readers = tuple(readers)
+        self._basis, self.singular_values = self._find_basis()
+        self._rotated: tuple[list[Tensor], Tensor] | None = None
+
+    def _find_basis(self) -> tuple[Tensor, tuple[float, ...]]:
+        """All columns of A ``(d, d)``, float32, the strongest first, and their singular values."""
+        if self.shape.rank_first:
+            S = root(_mean([reader.C for reader in self._readers]))
+            gram = _sum(gram_matrix(whiten(S, reader.W)) for reader in self._readers)
+            energies, U = leading_eigenvectors(gram)
+            A = unwhiten(S, U)
+        else:
+            gram = _sum(r.W.T @ apply_metric(r.C, r.W) for r in self._readers)
+            energies, A = leading_eigenvectors((gram + gram.T) / 2)
+        values = (energies.clamp(min=0) * self.unit).sqrt().float().tolist()
+        # Columns of one largest magnitude share the groups of few-bit values; their cores' rows
+        # or columns take the rest.
+        return A / A.abs().amax(dim=0), tuple(values)
+
+    def _rotate(self) -> tuple[list[Tensor], Tensor]:
+        """What `search_rank` needs: losses ``(d, n_c)`` of each core, and `left_out` ``(d,)``."""
+        losses: list[Tensor] = []
+        left_out = torch.zeros(self.shape.width, dtype=torch.float64)
+        for reader, widths in zip(self._readers, self._widths(), strict=True):
+            if self.shape.rank_first:
+                # The columns are those of a basis in the mean metric, exact with one reader.
+                weighted = self._basis.T @ apply_metric(reader.C, self._basis)
+                scale = weighted.diagonal()
+                core = (self._basis.T @ apply_metric(reader.C, reader.W)) / scale[:, None]
+                loss = core.square() * scale[:, None]
+                left_out += loss.double().sum(dim=1).cpu()
+            else:
+                scale = self._basis.square().sum(dim=0)
+                core = (reader.W @ self._basis) / scale
+                weighted = core * apply_metric(reader.C, core)
+                left_out += (weighted.double().sum(dim=0) * scale).cpu()
+                R = feedback_root(reader.C)
+                loss = (core.square() * diagonal_of(R).square()[:, None] * scale).T
+            losses += torch.split(loss, widths, dim=1)
+        return losses, left_out
+
+    def _widths(self) -> list[list[int]]:
+        """Of each reader the extents of its cores beside the rank."""
+        left = list(self.shape.core_columns)
+        widths = []
+        for reader in self._readers:
+            extent = reader.W.shape[1] if self.shape.rank_first else reader.W.shape[0]
+            mine = []
+            while sum(mine) < extent:
+                mine.append(left.pop(0))
+            widths.append(mine)
+        return widths
+
+    def search(self, grid: Sequence[int], budgets: Sequence[int]) -> list[tuple[int, float]]:
+        """Rank and squared error to expect for each byte budget, before anything is rounded."""
+        if self._rotated is None:
+            self._rotated = self._rotate()
+        found = search_rank(*self._rotated, self.shape, grid, budgets)
+        return [(R, error * self.unit) for R, error in found]
+
+    def forget(self) -> None:
+        """Free what only `search` needs; it can be computed again."""
+        self._rotated = None
+
+    def encode(
+        self, R: int, byte_budget: int, value_dtype: torch.dtype, scale: float = 1.0
+    ) -> tuple[EncodedCore, list[EncodedCore]]:
+        """The factor (d, R) and the cores, in at most `byte_budget` bytes.
+
+        Args:
+            R: the rank.
+            byte_budget: at least that of `R` with one non-zero.
+            value_dtype: of values and scales.
+            scale: what the cores are multiplied by.
+        """
+        shape = self.shape
+        A = EncodedCore.quantized(
+            self._basis[:, :R], shape.factor_bits, value_dtype, codec="dense"
+        )
+        stored = A.decode().float()
+        cores: list[Tensor] = []
+        roots: list[Tensor] = []
+        scores: list[Tensor] = []
+        for reader, widths in zip(self._readers, self._widths(), strict=True):
+            M, rows, columns = self._fit(reader, stored)
+            row_root = feedback_root(rows)
+            M.mul_(scale)
+            # What is too small to have a scale is left out.
+            torch.hardshrink(M, _smallest(value_dtype, shape.value_bits), out=M)
+            score = M.abs() * diagonal_of(row_root)[:, None] * columns.sqrt()
+            dim = 1 if shape.rank_first else 0
+            cores += torch.split(M, widths, dim=dim)
+            scores += [part.contiguous() for part in torch.split(score, widths, dim=dim)]
+            roots += [row_root] * len(widths)
+
+        def fits(nnz: Sequence[int]) -> bool:
+            return shape.stored_bytes(R, nnz) <= byte_budget
+
+        if shape.dense:
+            masks = [torch.ones_like(score, dtype=torch.bool) for score in scores]
+        else:
+            masks = select_largest(scores, fits)
+        del scores
+        return A, [
+            store_with_feedback(core.contiguous(), mask, row, shape.value_bits, value_dtype)
+            for core, mask, row in zip(cores, masks, roots, strict=True)
+        ]
+
+    def _fit(self, reader: Reader, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The core of least error for a factor A (d, R) as it is stored.
+
+        Returns:
+            The core; the metric of its rows; the weights of its columns.
+        """
+        if self.shape.rank_first:
+            CA = apply_metric(reader.C, A)
+            H = A.T @ CA
+            M = solve(H, CA.T @ reader.W)
+            return M, H, torch.ones(M.shape[1], device=M.device)
+        H = A.T @ A
+        M = solve(H, A.T @ reader.W.T).T.contiguous()
+        return M, reader.C, H.diagonal()
+
+
+def _smallest(value_dtype: torch.dtype, value_bits: int) -> float:
+    """Magnitudes up to this one may be stored as zero."""
+    finfo = torch.finfo(value_dtype)
+    return finfo.smallest_normal * (1.0 if value_bits == FULL_BITS else 2.0**value_bits)
+
+
+def _mean(metrics: Sequence[Tensor]) -> Tensor:
+    """The mean of metrics; diagonal if all are."""
+    if len(metrics) == 1:
+        return metrics[0]
+    if all(C.dim() == 1 for C in metrics):
+        return torch.stack(list(metrics)).mean(dim=0)
+    total = torch.zeros(2 * metrics[0].shape[:1], device=metrics[0].device)
+    for C in metrics:
+        total += C.diag() if C.dim() == 1 else C
+    return total / len(metrics)
+
+
+def _sum(parts: object) -> Tensor:
+    total: Tensor | None = None
+    for part in parts:  # type: ignore[attr-defined]
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
+def readers_of(
+    weights: Mapping[str, Tensor],
+    reads: Mapping[str, str],
+    metrics: Mapping[str, Tensor],
+    scale: float,
+) -> tuple[list[Reader], float]:
+    """The readers of one side, and the unit of their metrics.
+
+    Args:
+        weights: module name -> W ``(in, out)``; those that read the same input are adjacent.
+        reads: module name -> the input that it reads.
+        metrics: module name -> the metric of its input, where it has one.
+        scale: what weights are divided by.
+    """
+    by_input: dict[str, list[str]] = {}
+    for name in weights:
+        by_input.setdefault(reads[name], []).append(name)
+    first = [names[0] for names in by_input.values()]
+    unit = mean_diagonal([metrics[name] for name in first if name in metrics])
+    readers = []
+    for names in by_input.values():
+        W = torch.cat([weights[name] for name in names], dim=1) / scale
+        gram = metrics.get(names[0])
+        C = W.new_ones(len(W)) if gram is None else regularized(gram, unit)
+        readers.append(Reader(W, C))
+    return readers, unit
