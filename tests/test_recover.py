@@ -276,3 +276,26 @@ def test_the_learning_rate_rises_and_falls_to_nothing():
     assert rates[3:] == sorted(rates[3:], reverse=True)
     assert 0 < rates[-1] < 0.03
     assert _schedule(0, 1) == 1
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ("svd", "--factor-bits", 4),
+        pytest.param(("lestd", "--value-bits", 4), marks=pytest.mark.slow),
+    ],
+)
+def test_of_few_bit_values_the_scales_are_trained(tiny_llama, text, tmp_path, method):
+    before, after = tmp_path / "before", tmp_path / "after"
+    options = ("--method", *method, "--metric", "weight", "--include", "1", "--keep", 0.2)
+    result = lestd("compress", tiny_llama, *options, "--executor", "serial", "--out", before)
+    assert result.code == 0, result.err
+    command = ("recover", before, "--text", text, "--out", after, "--train", "factors")
+    result = lestd(*command, "--window", 32, "--batch", 2, "--steps", 2, "--max-windows", 2)
+    assert result.code == 0, result.err
+    assert lestd("verify", after).code == 0
+    for shard in before.glob("lestd-*.safetensors"):
+        old, new = load_file(shard), load_file(after / shard.name)
+        assert any(name.endswith("codes") for name in old)
+        for name, tensor in old.items():
+            assert torch.equal(tensor, new[name]) != tensor.is_floating_point(), name

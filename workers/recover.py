@@ -3,7 +3,9 @@
     lora      y = x W_hat + (alpha / r) (x A) B: new matrices A (in, r), B (r, out) for every
               compressed module; the compressed tensors stay as they are. Hu et al., ICLR 2022.
     factors   the stored floating-point values themselves, factors and core values, where they
-              stand: a sparse core keeps its positions, and every tensor its shape and dtype.
+              stand: a sparse core keeps its positions, and every tensor its shape and dtype. Of
+              few-bit values the codes stay, and the scales are trained (PEQA, Kim et al.,
+              NeurIPS 2023).
 
 Shapes: n tokens of the text, L inputs of a window. Window i is t_{iL} ... t_{(i+1)L}, L inputs and
 the token after each of them, so windows do not overlap. Every epoch takes the windows in an order
@@ -119,15 +121,9 @@ def train(
     """
     with _threads(settings.threads):
         model = load_model(str(model_dir), settings.dtype, settings.device)
-        stored, dtypes = _stored_values(model, model_dir)
-        trained = {name: value for name, value in stored.items() if value.requires_grad}
         model.requires_grad_(False)
+        trained, dtypes = _stored_values(model, model_dir)
         if settings.train == FACTORS:
-            if not trained:
-                raise LestdError(
-                    f"{model_dir} stores all factors and values in few bits, which are not "
-                    "trainable; use --train lora"
-                )
             losses = _Training(model, trained, dtypes, settings, state_dir).run(windows, progress)
             tensors = {n: p.detach().to("cpu", dtypes[n]) for n, p in trained.items()}
             return Trained(tensors, None, losses)
@@ -159,8 +155,6 @@ def _stored_values(
     model: nn.Module, model_dir: Path
 ) -> tuple[dict[str, nn.Parameter], dict[str, torch.dtype]]:
     """The floating-point tensors of the compressed modules, and their dtypes on disk.
-
-    Those that cannot be trained, the scales of few-bit values, do not require a gradient.
 
     Raises:
         LestdError: one is not stored under its name.
