@@ -106,8 +106,8 @@ def round_with_feedback(
         U: see `inverse_factor`.
         bits: 16 for the value dtype, or 8, 4, 3, 2.
         value_dtype: of values or scales.
-        mask: bool ``(in, out)``, which elements are stored; default: all, on the grid that has a
-            level 0.
+        mask: bool ``(in, out)``, which elements are stored; default: all. It decides the grid,
+            see `grid_has_zero`.
 
     Returns:
         The rounded weights ``(in, out)``, float32, exact in the value dtype, and their scales, one

@@ -49,7 +49,8 @@ def oracle_round(
     A scale is that of its group's members when the first of them is rounded.
     """
     W, expected, stored = W.copy(), np.zeros_like(W), np.argwhere(mask)
-    dense, scales = bool(mask.all()), dict[int, float]()
+    # Dense matrices of few bits are on the grid that has a level 0.
+    dense, scales = bool(mask.all()) and bits <= 3, dict[int, float]()
     offset = 2 ** (bits - 1) if dense else (2**bits - 1) / 2
     for i in range(len(W)):
         for place in np.flatnonzero(stored[:, 0] == i):
