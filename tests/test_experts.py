@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import save_tiny
+from families import CONFIGS, save_tiny
 from peft import LoraConfig, get_peft_model
 from scopes import dense_chain, groups_of, rotated_chain, write_model
 from test_scopes import compress
@@ -69,7 +69,7 @@ def test_every_routing_gives_what_transformers_gives(
     family: str, kind: str, tokens: int, models: dict[str, Path]
 ) -> None:
     dense, compressed = blocks(models[family])
-    x = torch.randn(tokens, 48 if family == "mixtral" else 40)
+    x = torch.randn(tokens, CONFIGS[family].hidden_size)
     index, weights = routing(kind, tokens, compressed.num_experts)
     with torch.no_grad():
         expected, found = dense(x, index, weights), compressed(x, index, weights)
@@ -105,7 +105,7 @@ def test_what_the_experts_share_is_applied_once_per_token(
     shared.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
     index, weights = routing("any", 13, compressed.num_experts)
     with torch.no_grad():
-        compressed(torch.randn(13, shared.rows), index, weights)
+        compressed(torch.randn(13, CONFIGS[family].hidden_size), index, weights)
     assert rows == [13, 13]  # Gates and ups together, and downs.
 
 
@@ -113,7 +113,7 @@ def test_what_the_experts_share_is_applied_once_per_token(
 def test_gradients_are_those_of_the_dense_experts(family: str, models: dict[str, Path]) -> None:
     dense, compressed = blocks(models[family])
     index, weights = routing("one has none", 11, compressed.num_experts)
-    x = torch.randn(11, 48 if family == "mixtral" else 40)
+    x = torch.randn(11, CONFIGS[family].hidden_size)
     found = []
     for block in (dense, compressed):
         inputs = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
@@ -137,7 +137,7 @@ def test_half_precision_and_copies(family: str, dtype: torch.dtype, tmp_path: Pa
     single = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     index, weights = routing("any", 19, 4)
-    x = torch.randn(19, 48 if family == "mixtral" else 40).to(dtype)
+    x = torch.randn(19, CONFIGS[family].hidden_size).to(dtype)
     with torch.no_grad():
         # Block by block: a router may choose otherwise for another last bit.
         expected = dense.get_submodule(PATH)(x.float(), index, weights)
