@@ -87,7 +87,12 @@ class SidedGroup:
         return A / A.abs().amax(dim=0), tuple(values)
 
     def _rotate(self) -> tuple[list[Tensor], Tensor]:
-        """What `search_rank` needs: losses ``(d, n_c)`` of each core, and `left_out` ``(d,)``."""
+        """What `search_rank` needs: losses ``(d, n_c)`` of each core, and `left_out` ``(d,)``.
+
+        A direction counts as the sum of its elements. On the output side that understates both
+        what it costs to leave a direction out and what it costs to prune many elements of a column,
+        whose losses are taken as those of one at a time; measured, the ranks found so are better.
+        """
         losses: list[Tensor] = []
         left_out = torch.zeros(self.shape.width, dtype=torch.float64)
         for reader, widths in zip(self._readers, self._widths(), strict=True):
