@@ -78,10 +78,12 @@ def test_sizes_that_a_method_does_not_reach_are_left_out(tiny_llama: Path) -> No
 def test_the_whole_command(tiny_llama: Path, wikitext: Path, tmp_path: Path) -> None:
     out, text = tmp_path / "out", tmp_path / "text.txt"
     text.write_bytes(wikitext.read_bytes()[:12_000])
+    calibrated = ("--calibrate-on", text, "--samples", 4, "--sample-tokens", 32)
     command = (
         *("compare", tiny_llama, "--methods", "lestd tucker", "--keep", "0.3,0.001", "--out", out),
         *("--text", text, "--window", 64, "--max-windows", 4, "--no-speed"),
-        *("--calibrate-on", text, "--samples", 4, "--sample-tokens", 32, *SERIAL),
+        *calibrated,
+        *SERIAL,
     )
     first = lestd(*command, "--json")
     assert first.code == 0, first.err
@@ -95,7 +97,7 @@ def test_the_whole_command(tiny_llama: Path, wikitext: Path, tmp_path: Path) -> 
         point, model = row["point"], Path(row["point"]["model"])
         # As `lestd compress` makes it, and each figure by an oracle.
         apart = tmp_path / row["label"]
-        options = ("--method", row["label"], "--keep", 0.3, "--out", apart)
+        options = ("--method", row["label"], "--keep", 0.3, "--out", apart, *calibrated)
         assert lestd("compress", tiny_llama, *options, *SERIAL).code == 0
         assert digest_tree(model) == digest_tree(apart)
         assert lestd("verify", model).code == 0
