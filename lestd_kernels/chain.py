@@ -62,9 +62,24 @@ class Permute:
     order: tuple[int, ...]
 
 
-Op = Multiply | Permute
+@dataclass(frozen=True)
+class Mix:
+    """``x (..., rows) -> (..., columns)``: times a mixture of matrices that modules share.
 
-_ROWS = 512
+    Attributes:
+        weights: index of the module's own matrix ``(1, n)`` of their weights.
+        matrices: name of the shared matrix whose n rows are the matrices, flattened.
+        rows: of each of them.
+    """
+
+    weights: int
+    matrices: str
+    rows: int
+
+
+Op = Multiply | Permute | Mix
+
+_ROWS, _ELEMENTS = 512, 1 << 23
 
 
 @dataclass(frozen=True)
@@ -83,28 +98,54 @@ class ModuleChain:
 
     def weight(self, in_features: int, shared: Mapping[str, EncodedCore]) -> Tensor:
         """W-hat, ``(in, out)``, float32."""
-        matrices = [
-            None
-            if isinstance(op, Permute)
-            else (self.own[op.matrix] if isinstance(op.matrix, int) else shared[op.matrix])
-            for op in self.ops
-        ]
-        dense = [None if matrix is None else matrix.decode().float() for matrix in matrices]
+        dense = [self._dense(op, shared) for op in self.ops]
+        steps = list(zip(self.ops, dense, strict=True))
+        first, rows = steps[0]
+        begins = isinstance(first, Multiply) and first.blocks == 1
+        if isinstance(first, Multiply) and begins:
+            # The rows of the identity become those of the matrix.
+            steps = steps[1:]
+            rows = rows.T if first.transposed else rows
         blocks = []
-        for start in range(0, in_features, _ROWS):
-            # What the rows of the identity become: a few at a time, since they are wide.
-            count = min(_ROWS, in_features - start)
-            x = torch.zeros(count, in_features, device=self.own[0].device)
-            x[:, start : start + count].fill_diagonal_(1)
-            for op, matrix in zip(self.ops, dense, strict=True):
+        # What the rows of the identity become: a few at a time, since they are wide.
+        widths = [_width(op, matrix) for op, matrix in zip(self.ops, dense, strict=True)]
+        step = max(1, min(_ROWS, _ELEMENTS // max(in_features, *widths)))
+        for start in range(0, in_features, step):
+            count = min(step, in_features - start)
+            if begins:
+                x = rows[start : start + count]
+            else:
+                x = torch.zeros(count, in_features, device=self.own[0].device)
+                x[:, start : start + count].fill_diagonal_(1)
+            for op, matrix in steps:
                 if isinstance(op, Permute):
                     x = apply_permute(x, op)
+                elif isinstance(op, Mix):
+                    x = x @ matrix
                 else:
-                    assert matrix is not None
                     x = apply_dense(x, op, matrix)
             blocks.append(x)
         W = torch.cat(blocks)
         return W if self.side is None else W + self.side.decode().float()
+
+    def _dense(self, op: Op, shared: Mapping[str, EncodedCore]) -> Tensor:
+        """What an op multiplies by, dense, float32; nothing for a permutation."""
+        if isinstance(op, Permute):
+            return torch.empty(0)
+        if isinstance(op, Mix):
+            weights = self.own[op.weights].decode().float()
+            return (weights @ shared[op.matrices].decode().float()).view(op.rows, -1)
+        matrix = self.own[op.matrix] if isinstance(op.matrix, int) else shared[op.matrix]
+        return matrix.decode().float()
+
+
+def _width(op: Op, matrix: Tensor) -> int:
+    """Elements that an op makes of one row; 0 for a permutation, which makes no more."""
+    if isinstance(op, Permute):
+        return 0
+    if isinstance(op, Mix) or not op.transposed:
+        return matrix.shape[-1] * (1 if isinstance(op, Mix) else op.blocks)
+    return matrix.shape[0] * (op.each if op.distinct else op.blocks)
 
 
 def apply_permute(x: Tensor, op: Permute) -> Tensor:
@@ -118,11 +159,13 @@ def apply_dense(x: Tensor, op: Multiply, matrix: Tensor) -> Tensor:
     """``x (..., blocks rows) -> (..., blocks columns)`` with the dense matrix of an op."""
     blocks = x.reshape(*x.shape[:-1], op.blocks, -1)
     if op.distinct:
-        stacked = matrix.reshape(op.blocks // op.each, -1, matrix.shape[-1])
-        if op.each != 1:
-            stacked = stacked.repeat_interleave(op.each, dim=0)
-        stacked = stacked.mT if op.transposed else stacked
-        return (blocks.unsqueeze(-2) @ stacked).squeeze(-2).flatten(-2)
+        count, rows = op.blocks // op.each, blocks.shape[-1]
+        stacked = matrix.reshape(count, -1, matrix.shape[-1])
+        # (matrices, everything that one multiplies, rows): one product each, nothing repeated.
+        apart = x.reshape(-1, count, op.each, rows).transpose(0, 1).flatten(1, 2)
+        product = apart @ (stacked.mT if op.transposed else stacked)
+        product = product.view(count, -1, op.each, product.shape[-1])
+        return product.transpose(0, 1).reshape(*x.shape[:-1], -1)
     return (blocks @ (matrix.T if op.transposed else matrix)).flatten(-2)
 
 
@@ -281,6 +324,8 @@ def _describe_side(side: EncodedCore | None) -> dict[str, Any]:
 def _describe_op(op: Op) -> dict[str, Any]:
     if isinstance(op, Permute):
         return {"permute": list(op.order), "shape": list(op.shape)}
+    if isinstance(op, Mix):
+        return {"mix": op.matrices, "weights": op.weights, "rows": op.rows}
     entry: dict[str, Any] = {"matrix": op.matrix}
     if op.transposed:
         entry["transposed"] = True
@@ -301,6 +346,8 @@ def op_of(entry: Mapping[str, Any]) -> Op:
     """
     if "permute" in entry:
         return Permute(tuple(entry["shape"]), tuple(entry["permute"]))
+    if "mix" in entry:
+        return Mix(entry["weights"], entry["mix"], entry["rows"])
     return Multiply(
         entry["matrix"],
         entry.get("transposed", False),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lestd_kernels import backends
-from lestd_kernels.chain import Multiply, Op, Permute, apply_dense, apply_permute
+from lestd_kernels.chain import Mix, Multiply, Op, Permute, apply_dense, apply_permute
 from lestd_kernels.codecs import UNSTRUCTURED
 from lestd_kernels.linear import shared_product
 from lestd_kernels.packed import EncodedCore, disk_name, packed_specs
@@ -34,7 +34,8 @@ class PackedMatrix(nn.Module):
         self, entry: dict[str, Any], dtype: torch.dtype, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
-        self.rows, self.columns = int(entry["rows"]), int(entry["columns"])
+        # Not `columns`, which a csr matrix calls a tensor of its own.
+        self.sizes = int(entry["rows"]), int(entry["columns"])
         self.codec, self.nnz = str(entry["codec"]), int(entry["nnz"])
         self.value_bits = int(entry.get("value_bits", FULL_BITS))
         self.pattern = str(entry.get("pattern", UNSTRUCTURED))
@@ -49,13 +50,13 @@ class PackedMatrix(nn.Module):
                 self.register_buffer(name, torch.empty(shape, dtype=index_dtype, device=device))
 
     def _specs(self) -> dict[str, Any]:
-        return packed_specs(self.codec, self.rows, self.columns, self.nnz, self.value_bits)
+        return packed_specs(self.codec, *self.sizes, self.nnz, self.value_bits)
 
     def packed(self) -> EncodedCore:
         """The matrix as it is stored."""
         tensors = {name: getattr(self, disk_name(name)) for name in self._specs()}
         return EncodedCore(
-            self.codec, self.rows, self.columns, self.nnz, tensors, self.pattern, self.value_bits
+            self.codec, *self.sizes, self.nnz, tensors, self.pattern, self.value_bits
         )
 
     def multiply(self, x: Tensor, op: Multiply) -> Tensor:
@@ -73,7 +74,7 @@ class PackedMatrix(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes and packing, for ``print(model)``."""
-        return f"{self.rows}, {self.columns}, {self.codec}, bits={self.value_bits}, nnz={self.nnz}"
+        return f"{self.sizes}, {self.codec}, bits={self.value_bits}, nnz={self.nnz}"
 
 
 class ChainLinear(PackedMatrix):
@@ -149,6 +150,12 @@ class ChainLinear(PackedMatrix):
     def _apply_op(self, x: Tensor, op: Op, first: bool) -> Tensor:
         if isinstance(op, Permute):
             return apply_permute(x, op)
+        if isinstance(op, Mix):
+            own = self if op.weights == 0 else self.get_submodule(f"m{op.weights}")
+            assert isinstance(own, PackedMatrix)
+            weights = own.packed().decode()
+            mixture: Tensor = dict(self._shared)[op.matrices](weights)
+            return x @ mixture.view(op.rows, -1).to(x.dtype)
         if isinstance(op.matrix, str):
             matrix = dict(self._shared)[op.matrix]
             if first and op.blocks == 1 and not op.transposed:

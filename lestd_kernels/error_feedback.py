@@ -26,6 +26,7 @@ from torch import Tensor
 from lestd_kernels.packing import (
     FULL_BITS,
     GROUP,
+    grid_has_zero,
     group_scales,
     levels,
     nearest_codes,
@@ -35,7 +36,7 @@ from lestd_kernels.packing import (
 
 _DAMPING = 0.01
 # Inputs between which errors are passed on one by one; to those after them they go together.
-_BLOCK = 128
+_BLOCK = 32
 
 
 def inverse_factor(gram: Tensor) -> Tensor:
@@ -145,7 +146,7 @@ class _Groups:
     def __init__(self, W: Tensor, mask: Tensor | None, bits: int, dtype: torch.dtype) -> None:
         rows, columns = W.shape
         self._flat, self._columns = W.view(-1), columns
-        self._bits, self._dtype, self._has_zero = bits, dtype, mask is None
+        self._bits, self._dtype, self._has_zero = bits, dtype, grid_has_zero(mask is None, bits)
         # Where the stored elements stand in W; None for everywhere.
         self._positions = None if mask is None else mask.view(-1).nonzero()[:, 0]
         counts = [columns] * rows if mask is None else mask.sum(dim=1).tolist()

@@ -74,6 +74,7 @@ def _cholesky(C: Tensor) -> Tensor:
     while True:
         # The share keeps columns of any size apart, the ridge columns of zeros.
         C.diagonal().mul_(1 + 1e-7).add_(1e-5 * ridge)
+        lower: Tensor
         lower, failed = torch.linalg.cholesky_ex(C)
         if not int(failed):
             return lower
@@ -90,7 +91,8 @@ def unwhiten(S: Tensor, U: Tensor) -> Tensor:
     """``S^-T U`` of ``U (in, n)``, the inverse of `whiten`."""
     if S.dim() == 1:
         return U / S[:, None]
-    return torch.linalg.solve_triangular(S.T, U, upper=True)
+    solved: Tensor = torch.linalg.solve_triangular(S.T, U, upper=True)
+    return solved
 
 
 def solve(H: Tensor, B: Tensor) -> Tensor:

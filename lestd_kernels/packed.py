@@ -15,7 +15,14 @@ from torch import Tensor
 
 from lestd_kernels.bits import count_bits, count_nonzeros
 from lestd_kernels.codecs import CODECS, UNSTRUCTURED, TensorSpec, cheapest_codec
-from lestd_kernels.packing import FULL_BITS, code_bytes, dequantize, quantize, scale_count
+from lestd_kernels.packing import (
+    FULL_BITS,
+    code_bytes,
+    dequantize,
+    grid_has_zero,
+    quantize,
+    scale_count,
+)
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,7 @@ class EncodedCore:
             value_dtype: of values or scales.
             scales: one per group of the stored values, in their order, where they are chosen
                 already.
-            codec: default: the one with the fewest bytes. A dense codec stores zeros, too, and its
-                grid has a level for them.
+            codec: default: the one with the fewest bytes. A dense codec stores zeros, too.
             mask: bool ``(rows, columns)``, which elements a sparse codec stores; default: those
                 that are not zero.
         """
@@ -77,7 +83,7 @@ class EncodedCore:
         tensors = dict(chosen.encode(mask.to(torch.uint8)))
         tensors["values"] = matrix.reshape(-1) if chosen.name == "dense" else matrix[mask]
         if value_bits != FULL_BITS:
-            has_zero = chosen.name == "dense"
+            has_zero = grid_has_zero(chosen.name == "dense", value_bits)
             codes, scales = quantize(
                 tensors.pop("values"), value_bits, value_dtype, scales, has_zero
             )
@@ -101,7 +107,8 @@ class EncodedCore:
         tensors = dict(self.tensors)
         codes, scales = tensors.pop("codes"), tensors.pop("scales")
         count = self.rows * self.columns if self.codec == "dense" else self.nnz
-        values = dequantize(codes, scales, count, self.value_bits, self.codec == "dense")
+        has_zero = grid_has_zero(self.codec == "dense", self.value_bits)
+        values = dequantize(codes, scales, count, self.value_bits, has_zero)
         return replace(self, tensors={"values": values} | tensors, value_bits=FULL_BITS)
 
     def decode(self) -> Tensor:

@@ -3,12 +3,13 @@
 A value is ``(code - offset) * scale``, and there are two grids of 2^bits levels:
 
     grid        offset            scale                          for
-    with zero   2^(bits - 1)      signed: the largest value is   dense matrices, whose values
-                                  the first level exactly        crowd around zero
-    without     (2^bits - 1) / 2  the largest value is on the    sparse ones, which store no
-                                  last level, by magnitude       small values
+    with zero   2^(bits - 1)      signed: the largest value is   dense matrices in 2 or 3 bits,
+                                  the first level exactly        whose values crowd around zero
+    without     (2^bits - 1) / 2  the largest value is on the    dense ones in more bits, and
+                                  last level, by magnitude       sparse ones, without small values
 
-Measured on trained weights, each is the better one where it is used. A code takes `bits` bits, the
+Measured on trained weights, each is the better one where it is used: in 4 bits whole weights are as
+good with either, and factors better without. A code takes `bits` bits, the
 first value in the lowest ones; the scale has the value dtype. A group of zeros has the scale 0.
 
 Reference: uniform quantization in groups as in Frantar et al., "GPTQ", ICLR 2023, section 5.
@@ -27,6 +28,7 @@ GROUP = 64
 FULL_BITS = 16
 """Stands for values as they are, in the value dtype, whatever its width."""
 QUANTIZED_BITS = (8, 4, 3, 2)
+_BITS_WITH_ZERO = 3
 
 
 def code_bytes(count: int, bits: int) -> int:
@@ -50,6 +52,11 @@ def values_bytes(count: int, bits: int, value_bytes: int) -> int:
     if bits == FULL_BITS:
         return count * value_bytes
     return code_bytes(count, bits) + scale_count(count) * value_bytes
+
+
+def grid_has_zero(dense: bool, bits: int) -> bool:
+    """Which grid the values of a matrix are on."""
+    return dense and bits <= _BITS_WITH_ZERO
 
 
 def _offset(bits: int, has_zero: bool) -> float:

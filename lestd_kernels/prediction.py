@@ -8,7 +8,7 @@ is named with them, ``"lestd 4-bit"``.
     svd        low-rank pairs; the singular values that are largest beside their module's norm
     tucker     shared basis, dense cores: leading blocks of the core in its HOSVD's bases
     lestd      shared basis, sparse cores: the largest elements of such a block
-    magnitude  the largest weights, each module in its cheapest codec
+    magnitude  the largest weights of every module, in its cheapest codec
     rtn        every weight rounded to b bits; of fixed size
 
 Attention has both bases, U1 and U2; other groups have U1 alone (U2 = I), and one core.
@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,17 +36,12 @@ from lestd_kernels.budget import GroupShape, rank_grid
 from lestd_kernels.codecs import cheapest_codec
 from lestd_kernels.diagnostics import evenly, operator_norm
 from lestd_kernels.methods.base import MethodArgs
+from lestd_kernels.methods.matrices import split_budget
 from lestd_kernels.methods.steps import limits_of
-from lestd_kernels.packing import (
-    FULL_BITS,
-    GROUP,
-    QUANTIZED_BITS,
-    dequantize,
-    quantize,
-    values_bytes,
-)
+from lestd_kernels.packing import FULL_BITS, GROUP, QUANTIZED_BITS, values_bytes
 from lestd_kernels.rank_search import search_dense, search_sparse
 from lestd_kernels.rotation import Rotated
+from lestd_kernels.rounding import noise, rounded, sum_kept
 from lestd_kernels.stage1 import FLOAT64_ORDER, Ranks, gram_matrix, squared_sum
 from lestd_kernels.stage2 import select_largest
 
@@ -54,10 +49,6 @@ VALUE_BITS = (FULL_BITS, 8, 4)
 """Bits of values and factors that factorizations and pruning are predicted with."""
 
 _ARGS = MethodArgs()
-_SCALE_DTYPE = torch.bfloat16
-_CHUNK_ELEMENTS = 1 << 20  # Of whole groups.
-# Of each matrix, to find what rounding costs of what is kept.
-_SAMPLED_PARTS = 2
 # Modules whose residuals' operator norms are measured; of more, evenly spaced ones.
 _MOST_NORMS = 16
 
@@ -86,52 +77,6 @@ class Prediction:
 def named(method: str, bits: int) -> str:
     """What a method with values of so many bits is called."""
     return method if bits == FULL_BITS else f"{method} {bits}-bit"
-
-
-def rounded(values: Tensor, bits: int) -> Tensor:
-    """Values as they are after quantization, float32; row-major order decides the groups."""
-    codes, scales = quantize(values.reshape(-1), bits, _SCALE_DTYPE)
-    return dequantize(codes, scales, values.numel(), bits).float().view(values.shape)
-
-
-class _Kept(NamedTuple):
-    """What is kept of some matrices.
-
-    Attributes:
-        counts: elements of each.
-        energy: sum of their squares.
-        rounding: squared error of rounding them.
-    """
-
-    counts: list[int]
-    energy: float
-    rounding: float
-
-
-def _keep(matrices: Sequence[Tensor], masks: Sequence[Tensor] | None, bits: int) -> _Kept:
-    """Sum up what masks keep, or everything, a part at a time; a group ends with its part.
-
-    Without masks the error of rounding is exact; else it is that of a few of the parts of each
-    matrix, relative to their energy.
-    """
-    counts, energy, rounding = [], 0.0, 0.0
-    for number, matrix in enumerate(matrices):
-        parts = torch.split(matrix.view(-1), _CHUNK_ELEMENTS)
-        chosen = None if masks is None else torch.split(masks[number].view(-1), _CHUNK_ELEMENTS)
-        sampled = range(len(parts)) if masks is None else evenly(len(parts), _SAMPLED_PARTS)
-        total = known = error = 0.0
-        counts.append(0)
-        for place, part in enumerate(parts):
-            values = part if chosen is None else part[chosen[place]]
-            counts[-1] += values.numel()
-            squares = squared_sum(values)
-            total += squares
-            if bits < FULL_BITS and place in sampled:
-                known += squares
-                error += squared_sum(values - rounded(values, bits))
-        energy += total
-        rounding += error * (total / known) if known else 0.0
-    return _Kept(counts, energy, rounding)
 
 
 def module_squares(unfolding: Tensor, columns: Sequence[slice]) -> list[Tensor]:
@@ -180,6 +125,21 @@ class _Group:
         error = math.sqrt(max(squared_error, 0.0) / self.squared_norm) if self.squared_norm else 0.0
         keep = stored_bytes / self.dense_bytes
         return Prediction(method, self.keeps[at], keep, error, operator_error, ranks)
+
+    def matrix(self, module: int) -> Tensor:
+        """A module's columns of the unfolding, a view."""
+        return self.unfolding[:, self.columns[module]]
+
+    def sparse_bytes(self, module: int, bits: int) -> Callable[[Sequence[int]], int]:
+        """The fewest bytes of a module with so many non-zeros."""
+        size = (*self.sides(module), self.value_bytes, bits)
+
+        def stored(nnz: Sequence[int]) -> int:
+            rows, columns, value_bytes, value_bits = size
+            codec = cheapest_codec(rows, columns, nnz[0], value_bytes, value_bits)
+            return codec.stored_bytes(rows, columns, nnz[0], value_bytes, value_bits)
+
+        return stored
 
     def operator_error(self, residual: Callable[[int], Tensor]) -> float:
         """Of the worst of the measured modules, whose residual matrices the function gives."""
@@ -248,7 +208,7 @@ def _svd(group: _Group) -> Iterator[Prediction]:
     worth = [squares / squares.sum().clamp(min=1e-300) for squares in group.squares]
     for bits in VALUE_BITS:
         each = _bytes_each(bits, group.value_bytes)
-        noise = _noise(bits)
+        lost = noise(bits)
         for at, budget in enumerate(group.budgets):
             ranks = _allocate(group, worth, budget, each)
             if not any(ranks):
@@ -257,7 +217,7 @@ def _svd(group: _Group) -> Iterator[Prediction]:
             for c, (squares, rank) in enumerate(zip(group.squares, ranks, strict=True)):
                 kept, left = float(squares[:rank].sum()), float(squares[rank:].sum())
                 # One factor's rounding, to which the other is fitted, and the other's own.
-                error += left + noise * kept * (2 - rank / max(group.sides(c)))
+                error += left + lost * kept * (2 - rank / max(group.sides(c)))
             stored = sum(r * sum(group.sides(c)) for c, r in enumerate(ranks)) * each
             operator_error = _next_singular(group, ranks) if bits == FULL_BITS else None
             extent = (min(ranks), max(ranks))
@@ -267,14 +227,6 @@ def _svd(group: _Group) -> Iterator[Prediction]:
 def _bytes_each(bits: int, value_bytes: float) -> float:
     """Bytes of one of many values, with its share of a scale."""
     return values_bytes(GROUP, bits, int(value_bytes)) / GROUP
-
-
-def _noise(bits: int) -> float:
-    """Relative squared error of `rounded` on normal numbers: singular vectors are like them."""
-    if bits == FULL_BITS:
-        return 0.0
-    values = torch.randn(1 << 14, generator=torch.Generator().manual_seed(0))
-    return squared_sum(values - rounded(values, bits)) / squared_sum(values)
 
 
 def _shared(group: _Group) -> Iterator[Prediction]:
@@ -315,7 +267,7 @@ def _at_ranks(
     masks = None
     if method != "tucker":
         masks = select_largest(cores, lambda nnz: shape.stored_bytes(ranks, nnz) <= budget)
-    kept = _keep(cores, masks, bits)
+    kept = sum_kept(cores, masks, bits)
     del cores
     error = group.squared_norm - kept.energy + kept.rounding
     stored = shape.stored_bytes(ranks, kept.counts)
@@ -329,37 +281,34 @@ def _at_ranks(
         operator_error = group.operator_error(lambda c: group.group.module_part(rest, c))
     else:
         shares = (ranks.R1 / shape.layout.width, ranks.R2 / shape.layout.head_dim)
-        error += _noise(bits) * kept.energy * sum(1 - share for share in shares)
+        error += noise(bits) * kept.energy * sum(1 - share for share in shares)
     shown = (ranks.R1, ranks.R2)
     return group.prediction(named(method, bits), at, stored, error, operator_error, shown)
 
 
 def _magnitude(group: _Group) -> Iterator[Prediction]:
-    matrices = [group.unfolding[:, columns].contiguous() for columns in group.columns]
-    shapes, value_bytes = [group.sides(c) for c in range(len(matrices))], group.value_bytes
     for bits in VALUE_BITS:
-
-        def stored(nnz: Sequence[int], bits: int = bits) -> int:
-            return sum(
-                cheapest_codec(*shape, n, value_bytes, bits).stored_bytes(
-                    *shape, n, value_bytes, bits
-                )
-                for shape, n in zip(shapes, nnz, strict=True)
-            )
-
         for at, budget in enumerate(group.budgets):
-            if stored([0] * len(matrices)) > budget:
-                continue
-            masks = select_largest(matrices, lambda nnz, most=budget: stored(nnz) <= most)  # type: ignore[misc]
-            kept = _keep(matrices, masks, bits)
-            error = group.squared_norm - kept.energy + kept.rounding
-            operator_error = None
-            if bits == FULL_BITS:
-                operator_error = group.operator_error(
-                    lambda c, masks=masks: matrices[c].masked_fill(masks[c], 0)  # type: ignore[misc]
-                )
-            size = stored(kept.counts)
-            yield group.prediction(named("magnitude", bits), at, size, error, operator_error)
+            shares = split_budget(group.layout, budget).values()
+            error, size = 0.0, 0
+            masks: dict[int, Tensor] = {}
+            for c, share in enumerate(shares):
+                matrix, stored = group.matrix(c).contiguous(), group.sparse_bytes(c, bits)
+                if stored([0]) > share:
+                    break
+                [mask] = select_largest([matrix], lambda nnz, f=stored, b=share: f(nnz) <= b)  # type: ignore[misc]
+                kept = sum_kept([matrix], [mask], bits)
+                error += squared_sum(matrix) - kept.energy + kept.rounding
+                size += stored(kept.counts)
+                if bits == FULL_BITS and c in group.measured:
+                    masks[c] = mask
+            else:
+                operator_error = None
+                if bits == FULL_BITS:
+                    operator_error = group.operator_error(
+                        lambda c, masks=masks: group.matrix(c).masked_fill(masks[c], 0)  # type: ignore[misc]
+                    )
+                yield group.prediction(named("magnitude", bits), at, size, error, operator_error)
 
 
 def _rtn(group: _Group) -> Iterator[Prediction]:
@@ -377,12 +326,14 @@ def _rtn(group: _Group) -> Iterator[Prediction]:
 
             def weight(c: int) -> Tensor:
                 # W (in, out), in the order in which it is stored.
-                matrix = group.unfolding[:, group.columns[c]]
+                matrix = group.matrix(c)
                 turned = group.layout.modules[c].basis_side == "output"
                 return (matrix.T if turned else matrix).contiguous()
 
             errors[bits] = (
-                sum(_keep([weight(c)], None, bits).rounding for c in range(len(elements))),
-                group.operator_error(lambda c, b=bits: weight(c) - rounded(weight(c), b)),  # type: ignore[misc]
+                sum(sum_kept([weight(c)], None, bits).rounding for c in range(len(elements))),
+                group.operator_error(
+                    lambda c, b=bits: weight(c) - rounded(weight(c), b, True)  # type: ignore[misc]
+                ),
             )
         yield group.prediction(named("rtn", bits), at, sizes[bits], *errors[bits])

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lestd_kernels.feedback import store_with_feedback
+from lestd_kernels.codecs import cheapest_codec
+from lestd_kernels.error_feedback import round_with_feedback
 from lestd_kernels.metric import (
     apply_metric,
     diagonal_of,
@@ -37,7 +38,6 @@ from lestd_kernels.metric import (
     whiten,
 )
 from lestd_kernels.packed import EncodedCore
-from lestd_kernels.packing import FULL_BITS
 from lestd_kernels.sided_search import SidedShape, search_rank
 from lestd_kernels.stage1 import gram_matrix, leading_eigenvectors
 from lestd_kernels.stage2 import select_largest
@@ -97,14 +97,12 @@ class SidedGroup:
                 scale = weighted.diagonal()
                 core = (self._basis.T @ apply_metric(reader.C, reader.W)) / scale[:, None]
                 loss = core.square() * scale[:, None]
-                left_out += loss.double().sum(dim=1).cpu()
             else:
                 scale = self._basis.square().sum(dim=0)
                 core = (reader.W @ self._basis) / scale
-                weighted = core * apply_metric(reader.C, core)
-                left_out += (weighted.double().sum(dim=0) * scale).cpu()
                 R = feedback_root(reader.C)
                 loss = (core.square() * diagonal_of(R).square()[:, None] * scale).T
+            left_out += loss.double().sum(dim=1).cpu()
             losses += torch.split(loss, widths, dim=1)
         return losses, left_out
 
@@ -114,7 +112,7 @@ class SidedGroup:
         widths = []
         for reader in self._readers:
             extent = reader.W.shape[1] if self.shape.rank_first else reader.W.shape[0]
-            mine = []
+            mine: list[int] = []
             while sum(mine) < extent:
                 mine.append(left.pop(0))
             widths.append(mine)
@@ -143,9 +141,15 @@ class SidedGroup:
             scale: what the cores are multiplied by.
         """
         shape = self.shape
-        A = EncodedCore.quantized(
-            self._basis[:, :R], shape.factor_bits, value_dtype, codec="dense"
+        # The factor's rows are the channels of the input; on the output side they have no metric.
+        rows = (
+            _mean([reader.C for reader in self._readers])
+            if shape.rank_first
+            else self._basis.new_ones(shape.width)
         )
+        basis = self._basis[:, :R].contiguous()
+        every = torch.ones_like(basis, dtype=torch.bool)
+        A = _store(basis, every, feedback_root(rows), shape.factor_bits, value_dtype)
         stored = A.decode().float()
         cores: list[Tensor] = []
         roots: list[Tensor] = []
@@ -154,8 +158,6 @@ class SidedGroup:
             M, rows, columns = self._fit(reader, stored)
             row_root = feedback_root(rows)
             M.mul_(scale)
-            # What is too small to have a scale is left out.
-            torch.hardshrink(M, _smallest(value_dtype, shape.value_bits), out=M)
             score = M.abs() * diagonal_of(row_root)[:, None] * columns.sqrt()
             dim = 1 if shape.rank_first else 0
             cores += torch.split(M, widths, dim=dim)
@@ -171,7 +173,7 @@ class SidedGroup:
             masks = select_largest(scores, fits)
         del scores
         return A, [
-            store_with_feedback(core.contiguous(), mask, row, shape.value_bits, value_dtype)
+            _store(core.contiguous(), mask, row, shape.value_bits, value_dtype)
             for core, mask, row in zip(cores, masks, roots, strict=True)
         ]
 
@@ -191,10 +193,28 @@ class SidedGroup:
         return M, reader.C, H.diagonal()
 
 
-def _smallest(value_dtype: torch.dtype, value_bits: int) -> float:
-    """Magnitudes up to this one may be stored as zero."""
-    finfo = torch.finfo(value_dtype)
-    return finfo.smallest_normal * (1.0 if value_bits == FULL_BITS else 2.0**value_bits)
+def _store(
+    M: Tensor, mask: Tensor, row_root: Tensor, value_bits: int, value_dtype: torch.dtype
+) -> EncodedCore:
+    """Store the chosen elements of a matrix, rounded with the error fed back to later rows.
+
+    Args:
+        M: ``(m, n)``, float32.
+        mask: the elements to store.
+        row_root: of the metric of its rows, see `feedback_root`.
+        value_bits: 16, 8, 4, 3 or 2.
+        value_dtype: of values or scales.
+    """
+    rows, columns = M.shape
+    nnz, value_bytes = int(mask.sum()), value_dtype.itemsize
+    codec = cheapest_codec(rows, columns, nnz, value_bytes, value_bits).name
+    chosen = None if codec == "dense" else mask
+    if row_root.dim() == 1:  # Rows apart cannot make up for each other.
+        return EncodedCore.quantized(M, value_bits, value_dtype, codec=codec, mask=chosen)
+    identity = torch.eye(len(row_root), device=row_root.device)
+    U = torch.linalg.solve_triangular(row_root, identity, upper=True)
+    rounded, scales = round_with_feedback(M, U, value_bits, value_dtype, chosen)
+    return EncodedCore.quantized(rounded, value_bits, value_dtype, scales, codec, chosen)
 
 
 def _mean(metrics: Sequence[Tensor]) -> Tensor:

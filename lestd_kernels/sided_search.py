@@ -65,7 +65,7 @@ class SidedShape:
         if max_flops is None:
             return ranks
         most = max_flops * self.elements
-        return [R for R in ranks if R == ranks[0] or self.flops(R) <= most]
+        return [R for R in ranks if ranks[0] == R or self.flops(R) <= most]
 
     def flops(self, R: int) -> int:
         """Multiply-adds of one token, cores counted as dense."""
@@ -135,7 +135,7 @@ def search_rank(
     Returns:
         ``(R, squared error)`` per budget.
     """
-    tails = left_out.flip(0).cumsum(0).flip(0).tolist() + [0.0]
+    tails = [*left_out.flip(0).cumsum(0).flip(0).tolist(), 0.0]
     targets = torch.tensor(list(budgets), dtype=torch.float64)
     top = max((float(loss.max()) for loss in losses if loss.numel()), default=0.0)
     lowest = (int(torch.tensor(top).view(torch.int32)) >> _KEY_SHIFT) - _BINS + 1

@@ -27,6 +27,8 @@ SHARED_METHODS = ("tucker", "lestd")
 """Methods whose slices share a basis."""
 EVEN = 0.01
 """Errors that differ by less, relatively, are taken for equal."""
+NARROW = 0.1
+"""Predictions of methods in few bits are this near; a smaller lead is said to be narrow."""
 NEGLIGIBLE = 0.01
 """So are all errors below: with them nothing is left to gain."""
 SHARED_MARGIN, PARTLY_SHARED_MARGIN = 0.5, 0.25
@@ -68,8 +70,8 @@ def verdict(predictions: Sequence[Mapping[str, Any]], margin: float) -> Row:
     Returns:
         ``pays`` (for each of `RIVALS` the keeps at which the shared basis pays), ``text``,
         ``margin``, ``sharing``, and ``at``, about any rival: for each keep ``keep``, ``shared`` and
-        ``other`` (``method`` and ``relative_error``, or None), ``pays``, and ``use``, the method
-        of the least error.
+        ``other`` (``method`` and ``relative_error``, or None), ``pays``, ``narrow`` (whether the
+        lead is), and ``use``, the method of the least error.
     """
     of_rival = {rival: _at_keeps(predictions, rival) for rival in RIVALS}
     at = of_rival["any"]
@@ -85,6 +87,8 @@ def verdict(predictions: Sequence[Mapping[str, Any]], margin: float) -> Row:
         text = f"shared basis pays at {keeps_text(pays['any'])}; else use {instead}"
     else:
         text = f"shared basis does not pay: use {instead}"
+    if narrow := [one["keep"] for one in at if one["pays"] and one["narrow"]]:
+        text += f"; narrowly at {keeps_text(narrow)}, within what predictions are off by"
     if pays["any"] and margin < PARTLY_SHARED_MARGIN:
         text += "; it is the sparse core that pays, the subspace is not shared"
     sharing = sharing_word(margin)
@@ -127,6 +131,7 @@ def _at(keep: float, predictions: Sequence[Mapping[str, Any]]) -> Row:
         "shared": brief[0],
         "other": brief[1],
         "pays": pays,
+        "narrow": least[0] > least[1] * (1 - NARROW),
         "use": best["method"],
     }
 

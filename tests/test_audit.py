@@ -141,7 +141,9 @@ def test_the_rule_by_hand() -> None:
     found = verdict(predictions(svd=0.4, lestd=0.397, rtn_4_bit=0.402), 0.6)
     assert found["pays"]["any"] == []
     assert found["at"][0]["use"] == "rtn 4-bit"
-    assert verdict(predictions(svd=0.4, lestd=0.395), 0.6)["pays"]["any"] == [0.5]
+    found = verdict(predictions(svd=0.4, lestd=0.395), 0.6)
+    assert found["pays"]["any"] == [0.5]
+    assert "; narrowly at 0.5" in found["text"]
     # Nothing is left to gain.
     assert verdict(predictions(rtn_8_bit=0.006, lestd_8_bit=0.004), 0.6)["pays"]["any"] == []
     found = verdict(predictions(svd=0.4, lestd=0.3), 0.1)

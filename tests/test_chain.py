@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from lestd_kernels.chain import Chain, ModuleChain, Multiply, Permute, op_of
+from lestd_kernels.chain import Chain, Mix, ModuleChain, Multiply, Permute, op_of
 from lestd_kernels.chain_linear import ChainLinear, PackedMatrix
 from lestd_kernels.methods import MethodArgs
 from lestd_kernels.methods.matrices import module_method, split_budget
@@ -117,12 +117,18 @@ def example() -> tuple[Chain, dict[str, Tensor]]:
     k, tt = tt_matrix()
     heads = torch.randn(2, 5, 3)
     down = torch.randn(6, 12)
+    many, pair, wide = torch.randn(2, 12, 10), torch.randn(2, 5, 3), torch.randn(12, 12)
     modules = {
         "q_proj": ModuleChain((Multiply("lestd_u1"), Multiply(0)), (packed(M),), packed(side)),
         "k_proj": k,
         "o_proj": ModuleChain(
             (Multiply(0, blocks=2, distinct=True), Multiply(1)),
             (packed(heads.reshape(10, 3)), packed(down)),
+        ),
+        "mixed": ModuleChain((Mix(0, "lestd_many", 12),), (packed(torch.tensor([[2.0, -0.5]])),)),
+        "shared": ModuleChain(
+            (Multiply(0), Multiply("lestd_pair", True, 4, distinct=True, each=2)),
+            (packed(wide),),
         ),
         "v_proj": ModuleChain(
             (Multiply(0, transposed=True),), (packed((U1 @ M).T.contiguous(), 8),)
@@ -132,10 +138,16 @@ def example() -> tuple[Chain, dict[str, Tensor]]:
         "q_proj": U1 @ M + side,
         "k_proj": tt,
         "o_proj": torch.block_diag(*heads) @ down,
+        "mixed": 2 * many[0] - 0.5 * many[1],
+        "shared": wide @ torch.block_diag(*(pair[i].T for i in (0, 0, 1, 1))),
         "v_proj": modules["v_proj"].own[0].decode().T,
     }
-    group = layout(Q_PROJ, replace(Q_PROJ, name="k_proj"), O_PROJ, replace(Q_PROJ, name="v_proj"))
-    return Chain(group, {"lestd_u1": packed(U1)}, modules, {"R1": 4}, torch.float32), weights
+    of_q = (replace(Q_PROJ, name=name) for name in ("k_proj", "v_proj", "mixed"))
+    of_four = replace(Q_PROJ, name="shared", slices=tuple(("q", i) for i in range(4)))
+    together = {"lestd_u1": U1, "lestd_many": many.flatten(1), "lestd_pair": pair.flatten(0, 1)}
+    shared = {name: packed(matrix) for name, matrix in together.items()}
+    group = layout(Q_PROJ, O_PROJ, *of_q, of_four)
+    return Chain(group, shared, modules, {"R1": 4}, torch.float32), weights
 
 
 def test_a_chain_is_the_product_of_its_matrices() -> None:
@@ -186,7 +198,7 @@ def _load(module: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("name", ["q_proj", "k_proj", "o_proj", "v_proj"])
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "o_proj", "v_proj", "mixed", "shared"])
 def test_the_module_multiplies_by_the_dense_weight(name: str, bias: bool) -> None:
     chain, weights = example()
     module = linear(chain, name, bias)

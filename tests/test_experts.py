@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 import lestd_kernels.peft_plugin
 from lestd_kernels.experts import CompressedExperts
-from lestd_kernels.linear import Factor
 from lestd_kernels.modules import MODULES
 
 EXPERT_FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss")
@@ -200,15 +199,25 @@ def test_adapters_on_experts(family: str, models: dict[str, Path]) -> None:
     assert any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in trained)
 
 
-def test_shared_tucker_factors_are_shared_too(tmp_path: Path) -> None:
-    """Of the other kind: U1 is one module, read by gates, ups and downs of all experts."""
+@pytest.mark.parametrize(
+    ("method", "factors"),
+    [("tucker", {"lestd_u1": 2}), ("lestd", {"lestd_u1": 1, "lestd_u1_output": 1})],
+)
+def test_the_factors_that_methods_share(
+    method: str, factors: dict[str, int], tmp_path: Path
+) -> None:
+    """Once for the gates and ups, once for the downs, whichever side a factor stands on."""
     source = save_tiny("gpt_oss", tmp_path / "source")
-    out = compress(source, tmp_path / "out", "--scope", "experts", "--keep", 0.6)
-    model = AutoModelForCausalLM.from_pretrained(out)
-    factors = [m for m in model.get_submodule(PATH).modules() if isinstance(m, Factor)]
-    assert len(factors) == 2
-    rows: list[int] = []
-    factors[0].register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+    options = ("--scope", "experts", "--method", method, "--keep", 0.6)
+    model = AutoModelForCausalLM.from_pretrained(compress(source, tmp_path / "out", *options))
+    rows: dict[str, list[int]] = {name: [] for name in factors}
+
+    def count(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        rows[name].append(len(args[0]))
+
+    for name in factors:
+        factor = model.get_submodule(PATH).get_submodule(name)
+        factor.register_forward_hook(functools.partial(count, name))
     with torch.no_grad():
         model(torch.arange(3, 20)[None])
-    assert rows == [17, 17]
+    assert rows == {name: [17] * times for name, times in factors.items()}

@@ -15,18 +15,23 @@ from transformers import AutoModelForCausalLM
 
 from orchestrator.manifest import Manifest
 
+
+def slow(*case: object) -> object:
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 CASES = [
-    ("llama", "svd", "all", ()),
-    ("llama", "laser", "ffn", ()),
+    slow("llama", "svd", "all", ()),
+    slow("llama", "laser", "ffn", ()),
     ("mistral", "per_head_tucker", "attention", ()),
-    ("gpt_neox", "per_head_tucker", "attention", ("--value-bits", 4, "--factor-bits", 8)),
-    ("gpt_neox", "hosvd", "attention", ()),
+    slow("gpt_neox", "per_head_tucker", "attention", ("--value-bits", 4, "--factor-bits", 8)),
+    slow("gpt_neox", "hosvd", "attention", ()),
     ("opt", "tt", "ffn", ()),
-    ("llama", "tt", "all", ("--metric", "norm", "--value-bits", 8)),
+    slow("llama", "tt", "all", ("--metric", "norm", "--value-bits", 8)),
     ("qwen3_moe", "svd", "experts", ("--value-bits", 4, "--factor-bits", 4, "--metric", "norm")),
     ("qwen3_moe", "td_moe", "experts", ()),
-    ("mixtral", "td_moe", "experts", ("--td-moe-mode", "compress")),
-    ("gpt_oss", "td_moe", "experts", ("--value-bits", 8, "--factor-bits", 8)),
+    slow("mixtral", "td_moe", "experts", ("--td-moe-mode", "compress")),
+    slow("gpt_oss", "td_moe", "experts", ("--value-bits", 8, "--factor-bits", 8)),
 ]
 
 

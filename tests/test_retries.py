@@ -109,6 +109,25 @@ def test_those_that_wait_for_their_time_keep_nobody_else_waiting() -> None:
     assert len(queue) == 2
 
 
+def test_an_item_waits_for_those_that_it_comes_after() -> None:
+    @dataclass(frozen=True)
+    class Step:
+        task_id: str
+        after: tuple[str, ...]
+
+    queue = Queue([Step("a", ("before",)), Step("b", ("a",)), Step("c", ())])
+
+    def given() -> list[str]:
+        return [attempt.item.task_id for attempt, _ in queue.hand_out(lambda attempt: "place")]
+
+    assert given() == ["a"]
+    queue.add(Attempt(Step("a", ()), number=2))
+    assert given() == ["a"]
+    assert given() == []
+    queue.ended("a")
+    assert given() == ["b", "c"]
+
+
 def test_an_item_that_is_to_be_alone_is_not_kept_waiting_by_others() -> None:
     """One actor is given nothing new until it is idle; the other goes on."""
     pool = Pool(None, lambda: None, lambda worker: None, lambda node: None, 3, Deadlines(None))  # type: ignore[arg-type, return-value]

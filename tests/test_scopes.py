@@ -23,6 +23,11 @@ from orchestrator.export import export_dense
 from workers.checkpoint import read_tensor
 
 EXPERT_FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss")
+# Every family, those that differ most first of all.
+SOME_FAMILIES = [
+    pytest.param(family, marks=() if family in ("opt", *EXPERT_FAMILIES) else pytest.mark.slow)
+    for family in FAMILIES
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +57,7 @@ def test_a_lossless_chain_gives_the_logits_of_the_original(
     assert (logits_of(model) - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME_FAMILIES)
 @pytest.mark.parametrize("scope", ["all", "part"])
 def test_saved_again_it_is_the_same_model(
     family: str, scope: str, tiny_models: dict[str, Path], tmp_path: Path
@@ -82,7 +87,7 @@ def tensors_of(directory: Path) -> dict[str, tuple[object, ...]]:
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME_FAMILIES)
 def test_the_base_model_alone_and_from_a_checkpoint_without_its_prefix(
     family: str, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -141,17 +146,28 @@ def compress(source: Path, out: Path, *options: object) -> Path:
 
 
 COMMAND_CASES = [
+    ("opt", "all", ("--method", "lestd", "--keep", 0.5)),
+    ("qwen3_moe", "all", ("--method", "lestd", "--keep", 0.5)),
+    ("mixtral", "experts", ("--method", "td_moe", "--keep", 0.7)),
+    ("gpt_oss", "all", ("--method", "svd", "--keep-model", 0.7)),
+]
+SLOW_COMMAND_CASES = [
     *((family, "all", ("--method", "lestd", "--keep", 0.5)) for family in FAMILIES),
-    *((family, "all", ("--method", "svd", "--keep", 0.7)) for family in ("opt", *EXPERT_FAMILIES)),
+    *((family, "all", ("--method", "svd", "--keep", 0.7)) for family in ("gptj", "qwen3_moe")),
+    *((family, "all", ("--method", "tucker", "--keep", 0.7)) for family in EXPERT_FAMILIES),
     *((family, "experts", ("--method", "td_moe", "--keep", 0.7)) for family in EXPERT_FAMILIES),
+    *((family, "all", ("--method", "magnitude", "--keep", 0.4)) for family in EXPERT_FAMILIES),
+    ("gpt_oss", "experts", ("--method", "rtn", "--keep", 0.4, "--value-bits", 4)),
     ("gptj", "ffn", ("--method", "tt", "--keep", 0.6)),
     ("qwen3_moe", "ffn", ("--method", "lestd", "--keep", 0.5, "--include", "1")),
     ("gpt_oss", "experts", ("--method", "lestd", "--keep", 0.5, "--include", "1")),
-    ("mixtral", "all", ("--method", "lestd", "--keep-model", 0.7)),
 ]
 
 
-@pytest.mark.parametrize(("family", "scope", "options"), COMMAND_CASES)
+@pytest.mark.parametrize(
+    ("family", "scope", "options"),
+    [*COMMAND_CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_COMMAND_CASES)],
+)
 def test_a_compressed_model_is_its_reconstruction(
     family: str,
     scope: str,

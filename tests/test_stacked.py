@@ -254,7 +254,7 @@ def moe(layout: GroupLayout, keep: float, dtype: torch.dtype = FP32, **more: obj
 @pytest.mark.parametrize("keep", [0.6, 0.25])
 def test_td_moe_is_the_partial_tucker_of_tensorly(mode: str, keep: float) -> None:
     layout = experts(18, 11, 5)
-    done = moe(layout, keep, td_moe_mode=mode, hooi_tol=1e-9, hooi_max_iter=100)
+    done = moe(layout, keep, td_moe_mode=mode)
     ranks = done.decomposition.ranks
     found = stacks(layout, done.decomposition.to_dense())
     tensorly.set_backend("numpy")
@@ -305,7 +305,7 @@ def test_whitening_the_inputs_minimizes_the_error_of_the_outputs() -> None:
     for module in layout.modules:
         if module.basis_side == "input":
             grams[module.name] = X.T @ X
-    args = MethodArgs(metric=ACTIVATION, whitening="input", hooi_tol=1e-9, hooi_max_iter=100)
+    args = MethodArgs(metric=ACTIVATION, whitening="input")
     budget = int(0.5 * layout.elements * 4)
     done = METHODS["td_moe"].decompose(
         random_unfolding(layout), layout, budget, FP32, args, (), grams

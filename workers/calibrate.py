@@ -177,7 +177,7 @@ class CalibrationWorker:
         if isinstance(self._directory, Path) and not self._directory.is_dir():
             raise LestdError(not_shared([socket.gethostname()], [directory]))
         return_freed_memory()
-        torch.set_num_threads(threads)
+        self._threads = threads
         torch.backends.cuda.matmul.allow_tf32 = False
         self._device = torch.device(device)
         self._make_model: Callable[[], LayerwiseModel] = partial(
@@ -193,6 +193,7 @@ class CalibrationWorker:
         """Do what an item asks for; never raises for a problem with its input."""
         try:
             start = time.perf_counter()
+            torch.set_num_threads(self._threads)  # Of this thread, which need not be the first.
             with torch.inference_mode():
                 if isinstance(item, CalibrationPiece):
                     self._pass_through(item)

@@ -52,6 +52,7 @@ class LayerwiseModel:
         with quiet_transformers(), init_empty_weights(include_buffers=False):
             self.model: Any = AutoModelForCausalLM.from_config(
                 config,
+                trust_remote_code=False,
                 dtype=torch.float32,
                 # The plain one multiplies with each expert's matrix in turn, see `inputs.Watch`.
                 experts_implementation="eager",

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.budget import CurvePoint
-from lestd_kernels.chain import ModuleChain, Multiply, Op, Permute
+from lestd_kernels.chain import Mix, ModuleChain, Multiply, Op
 from lestd_kernels.errors import LestdError
 from lestd_kernels.low_rank import Root, matrix_bytes
 from lestd_kernels.methods.base import (
@@ -63,6 +63,9 @@ from lestd_kernels.stacked import (
 )
 from lestd_kernels.stage1 import Ranks
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout
+
+# A sweep over the experts of a large layer takes minutes; what further ones gain is not seen.
+_TOLERANCE = 1e-4
 
 
 @dataclass
@@ -183,8 +186,8 @@ def _projection_bytes(
     total += matrix_bytes(R2, columns, value_bytes, args.factor_bits)
     if args.td_moe_mode == "preserve":
         return total + experts * matrix_bytes(R1, R2, value_bytes, args.value_bits)
-    total += matrix_bytes(R1, Rn * R2, value_bytes, args.value_bits)
-    return total + experts * matrix_bytes(Rn, 1, value_bytes, args.factor_bits)
+    total += matrix_bytes(Rn, R1 * R2, value_bytes, args.value_bits)
+    return total + experts * matrix_bytes(1, Rn, value_bytes, args.factor_bits)
 
 
 def _choose(prepared: PreparedExperts, byte_budget: int) -> dict[str, StackRanks]:
@@ -223,7 +226,8 @@ def encode(
     for name, ranks in chosen.items():
         one, args = prepared.projections[name], prepared.args
         with clock("stage1"):
-            factors = refine(one.stack, one.bases, ranks, args.hooi_tol, args.hooi_max_iter)
+            tol = max(args.hooi_tol, _TOLERANCE)
+            factors = refine(one.stack, one.bases, ranks, tol, args.hooi_max_iter)
         with clock("stage2"):
             modules |= _store(prepared, name, factors, ranks, shared)
         named |= {f"{name}_R1": ranks.Ra, f"{name}_R2": ranks.Rb}
@@ -276,19 +280,12 @@ def _store(
         ]
         ops: tuple[Op, ...] = (Multiply(left, transposed=True), Multiply(0), Multiply(right))
     else:
-        rows = (factors.P / one.weights[:, None])[:, :, None]
+        rows = torch.split(factors.P / one.weights[:, None], 1)
         own = [EncodedCore.quantized(row, args.factor_bits, dtype) for row in rows]
-        P = torch.cat([row.decode().float().T for row in own]) * one.weights[:, None]
+        P = torch.cat([row.decode().float() for row in own]) * one.weights[:, None]
         K = fit_core(one.stack, StackFactors(white[0], white[1], P))
-        together = K.permute(1, 0, 2).flatten(1)
-        shared[core] = EncodedCore.quantized(together, args.value_bits, dtype)
-        ops = (
-            Multiply(left, transposed=True),
-            Multiply(core),
-            Permute((ranks.Rn, ranks.Rb), (1, 0)),
-            Multiply(0, blocks=ranks.Rb),
-            Multiply(right),
-        )
+        shared[core] = EncodedCore.quantized(K.flatten(1), args.value_bits, dtype)
+        ops = (Multiply(left, transposed=True), Mix(0, core, ranks.Ra), Multiply(right))
     return {
         module.name: ModuleChain(ops, (matrix,))
         for module, matrix in zip(one.modules, own, strict=True)
@@ -305,10 +302,10 @@ def bounds(
             f"the byte budget of a slice group is {byte_budget:,} bytes, but the smallest ranks of "
             f"method 'td_moe' take {least:,} bytes; raise keep"
         )
-    # The stacks; a projection's copy and its mixture, twice, and its eigenvectors.
+    # The stacks; copies of one, in turn projected and unfolded; eigenvectors and Gram matrices.
     largest = layout.elements // len(_by_projection(layout))
     squares = max(layout.width, layout.head_dim) ** 2
-    workspace = 4 * layout.elements + 16 * largest + 64 * squares + module_workspace_bytes(layout)
+    workspace = 4 * layout.elements + 32 * largest + 64 * squares + module_workspace_bytes(layout)
     return Bounds(None, None, None, byte_budget, workspace, 0)
 
 
