@@ -167,3 +167,18 @@ def test_nothing_that_fits_is_refused_in_one_sentence(tiny_llama: Path, tmp_path
     assert result.code == 2
     assert result.err.startswith("error: ")
     assert result.err.count("\n") == 1
+
+
+def test_a_quantizer_is_listed_at_its_own_size_once(tiny_llama: Path, tmp_path: Path) -> None:
+    methods = ("--methods", "rtn:value_bits=3", "--include", 0, "--no-speed")
+    command = ("compare", tiny_llama, *methods, "--keep", "0.4,0.21,0.1", "--out", tmp_path / "out")
+    result = lestd(*command, *SERIAL, "--json")
+    assert result.code == 0, result.err
+    said = json.loads(result.out)
+    [row] = said["rows"]
+    assert row["point"]["keep"] == 0.21
+    # 3 bits a weight, and a scale of 16 bits for 64 of them.
+    assert row["point"]["stored_bytes"] == 2**18 * 3 // 8 + 2**18 // 64 * 2
+    left_out = {one["keep"]: one["reason"] for one in said["left_out"]}
+    assert left_out.keys() == {0.4, 0.1}
+    assert left_out[0.4] == "it is the model of keep 0.21"
