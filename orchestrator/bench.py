@@ -27,6 +27,7 @@ import transformers
 from lestd_kernels.decomposition import QUANT_METHOD
 from lestd_kernels.errors import LestdError
 from orchestrator import tables
+from orchestrator.adapter import adapter_stored_bytes
 from orchestrator.evaluation import DTYPES
 from orchestrator.source import load_config
 from workers.bench import BenchModel, BenchSettings, Repetition, serve
@@ -137,7 +138,10 @@ def compare(
         raise LestdError(f"dtype must be one of {', '.join(DTYPES)}, got {settings.dtype!r}")
     models = (dense.absolute(), compressed.absolute())
     _check_models(models, settings)
-    stored = [ShardIndex.from_directory(model).stored_bytes for model in models]
+    stored = [
+        ShardIndex.from_directory(model).stored_bytes + adapter_stored_bytes(model)
+        for model in models
+    ]
     repetitions: tuple[list[Repetition], list[Repetition]] = ([], [])
     report = progress or (lambda done, total: None)
     with ExitStack() as stack:

@@ -114,6 +114,7 @@ def compare(
         compress_contenders,
         feasible,
         models_of,
+        without_repeated,
     )
     from orchestrator.comparison_table import print_rows, save_comparison, save_markdown
     from orchestrator.config import RunFile, cluster_options, run_options
@@ -175,6 +176,8 @@ def compare(
                 print_outcome(outcome, directory, default_run_dir(directory), json=False)
             if failed:
                 raise typer.Exit(1)
+            outcomes, repeated = without_repeated(outcomes)
+            missing += repeated
             models = models_of(outcomes, out)
             qualities: list[Any] = [() for _ in (None, *models)]
             if judged:

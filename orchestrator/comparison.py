@@ -243,6 +243,29 @@ def _model_id(model: Path) -> str:
     return facts.model_id
 
 
+def without_repeated(
+    outcomes: Mapping[Contender, Mapping[float, Outcome]],
+) -> tuple[dict[Contender, dict[float, Outcome]], list[Missing]]:
+    """The outcomes without those that store what the same method does at a smaller keep.
+
+    Quantizers have one size, whatever they are allowed; it is listed at the smallest keep that it
+    fits.
+    """
+    kept: dict[Contender, dict[float, Outcome]] = {}
+    missing = []
+    for contender, by_keep in outcomes.items():
+        seen: dict[tuple[str, ...], float] = {}
+        for keep in sorted(by_keep):
+            payloads = tuple(row["sha256"] for row in by_keep[keep].rows)
+            if payloads in seen:
+                same = f"it is the model of keep {seen[payloads]:g}"
+                missing.append(Missing(contender.label, keep, same))
+            else:
+                seen[payloads] = keep
+        kept[contender] = {k: v for k, v in by_keep.items() if k in seen.values()}
+    return kept, missing
+
+
 def models_of(outcomes: Mapping[Contender, Mapping[float, Outcome]], out: Path) -> list[Path]:
     """The models' directories, in the order of the rows."""
     return [

@@ -78,10 +78,12 @@ def test_sizes_that_a_method_does_not_reach_are_left_out(tiny_llama: Path) -> No
 def test_the_whole_command(tiny_llama: Path, wikitext: Path, tmp_path: Path) -> None:
     out, text = tmp_path / "out", tmp_path / "text.txt"
     text.write_bytes(wikitext.read_bytes()[:12_000])
+    calibrated = ("--calibrate-on", text, "--samples", 4, "--sample-tokens", 32)
     command = (
         *("compare", tiny_llama, "--methods", "lestd tucker", "--keep", "0.3,0.001", "--out", out),
         *("--text", text, "--window", 64, "--max-windows", 4, "--no-speed"),
-        *("--calibrate-on", text, "--samples", 4, "--sample-tokens", 32, *SERIAL),
+        *calibrated,
+        *SERIAL,
     )
     first = lestd(*command, "--json")
     assert first.code == 0, first.err
@@ -95,7 +97,7 @@ def test_the_whole_command(tiny_llama: Path, wikitext: Path, tmp_path: Path) -> 
         point, model = row["point"], Path(row["point"]["model"])
         # As `lestd compress` makes it, and each figure by an oracle.
         apart = tmp_path / row["label"]
-        options = ("--method", row["label"], "--keep", 0.3, "--out", apart)
+        options = ("--method", row["label"], "--keep", 0.3, "--out", apart, *calibrated)
         assert lestd("compress", tiny_llama, *options, *SERIAL).code == 0
         assert digest_tree(model) == digest_tree(apart)
         assert lestd("verify", model).code == 0
@@ -165,3 +167,18 @@ def test_nothing_that_fits_is_refused_in_one_sentence(tiny_llama: Path, tmp_path
     assert result.code == 2
     assert result.err.startswith("error: ")
     assert result.err.count("\n") == 1
+
+
+def test_a_quantizer_is_listed_at_its_own_size_once(tiny_llama: Path, tmp_path: Path) -> None:
+    methods = ("--methods", "rtn:value_bits=3", "--include", 0, "--no-speed")
+    command = ("compare", tiny_llama, *methods, "--keep", "0.4,0.21,0.1", "--out", tmp_path / "out")
+    result = lestd(*command, *SERIAL, "--json")
+    assert result.code == 0, result.err
+    said = json.loads(result.out)
+    [row] = said["rows"]
+    assert row["point"]["keep"] == 0.21
+    # 3 bits a weight, and a scale of 16 bits for 64 of them.
+    assert row["point"]["stored_bytes"] == 2**18 * 3 // 8 + 2**18 // 64 * 2
+    left_out = {one["keep"]: one["reason"] for one in said["left_out"]}
+    assert left_out.keys() == {0.4, 0.1}
+    assert left_out[0.4] == "it is the model of keep 0.21"
