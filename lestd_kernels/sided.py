@@ -135,7 +135,11 @@ class SidedGroup:
         self._rotated = None
 
     def encode(
-        self, R: int, byte_budget: int, value_dtype: torch.dtype, scale: float = 1.0
+        self,
+        R: int,
+        byte_budget: int,
+        value_dtype: torch.dtype,
+        scales: Sequence[float] | None = None,
     ) -> tuple[EncodedCore, list[EncodedCore]]:
         """The factor (d, R) and the cores, in at most `byte_budget` bytes.
 
@@ -143,7 +147,7 @@ class SidedGroup:
             R: the rank.
             byte_budget: at least that of `R` with one non-zero.
             value_dtype: of values and scales.
-            scale: what the cores are multiplied by.
+            scales: what each core is multiplied by when it is stored.
         """
         shape = self.shape
         # The factor's rows are the channels of the input; on the output side they have no metric.
@@ -162,7 +166,6 @@ class SidedGroup:
         for reader, widths in zip(self._readers, self._widths(), strict=True):
             M, rows, columns = self._fit(reader, stored)
             row_root = feedback_root(rows)
-            M.mul_(scale)
             score = M.abs() * diagonal_of(row_root)[:, None] * columns.sqrt()
             dim = 1 if shape.rank_first else 0
             cores += torch.split(M, widths, dim=dim)
@@ -177,6 +180,8 @@ class SidedGroup:
         else:
             masks = select_largest(scores, fits)
         del scores
+        for core, scale in zip(cores, scales or [1.0] * len(cores), strict=True):
+            core.mul_(scale)
         return A, [
             _store(core.contiguous(), mask, row, shape.value_bits, value_dtype)
             for core, mask, row in zip(cores, masks, roots, strict=True)
@@ -246,7 +251,7 @@ def readers_of(
     weights: Mapping[str, Tensor],
     reads: Mapping[str, str],
     metrics: Mapping[str, Tensor],
-    scale: float,
+    scales: Mapping[str, float] | None = None,
 ) -> tuple[list[Reader], float]:
     """The readers of one side, and the unit of their metrics.
 
@@ -254,7 +259,7 @@ def readers_of(
         weights: module name -> W ``(in, out)``; those that read the same input are adjacent.
         reads: module name -> the input that it reads.
         metrics: module name -> the metric of its input, where it has one.
-        scale: what weights are divided by.
+        scales: module name -> what its weight is divided by.
     """
     by_input: dict[str, list[str]] = {}
     for name in weights:
@@ -263,7 +268,10 @@ def readers_of(
     unit = mean_diagonal([metrics[name] for name in first if name in metrics])
     readers = []
     for names in by_input.values():
-        W = torch.cat([weights[name] for name in names], dim=1) / scale
+        W = torch.cat([weights[name] for name in names], dim=1)
+        widths = [weights[name].shape[1] for name in names]
+        for name, block in zip(names, torch.split(W, widths, dim=1), strict=True):
+            block.div_(1.0 if scales is None else scales[name])
         gram = metrics.get(names[0])
         C = W.new_ones(len(W)) if gram is None else regularized(gram, unit)
         readers.append(Reader(W, C))

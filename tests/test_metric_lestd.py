@@ -164,7 +164,7 @@ def test_dense_cores_are_the_whitened_optimum(rank_first: bool, R: int) -> None:
     torch.manual_seed(2)
     rows, columns = (16, 22) if rank_first else (22, 16)
     W, X = torch.randn(rows, columns), torch.randn(90, rows) @ torch.randn(rows, rows)
-    readers, unit = readers_of({"m": W}, {"m": "in"}, {"m": X.T @ X}, 1.0)
+    readers, unit = readers_of({"m": W}, {"m": "in"}, {"m": X.T @ X})
     other = columns if rank_first else rows
     shape = SidedShape(16, (other,), rank_first, 1, 4, 16, 16)
     group = SidedGroup(readers, shape, unit)
@@ -183,7 +183,7 @@ def test_dense_cores_are_the_whitened_optimum(rank_first: bool, R: int) -> None:
 def test_the_refit_never_raises_the_error_of_the_stored_factor() -> None:
     torch.manual_seed(3)
     W, X = torch.randn(24, 30), torch.randn(100, 24) @ torch.randn(24, 24)
-    readers, unit = readers_of({"m": W}, {"m": "in"}, {"m": X.T @ X}, 1.0)
+    readers, unit = readers_of({"m": W}, {"m": "in"}, {"m": X.T @ X})
     C = readers[0].C.double()
     for bits in (8, 4, 2):
         shape = SidedShape(24, (30,), True, 1, 4, 16, bits)
