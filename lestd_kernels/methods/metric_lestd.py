@@ -2,9 +2,9 @@
 
 Every module stands in the basis of its side of the model's width, see lestd_kernels.sided: Q, K and
 V share one on their input side and O has one on its output side; so gate, up and down; the gates
-and ups of all experts share one, and their downs. What is made small is the sum of the projections'
-squared errors, each relative to the projection's norm: a threshold that is common to the cores of a
-side, and the division of the bytes between the two sides, follow from it.
+and ups of all experts share one, and their downs. The bytes of a group are divided between the two
+sides as the dense ones are. What is made small is the sum of the projections' squared errors, each
+relative to the projection's norm: otherwise V, whose weights are small, would be pruned first.
 
 References: LeSTD (ICLR 2026), Stages I and II; "Rethinking the Role of Tensor Decompositions in
 Post-Training LLM Compression", arXiv 2606.03465, on the metric.
@@ -37,8 +37,6 @@ U1_OUTPUT_NAME = "lestd_u1_output"
 _NAMES: dict[BasisSide, str] = {"input": U1_NAME, "output": U1_OUTPUT_NAME}
 _RANKS: dict[BasisSide, str] = {"input": "R1", "output": "R1_output"}
 _BUFFERS_BYTES = 80 << 20
-# Of the bytes of two sides, beside the least that they need.
-_DIVISIONS = 64
 
 
 def serves(layout: GroupLayout, args: MethodArgs) -> bool:
@@ -98,18 +96,16 @@ def _shapes(
     return {side: side_shape(layout, side, value_dtype, args) for side in sides(layout)}
 
 
-def _divisions(
-    shapes: dict[BasisSide, SidedShape], byte_budget: int, args: MethodArgs
-) -> list[dict[BasisSide, int]]:
-    """Ways to divide a byte budget between the sides, each with at least what it needs."""
-    least = {side: shape.least_bytes(args.rank_step) for side, shape in shapes.items()}
-    first, *others = shapes
-    if not others:
-        return [{first: byte_budget}]
-    [second] = others
-    spare = byte_budget - sum(least.values())
-    shares = (least[first] + spare * i // _DIVISIONS for i in range(_DIVISIONS + 1))
-    return [{first: share, second: byte_budget - share} for share in shares]
+def _shares(shapes: dict[BasisSide, SidedShape], byte_budget: int) -> dict[BasisSide, int]:
+    """The bytes of each side, in proportion to its elements; none is left over."""
+    total = sum(shape.elements for shape in shapes.values())
+    shares: dict[BasisSide, int] = {}
+    before = 0
+    for side, shape in shapes.items():
+        after = before + shape.elements
+        shares[side] = byte_budget * after // total - byte_budget * before // total
+        before = after
+    return shares
 
 
 @dataclass
@@ -177,80 +173,46 @@ def encode(
     args, layout = prepared.args, prepared.layout
     bounds(layout, byte_budget, prepared.value_dtype, args)
     clock = Stopwatch(prepared.unfolding.device)
-    with clock("rank_search"):
-        choices = _search(prepared, [byte_budget, *curve_budgets])
+    shapes = {side: group.shape for side, group in prepared.groups.items()}
+    budgets = [byte_budget, *curve_budgets]
+    shares = [_shares(shapes, budget) for budget in budgets]
+    expected = [0.0] * len(budgets)
     shared: dict[str, EncodedCore] = {}
     chains: dict[str, ModuleChain] = {}
     ranks: dict[str, int] = {}
+    every: dict[BasisSide, list[int]] = {}
     for side, group in prepared.groups.items():
-        if not reuse:
-            group.forget()
-        modules = sides(layout)[side]
-        R = ranks[_RANKS[side]] = choices[0].ranks[side]
+        with clock("rank_search"):
+            grid = group.shape.grid(args.rank_step, args.max_flops)
+            found = group.search(grid, [share[side] for share in shares])
+            if not reuse:
+                group.forget()
+            every[side] = [R for R, _ in found]
+            for i, (_, error) in enumerate(found):
+                expected[i] += error
         with clock("stage2"):
-            factor, cores = group.encode(
-                R,
-                choices[0].shares[side],
-                prepared.value_dtype,
-                [prepared.scales[module.name] for module in modules],
-            )
-        shared[_NAMES[side]] = factor
-        for module, core in zip(modules, cores, strict=True):
-            U1 = Multiply(_NAMES[side], transposed=side == "output")
-            ops = (U1, Multiply(0)) if side == "input" else (Multiply(0), U1)
-            chains[module.name] = ModuleChain(ops, (core,))
-    in_order = {module.name: chains[module.name] for module in layout.modules}
-    done = chain_result(prepared, in_order, clock, shared, ranks)
+            R = ranks[_RANKS[side]] = every[side][0]
+            scales = [prepared.scales[module.name] for module in sides(layout)[side]]
+            factor, cores = group.encode(R, shares[0][side], prepared.value_dtype, scales)
+            shared[_NAMES[side]] = factor
+            for module, core in zip(sides(layout)[side], cores, strict=True):
+                U1 = Multiply(_NAMES[side], transposed=side == "output")
+                ops = (U1, Multiply(0)) if side == "input" else (Multiply(0), U1)
+                chains[module.name] = ModuleChain(ops, (core,))
+    modules = {module.name: chains[module.name] for module in layout.modules}
+    done = chain_result(prepared, modules, clock, shared, ranks)
     # The search knows the sum of the projections' relative errors; what rounding adds, and it does
     # not know, hardly depends on the budget.
     each = done.metric_squared_norm / len({_projection(module) for module in layout.modules})
-    rounding = max(done.metric_squared_error - choices[0].error * each, 0.0)
+    rounding = max(done.metric_squared_error - expected[0] * each, 0.0)
+    first = every.get("input", [0] * len(budgets))
     curve = tuple(
-        CurvePoint(
-            budget, Ranks(choice.ranks.get("input", 0), 0, 0), choice.error * each + rounding
-        )
-        for budget, choice in zip(curve_budgets, choices[1:], strict=True)
+        CurvePoint(budget, Ranks(R, 0, 0), error * each + rounding)
+        for budget, R, error in zip(budgets, first, expected, strict=True)
     )
-    # In the units of the projections' norms.
+    # Of the weights divided by their projections' norms.
     values = tuple(group.singular_values for group in prepared.groups.values())
-    return replace(done, curve=curve, singular_values=(values[0], ()))
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """What is best for one byte budget: bytes and rank of each side, and the error to expect."""
-
-    error: float
-    shares: dict[BasisSide, int]
-    ranks: dict[BasisSide, int]
-
-
-def _search(prepared: PreparedSides, budgets: Sequence[int]) -> list[_Choice]:
-    """The best division of each budget, and of equal ones the first."""
-    args = prepared.args
-    shapes = {side: group.shape for side, group in prepared.groups.items()}
-    divisions = [_divisions(shapes, budget, args) for budget in budgets]
-    flat = [division for some in divisions for division in some]
-    found = {
-        side: group.search(
-            group.shape.grid(args.rank_step, args.max_flops), [one[side] for one in flat]
-        )
-        for side, group in prepared.groups.items()
-    }
-    choices = []
-    first = 0
-    for some in divisions:
-        options = [
-            _Choice(
-                sum(found[side][first + i][1] for side in shapes),
-                division,
-                {side: found[side][first + i][0] for side in shapes},
-            )
-            for i, division in enumerate(some)
-        ]
-        choices.append(min(options, key=lambda choice: choice.error))
-        first += len(some)
-    return choices
+    return replace(done, curve=curve[1:], singular_values=(values[0], ()))
 
 
 def bounds(
@@ -264,9 +226,8 @@ def bounds(
             f"the byte budget of a slice group is {byte_budget:,} bytes, but its smallest ranks "
             f"take {least:,} bytes; raise keep, or lower rank_step or bits"
         )
-    needs = {side: shape.least_bytes(args.rank_step) for side, shape in shapes.items()}
-    most_bytes = nnz = 0
-    largest = {}
+    shares = _shares(shapes, byte_budget)
+    largest, nnz, most_bytes = {}, 0, 0
     for side, shape in shapes.items():
         grid = shape.grid(args.rank_step, args.max_flops)
         if args.max_flops is not None and shape.flops(grid[0]) > args.max_flops * shape.elements:
@@ -276,18 +237,17 @@ def bounds(
                 "multiply-adds; raise max_flops or lower rank_step"
             )
         empty = [0] * len(shape.core_columns)
-        share = byte_budget - least + needs[side]
-        fitting = [R for R in grid if shape.stored_bytes(R, empty) <= share]
+        fitting = [R for R in grid if shape.stored_bytes(R, empty) <= shares[side]]
         largest[side] = fitting[-1]
         full = [grid[-1] * n for n in shape.core_columns]
-        most_bytes += shape.stored_bytes(grid[-1], full)
-        values = 8 * (share - shape.factor_bytes(grid[0])) // _value_size(shape)
-        nnz += min(fitting[-1] * sum(shape.core_columns), values)
+        most_bytes += min(shares[side], shape.stored_bytes(grid[-1], full))
+        values = 8 * (shares[side] - shape.factor_bytes(grid[0]))
+        nnz += min(fitting[-1] * sum(shape.core_columns), values // _value_size(shape))
     return Bounds(
         max_R1=largest.get("input", largest.get("output")),
         max_R2=None,
         max_nnz=nnz,
-        max_bytes=min(byte_budget, most_bytes),
+        max_bytes=most_bytes,
         workspace_bytes=_workspace_bytes(layout, shapes, args),
         reuse_bytes=0,
     )
@@ -316,4 +276,9 @@ def _workspace_bytes(
 def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
     """The smallest feasible byte budget; see `Method.least_bytes`."""
     shapes = _shapes(layout, value_dtype, args)
-    return sum(shape.least_bytes(args.rank_step) for shape in shapes.values())
+    total = sum(shape.elements for shape in shapes.values())
+    # The budget of which each side's share is enough.
+    return max(
+        -(-(shape.least_bytes(args.rank_step) + 1) * total // shape.elements)
+        for shape in shapes.values()
+    )
