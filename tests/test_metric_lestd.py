@@ -136,7 +136,7 @@ def test_the_budget_is_kept_and_errors_are_those_of_what_is_stored(
             metric="activation", factor_bits=factor_bits, value_bits=value_bits, rank_step=4
         ),
     )
-    assert stored.ranks["R1"] <= limits.max_R1
+    assert stored.ranks.get("R1", 0) <= limits.max_R1
     assert stored.nnz <= limits.max_nnz
     assert stored.stored_bytes <= limits.max_bytes <= budget
 
@@ -306,6 +306,35 @@ def test_the_curve_is_what_the_budgets_give() -> None:
         assert point.squared_error == pytest.approx(done.metric_squared_error, rel=0.35)
     errors = [point.squared_error for point in curve]
     assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_a_basis_that_costs_more_than_it_saves_is_left_out(side: str) -> None:
+    torch.manual_seed(5)
+    W, X = torch.randn(24, 40), torch.randn(64, 24)
+    metric = X.T @ X
+    layout = (
+        GroupLayout(24, 40, (ModuleLayout("up", "input", (("up", 0),)),))
+        if side == "input"
+        else GroupLayout(40, 24, (ModuleLayout("down", "output", (("down", 0),)),))
+    )
+    args = MethodArgs(metric="activation", value_bits=8, factor_bits=8, rank_step=4)
+    [module] = layout.modules
+    unfolding = W if side == "input" else W.T.contiguous()
+    for keep, stored_whole in ((0.6, True), (0.1, False)):
+        budget = int(keep * W.numel() * 2)
+        done = LESTD.decompose(
+            unfolding.clone(), layout, budget, BF16, args, metrics={module.name: metric}
+        )
+        chain = done.decomposition.modules[module.name]
+        assert (len(chain.ops) == 1) is stored_whole
+        assert (not done.decomposition.shared) is stored_whole
+        if stored_whole:
+            D = (W - done.decomposition.module_weight(module.name)).double()
+            # Every weight is stored, within half a step of a grid of 256 levels.
+            assert chain.own[0].nnz == W.numel()
+            assert done.decomposition.stored_bytes <= budget
+            assert float(D.abs().max()) < 2 * float(W.abs().max()) / 255
 
 
 @pytest.mark.parametrize(

@@ -211,13 +211,13 @@ def encode(
                 chains[module.name] = ModuleChain(ops, (core,))
     modules = {module.name: chains[module.name] for module in layout.modules}
     done = chain_result(prepared, modules, clock, shared, ranks)
-    # The search knows the sum of the projections' relative errors; what rounding adds, and it does
-    # not know, hardly depends on the budget.
+    # The search knows the sum of the projections' relative errors before anything is rounded. What
+    # came of it for this budget says how much to expect of the others.
     each = done.metric_squared_norm / len({_projection(module) for module in layout.modules})
-    rounding = max(done.metric_squared_error - expected[0] * each, 0.0)
+    ratio = done.metric_squared_error / expected[0] if expected[0] else each
     first = every.get("input", [0] * len(budgets))
     curve = tuple(
-        CurvePoint(budget, Ranks(R, 0, 0), error * each + rounding)
+        CurvePoint(budget, Ranks(R, 0, 0), error * ratio)
         for budget, R, error in zip(budgets, first, expected, strict=True)
     )
     # Of the weights divided by their projections' norms.
