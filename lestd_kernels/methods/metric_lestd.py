@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.budget import CurvePoint
-from lestd_kernels.chain import ModuleChain, Multiply
+from lestd_kernels.chain import ModuleChain
 from lestd_kernels.decomposition import U1_NAME
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods.base import Bounds, Decomposed, MethodArgs, Metrics
 from lestd_kernels.methods.matrices import PreparedGroup, chain_result, metric_squares
 from lestd_kernels.methods.steps import Stopwatch
+from lestd_kernels.ops import Multiply
 from lestd_kernels.packed import EncodedCore
 from lestd_kernels.packing import FULL_BITS
 from lestd_kernels.sided import IDENTITY, SidedGroup, readers_of
