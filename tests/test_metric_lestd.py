@@ -311,8 +311,9 @@ def test_the_curve_is_what_the_budgets_give() -> None:
 @pytest.mark.parametrize("side", ["input", "output"])
 def test_a_basis_that_costs_more_than_it_saves_is_left_out(side: str) -> None:
     torch.manual_seed(5)
-    W, X = torch.randn(24, 40), torch.randn(64, 24)
+    X = torch.randn(64, 24)
     metric = X.T @ X
+    noise, of_low_rank = torch.randn(24, 40), torch.randn(24, 2) @ torch.randn(2, 40)
     layout = (
         GroupLayout(24, 40, (ModuleLayout("up", "input", (("up", 0),)),))
         if side == "input"
@@ -320,8 +321,8 @@ def test_a_basis_that_costs_more_than_it_saves_is_left_out(side: str) -> None:
     )
     args = MethodArgs(metric="activation", value_bits=8, factor_bits=8, rank_step=4)
     [module] = layout.modules
-    unfolding = W if side == "input" else W.T.contiguous()
-    for keep, stored_whole in ((0.6, True), (0.1, False)):
+    for W, keep, stored_whole in ((noise, 0.6, True), (of_low_rank, 0.3, False)):
+        unfolding = W if side == "input" else W.T.contiguous()
         budget = int(keep * W.numel() * 2)
         done = LESTD.decompose(
             unfolding.clone(), layout, budget, BF16, args, metrics={module.name: metric}
