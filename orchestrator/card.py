@@ -28,6 +28,10 @@ def model_card(
         rows=rows,
         method=rows[0]["method"],
         pattern=rows[0]["pattern"],
+        metric=rows[0]["metric"],
+        value_bits=rows[0]["value_bits"],
+        factor_bits=rows[0]["factor_bits"],
+        scopes=sorted({row["scope"] for row in rows}),
         metadata=card_metadata(source.directory),
         stored_bytes=sum(row["stored_bytes"] for row in rows),
         file_bytes=sum(

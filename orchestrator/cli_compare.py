@@ -139,7 +139,9 @@ def compare(
             configs[contender][one] = chosen
     cluster_config = cluster_options(cluster, executor=executor, workers=workers, address=address)
     if jobs := jobs_address(cluster_config):
-        raise typer.Exit(run_as_job(jobs, "compare", given | {"model": name}, cluster_config))
+        there = {key: value for key, value in given.items() if key != "speed"}
+        there |= {"model": name, "no_speed": not speed}
+        raise typer.Exit(run_as_job(jobs, "compare", there, cluster_config))
 
     source = resolve_source(name, revision)
     first = next(iter(configs[contenders[0]].values()))

@@ -17,6 +17,8 @@ from orchestrator.options import (
     Address,
     AllocationOption,
     BatchSize,
+    CalibrateOn,
+    CalibrationDir,
     ClusterFile,
     ComputeDtype,
     ConfigFile,
@@ -24,6 +26,7 @@ from orchestrator.options import (
     DeviceOption,
     Exclude,
     ExecutorOption,
+    FactorBits,
     Fewshot,
     Include,
     IncludePath,
@@ -33,14 +36,21 @@ from orchestrator.options import (
     MaxFlops,
     MaxWindows,
     MethodOption,
+    MetricOption,
     Model,
     PatternOption,
     Revision,
+    Samples,
+    SampleTokens,
     ScopeOption,
+    SuperWeights,
     Tasks,
+    TdMoeModeOption,
     Text,
     Threads,
     TypeModeOption,
+    ValueBits,
+    WhiteningOption,
     Window,
     Workers,
     absolute,
@@ -76,6 +86,16 @@ def sweep(
     type_mode: TypeModeOption = None,
     pattern: PatternOption = None,
     max_flops: MaxFlops = None,
+    metric: MetricOption = None,
+    calibrate_on: CalibrateOn = None,
+    samples: Samples = None,
+    sample_tokens: SampleTokens = None,
+    calibration: CalibrationDir = None,
+    value_bits: ValueBits = None,
+    factor_bits: FactorBits = None,
+    keep_super_weights: SuperWeights = None,
+    td_moe_mode: TdMoeModeOption = None,
+    whitening: WhiteningOption = None,
     config: ConfigFile = None,
     window: Window = None,
     max_windows: MaxWindows = None,
@@ -148,7 +168,9 @@ def sweep(
         check_plot(plot)
     try:
         with open_executor(cluster_config) as runner:
-            outcomes = compress_keeps(source, configs, runner, out, fresh=fresh)
+            outcomes = compress_keeps(
+                source, configs, runner, out, calibration=calibration, fresh=fresh
+            )
             failed = {k: outcome for k, outcome in outcomes.items() if not outcome.complete}
             for one, outcome in failed.items():
                 directory = model_dir(out, one)

@@ -5,6 +5,7 @@ Both read files only, need no source and no lock, and work while a run goes on.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from orchestrator.assemble import about_model, is_complete, payload_shard_name
 from orchestrator.manifest import MANIFEST_DIR, Manifest, payload_problem, read_json, slice_count
 from orchestrator.rundir import RunDirectory
 from workers.checkpoint import INDEX_FILE, read_header, read_weight_map
-from workers.files import AnyPath, in_parallel, is_directory, is_file
+from workers.files import AnyPath, in_parallel, is_directory, is_file, list_names
 
 _PLANNED = {"task_id": str, "layer": int, "group": str, "byte_budget": int}
+_CALIBRATION = ("calibration", re.compile(r"layer-.*\.safetensors"))
+"""In a run directory, and its finished files; `orchestrator.grams` imports too much for this."""
 _FIGURES = (
     *("R1", "R2", "R3", "nnz", "density", "codec", "dense_bytes", "stored_bytes"),
     *("relative_error", "attempt", "worker"),
@@ -31,7 +34,10 @@ def run_status(run_dir: AnyPath, out: AnyPath) -> dict[str, Any]:
 
     Returns:
         ``state`` (``complete | running | stopped``), counts, and one entry per task with its
-        state (``done | running | failed | remaining``) and, when done, its figures. With global
+        ``scope`` (``attention | ffn | experts``), its state
+        (``done | running | failed | remaining``) and, when done, its figures. ``calibrating``:
+        number of blocks whose activations the run directory has, while no task has begun because
+        those of a calibration text come first; else null. With global
         allocation also ``curves``, the counts of pass one, and in each entry ``curve``, the state
         of its task there; until that pass is done ``budgets_decided`` is false. ``damaged`` has
         ``path`` and ``reason`` of files of the manifest. ``cleaned``: the run directory is gone,
@@ -64,7 +70,7 @@ def run_status(run_dir: AnyPath, out: AnyPath) -> dict[str, Any]:
     for planned in planned_layers:
         task_id = planned["task_id"]
         row = done.get(task_id) if decided else None
-        entry = {key: planned[key] for key in _PLANNED}
+        entry = {key: planned[key] for key in _PLANNED} | {"scope": _scope(planned)}
         if row is not None:
             entry |= {"state": "done"} | {key: row[key] for key in _FIGURES}
         else:
@@ -82,6 +88,11 @@ def run_status(run_dir: AnyPath, out: AnyPath) -> dict[str, Any]:
     if pass_one := [entry["curve"] for entry in layers if "curve" in entry]:
         passes = {"budgets_decided": decided, "curves": _counts(pass_one)}
     about = {"state": state, "cleaned": False, "damaged": _damaged(run.manifest)}
+    waiting = locked and not done and not curves and not last_event
+    if waiting and any(planned.get("metric") == "activation" for planned in planned_layers):
+        folder, finished = _CALIBRATION
+        names = list_names(run_dir / folder)
+        passes["calibrating"] = sum(finished.fullmatch(name) is not None for name in names)
     return where | about | counts | passes | {"layers": layers}
 
 
@@ -89,10 +100,16 @@ def _cleaned_status(manifest: Manifest) -> dict[str, Any]:
     """The state of a model without its run."""
     keys = (*_PLANNED, *_FIGURES)
     layers = [
-        {"state": "done"} | {key: row[key] for key in keys} for row in manifest.groups().to_pylist()
+        {"state": "done", "scope": _scope(row)} | {key: row[key] for key in keys}
+        for row in manifest.groups().to_pylist()
     ]
     about = {"state": "complete", "cleaned": True, "damaged": _damaged(manifest)}
     return about | _counts(layer["state"] for layer in layers) | {"layers": layers}
+
+
+def _scope(of: dict[str, Any]) -> str:
+    """What a block is; runs that do not say were of attention."""
+    return str(of.get("scope") or "attention")
 
 
 def _damaged(manifest: Manifest) -> list[dict[str, str]]:

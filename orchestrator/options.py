@@ -132,7 +132,9 @@ MethodOption = Annotated[
     str | None,
     typer.Option(
         help="lestd: shared basis, sparse core. tucker (TensorLLM), hosvd: dense core. "
-        "per_head_tucker, tt, td_moe: other tensor formats. svd, svd_llm, asvd, laser: low rank.",
+        "per_head_tucker, tt, td_moe: other tensor formats. svd, svd_llm, asvd, laser: low rank. "
+        "magnitude, wanda, sparsegpt: pruning. rtn, gptq: quantization. svd_llm, asvd, wanda, "
+        "sparsegpt and gptq need --calibrate-on.",
         show_default="lestd",
     ),
 ]
@@ -177,7 +179,10 @@ CalibrationDir = Annotated[
 ]
 ValueBits = Annotated[
     int | None,
-    typer.Option(help="Bits of a core value: 16, 8, 4, 3 or 2.", show_default="16"),
+    typer.Option(
+        help="Bits of a stored value: 16, 8, 4, 3 or 2; the scales of groups of 64 count too.",
+        show_default="16; rtn and gptq: the most that fit",
+    ),
 ]
 FactorBits = Annotated[
     int | None,

@@ -271,7 +271,7 @@ def _planned(groups: Sequence[Row], work: Sequence[Row], calls: Sequence[Row]) -
 
 
 _OF_A_LAYER = (
-    *("layer", "group", "R1", "R2", "R3", "nnz", "density", "codec"),
+    *("layer", "group", "scope", "R1", "R2", "R3", "nnz", "density", "codec"),
     *("dense_bytes", "byte_budget", "stored_bytes", "payload_bytes", "relative_error"),
     *("squared_norm", "squared_error", "squared_energy_stage1", "squared_energy_stage2"),
     *("hooi_iterations", "peak_memory_bytes", "worker", "node", "device", "attempt"),

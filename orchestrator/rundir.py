@@ -69,6 +69,9 @@ def fingerprint(source: Source, config: RunConfig, device: str) -> dict[str, Any
     chosen = config.model_dump(mode="json") | {"device": device}
     if config.used_metric == ACTIVATION:
         chosen["calibrate_on"] = calibration_digest(config)
+    else:  # A text that nothing is computed with, as a comparison gives to all of its methods.
+        unused = ("calibrate_on", "samples", "sample_tokens")
+        chosen |= {name: RunConfig.model_fields[name].default for name in unused}
     fields = {
         "format_version": FORMAT_VERSION,
         "config": chosen,

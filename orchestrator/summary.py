@@ -246,7 +246,7 @@ def print_outcome(
         kept.append(("decomposing, all workers", f"{before:.1f} s", f"{after:.1f} s"))
     tables.print_table("the plan", ("", "predicted", "actual"), kept)
     tables.out.print(
-        f"relative error {figures['relative_error']:.4f} over {figures['tasks']} layers, "
+        f"relative error {figures['relative_error']:.4f} over {figures['tasks']} blocks, "
         f"{figures['finished_before']} of them finished before; {figures['seconds']:.1f} s\n"
         f"model {out}",
         soft_wrap=True,
@@ -278,6 +278,7 @@ def print_status(state: dict[str, Any], json: bool) -> None:
         rows.append(
             (
                 str(layer["layer"]),
+                layer["scope"],
                 layer["state"],
                 tables.size(layer["byte_budget"]) if decided or "curve" not in layer else "",
                 tables.size(layer["stored_bytes"]) if done else "",
@@ -287,12 +288,18 @@ def print_status(state: dict[str, Any], json: bool) -> None:
                 _error(layer["relative_error"]) if done else layer.get("message", ""),
             )
         )
-    columns = ("layer", "state", "target", "stored", "ranks", "density", "codec", "relative error")
+    columns = ["layer", "block", "state", "target", "stored", "ranks", "density", "codec"]
+    columns.append("relative error")
     tables.print_table(state["out" if state["cleaned"] else "run_dir"], columns, rows)
 
     def counts(of: dict[str, Any]) -> str:
         return ", ".join(f"{of[k]} {k}" for k in ("done", "running", "failed", "remaining"))
 
+    if "calibrating" in state:
+        tables.out.print(
+            "the activations of the calibration text come first; the run directory has those of "
+            f"{state['calibrating']} of {len(state['layers'])} blocks"
+        )
     if "curves" in state:
         tables.out.print(f"pass one, the layers' curves: {counts(state['curves'])}")
         if not decided:

@@ -64,7 +64,9 @@ def test_held_out_loss_falls_and_the_result_is_a_model_of_lestd(recovered, compr
     assert said["evaluations"]["difference"]["token_perplexity"] < 0
     checked = lestd("verify", out)
     assert checked.code == 0, checked.out
-    for command in (("status", out), ("report", out, "--format", "md"), ("diff", compressed, out)):
+    page = compressed.parent / f"{train}.md"
+    report = ("report", out, "--format", "md", "--out", page)
+    for command in (("status", out), report, ("diff", compressed, out)):
         assert lestd(*command).code == 0
     rows = Manifest(out).evaluations().to_pylist()
     assert {row["model"] for row in rows} == {str(compressed), str(out)}
@@ -133,7 +135,8 @@ print(model(ids, labels=ids).loss.item())
 """
 
 
-@pytest.mark.parametrize("train", ["lora", pytest.param("factors", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["lora", "factors"])
 def test_a_fresh_process_loads_it_as_the_mathematics_says(recovered, compressed, train):
     out, _ = recovered[train]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
