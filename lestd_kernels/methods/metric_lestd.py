@@ -275,7 +275,7 @@ def bounds(
         max_nnz=nnz,
         max_bytes=most_bytes,
         workspace_bytes=_workspace_bytes(layout, shapes, args),
-        reuse_bytes=0,
+        reuse_bytes=4 * layout.elements,
     )
 
 
@@ -289,14 +289,24 @@ def _workspace_bytes(
 ) -> int:
     """Upper bound of the peak memory beside the unfolding and the metrics as they were read.
 
-    A copy of the weights, and of one side core, importance, mask and the fit in float64; metrics
-    in their units; of the largest metric some factors in float64.
+    A copy of the weights; of one side the cores, their scores and masks, and what is stored; of
+    the largest of its inputs products and reconstructions; metrics in their units, and roots of
+    the cores' rows; of the largest metric some factors in float64.
     """
-    most = max(shape.elements for shape in shapes.values())
+    most = largest = 0
+    for side, modules in sides(layout).items():
+        most = max(most, shapes[side].elements)
+        readers: dict[str, int] = {}
+        for module in modules:
+            reader = module.reads if side == "input" else module.name
+            columns = len(module.slices) * layout.head_dim
+            readers[reader] = readers.get(reader, 0) + layout.width * columns
+        largest = max(largest, *readers.values())
     inputs = {m.reads: layout.weight_shape(m)[1] for m in layout.modules}
     squares = sum(width**2 for width in inputs.values()) if args.metric == "activation" else 0
     widest = max([layout.width, *inputs.values()] if squares else [layout.width])
-    return 4 * layout.elements + 30 * most + 4 * squares + 40 * widest**2 + _BUFFERS_BYTES
+    groups = 4 * layout.elements + 12 * most + 18 * largest
+    return groups + 8 * squares + 40 * widest**2 + _BUFFERS_BYTES
 
 
 def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
