@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import nn
 
-from lestd_kernels.chain import Chain, op_of
+from lestd_kernels.chain import Chain
 from lestd_kernels.chain_linear import ChainLinear, PackedMatrix
 from lestd_kernels.codecs import CODECS, PATTERNS, UNSTRUCTURED
 from lestd_kernels.decomposition import SharedTucker
@@ -22,6 +22,7 @@ from lestd_kernels.errors import LestdError
 from lestd_kernels.experts import ROLES, CompressedExperts
 from lestd_kernels.kinds import KINDS
 from lestd_kernels.linear import CompressedLinear, CoreSpec, Factor, SharedCore, share_products
+from lestd_kernels.ops import op_of
 from lestd_kernels.packing import FULL_BITS, QUANTIZED_BITS
 from lestd_kernels.tensorize import BasisSide
 

@@ -30,56 +30,9 @@ from torch import Tensor
 
 from lestd_kernels.codecs import TensorSpec
 from lestd_kernels.entries import describe_layout, describe_module, guard_specs, layout_of
+from lestd_kernels.ops import Mix, Op, Permute, describe_op, op_of, product_of
 from lestd_kernels.packed import EncodedCore, core_specs, stored_core
 from lestd_kernels.tensorize import GroupLayout
-
-
-@dataclass(frozen=True)
-class Multiply:
-    """``x (..., blocks rows) -> (..., blocks columns)``: each block of x times a matrix.
-
-    Attributes:
-        matrix: name of a shared matrix, or index of one of the module's own.
-        transposed: multiply by the transposed matrix.
-        blocks: number of blocks.
-        distinct: whether the matrix holds one for each block, stacked along its rows; otherwise
-            all blocks are multiplied by the same.
-        each: with `distinct`, consecutive blocks that share a matrix.
-    """
-
-    matrix: str | int
-    transposed: bool = False
-    blocks: int = 1
-    distinct: bool = False
-    each: int = 1
-
-
-@dataclass(frozen=True)
-class Permute:
-    """Reshape the last dimension to `shape`, permute by `order`, flatten."""
-
-    shape: tuple[int, ...]
-    order: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Mix:
-    """``x (..., rows) -> (..., columns)``: times a mixture of matrices that modules share.
-
-    Attributes:
-        weights: index of the module's own matrix ``(1, n)`` of their weights.
-        matrices: name of the shared matrix whose n rows are the matrices, flattened.
-        rows: of each of them.
-    """
-
-    weights: int
-    matrices: str
-    rows: int
-
-
-Op = Multiply | Permute | Mix
-
-_ROWS, _ELEMENTS = 512, 1 << 23
 
 
 @dataclass(frozen=True)
@@ -99,74 +52,18 @@ class ModuleChain:
     def weight(self, in_features: int, shared: Mapping[str, EncodedCore]) -> Tensor:
         """W-hat, ``(in, out)``, float32."""
         dense = [self._dense(op, shared) for op in self.ops]
-        steps = list(zip(self.ops, dense, strict=True))
-        first, rows = steps[0]
-        begins = isinstance(first, Multiply) and first.blocks == 1
-        if isinstance(first, Multiply) and begins:
-            # The rows of the identity become those of the matrix.
-            steps = steps[1:]
-            rows = rows.T if first.transposed else rows
-        blocks = []
-        # What the rows of the identity become: a few at a time, since they are wide.
-        widths = [_width(op, matrix) for op, matrix in zip(self.ops, dense, strict=True)]
-        step = max(1, min(_ROWS, _ELEMENTS // max(in_features, *widths)))
-        for start in range(0, in_features, step):
-            count = min(step, in_features - start)
-            if begins:
-                x = rows[start : start + count]
-            else:
-                x = torch.zeros(count, in_features, device=self.own[0].device)
-                x[:, start : start + count].fill_diagonal_(1)
-            for op, matrix in steps:
-                if isinstance(op, Permute):
-                    x = apply_permute(x, op)
-                elif isinstance(op, Mix):
-                    x = x @ matrix
-                else:
-                    x = apply_dense(x, op, matrix)
-            blocks.append(x)
-        W = torch.cat(blocks)
+        W = product_of(self.ops, dense, in_features)
         return W if self.side is None else W + self.side.decode().float()
 
     def _dense(self, op: Op, shared: Mapping[str, EncodedCore]) -> Tensor:
         """What an op multiplies by, dense, float32; nothing for a permutation."""
         if isinstance(op, Permute):
-            return torch.empty(0)
+            return torch.empty(0, device=self.own[0].device)
         if isinstance(op, Mix):
             weights = self.own[op.weights].decode().float()
             return (weights @ shared[op.matrices].decode().float()).view(op.rows, -1)
         matrix = self.own[op.matrix] if isinstance(op.matrix, int) else shared[op.matrix]
         return matrix.decode().float()
-
-
-def _width(op: Op, matrix: Tensor) -> int:
-    """Elements that an op makes of one row; 0 for a permutation, which makes no more."""
-    if isinstance(op, Permute):
-        return 0
-    if isinstance(op, Mix) or not op.transposed:
-        return matrix.shape[-1] * (1 if isinstance(op, Mix) else op.blocks)
-    return matrix.shape[0] * (op.each if op.distinct else op.blocks)
-
-
-def apply_permute(x: Tensor, op: Permute) -> Tensor:
-    """``x (..., prod(shape))``, permuted."""
-    head = x.dim() - 1
-    order = (*range(head), *(head + axis for axis in op.order))
-    return x.reshape(*x.shape[:-1], *op.shape).permute(order).flatten(head)
-
-
-def apply_dense(x: Tensor, op: Multiply, matrix: Tensor) -> Tensor:
-    """``x (..., blocks rows) -> (..., blocks columns)`` with the dense matrix of an op."""
-    blocks = x.reshape(*x.shape[:-1], op.blocks, -1)
-    if op.distinct:
-        count, rows = op.blocks // op.each, blocks.shape[-1]
-        stacked = matrix.reshape(count, -1, matrix.shape[-1])
-        # (matrices, everything that one multiplies, rows): one product each, nothing repeated.
-        apart = x.reshape(-1, count, op.each, rows).transpose(0, 1).flatten(1, 2)
-        product = apart @ (stacked.mT if op.transposed else stacked)
-        product = product.view(count, -1, op.each, product.shape[-1])
-        return product.transpose(0, 1).reshape(*x.shape[:-1], -1)
-    return (blocks @ (matrix.T if op.transposed else matrix)).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -262,7 +159,7 @@ class Chain:
             "modules": {
                 module.name: describe_module(module)
                 | {
-                    "ops": [_describe_op(op) for op in self.modules[module.name].ops],
+                    "ops": [describe_op(op) for op in self.modules[module.name].ops],
                     "own": [describe_matrix(own) for own in self.modules[module.name].own],
                 }
                 | _describe_side(self.modules[module.name].side)
@@ -319,42 +216,6 @@ def describe_matrix(matrix: EncodedCore) -> dict[str, Any]:
 
 def _describe_side(side: EncodedCore | None) -> dict[str, Any]:
     return {} if side is None else {"side": describe_matrix(side)}
-
-
-def _describe_op(op: Op) -> dict[str, Any]:
-    if isinstance(op, Permute):
-        return {"permute": list(op.order), "shape": list(op.shape)}
-    if isinstance(op, Mix):
-        return {"mix": op.matrices, "weights": op.weights, "rows": op.rows}
-    entry: dict[str, Any] = {"matrix": op.matrix}
-    if op.transposed:
-        entry["transposed"] = True
-    if op.blocks != 1:
-        entry["blocks"] = op.blocks
-    if op.distinct:
-        entry["distinct"] = True
-    if op.each != 1:
-        entry["each"] = op.each
-    return entry
-
-
-def op_of(entry: Mapping[str, Any]) -> Op:
-    """The op that an entry describes.
-
-    Raises:
-        KeyError: the entry lacks a key.
-    """
-    if "permute" in entry:
-        return Permute(tuple(entry["shape"]), tuple(entry["permute"]))
-    if "mix" in entry:
-        return Mix(entry["weights"], entry["mix"], entry["rows"])
-    return Multiply(
-        entry["matrix"],
-        entry.get("transposed", False),
-        entry.get("blocks", 1),
-        entry.get("distinct", False),
-        entry.get("each", 1),
-    )
 
 
 def _entry_matrices(entry: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lestd_kernels import backends
-from lestd_kernels.chain import Mix, Multiply, Op, Permute, apply_dense, apply_permute
 from lestd_kernels.codecs import UNSTRUCTURED
 from lestd_kernels.linear import shared_product
+from lestd_kernels.ops import Mix, Multiply, Op, Permute, apply_dense, apply_permute
 from lestd_kernels.packed import EncodedCore, disk_name, packed_specs
 from lestd_kernels.packing import FULL_BITS
 

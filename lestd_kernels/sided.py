@@ -8,7 +8,9 @@ the metric of a module's input, see lestd_kernels.metric; R ranks.
 
 On the input side A is ``S^-T U`` with the leading left singular vectors U of ``S^T [W_1 ...]`` and
 ``C = S S^T``; modules that read different inputs (experts) share the basis of their mean metric. On
-the output side A holds the leading right singular vectors of the modules in their metrics. Then
+the output side A holds the leading right singular vectors of the modules in their metrics. Or A is
+the identity, which is not stored, and the cores are the weights: at mild compression, and with few
+bits, a basis may cost more than it saves. Then
 Stage II against A as it is stored: the core of least error in each module's own metric, a threshold
 over all cores, and rounding with the error fed back.
 
@@ -19,7 +21,7 @@ SparseGPT (ICML 2023), section 3, for importance and feedback.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +43,9 @@ from lestd_kernels.packed import EncodedCore
 from lestd_kernels.sided_search import SidedShape, search_rank
 from lestd_kernels.stage1 import gram_matrix, leading_eigenvectors
 from lestd_kernels.stage2 import select_largest
+
+IDENTITY = 0
+"""Stands for the rank of a basis that is the identity."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,18 @@ class SidedGroup:
         found = search_rank(*self._rotated, self.shape, grid, budgets)
         return [(R, error * self.unit) for R, error in found]
 
+    def search_identity(self, budgets: Sequence[int]) -> list[float]:
+        """Squared error to expect of the weights themselves, thinned out; inf where none fits."""
+        losses: list[Tensor] = []
+        for reader, widths in zip(self._readers, self._widths(), strict=True):
+            weights = diagonal_of(feedback_root(reader.C)).square()
+            loss = reader.W.square() * weights[:, None]
+            losses += torch.split(loss if self.shape.rank_first else loss.T, widths, dim=1)
+        left_out = torch.zeros(self.shape.width, dtype=torch.float64)
+        shape = replace(self.shape, identity=True)
+        found = search_rank(losses, left_out, shape, [self.shape.width], budgets)
+        return [error * self.unit for _, error in found]
+
     def forget(self) -> None:
         """Free what only `search` needs; it can be computed again."""
         self._rotated = None
@@ -140,26 +157,21 @@ class SidedGroup:
         byte_budget: int,
         value_dtype: torch.dtype,
         scales: Sequence[float] | None = None,
-    ) -> tuple[EncodedCore, list[EncodedCore]]:
+    ) -> tuple[EncodedCore | None, list[EncodedCore]]:
         """The factor (d, R) and the cores, in at most `byte_budget` bytes.
 
         Args:
-            R: the rank.
+            R: the rank; `IDENTITY` for no factor.
             byte_budget: at least that of `R` with one non-zero.
             value_dtype: of values and scales.
             scales: what each core is multiplied by when it is stored.
         """
-        shape = self.shape
-        # The factor's rows are the channels of the input; on the output side they have no metric.
-        rows = (
-            _mean([reader.C for reader in self._readers])
-            if shape.rank_first
-            else self._basis.new_ones(shape.width)
-        )
-        basis = self._basis[:, :R].contiguous()
-        every = torch.ones_like(basis, dtype=torch.bool)
-        A = _store(basis, every, feedback_root(rows), shape.factor_bits, value_dtype)
-        stored = A.decode().float()
+        shape, A = self.shape, None
+        if R == IDENTITY:
+            R, shape = shape.width, replace(shape, identity=True)
+        else:
+            A = self._factor(R, value_dtype)
+        stored = None if A is None else A.decode().float()
         cores: list[Tensor] = []
         roots: list[Tensor] = []
         scores: list[Tensor] = []
@@ -187,12 +199,41 @@ class SidedGroup:
             for core, mask, row in zip(cores, masks, roots, strict=True)
         ]
 
-    def _fit(self, reader: Reader, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The core of least error for a factor A (d, R) as it is stored.
+    def _factor(self, R: int, value_dtype: torch.dtype) -> EncodedCore:
+        """The leading columns of the basis as they are stored."""
+        # Their rows are the channels of the input; on the output side they have no metric.
+        rows = (
+            _mean([reader.C for reader in self._readers])
+            if self.shape.rank_first
+            else self._basis.new_ones(self.shape.width)
+        )
+        basis = self._basis[:, :R].contiguous()
+        every = torch.ones_like(basis, dtype=torch.bool)
+        return _store(basis, every, feedback_root(rows), self.shape.factor_bits, value_dtype)
+
+    def error(
+        self, A: EncodedCore | None, cores: Sequence[EncodedCore], scales: Sequence[float]
+    ) -> float:
+        """The squared error of what `encode` has made, in the units of `search`."""
+        left = [core.decode().float() / scale for core, scale in zip(cores, scales, strict=True)]
+        total = 0.0
+        for reader, widths in zip(self._readers, self._widths(), strict=True):
+            M = torch.cat([left.pop(0) for _ in widths], dim=1 if self.shape.rank_first else 0)
+            if A is not None:
+                factor = A.decode().float()
+                M = factor @ M if self.shape.rank_first else M @ factor.T
+            D = reader.W - M
+            total += float((D * apply_metric(reader.C, D)).sum(dtype=torch.float64))
+        return total * self.unit
+
+    def _fit(self, reader: Reader, A: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The core of least error for a factor A (d, R) as it is stored, or for the identity.
 
         Returns:
             The core; the metric of its rows; the weights of its columns.
         """
+        if A is None:
+            return reader.W.clone(), reader.C, torch.ones(reader.W.shape[1], device=reader.W.device)
         if self.shape.rank_first:
             CA = apply_metric(reader.C, A)
             H = A.T @ CA

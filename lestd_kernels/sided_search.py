@@ -43,6 +43,7 @@ class SidedShape:
         value_bits: of a core's value.
         factor_bits: of a factor's element.
         dense: cores are dense: every element is stored.
+        identity: the basis is the identity, all of it, and is not stored.
     """
 
     width: int
@@ -53,6 +54,7 @@ class SidedShape:
     value_bits: int
     factor_bits: int
     dense: bool = False
+    identity: bool = False
 
     @property
     def elements(self) -> int:
@@ -78,6 +80,8 @@ class SidedShape:
 
     def factor_bytes(self, R: int) -> int:
         """Stored bytes of the factor (d, R)."""
+        if self.identity:
+            return 0
         return values_bytes(self.width * R, self.factor_bits, self.value_bytes)
 
     def stored_bytes(self, R: int, nnz: Sequence[int]) -> int:

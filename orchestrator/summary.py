@@ -288,8 +288,8 @@ def print_status(state: dict[str, Any], json: bool) -> None:
                 _error(layer["relative_error"]) if done else layer.get("message", ""),
             )
         )
-    columns = ("layer", "block", "state", "target", "stored", "ranks", "density", "codec")
-    columns = (*columns, "relative error")
+    columns = ["layer", "block", "state", "target", "stored", "ranks", "density", "codec"]
+    columns.append("relative error")
     tables.print_table(state["out" if state["cleaned"] else "run_dir"], columns, rows)
 
     def counts(of: dict[str, Any]) -> str:

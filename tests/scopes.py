@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from lestd_kernels.chain import Chain, ModuleChain, Multiply
+from lestd_kernels.chain import Chain, ModuleChain
 from lestd_kernels.entries import with_stored_path
 from lestd_kernels.kinds import Decomposition
+from lestd_kernels.ops import Multiply
 from lestd_kernels.packed import EncodedCore
 from lestd_kernels.tensorize import GroupLayout, fold_weights, unfold_weights
 from orchestrator.architectures import SliceGroup, find_architecture

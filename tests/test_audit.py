@@ -378,6 +378,7 @@ def test_ray_finds_the_same(tiny_llama: Path, tmp_path: Path, done) -> None:
 # Memory.
 
 
+@pytest.mark.slow
 def test_a_worker_needs_no_more_than_is_asked_for(tmp_path: Path) -> None:
     layout = mha(640, 64, 10)
     asked = task(normal(640, 4 * 640), layout, tmp_path, keeps=(0.8, 0.5, 0.2))

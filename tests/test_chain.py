@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from lestd_kernels.chain import Chain, Mix, ModuleChain, Multiply, Permute, op_of
+from lestd_kernels.chain import Chain, ModuleChain
 from lestd_kernels.chain_linear import ChainLinear, PackedMatrix
 from lestd_kernels.methods import MethodArgs
 from lestd_kernels.methods.matrices import module_method, split_budget
+from lestd_kernels.ops import Mix, Multiply, Permute, op_of
 from lestd_kernels.packed import EncodedCore
 from lestd_kernels.packing import (
     GROUP,

@@ -60,6 +60,12 @@ def result(payloads: Path, task_id: str, layer: int) -> Result:
         slices=slices,
         singular_values_1=(3.0, 2.0, 0.0),
         singular_values_2=(3.5, 0.5),
+        scope="attention",
+        metric="activation",
+        value_bits=4,
+        factor_bits=8,
+        metric_squared_norm=8.0,
+        metric_squared_error=0.02,
     )
 
 

@@ -136,7 +136,7 @@ def test_the_budget_is_kept_and_errors_are_those_of_what_is_stored(
             metric="activation", factor_bits=factor_bits, value_bits=value_bits, rank_step=4
         ),
     )
-    assert stored.ranks["R1"] <= limits.max_R1
+    assert stored.ranks.get("R1", 0) <= limits.max_R1
     assert stored.nnz <= limits.max_nnz
     assert stored.stored_bytes <= limits.max_bytes <= budget
 
@@ -306,6 +306,36 @@ def test_the_curve_is_what_the_budgets_give() -> None:
         assert point.squared_error == pytest.approx(done.metric_squared_error, rel=0.35)
     errors = [point.squared_error for point in curve]
     assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_a_basis_that_costs_more_than_it_saves_is_left_out(side: str) -> None:
+    torch.manual_seed(5)
+    X = torch.randn(64, 24)
+    metric = X.T @ X
+    noise, of_low_rank = torch.randn(24, 40), torch.randn(24, 2) @ torch.randn(2, 40)
+    layout = (
+        GroupLayout(24, 40, (ModuleLayout("up", "input", (("up", 0),)),))
+        if side == "input"
+        else GroupLayout(40, 24, (ModuleLayout("down", "output", (("down", 0),)),))
+    )
+    args = MethodArgs(metric="activation", value_bits=8, factor_bits=8, rank_step=4)
+    [module] = layout.modules
+    for W, keep, stored_whole in ((noise, 0.6, True), (of_low_rank, 0.3, False)):
+        unfolding = W if side == "input" else W.T.contiguous()
+        budget = int(keep * W.numel() * 2)
+        done = LESTD.decompose(
+            unfolding.clone(), layout, budget, BF16, args, metrics={module.name: metric}
+        )
+        chain = done.decomposition.modules[module.name]
+        assert (len(chain.ops) == 1) is stored_whole
+        assert (not done.decomposition.shared) is stored_whole
+        if stored_whole:
+            D = (W - done.decomposition.module_weight(module.name)).double()
+            # Every weight is stored, within half a step of a grid of 256 levels.
+            assert chain.own[0].nnz == W.numel()
+            assert done.decomposition.stored_bytes <= budget
+            assert float(D.abs().max()) < 2 * float(W.abs().max()) / 255
 
 
 @pytest.mark.parametrize(

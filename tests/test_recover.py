@@ -135,7 +135,8 @@ print(model(ids, labels=ids).loss.item())
 """
 
 
-@pytest.mark.parametrize("train", ["lora", pytest.param("factors", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["lora", "factors"])
 def test_a_fresh_process_loads_it_as_the_mathematics_says(recovered, compressed, train):
     out, _ = recovered[train]
     env = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -33,14 +33,16 @@ exec "$@"
 }
 PRETENDED = {
     "ray": """
+if [[ $1 == start ]]; then trap 'kill $!; echo "ray ended" >> "$LOG"; exit 0' TERM; fi
 echo "ray $*" >> "$LOG"
 if [[ $1 == health-check ]]; then exit 0; fi
-trap 'kill $!; echo "ray ended" >> "$LOG"; exit 0' TERM
 sleep 100 > /dev/null 2>&1 & wait
 """,
+    # Waits for all nodes, as the real one does; one `ray start` here stands for all but the head.
     "python": """
 echo "python $*" >> "$LOG"
 cat > /dev/null
+until (($(grep -c '^ray start' "$LOG") == ($3 > 1 ? 2 : 1))); do sleep 0.05; done
 exit "${JOINED:-0}"
 """,
     "lestd": """

@@ -20,15 +20,16 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.budget import CurvePoint
-from lestd_kernels.chain import ModuleChain, Multiply
+from lestd_kernels.chain import ModuleChain
 from lestd_kernels.decomposition import U1_NAME
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods.base import Bounds, Decomposed, MethodArgs, Metrics
 from lestd_kernels.methods.matrices import PreparedGroup, chain_result, metric_squares
 from lestd_kernels.methods.steps import Stopwatch
+from lestd_kernels.ops import Multiply
 from lestd_kernels.packed import EncodedCore
 from lestd_kernels.packing import FULL_BITS
-from lestd_kernels.sided import SidedGroup, readers_of
+from lestd_kernels.sided import IDENTITY, SidedGroup, readers_of
 from lestd_kernels.sided_search import SidedShape
 from lestd_kernels.stage1 import Ranks
 from lestd_kernels.tensorize import PROJECTIONS, BasisSide, GroupLayout, ModuleLayout
@@ -37,6 +38,8 @@ U1_OUTPUT_NAME = "lestd_u1_output"
 _NAMES: dict[BasisSide, str] = {"input": U1_NAME, "output": U1_OUTPUT_NAME}
 _RANKS: dict[BasisSide, str] = {"input": "R1", "output": "R1_output"}
 _BUFFERS_BYTES = 80 << 20
+# An expected error so much larger than the other basis' is not made up for by rounding.
+_NEAR = 4
 
 
 def serves(layout: GroupLayout, args: MethodArgs) -> bool:
@@ -183,36 +186,59 @@ def encode(
     every: dict[BasisSide, list[int]] = {}
     for side, group in prepared.groups.items():
         with clock("rank_search"):
-            grid = group.shape.grid(args.rank_step, args.max_flops)
-            found = group.search(grid, [share[side] for share in shares])
+            found = _search(group, [share[side] for share in shares], args)
             if not reuse:
                 group.forget()
-            every[side] = [R for R, _ in found]
-            for i, (_, error) in enumerate(found):
-                expected[i] += error
+            every[side] = [options[0][0] for options in found]
+            for i, options in enumerate(found):
+                expected[i] += options[0][1]
         with clock("stage2"):
-            R = ranks[_RANKS[side]] = every[side][0]
             scales = [prepared.scales[module.name] for module in sides(layout)[side]]
-            factor, cores = group.encode(R, shares[0][side], prepared.value_dtype, scales)
-            shared[_NAMES[side]] = factor
-            for module, core in zip(sides(layout)[side], cores, strict=True):
-                U1 = Multiply(_NAMES[side], transposed=side == "output")
+            best = None
+            for R, _ in found[0]:
+                encoded = group.encode(R, shares[0][side], prepared.value_dtype, scales)
+                # What rounding does to the two, no search knows.
+                error = group.error(*encoded, scales) if len(found[0]) > 1 else 0.0
+                if best is None or error < best[0]:
+                    best = error, R, *encoded
+            assert best is not None
+            _, R, factor, cores = best
+            U1 = Multiply(_NAMES[side], transposed=side == "output")
+            ops: tuple[Multiply, ...] = (Multiply(0),)
+            if factor is not None:
+                shared[_NAMES[side]], ranks[_RANKS[side]] = factor, R
                 ops = (U1, Multiply(0)) if side == "input" else (Multiply(0), U1)
+            for module, core in zip(sides(layout)[side], cores, strict=True):
                 chains[module.name] = ModuleChain(ops, (core,))
     modules = {module.name: chains[module.name] for module in layout.modules}
     done = chain_result(prepared, modules, clock, shared, ranks)
-    # The search knows the sum of the projections' relative errors; what rounding adds, and it does
-    # not know, hardly depends on the budget.
+    # The search knows the sum of the projections' relative errors before anything is rounded. What
+    # came of it for this budget says how much to expect of the others.
     each = done.metric_squared_norm / len({_projection(module) for module in layout.modules})
-    rounding = max(done.metric_squared_error - expected[0] * each, 0.0)
+    ratio = done.metric_squared_error / expected[0] if expected[0] else each
     first = every.get("input", [0] * len(budgets))
     curve = tuple(
-        CurvePoint(budget, Ranks(R, 0, 0), error * each + rounding)
+        CurvePoint(budget, Ranks(R, 0, 0), error * ratio)
         for budget, R, error in zip(budgets, first, expected, strict=True)
     )
     # Of the weights divided by their projections' norms.
     values = tuple(group.singular_values for group in prepared.groups.values())
     return replace(done, curve=curve[1:], singular_values=(values[0], ()))
+
+
+def _search(
+    group: SidedGroup, budgets: Sequence[int], args: MethodArgs
+) -> list[list[tuple[int, float]]]:
+    """For each budget the ranks worth encoding, and the error to expect; the best one first."""
+    shape = group.shape
+    found = group.search(shape.grid(args.rank_step, args.max_flops), budgets)
+    if args.max_flops is not None and args.max_flops < 1:
+        return [[one] for one in found]
+    options = []
+    for (R, error), whole in zip(found, group.search_identity(budgets), strict=True):
+        both = sorted([(IDENTITY, whole), (R, error)], key=lambda one: one[1])
+        options.append([one for one in both if one[1] <= _NEAR * both[0][1]])
+    return options
 
 
 def bounds(
@@ -241,8 +267,8 @@ def bounds(
         largest[side] = fitting[-1]
         full = [grid[-1] * n for n in shape.core_columns]
         most_bytes += min(shares[side], shape.stored_bytes(grid[-1], full))
-        values = 8 * (shares[side] - shape.factor_bytes(grid[0]))
-        nnz += min(fitting[-1] * sum(shape.core_columns), values // _value_size(shape))
+        # With a factor of the smallest rank, or with none.
+        nnz += min(shape.elements, 8 * shares[side] // _value_size(shape))
     return Bounds(
         max_R1=largest.get("input", largest.get("output")),
         max_R2=None,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.budget import CurvePoint
-from lestd_kernels.chain import ModuleChain, Multiply
+from lestd_kernels.chain import ModuleChain
 from lestd_kernels.errors import LestdError
 from lestd_kernels.low_rank import (
     Bits,
@@ -45,6 +45,7 @@ from lestd_kernels.methods.matrices import (
     module_workspace_bytes,
 )
 from lestd_kernels.methods.steps import Stopwatch
+from lestd_kernels.ops import Multiply
 from lestd_kernels.packed import EncodedCore
 from lestd_kernels.stage1 import Ranks
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.budget import CurvePoint
-from lestd_kernels.chain import ModuleChain, Multiply, Op, Permute
+from lestd_kernels.chain import ModuleChain
 from lestd_kernels.errors import LestdError
 from lestd_kernels.low_rank import matrix_bytes
 from lestd_kernels.methods.base import (
@@ -36,6 +36,7 @@ from lestd_kernels.methods.base import (
 )
 from lestd_kernels.methods.matrices import PreparedGroup, chain_result, module_workspace_bytes
 from lestd_kernels.methods.steps import Stopwatch
+from lestd_kernels.ops import Multiply, Op, Permute
 from lestd_kernels.packed import EncodedCore
 from lestd_kernels.stacked import (
     RankGrid,

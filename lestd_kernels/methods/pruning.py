@@ -10,10 +10,11 @@ from bisect import bisect_right
 import torch
 from torch import Tensor
 
-from lestd_kernels.chain import ModuleChain, Multiply
+from lestd_kernels.chain import ModuleChain
 from lestd_kernels.codecs import CODECS, Codec
 from lestd_kernels.error_feedback import largest
 from lestd_kernels.methods.base import MethodArgs
+from lestd_kernels.ops import Multiply
 from lestd_kernels.packed import EncodedCore
 
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lestd_kernels.chain import ModuleChain, Multiply
+from lestd_kernels.chain import ModuleChain
 from lestd_kernels.error_feedback import inverse_factor, prune, round_with_feedback
 from lestd_kernels.methods.base import ACTIVATION, MethodArgs
 from lestd_kernels.methods.matrices import module_method
 from lestd_kernels.methods.pruning import largest_nnz, least_module_bytes
+from lestd_kernels.ops import Multiply
 from lestd_kernels.packed import EncodedCore
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lestd_kernels.chain import Chain, ModuleChain, Multiply
+from lestd_kernels.chain import Chain, ModuleChain
 from lestd_kernels.codecs import CODECS
 from lestd_kernels.decomposition import U1_NAME, U2_NAME, SharedTucker
 from lestd_kernels.error_feedback import largest
@@ -31,6 +31,7 @@ from lestd_kernels.errors import LestdError
 from lestd_kernels.methods.base import Bounds, Decomposed, Method, MethodArgs, Metrics
 from lestd_kernels.methods.matrices import PreparedGroup, chain_result
 from lestd_kernels.methods.steps import Stopwatch
+from lestd_kernels.ops import Multiply
 from lestd_kernels.packed import EncodedCore
 from lestd_kernels.packing import FULL_BITS
 from lestd_kernels.tensorize import GroupLayout

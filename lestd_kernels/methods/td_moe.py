@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.budget import CurvePoint
-from lestd_kernels.chain import Mix, ModuleChain, Multiply, Op
+from lestd_kernels.chain import ModuleChain
 from lestd_kernels.errors import LestdError
 from lestd_kernels.low_rank import Root, matrix_bytes
 from lestd_kernels.methods.base import (
@@ -48,6 +48,7 @@ from lestd_kernels.methods.matrices import (
 )
 from lestd_kernels.methods.pairs import traffic
 from lestd_kernels.methods.steps import Stopwatch
+from lestd_kernels.ops import Mix, Multiply, Op
 from lestd_kernels.packed import EncodedCore
 from lestd_kernels.stacked import (
     RankGrid,

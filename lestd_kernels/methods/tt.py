@@ -17,11 +17,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lestd_kernels.chain import ModuleChain, Multiply, Op, Permute
+from lestd_kernels.chain import ModuleChain
 from lestd_kernels.errors import LestdError
 from lestd_kernels.low_rank import Root, matrix_bytes
 from lestd_kernels.methods.base import NORM, WEIGHT, MethodArgs
 from lestd_kernels.methods.matrices import module_method
+from lestd_kernels.ops import Multiply, Op, Permute
 from lestd_kernels.packed import EncodedCore
 from lestd_kernels.packing import FULL_BITS
 from lestd_kernels.stacked import (
