@@ -56,7 +56,9 @@ def recovered(compressed: Path, text: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("train", ["lora", "factors"])
-def test_held_out_loss_falls_and_the_result_is_a_model_of_lestd(recovered, compressed, train):
+def test_held_out_loss_falls_and_the_result_is_a_model_of_lestd(
+    recovered, compressed, train, tmp_path
+):
     out, said = recovered[train]
     before, after = said["evaluations"]["models"]
     assert (before["model"], after["model"]) == (str(compressed), str(out))
@@ -64,7 +66,8 @@ def test_held_out_loss_falls_and_the_result_is_a_model_of_lestd(recovered, compr
     assert said["evaluations"]["difference"]["token_perplexity"] < 0
     checked = lestd("verify", out)
     assert checked.code == 0, checked.out
-    for command in (("status", out), ("report", out, "--format", "md"), ("diff", compressed, out)):
+    report = ("report", out, "--format", "md", "--out", tmp_path / "report.md")
+    for command in (("status", out), report, ("diff", compressed, out)):
         assert lestd(*command).code == 0
     rows = Manifest(out).evaluations().to_pylist()
     assert {row["model"] for row in rows} == {str(compressed), str(out)}
