@@ -31,16 +31,14 @@ from upath import UPath
 from lestd_kernels.decomposition import FORMAT_VERSION
 from lestd_kernels.errors import LestdError
 from orchestrator.card import CARD_FILE, model_card
+from orchestrator.json_files import json_bytes, read_json, write_json
 from orchestrator.lease import leased
 from orchestrator.manifest import (
     ABOUT_FILE,
     MANIFEST_DIR,
     Manifest,
     foreign_files,
-    json_bytes,
     keep_evaluations,
-    read_json,
-    write_json,
 )
 from orchestrator.plan import Plan
 from orchestrator.rundir import require_same

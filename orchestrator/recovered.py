@@ -19,7 +19,8 @@ from orchestrator.adapter import ADAPTER_FILES
 from orchestrator.assemble import about_model, link_or_copy, payload_shard_name
 from orchestrator.card import CARD_FILE
 from orchestrator.compressed import CompressedModel
-from orchestrator.manifest import ABOUT_FILE, MANIFEST_DIR, Manifest, json_bytes, write_json
+from orchestrator.json_files import json_bytes, write_json
+from orchestrator.manifest import ABOUT_FILE, MANIFEST_DIR, Manifest
 from orchestrator.markdown import template
 from orchestrator.rows import compacted_path, write_table
 from orchestrator.schemas import CURVES, EVENTS, GROUPS, RUNS, SLICES
