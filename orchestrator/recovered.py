@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lestd_kernels.errors import LestdError
 from orchestrator.adapter import ADAPTER_FILES
-from orchestrator.assemble import about_model, link_or_copy, payload_shard_name
+from orchestrator.assemble import about_model, payload_shard_name
 from orchestrator.card import CARD_FILE
 from orchestrator.compressed import CompressedModel
 from orchestrator.json_files import json_bytes, write_json
@@ -32,6 +32,7 @@ from workers.files import (
     file_sha256,
     fsync_directory,
     in_parallel,
+    link_or_copy,
 )
 from workers.recover import LORA, Trained
 
