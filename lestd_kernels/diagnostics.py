@@ -12,14 +12,13 @@ that any R directions can. The *margin* of a foreign basis is where it stands be
 
 References: LeSTD (ICLR 2026), Figure 1 (explained energy of one head's basis on others); Roy and
 Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007; Yu et al., "The
-Super Weight in Large Language Models", arXiv 2411.07191; Golub and Kahan, "Calculating the singular
-values and pseudo-inverse of a matrix", SIAM J. Numer. Anal. 2(2), 1965 (bidiagonalization).
+Super Weight in Large Language Models", arXiv 2411.07191.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,7 +38,7 @@ _MOST_OUTLIERS = 8
 _CHUNK_ELEMENTS = 1 << 20
 # Directions whose singular values are smaller, relative to the largest, are rounding.
 _NEGLIGIBLE = 1e-3
-_LANCZOS_STEPS = 48
+_GRAM_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -189,31 +188,59 @@ def explained_energy(matrices: Sequence[Tensor], choices: Sequence[float]) -> li
     Returns:
         One for each choice.
     """
-    n, m = len(matrices), len(matrices[0])
+    m = len(matrices[0])
     norms = torch.tensor([squared_sum(matrix) for matrix in matrices], dtype=torch.float64)
-    # [i, j, r]: energy of the first r + 1 directions of basis i on unit j.
-    spectra, curves = [], []
-    for matrix in matrices:
-        squares, U = left_subspace(matrix)
+    held = _held_by_grams if min(x.shape[1] for x in matrices) >= m else _held_by_products
+    spectra, every = [], []
+    for squares, rows in held(matrices, choices):
         spectra.append(squares.cpu())
-        wanted = max((_rank_of(choice, squares) for choice in choices), default=0)
-        rows = [
-            (U[:, :wanted].T @ other).square_().sum(dim=1, dtype=torch.float64).cumsum(0).cpu()
-            for other in matrices
-        ]
-        curves.append(rows)
+        every.append(rows.cpu())
+    # [c, i, j]: what basis i, at the rank of choice c, holds of unit j.
+    energies = torch.stack(every, dim=1)
     found = []
-    for choice in choices:
+    for c, choice in enumerate(choices):
         ranks = tuple(_rank_of(choice, squares) for squares in spectra)
-        energy, optimum = (torch.full((n, n), torch.nan, dtype=torch.float64) for _ in range(2))
-        for i, rank in enumerate(ranks):
-            for j in range(n):
-                if norms[j] > 0:
-                    energy[i, j] = (curves[i][j][rank - 1] / norms[j]).clamp(max=1) if rank else 0.0
-                    optimum[i, j] = (spectra[j][:rank].sum() / norms[j]).clamp(max=1)
+        most = torch.stack([torch.stack([one[:rank].sum() for one in spectra]) for rank in ranks])
+        energy, optimum = (
+            (squares / norms).clamp(max=1).masked_fill(norms == 0, torch.nan)
+            for squares in (energies[c], most)
+        )
         baseline = torch.tensor(ranks, dtype=torch.float64) / m
         found.append(Explained(choice, ranks, energy, optimum, baseline))
     return found
+
+
+def _held_by_products(
+    matrices: Sequence[Tensor], choices: Sequence[float]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each basis its spectrum, and the energy that it holds of each unit: ``(choices, n)``."""
+    for matrix in matrices:
+        squares, U = left_subspace(matrix)
+        ranks = [_rank_of(choice, squares) for choice in choices]
+        held = torch.zeros(len(choices), len(matrices), dtype=torch.float64)
+        for j, other in enumerate(matrices):
+            rows = (U[:, : max(ranks)].T @ other).square_().sum(dim=1, dtype=torch.float64)
+            held[:, j] = torch.stack([rows[:rank].sum() for rank in ranks])
+        yield squares, held
+
+
+def _held_by_grams(
+    matrices: Sequence[Tensor], choices: Sequence[float]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """As `_held_by_products`, with ``||U^T W_j||^2 = <U U^T, W_j W_j^T>``: for units at least as
+    wide as high, where Gram matrices take no more memory and many times less work."""
+    grams = torch.stack([gram_matrix(matrix) for matrix in matrices])
+    for gram in grams:
+        squares, U = leading_eigenvectors(gram)
+        squares = squares[: _rank(squares)]
+        held = torch.zeros(len(choices), len(matrices), dtype=torch.float64, device=gram.device)
+        parts = [U[:, : _rank_of(choice, squares)] for choice in choices]
+        # In float32 over few rows, in float64 over those.
+        for rows in torch.arange(len(gram)).split(_GRAM_ROWS):
+            block = slice(int(rows[0]), int(rows[-1]) + 1)
+            projectors = torch.stack([(part[block] @ part.T).flatten() for part in parts])
+            held += (projectors @ grams[:, block].flatten(1).T).double()
+        yield squares, held
 
 
 def _rank_of(choice: float, squares: Tensor) -> int:
@@ -332,53 +359,3 @@ def entries(weight: Tensor, name: str) -> Entries:
         for value, place in beyond[:_MOST_OUTLIERS]
     )
     return Entries(fourth / flat.numel() / variance**2, len(beyond), largest)
-
-
-def operator_norm(matrix: Tensor) -> float:
-    """Largest singular value, by Golub-Kahan bidiagonalization from a fixed start.
-
-    With full reorthogonalization, at most 48 steps: exact for smaller matrices; a lower bound
-    otherwise, which flat spectra of thousands of values leave within about one per cent.
-
-    Args:
-        matrix: ``(m, n)``, float32.
-    """
-    matrix = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    # Of the smaller side; in units of the largest entry, whose squares stay in range.
-    scale = float(matrix.abs().max()) if matrix.numel() else 0.0
-    if scale == 0:
-        return 0.0
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(len(matrix), generator=generator).to(matrix.device)
-    left = [start / start.norm()]
-    right: list[Tensor] = []
-    diagonal: list[float] = []
-    beside: list[float] = []
-    for _ in range(min(_LANCZOS_STEPS, len(matrix))):
-        v = _orthogonal((matrix.T @ left[-1]) / scale, right)
-        diagonal.append(float(v.norm()))
-        if diagonal[-1] == 0:
-            break
-        right.append(v / diagonal[-1])
-        u = _orthogonal((matrix @ right[-1]) / scale, left)
-        beside.append(float(u.norm()))
-        if beside[-1] < 1e-6 * max(diagonal):
-            break
-        left.append(u / beside[-1])
-    # matrix [right] = [left] B: column k meets left k and k + 1.
-    B = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    B = torch.cat([B, torch.zeros(1, len(diagonal), dtype=torch.float64)])
-    for k, value in enumerate(beside[: len(diagonal)]):
-        B[k + 1, k] = value
-    return scale * float(torch.linalg.matrix_norm(B, 2))
-
-
-def _orthogonal(vector: Tensor, to: Iterable[Tensor]) -> Tensor:
-    """The vector without its parts along others; twice, since once leaves rounding."""
-    known = list(to)
-    if not known:
-        return vector
-    basis = torch.stack(known)
-    for _ in range(2):
-        vector = vector - basis.T @ (basis @ vector)
-    return vector

@@ -14,12 +14,13 @@ Compression", NeurIPS 2022 (the order in which errors are fed back).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 _RIDGE = 1e-3
+_SOLVED_COLUMNS = 1024
 
 
 def mean_diagonal(grams: Sequence[Tensor]) -> float:
@@ -97,8 +98,18 @@ def unwhiten(S: Tensor, U: Tensor) -> Tensor:
 
 def solve(H: Tensor, B: Tensor) -> Tensor:
     """``H^-1 B`` of a symmetric positive semidefinite H, float32, solved in float64."""
-    solved: Tensor = torch.cholesky_solve(B.double(), _cholesky(H.double()))
-    return solved.float()
+    return solver(H)(B)
+
+
+def solver(H: Tensor) -> Callable[[Tensor], Tensor]:
+    """`solve` for one H and several B, a few of whose columns are in float64 at a time."""
+    lower = _cholesky(H.double())
+
+    def solved(B: Tensor) -> Tensor:
+        parts = torch.split(B, _SOLVED_COLUMNS, dim=1)
+        return torch.cat([torch.cholesky_solve(part.double(), lower).float() for part in parts], 1)
+
+    return solved
 
 
 def feedback_root(C: Tensor) -> Tensor:

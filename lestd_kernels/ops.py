@@ -78,7 +78,7 @@ def product_of(ops: Sequence[Op], dense: Sequence[Tensor], in_features: int) -> 
 
 def _scales(op: Op, matrix: Tensor, in_features: int) -> bool:
     """Whether an op multiplies each input by a number of its own."""
-    apart = isinstance(op, Multiply) and op.distinct
+    apart = isinstance(op, Multiply) and op.distinct and op.blocks == in_features
     return apart and matrix.shape == (in_features, 1)
 
 

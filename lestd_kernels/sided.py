@@ -20,7 +20,7 @@ SparseGPT (ICML 2023), section 3, for importance and feedback.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,7 +35,7 @@ from lestd_kernels.metric import (
     mean_diagonal,
     regularized,
     root,
-    solve,
+    solver,
     unwhiten,
     whiten,
 )
@@ -100,15 +100,16 @@ class SidedGroup:
         """
         losses: list[Tensor] = []
         left_out = torch.zeros(self.shape.width, dtype=torch.float64)
+        C, scale = None, self._basis.square().sum(dim=0)
         for reader, widths in zip(self._readers, self._widths(), strict=True):
             if self.shape.rank_first:
                 # The columns are those of a basis in the mean metric, exact with one reader.
-                weighted = self._basis.T @ apply_metric(reader.C, self._basis)
-                scale = weighted.diagonal()
+                if reader.C is not C:
+                    C = reader.C
+                    scale = (self._basis * apply_metric(C, self._basis)).sum(dim=0)
                 core = (self._basis.T @ apply_metric(reader.C, reader.W)) / scale[:, None]
                 loss = core.square() * scale[:, None]
             else:
-                scale = self._basis.square().sum(dim=0)
                 core = (reader.W @ self._basis) / scale
                 R = feedback_root(reader.C)
                 loss = (core.square() * diagonal_of(R).square()[:, None] * scale).T
@@ -175,10 +176,12 @@ class SidedGroup:
         cores: list[Tensor] = []
         roots: list[Tensor] = []
         scores: list[Tensor] = []
+        fit: _Fit | None = None
         for reader, widths in zip(self._readers, self._widths(), strict=True):
-            M, rows, columns = self._fit(reader, stored)
-            row_root = feedback_root(rows)
-            score = M.abs() * diagonal_of(row_root)[:, None] * columns.sqrt()
+            if fit is None or reader.C is not fit.C:
+                fit = _Fit(reader.C, stored, shape.rank_first)
+            M, row_root, columns = fit.core(reader.W), fit.row_root, fit.columns
+            score = M.abs() * diagonal_of(row_root)[:, None] * columns
             dim = 1 if shape.rank_first else 0
             cores += torch.split(M, widths, dim=dim)
             scores += [part.contiguous() for part in torch.split(score, widths, dim=dim)]
@@ -192,12 +195,15 @@ class SidedGroup:
         else:
             masks = select_largest(scores, fits)
         del scores
-        for core, scale in zip(cores, scales or [1.0] * len(cores), strict=True):
-            core.mul_(scale)
-        return A, [
-            _store(core.contiguous(), mask, row, shape.value_bits, value_dtype)
-            for core, mask, row in zip(cores, masks, roots, strict=True)
-        ]
+        stores = []
+        row_root, inverse = None, None
+        for i, scale in enumerate(scales or [1.0] * len(cores)):
+            if roots[i] is not row_root:
+                row_root = roots[i]
+                inverse = _inverse(row_root)
+            core = cores[i].mul_(scale).contiguous()
+            stores.append(_store(core, masks[i], inverse, shape.value_bits, value_dtype))
+        return A, stores
 
     def _factor(self, R: int, value_dtype: torch.dtype) -> EncodedCore:
         """The leading columns of the basis as they are stored."""
@@ -209,7 +215,8 @@ class SidedGroup:
         )
         basis = self._basis[:, :R].contiguous()
         every = torch.ones_like(basis, dtype=torch.bool)
-        return _store(basis, every, feedback_root(rows), self.shape.factor_bits, value_dtype)
+        inverse = _inverse(feedback_root(rows))
+        return _store(basis, every, inverse, self.shape.factor_bits, value_dtype)
 
     def error(
         self, A: EncodedCore | None, cores: Sequence[EncodedCore], scales: Sequence[float]
@@ -226,33 +233,57 @@ class SidedGroup:
             total += float((D * apply_metric(reader.C, D)).sum(dtype=torch.float64))
         return total * self.unit
 
-    def _fit(self, reader: Reader, A: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The core of least error for a factor A (d, R) as it is stored, or for the identity.
 
-        Returns:
-            The core; the metric of its rows; the weights of its columns.
-        """
+class _Fit:
+    """The cores of least error for a factor A (d, R) as it is stored, or for the identity.
+
+    Attributes:
+        C: the metric of the inputs.
+        row_root: of the metric of a core's rows, see `feedback_root`.
+        columns: roots of the weights of its columns.
+    """
+
+    def __init__(self, C: Tensor, A: Tensor | None, rank_first: bool) -> None:
+        self.C, self._A, self._first = C, A, rank_first
+        self.columns, rows = torch.ones(1, device=C.device), C
         if A is None:
-            return reader.W.clone(), reader.C, torch.ones(reader.W.shape[1], device=reader.W.device)
-        if self.shape.rank_first:
-            CA = apply_metric(reader.C, A)
-            H = A.T @ CA
-            M = solve(H, CA.T @ reader.W)
-            return M, H, torch.ones(M.shape[1], device=M.device)
-        H = A.T @ A
-        M = solve(H, A.T @ reader.W.T).T.contiguous()
-        return M, reader.C, H.diagonal()
+            self._solved: Callable[[Tensor], Tensor] | None = None
+        elif rank_first:
+            self._left = apply_metric(C, A).T
+            rows = A.T @ self._left.T
+            self._solved = solver(rows)
+        else:
+            H = A.T @ A
+            self._solved, self.columns = solver(H), H.diagonal().sqrt()
+        self.row_root = feedback_root(rows)
+
+    def core(self, W: Tensor) -> Tensor:
+        """Of W ``(in, n)``, a tensor of its own."""
+        if self._A is None or self._solved is None:
+            return W.clone()
+        if self._first:
+            return self._solved(self._left @ W)
+        return self._solved(self._A.T @ W.T).T.contiguous()
+
+
+def _inverse(row_root: Tensor) -> Tensor | None:
+    """What `round_with_feedback` needs; None where rows apart cannot make up for each other."""
+    if row_root.dim() == 1:
+        return None
+    identity = torch.eye(len(row_root), device=row_root.device)
+    inverse: Tensor = torch.linalg.solve_triangular(row_root, identity, upper=True)
+    return inverse
 
 
 def _store(
-    M: Tensor, mask: Tensor, row_root: Tensor, value_bits: int, value_dtype: torch.dtype
+    M: Tensor, mask: Tensor, inverse: Tensor | None, value_bits: int, value_dtype: torch.dtype
 ) -> EncodedCore:
     """Store the chosen elements of a matrix, rounded with the error fed back to later rows.
 
     Args:
         M: ``(m, n)``, float32.
         mask: the elements to store.
-        row_root: of the metric of its rows, see `feedback_root`.
+        inverse: see `_inverse`.
         value_bits: 16, 8, 4, 3 or 2.
         value_dtype: of values or scales.
     """
@@ -260,11 +291,9 @@ def _store(
     nnz, value_bytes = int(mask.sum()), value_dtype.itemsize
     codec = cheapest_codec(rows, columns, nnz, value_bytes, value_bits).name
     chosen = None if codec == "dense" else mask
-    if row_root.dim() == 1:  # Rows apart cannot make up for each other.
+    if inverse is None:
         return EncodedCore.quantized(M, value_bits, value_dtype, codec=codec, mask=chosen)
-    identity = torch.eye(len(row_root), device=row_root.device)
-    U = torch.linalg.solve_triangular(row_root, identity, upper=True)
-    rounded, scales = round_with_feedback(M, U, value_bits, value_dtype, chosen)
+    rounded, scales = round_with_feedback(M, inverse, value_bits, value_dtype, chosen)
     return EncodedCore.quantized(rounded, value_bits, value_dtype, scales, codec, chosen)
 
 
@@ -307,13 +336,19 @@ def readers_of(
         by_input.setdefault(reads[name], []).append(name)
     first = [names[0] for names in by_input.values()]
     unit = mean_diagonal([metrics[name] for name in first if name in metrics])
-    readers = []
+    readers, plain = [], None
     for names in by_input.values():
         W = torch.cat([weights[name] for name in names], dim=1)
         widths = [weights[name].shape[1] for name in names]
         for name, block in zip(names, torch.split(W, widths, dim=1), strict=True):
             block.div_(1.0 if scales is None else scales[name])
         gram = metrics.get(names[0])
-        C = W.new_ones(len(W)) if gram is None else regularized(gram, unit)
+        if gram is not None:
+            C = regularized(gram, unit)
+        else:
+            # One for all, so that what follows from it is computed once.
+            if plain is None or len(plain) != len(W):
+                plain = W.new_ones(len(W))
+            C = plain
         readers.append(Reader(W, C))
     return readers, unit

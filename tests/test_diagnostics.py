@@ -15,13 +15,13 @@ from lestd_kernels.diagnostics import (
     evenly,
     explained_energy,
     left_subspace,
-    operator_norm,
     rank_at,
     rank_choices,
     sampled_experts,
     unit_gram,
     units,
 )
+from lestd_kernels.operator_norm import operator_norm
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout
 
 

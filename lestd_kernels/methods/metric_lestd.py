@@ -186,9 +186,7 @@ def encode(
     every: dict[BasisSide, list[int]] = {}
     for side, group in prepared.groups.items():
         with clock("rank_search"):
-            found = _search(group, [share[side] for share in shares], args)
-            if not reuse:
-                group.forget()
+            found = _search(group, [share[side] for share in shares], args, reuse)
             every[side] = [options[0][0] for options in found]
             for i, options in enumerate(found):
                 expected[i] += options[0][1]
@@ -227,11 +225,13 @@ def encode(
 
 
 def _search(
-    group: SidedGroup, budgets: Sequence[int], args: MethodArgs
+    group: SidedGroup, budgets: Sequence[int], args: MethodArgs, reuse: bool
 ) -> list[list[tuple[int, float]]]:
     """For each budget the ranks worth encoding, and the error to expect; the best one first."""
     shape = group.shape
     found = group.search(shape.grid(args.rank_step, args.max_flops), budgets)
+    if not reuse:
+        group.forget()
     if args.max_flops is not None and args.max_flops < 1:
         return [[one] for one in found]
     options = []
