@@ -36,7 +36,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from lestd_kernels.errors import LestdError
 from orchestrator import tables
-from orchestrator.manifest import write_json
+from orchestrator.json_files import write_json
 from orchestrator.meter import Meter
 from orchestrator.source import CONFIG_FILE
 from workers.checkpoint import INDEX_FILE

@@ -236,8 +236,8 @@ def _held_by_grams(
         held = torch.zeros(len(choices), len(matrices), dtype=torch.float64, device=gram.device)
         parts = [U[:, : _rank_of(choice, squares)] for choice in choices]
         # In float32 over few rows, in float64 over those.
-        for rows in torch.arange(len(gram)).split(_GRAM_ROWS):
-            block = slice(int(rows[0]), int(rows[-1]) + 1)
+        for start in range(0, len(gram), _GRAM_ROWS):
+            block = slice(start, start + _GRAM_ROWS)
             projectors = torch.stack([(part[block] @ part.T).flatten() for part in parts])
             held += (projectors @ grams[:, block].flatten(1).T).double()
         yield squares, held

@@ -196,11 +196,12 @@ class SidedGroup:
             masks = select_largest(scores, fits)
         del scores
         stores = []
-        row_root, inverse = None, None
+        known: Tensor | None = None
+        inverse: Tensor | None = None
         for i, scale in enumerate(scales or [1.0] * len(cores)):
-            if roots[i] is not row_root:
-                row_root = roots[i]
-                inverse = _inverse(row_root)
+            if roots[i] is not known:
+                known = roots[i]
+                inverse = _inverse(known)
             core = cores[i].mul_(scale).contiguous()
             stores.append(_store(core, masks[i], inverse, shape.value_bits, value_dtype))
         return A, stores

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
 from lestd_kernels.errors import LestdError
-from orchestrator.manifest import read_json
+from orchestrator.json_files import read_json
 from workers.checkpoint import read_header, read_tensor
 
 ADAPTER_FILES = (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME)

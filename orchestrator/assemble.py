@@ -31,16 +31,14 @@ from upath import UPath
 from lestd_kernels.decomposition import FORMAT_VERSION
 from lestd_kernels.errors import LestdError
 from orchestrator.card import CARD_FILE, model_card
+from orchestrator.json_files import json_bytes, read_json, write_json
 from orchestrator.lease import leased
 from orchestrator.manifest import (
     ABOUT_FILE,
     MANIFEST_DIR,
     Manifest,
     foreign_files,
-    json_bytes,
     keep_evaluations,
-    read_json,
-    write_json,
 )
 from orchestrator.plan import Plan
 from orchestrator.rundir import require_same
@@ -52,12 +50,12 @@ from workers.files import (
     AnyPath,
     atomic_write,
     building_directory,
-    copy_file,
     explain_os_errors,
     file_sha256,
     fsync_directory,
     in_parallel,
     is_file,
+    link_or_copy,
     list_files,
     list_names,
     make_directory,
@@ -223,16 +221,6 @@ def _link_payloads(
         return dict.fromkeys(read_header(shard), shard.name)
 
     return {name: shard for names in in_parallel(link, rows) for name, shard in names.items()}
-
-
-def link_or_copy(path: AnyPath, target: AnyPath) -> None:
-    """The same file under a second name: a hard link, a copy where links are impossible."""
-    try:
-        if isinstance(path, UPath) or isinstance(target, UPath):
-            raise OSError("no links there")
-        os.link(path, target)
-    except OSError:  # Another file system, or one without links.
-        copy_file(path, target)
 
 
 def _dense_shards(untouched: Sequence[TensorRef]) -> dict[str, list[TensorRef]]:

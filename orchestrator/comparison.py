@@ -25,7 +25,7 @@ from orchestrator.contenders import Contender
 from orchestrator.curve import Point
 from orchestrator.executor import Executor
 from orchestrator.grams import CALIBRATION_DIR, Calibration, calibrate_for
-from orchestrator.manifest import read_json, write_json
+from orchestrator.json_files import read_json, write_json
 from orchestrator.meter import Meter
 from orchestrator.pipeline import Outcome, device_of
 from orchestrator.plan import make_plan

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.assemble import about_model
-from orchestrator.manifest import Manifest, read_json
+from orchestrator.json_files import read_json
+from orchestrator.manifest import Manifest
 from orchestrator.report_data import ReportData, gather, root_ratio
 from orchestrator.report_quality import SAME_QUESTION
 from orchestrator.report_timeline import stage_seconds

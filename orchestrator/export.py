@@ -24,7 +24,7 @@ from lestd_kernels.errors import LestdError
 from orchestrator.adapter import ADAPTER_FILES, adapter_deltas
 from orchestrator.card import card_metadata
 from orchestrator.compressed import CompressedGroup, CompressedModel, open_compressed
-from orchestrator.manifest import write_json
+from orchestrator.json_files import write_json
 from orchestrator.markdown import template
 from orchestrator.source import CONFIG_FILE, copy_side_files
 from workers.checkpoint import INDEX_FILE, write_safetensors, write_safetensors_stream

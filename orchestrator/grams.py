@@ -35,7 +35,7 @@ from lestd_kernels.errors import LestdError
 from lestd_kernels.methods.base import STATISTICS
 from orchestrator.config import RunConfig
 from orchestrator.executor import Executor, Listener, WorkerSpec
-from orchestrator.manifest import read_json, write_json
+from orchestrator.json_files import read_json, write_json
 from orchestrator.plan import WORKER_BASE_BYTES
 from orchestrator.rows import TEMPORARY
 from orchestrator.rundir import differences

@@ -15,7 +15,8 @@ from typing import Any
 from lestd_kernels.errors import LestdError
 from orchestrator.adapter import adapter_stored_bytes
 from orchestrator.assemble import about_model, is_complete, payload_shard_name
-from orchestrator.manifest import MANIFEST_DIR, Manifest, payload_problem, read_json, slice_count
+from orchestrator.json_files import read_json
+from orchestrator.manifest import MANIFEST_DIR, Manifest, payload_problem, slice_count
 from orchestrator.rundir import RunDirectory
 from workers.checkpoint import INDEX_FILE, read_header, read_weight_map
 from workers.files import AnyPath, in_parallel, is_directory, is_file, list_names

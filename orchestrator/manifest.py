@@ -58,7 +58,6 @@ from workers.contracts import CurveResult, CurveTask, Failure, Result, Task
 from workers.files import (
     AnyPath,
     as_path,
-    atomic_write,
     copy_file,
     file_sha256,
     file_size,
@@ -66,7 +65,6 @@ from workers.files import (
     list_files,
     list_names,
     make_directory,
-    read_file,
 )
 
 if TYPE_CHECKING:  # It imports torch, which readers of a manifest need not wait for.
@@ -378,29 +376,3 @@ def payload_problem(row: dict[str, Any], payload_dir: AnyPath) -> str | None:
     if file_sha256(path) != row["sha256"]:
         return f"{path} does not have the sha256 that the manifest states"
     return None
-
-
-def read_json(path: AnyPath) -> dict[str, Any]:
-    """Read a JSON object that LeSTD wrote.
-
-    Raises:
-        LestdError: the file is missing or damaged, or the object store does not answer.
-    """
-    try:
-        data = json.loads(read_file(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise LestdError(f"{path} cannot be read as JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise LestdError(f"{path} must hold a JSON object")
-    return data
-
-
-def write_json(path: AnyPath, data: dict[str, Any]) -> None:
-    """Write a JSON object, atomically, with sorted keys."""
-    content = json_bytes(data)
-    atomic_write(path, lambda file: file.write(content))
-
-
-def json_bytes(data: dict[str, Any]) -> bytes:
-    """What `write_json` writes."""
-    return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()

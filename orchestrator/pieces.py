@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import Any, Generic, Protocol, TypeVar
 
 from lestd_kernels.errors import LestdError
-from orchestrator.manifest import json_bytes, write_json
+from orchestrator.json_files import json_bytes, write_json
 from workers.files import AnyPath, atomic_write, is_file, list_names, make_directory, read_files
 
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from lestd_kernels.errors import LestdError
 from orchestrator.adapter import ADAPTER_FILES
-from orchestrator.assemble import about_model, link_or_copy, payload_shard_name
+from orchestrator.assemble import about_model, payload_shard_name
 from orchestrator.card import CARD_FILE
 from orchestrator.compressed import CompressedModel
-from orchestrator.manifest import ABOUT_FILE, MANIFEST_DIR, Manifest, json_bytes, write_json
+from orchestrator.json_files import json_bytes, write_json
+from orchestrator.manifest import ABOUT_FILE, MANIFEST_DIR, Manifest
 from orchestrator.markdown import template
 from orchestrator.rows import compacted_path, write_table
 from orchestrator.schemas import CURVES, EVENTS, GROUPS, RUNS, SLICES
@@ -31,6 +32,7 @@ from workers.files import (
     file_sha256,
     fsync_directory,
     in_parallel,
+    link_or_copy,
 )
 from workers.recover import LORA, Trained
 

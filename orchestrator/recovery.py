@@ -28,7 +28,8 @@ from orchestrator.compressed import CompressedModel, open_compressed
 from orchestrator.evaluated import evaluate_models
 from orchestrator.evaluation import EvaluationModel, require_positive
 from orchestrator.executor import SerialExecutor
-from orchestrator.manifest import MANIFEST_DIR, Manifest, read_json, write_json
+from orchestrator.json_files import read_json, write_json
+from orchestrator.manifest import MANIFEST_DIR, Manifest
 from orchestrator.meter import Meter
 from orchestrator.perplexity import Evaluation, read_text
 from orchestrator.recording import ModelFacts, evaluation_versions, open_models, record

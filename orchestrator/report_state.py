@@ -8,7 +8,8 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from lestd_kernels.errors import LestdError
-from orchestrator.manifest import read_json, slice_count
+from orchestrator.json_files import read_json
+from orchestrator.manifest import slice_count
 from orchestrator.schemas import STAGES
 from workers.files import AnyPath
 

@@ -28,14 +28,9 @@ from lestd_kernels.decomposition import FORMAT_VERSION
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import ACTIVATION
 from orchestrator.config import RunConfig
+from orchestrator.json_files import read_json, write_json
 from orchestrator.lease import is_held, leased
-from orchestrator.manifest import (
-    MANIFEST_DIR,
-    Manifest,
-    default_run_dir,
-    read_json,
-    write_json,
-)
+from orchestrator.manifest import MANIFEST_DIR, Manifest, default_run_dir
 from orchestrator.plan import Plan, calibration_digest
 from orchestrator.rows import TEMPORARY, Damaged
 from orchestrator.source import Source

@@ -18,7 +18,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator.manifest import write_json
+from orchestrator.json_files import write_json
 from workers.checkpoint import copy_tensor
 from workers.contracts import TensorRef
 from workers.files import explain_os_errors

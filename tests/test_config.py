@@ -12,10 +12,10 @@ from orchestrator.config import (
     RunConfig,
     RunFile,
     load_yaml,
-    parse_layers,
     scope_keep,
     validated,
 )
+from orchestrator.layer_lists import parse_layers
 
 
 @pytest.mark.parametrize(

@@ -381,3 +381,20 @@ def test_arguments_are_plain_values():
     assert replace(args, alpha=0.1, max_flops=None) == MethodArgs()
     assert all(name == method.name for name, method in METHODS.items())
     assert len(PROJECTIONS) == 4
+
+
+@pytest.mark.parametrize("method", ["tt", "magnitude", "wanda", "sparsegpt", "rtn", "gptq"])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("type_mode", "learned"),
+        ("stage2", "prune-refit"),
+        ("pattern", "2:4"),
+        ("max_flops", 1.0),
+    ],
+)
+def test_what_is_of_sparse_cores_is_refused_by_methods_without(method, option, value):
+    layout = LAYOUTS["mha"]
+    args = MethodArgs(**{option: value})
+    with pytest.raises(LestdError, match=f"method '{method}' knows .*{value}.*; change one"):
+        METHODS[method].bounds(layout, budget_of(layout, 0.6, BF16), BF16, args)

@@ -63,6 +63,7 @@ def test_figures_are_the_manifests(out: Path) -> None:
     assert rows == [
         [
             str(row["layer"]),
+            "attention",
             str(row["dense_bytes"]),
             str(row["stored_bytes"]),
             f"{row['R1']} x {row['R2']}",
@@ -72,7 +73,7 @@ def test_figures_are_the_manifests(out: Path) -> None:
         ]
         for row in groups
     ]
-    assert len(header) == 7
+    assert len(header) == 8
     dense, stored = (sum(row[key] for row in groups) for key in ("dense_bytes", "stored_bytes"))
     assert found["Sizes"][1] == [
         "weights in scope",

@@ -22,8 +22,9 @@ from upath import UPath
 
 from lestd_kernels.errors import LestdError
 from orchestrator import assemble, lease, pipeline
+from orchestrator.json_files import read_json, write_json
 from orchestrator.lease import leased
-from orchestrator.manifest import payload_problem, read_json, write_json
+from orchestrator.manifest import payload_problem
 from orchestrator.rundir import RunDirectory
 from workers import retries, stores
 from workers.checkpoint import read_header, read_weight_map

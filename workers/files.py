@@ -337,6 +337,16 @@ def copy_file(source: AnyPath, target: AnyPath) -> None:
     atomic_write(target, copy)
 
 
+def link_or_copy(path: AnyPath, target: AnyPath) -> None:
+    """The same file under a second name: a hard link, a copy where links are impossible."""
+    try:
+        if isinstance(path, UPath) or isinstance(target, UPath):
+            raise OSError("no links there")
+        os.link(path, target)
+    except OSError:  # Another file system, or one without links.
+        copy_file(path, target)
+
+
 def in_parallel(function: Callable[[_Item], _Answer], items: Iterable[_Item]) -> list[_Answer]:
     """`function` of every item, a few at a time: each may wait for a disk or a store."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:

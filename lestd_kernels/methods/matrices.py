@@ -23,6 +23,7 @@ from lestd_kernels.methods.base import (
     MethodArgs,
     Metrics,
     SliceStats,
+    require_no_core,
 )
 from lestd_kernels.methods.statistics import relative
 from lestd_kernels.methods.steps import Stopwatch
@@ -212,6 +213,7 @@ def module_method(
     """
 
     def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
+        require_no_core(name, args)
         total = len(layout.slices)
         least = 0
         for module in layout.modules:

@@ -20,7 +20,7 @@ from torch import Tensor
 from lestd_kernels.chain import ModuleChain
 from lestd_kernels.errors import LestdError
 from lestd_kernels.low_rank import Root, matrix_bytes
-from lestd_kernels.methods.base import NORM, WEIGHT, MethodArgs, require_no_core
+from lestd_kernels.methods.base import NORM, WEIGHT, MethodArgs
 from lestd_kernels.methods.matrices import module_method
 from lestd_kernels.ops import Multiply, Op, Permute
 from lestd_kernels.packed import EncodedCore
@@ -48,7 +48,6 @@ def _train_bytes(modes: TrainModes, ranks: StackRanks, value_bytes: int, args: M
 
 
 def _least_bytes(rows: int, columns: int, value_bytes: int, args: MethodArgs) -> int:
-    require_no_core("tt", args)
     scaling = 0 if args.metric == WEIGHT else rows * value_bytes
     ranks = StackRanks(1, 1, 1)
     return scaling + _train_bytes(train_modes(rows, columns), ranks, value_bytes, args)

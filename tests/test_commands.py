@@ -1,0 +1,87 @@
+"""What commands have in common: their options, what they pass on, what they say of blocks."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli import lestd
+
+from lestd_kernels.methods import METHODS
+from orchestrator import cli, cli_sweep
+from orchestrator.config import RunConfig
+from orchestrator.options import MethodOption
+from orchestrator.rundir import RunDirectory, fingerprint
+from orchestrator.source import resolve_source
+
+
+def test_help_names_every_method() -> None:
+    [option] = MethodOption.__metadata__
+    words = option.help.replace(",", " ").replace(":", " ").replace(".", " ").split()
+    assert not METHODS.keys() - set(words)
+
+
+@pytest.mark.parametrize("command", [cli.plan, cli_sweep.sweep])
+def test_what_decides_the_bytes_are_options_of_every_command(command: Any) -> None:
+    decisive = inspect.signature(cli.compress).parameters.keys() & RunConfig.model_fields.keys()
+    assert decisive - inspect.signature(command).parameters.keys() <= {
+        "keep_model",
+        "device",
+        "threads",
+    }
+
+
+def test_a_text_that_is_not_used_is_no_part_of_a_run(tiny_llama: Path, tmp_path: Path) -> None:
+    source = resolve_source(str(tiny_llama))
+    plain = fingerprint(source, RunConfig(keep=0.5, method="svd"), "cpu")
+    text = str(tmp_path / "text.txt")
+    unused = RunConfig(keep=0.5, method="svd", calibrate_on=text, samples=3, sample_tokens=9)
+    assert fingerprint(source, unused, "cpu") == plain
+
+
+def test_status_names_the_block_and_tells_of_the_calibration(
+    tiny_llama: Path, wikitext: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command: list[object] = ["compress", tiny_llama, "--keep", 0.5, "--scope", "all", "--out", out]
+    command += ["--method", "svd_llm", "--calibrate-on", wikitext, "--samples", 2]
+    command += ["--sample-tokens", 16, "--executor", "serial"]
+    assert lestd(*command).code == 0
+    state = json.loads(lestd("status", out, "--json").out)
+    assert [layer["scope"] for layer in state["layers"][:2]] == ["attention", "ffn"]
+    assert "calibrating" not in state
+    card = (out / "README.md").read_text()
+    assert "(attention, ffn)" in card
+    assert "| 0 | ffn |" in card
+
+    # As it stands while a driver has found the activations of some blocks, and begun no task.
+    run = RunDirectory(tmp_path / "out.run")
+    for table in ("groups", "slices", "events"):
+        for part in (run.path / "manifest" / table).glob("*.parquet"):
+            part.unlink()
+    with run.locked():
+        state = json.loads(lestd("status", out, "--json").out)
+        assert state["calibrating"] == len(state["layers"])
+        shown = " ".join(lestd("status", out).out.split())
+        assert "the activations of the calibration text come first" in shown
+
+
+def test_a_job_is_told_not_to_measure_speed(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def run_as_job(address: str, command: str, options: dict[str, Any], cluster: Any) -> int:
+        asked.append(options)
+        return 0
+
+    monkeypatch.setattr("orchestrator.submit.run_as_job", run_as_job)
+    common: list[object] = ["compare", tiny_llama, "--methods", "svd", "--keep", 0.5]
+    common += ["--out", tmp_path, "--address", "http://localhost:1"]
+    for option in ([], ["--no-speed"]):
+        assert lestd(*common, *option).code == 0
+    assert [options["no_speed"] for options in asked] == [False, True]
+    assert all("speed" not in options for options in asked)
