@@ -112,6 +112,13 @@ class Chain:
         return sum(matrix.rows * matrix.columns for matrix in self.own_matrices)
 
     @property
+    def chosen_bits(self) -> int | None:
+        """Bits of a value where every module is one matrix, whose bits its method may choose."""
+        bits = {matrix.value_bits for matrix in self.own_matrices}
+        whole = not self.shared and all(len(chain.own) == 1 for chain in self.modules.values())
+        return bits.pop() if whole and len(bits) == 1 else None
+
+    @property
     def codecs(self) -> list[str]:
         """Names of the codecs of the modules' own matrices, sorted."""
         return sorted({matrix.codec for matrix in self.own_matrices})

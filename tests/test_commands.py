@@ -13,6 +13,7 @@ from cli import lestd
 from lestd_kernels.methods import METHODS
 from orchestrator import cli, cli_sweep
 from orchestrator.config import RunConfig
+from orchestrator.manifest import Manifest
 from orchestrator.options import MethodOption
 from orchestrator.rundir import RunDirectory, fingerprint
 from orchestrator.source import resolve_source
@@ -85,3 +86,13 @@ def test_a_job_is_told_not_to_measure_speed(
         assert lestd(*common, *option).code == 0
     assert [options["no_speed"] for options in asked] == [False, True]
     assert all("speed" not in options for options in asked)
+
+
+@pytest.mark.parametrize(("keep", "bits"), [(0.55, 8), (0.3, 4), (0.15, 2)])
+def test_the_manifest_has_the_bits_that_a_quantizer_chose(
+    tiny_llama: Path, tmp_path: Path, keep: float, bits: int
+) -> None:
+    out = tmp_path / "out"
+    options = ("--method", "rtn", "--keep", keep, "--executor", "serial")
+    assert lestd("compress", tiny_llama, "--out", out, *options).code == 0
+    assert {row["value_bits"] for row in Manifest(out).groups().to_pylist()} == {bits}

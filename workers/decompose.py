@@ -31,8 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lestd_kernels.chain import Chain
 from lestd_kernels.entries import with_stored_path
 from lestd_kernels.errors import LestdError
+from lestd_kernels.kinds import Decomposition
 from lestd_kernels.methods import METHODS, Decomposed, MethodArgs
 from lestd_kernels.methods.base import STATISTICS, add_seconds
 from lestd_kernels.methods.steps import Stopwatch
@@ -253,7 +255,7 @@ class DecomposeWorker:
                     singular_values_2=done.singular_values[1],
                     scope=task.scope,
                     metric=args.metric,
-                    value_bits=args.value_bits,
+                    value_bits=_value_bits(decomposition, args),
                     factor_bits=args.factor_bits,
                     metric_squared_norm=done.metric_squared_norm,
                     metric_squared_error=done.metric_squared_error,
@@ -327,6 +329,12 @@ class DecomposeWorker:
             tensors = done.decomposition.named_tensors(task.tensor_prefix)
             tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
         return done, tensors, peak_memory_bytes(self._device)
+
+
+def _value_bits(decomposition: Decomposition, args: MethodArgs) -> int:
+    """Bits of a stored value; a quantizer chooses them itself where 16 are asked for."""
+    chosen = decomposition.chosen_bits if isinstance(decomposition, Chain) else None
+    return args.value_bits if chosen is None else chosen
 
 
 def _read_metrics(task: Task) -> dict[str, Tensor]:
