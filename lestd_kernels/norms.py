@@ -25,6 +25,10 @@ def operator_norm(matrix: Tensor) -> float:
         Halko, Martinsson and Tropp, "Finding Structure with Randomness", SIAM Review 53(2), 2011,
         algorithm 4.4.
     """
+    # In units of the largest entry, whose squares stay in range.
+    scale = max(abs(float(end)) for end in torch.aminmax(matrix)) if matrix.numel() else 0.0
+    if scale == 0:
+        return 0.0
     rows, columns = matrix.shape
     block = min(_COLUMNS, rows, columns)
     generator = torch.Generator().manual_seed(0)
@@ -32,10 +36,10 @@ def operator_norm(matrix: Tensor) -> float:
     Q = torch.linalg.qr(Q).Q
     norm, still = 0.0, 0
     for _ in range(_MOST_STEPS):
-        product = matrix @ Q
+        product = (matrix @ Q).div_(scale)
         before, norm = norm, float(torch.linalg.matrix_norm(product, 2))
         still = still + 1 if norm - before <= _TOLERANCE * norm else 0
         if still == 2:
             break
-        Q = torch.linalg.qr(matrix.T @ product).Q
-    return norm
+        Q = torch.linalg.qr((matrix.T @ product).div_(scale)).Q
+    return norm * scale

@@ -38,7 +38,7 @@ from lestd_kernels.diagnostics import evenly
 from lestd_kernels.methods.base import MethodArgs
 from lestd_kernels.methods.matrices import split_budget
 from lestd_kernels.methods.steps import limits_of
-from lestd_kernels.operator_norm import operator_norm
+from lestd_kernels.norms import operator_norm
 from lestd_kernels.packing import FULL_BITS, GROUP, QUANTIZED_BITS, values_bytes
 from lestd_kernels.rank_search import search_dense, search_sparse
 from lestd_kernels.rotation import Rotated

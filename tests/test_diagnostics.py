@@ -21,7 +21,7 @@ from lestd_kernels.diagnostics import (
     unit_gram,
     units,
 )
-from lestd_kernels.operator_norm import operator_norm
+from lestd_kernels.norms import operator_norm
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout
 
 
