@@ -338,6 +338,16 @@ def test_a_basis_that_costs_more_than_it_saves_is_left_out(side: str) -> None:
             assert float(D.abs().max()) < 2 * float(W.abs().max()) / 255
 
 
+def test_without_activations_nothing_is_pruned_outside_of_a_basis() -> None:
+    torch.manual_seed(6)
+    layout = GroupLayout(24, 40, (ModuleLayout("up", "input", (("up", 0),)),))
+    W = torch.randn(24, 40)
+    for keep, stored_whole in ((0.6, True), (0.5, False)):
+        args = MethodArgs(value_bits=8, factor_bits=8, rank_step=4)
+        done = LESTD.decompose(W.clone(), layout, int(keep * W.numel() * 2), BF16, args)
+        assert (not done.decomposition.shared) is stored_whole
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [("stage2", "prune-refit"), ("pattern", "2:4"), ("type_mode", "learned")],

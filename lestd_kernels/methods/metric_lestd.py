@@ -23,7 +23,7 @@ from lestd_kernels.budget import CurvePoint
 from lestd_kernels.chain import ModuleChain
 from lestd_kernels.decomposition import U1_NAME
 from lestd_kernels.errors import LestdError
-from lestd_kernels.methods.base import Bounds, Decomposed, MethodArgs, Metrics
+from lestd_kernels.methods.base import ACTIVATION, Bounds, Decomposed, MethodArgs, Metrics
 from lestd_kernels.methods.matrices import PreparedGroup, chain_result, metric_squares
 from lestd_kernels.methods.steps import Stopwatch
 from lestd_kernels.ops import Multiply
@@ -236,6 +236,11 @@ def _search(
         return [[one] for one in found]
     options = []
     for (R, error), whole in zip(found, group.search_identity(budgets), strict=True):
+        if args.metric != ACTIVATION and whole > 0:
+            # Pruned by what it knows of the weights alone, a model falls apart at errors at which
+            # a shared basis does not.
+            options.append([(R, error)])
+            continue
         both = sorted([(IDENTITY, whole), (R, error)], key=lambda one: one[1])
         options.append([one for one in both if one[1] <= _NEAR * both[0][1]])
     return options
