@@ -190,10 +190,7 @@ class SidedGroup:
         def fits(nnz: Sequence[int]) -> bool:
             return shape.stored_bytes(R, nnz) <= byte_budget
 
-        if shape.dense:
-            masks = [torch.ones_like(score, dtype=torch.bool) for score in scores]
-        else:
-            masks = select_largest(scores, fits)
+        masks = select_largest(scores, fits)
         del scores
         stores = []
         known: Tensor | None = None

@@ -42,7 +42,6 @@ class SidedShape:
         value_bytes: of the value dtype.
         value_bits: of a core's value.
         factor_bits: of a factor's element.
-        dense: cores are dense: every element is stored.
         identity: the basis is the identity, all of it, and is not stored.
     """
 
@@ -53,7 +52,6 @@ class SidedShape:
     value_bytes: int
     value_bits: int
     factor_bits: int
-    dense: bool = False
     identity: bool = False
 
     @property
@@ -89,9 +87,7 @@ class SidedShape:
         total = self.factor_bytes(R)
         for core, count in enumerate(nnz):
             rows, columns = self.core_shape(R, core)
-            codec = CODECS["dense"]
-            if not self.dense:
-                codec = cheapest_codec(rows, columns, count, self.value_bytes, self.value_bits)
+            codec = cheapest_codec(rows, columns, count, self.value_bytes, self.value_bits)
             total += codec.stored_bytes(rows, columns, count, self.value_bytes, self.value_bits)
         return total
 
@@ -109,8 +105,6 @@ class SidedShape:
             rows, columns = self.core_shape(R, core)
             lines = []
             for codec in CODECS.values():
-                if self.dense and codec.name != "dense":
-                    continue
                 none, some = (
                     codec.stored_bytes(rows, columns, k, self.value_bytes, self.value_bits)
                     for k in (0, _WHOLE_GROUPS)

@@ -14,7 +14,6 @@ neural networks", NeurIPS 2015, section 3 (TT-matrix).
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -58,10 +57,3 @@ def stack_of(W: Tensor, modes: TrainModes) -> Tensor:
     (a1, a2, a3), (b1, b2, b3) = modes
     T = W.reshape(a1, a2, a3, b1, b2, b3).permute(1, 4, 0, 3, 2, 5)
     return T.reshape(a2 * b2, a1 * b1, a3 * b3)
-
-
-def matrix_of(T: Tensor, modes: TrainModes) -> Tensor:
-    """Invert `stack_of`."""
-    (a1, a2, a3), (b1, b2, b3) = modes
-    W = T.reshape(a2, b2, a1, b1, a3, b3).permute(2, 0, 4, 3, 1, 5)
-    return W.reshape(math.prod(modes.rows), math.prod(modes.columns))

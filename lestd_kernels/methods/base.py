@@ -213,6 +213,19 @@ def require_default(name: str, args: MethodArgs, *options: str) -> None:
             )
 
 
+def require_budget(name: str, byte_budget: int, least: int) -> None:
+    """Refuse a byte budget below the least that a method needs.
+
+    Raises:
+        LestdError: says both.
+    """
+    if byte_budget < least:
+        raise LestdError(
+            f"the byte budget of a slice group is {byte_budget:,} bytes, but method {name!r} needs "
+            f"at least {least:,} bytes; raise keep"
+        )
+
+
 def add_seconds(*parts: dict[str, float]) -> dict[str, float]:
     """Seconds per stage, summed over parts of the work."""
     names = {name: None for part in parts for name in part}

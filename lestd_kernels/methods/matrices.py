@@ -23,6 +23,7 @@ from lestd_kernels.methods.base import (
     MethodArgs,
     Metrics,
     SliceStats,
+    require_budget,
     require_no_core,
 )
 from lestd_kernels.methods.statistics import relative
@@ -242,11 +243,7 @@ def module_method(
         layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
     ) -> Bounds:
         least = least_bytes(layout, value_dtype, args)
-        if byte_budget < least:
-            raise LestdError(
-                f"the byte budget of a slice group is {byte_budget:,} bytes, but method {name!r} "
-                f"needs at least {least:,} bytes; raise keep"
-            )
+        require_budget(name, byte_budget, least)
         return Bounds(None, None, None, byte_budget, module_workspace_bytes(layout), 0)
 
     return Method(name, prepare, encode, bounds, least_bytes, metrics)

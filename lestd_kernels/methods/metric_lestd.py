@@ -69,7 +69,6 @@ def side_shape(
     side: BasisSide,
     value_dtype: torch.dtype,
     args: MethodArgs,
-    dense: bool = False,
 ) -> SidedShape:
     """Sizes of the cores of one side."""
     modules = sides(layout)[side]
@@ -82,7 +81,6 @@ def side_shape(
         value_bytes=value_dtype.itemsize,
         value_bits=args.value_bits,
         factor_bits=args.factor_bits,
-        dense=dense,
     )
 
 

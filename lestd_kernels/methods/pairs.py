@@ -19,7 +19,6 @@ from torch import Tensor
 
 from lestd_kernels.budget import CurvePoint
 from lestd_kernels.chain import ModuleChain
-from lestd_kernels.errors import LestdError
 from lestd_kernels.low_rank import (
     Bits,
     Root,
@@ -36,6 +35,7 @@ from lestd_kernels.methods.base import (
     Method,
     MethodArgs,
     Metrics,
+    require_budget,
     require_no_core,
 )
 from lestd_kernels.methods.matrices import (
@@ -237,11 +237,7 @@ def pair_method(
         layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
     ) -> Bounds:
         least = least_bytes(layout, value_dtype, args)
-        if byte_budget < least:
-            raise LestdError(
-                f"the byte budget of a slice group is {byte_budget:,} bytes, but method {name!r} "
-                f"needs at least {least:,} bytes, for pairs of rank 1; raise keep"
-            )
+        require_budget(name, byte_budget, least)
         # The vectors of every module, and the roots of their inputs' metrics.
         shapes = [layout.weight_shape(module) for module in layout.modules]
         inputs = {

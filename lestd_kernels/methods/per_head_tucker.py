@@ -32,6 +32,7 @@ from lestd_kernels.methods.base import (
     Method,
     MethodArgs,
     Metrics,
+    require_budget,
     require_no_core,
 )
 from lestd_kernels.methods.matrices import PreparedGroup, chain_result, module_workspace_bytes
@@ -265,11 +266,7 @@ def bounds(
 ) -> Bounds:
     """See `Method.bounds`."""
     least = least_bytes(layout, value_dtype, args)
-    if byte_budget < least:
-        raise LestdError(
-            f"the byte budget of a slice group is {byte_budget:,} bytes, but the smallest ranks of "
-            f"method 'per_head_tucker' take {least:,} bytes; raise keep"
-        )
+    require_budget("per_head_tucker", byte_budget, least)
     units = _units_of(layout)
     n = len(units.members[0]) * layout.head_dim
     # The bases of every unit, and eigenvectors of one.

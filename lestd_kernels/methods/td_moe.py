@@ -38,6 +38,7 @@ from lestd_kernels.methods.base import (
     Method,
     MethodArgs,
     Metrics,
+    require_budget,
     require_no_core,
 )
 from lestd_kernels.methods.matrices import (
@@ -298,11 +299,7 @@ def bounds(
 ) -> Bounds:
     """See `Method.bounds`."""
     least = least_bytes(layout, value_dtype, args)
-    if byte_budget < least:
-        raise LestdError(
-            f"the byte budget of a slice group is {byte_budget:,} bytes, but the smallest ranks of "
-            f"method 'td_moe' take {least:,} bytes; raise keep"
-        )
+    require_budget("td_moe", byte_budget, least)
     # The stacks; copies of one, in turn projected and unfolded; eigenvectors and Gram matrices.
     largest = layout.elements // len(_by_projection(layout))
     squares = max(layout.width, layout.head_dim) ** 2
