@@ -73,7 +73,7 @@ def choose(x: Tensor, core: EncodedCore, transposed: bool) -> str:
         and x.dtype.itemsize == 2
         and token_count(x) <= few
         and bitmask.runs(x, core)
-        and bitmask.is_fast()
+        and bitmask.path() != "portable"
     ):
         return "bitmask"
     return "eager"

@@ -32,7 +32,7 @@ from lestd_kernels.packed import EncodedCore
 
 _NAME = "lestd_bitmask"
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_HEADER = Path(__file__).with_suffix(".h")
+_HEADERS = sorted(Path(__file__).parent.glob("bitmask*.h"))
 _FLAGS = ["-O3", "-fopenmp"]
 _VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _loading = threading.Lock()
@@ -41,7 +41,7 @@ _loading = threading.Lock()
 def _library_path() -> Path:
     """Where the compiled kernel lies: one place for each source, PyTorch and architecture."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
-    code = [file.read_text(encoding="utf-8") for file in (_HEADER, _SOURCE)]
+    code = [file.read_text(encoding="utf-8") for file in (*_HEADERS, _SOURCE)]
     what = "\n".join([*code, *_FLAGS, torch.__version__])
     digest = hashlib.sha256(what.encode()).hexdigest()[:16]
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
@@ -108,10 +108,20 @@ def is_available() -> bool:
         return _load_once()
 
 
+@cache
+def _fastest_path() -> str:
+    fastest: str = torch.ops.lestd.bitmask_paths()[0]
+    return fastest
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def is_fast() -> bool:
-    """Whether this CPU runs the AVX-512 path (VBMI2: Ice Lake, Zen 4 and later)."""
-    return is_available() and bool(torch.ops.lestd.bitmask_is_fast())
+def path() -> str:
+    """The fastest path of the kernel that this CPU has.
+
+    ``avx512`` (with VBMI2: Ice Lake, Zen 4 and later), ``avx2``, ``neon``, or ``portable``.
+    ``ATEN_CPU_CAPABILITY`` bounds it, as it bounds PyTorch's own vectors.
+    """
+    return _fastest_path()
 
 
 def _fake_apply(
@@ -121,12 +131,12 @@ def _fake_apply(
     rows: int,
     columns: int,
     transposed: bool,
-    portable: bool,
+    path: str,
 ) -> Tensor:
     return x.new_empty(x.shape[0], rows if transposed else columns)
 
 
-def _fake_expand(values: Tensor, mask: Tensor, rows: int, columns: int, portable: bool) -> Tensor:
+def _fake_expand(values: Tensor, mask: Tensor, rows: int, columns: int, path: str) -> Tensor:
     return values.new_empty(rows, columns)
 
 
@@ -150,7 +160,7 @@ def few_tokens(core: EncodedCore, transposed: bool) -> int:
     nothing to the dense product where the CPU multiplies 16-bit numbers itself. Tiles for
     ``x @ M.T`` are whole rows, which are quicker to expand.
     """
-    if not is_fast():
+    if path() == "portable":
         return 2
     few = 32 if core.tensors["values"].dtype == torch.float32 else 16
     return few // 2 if transposed else few
@@ -161,7 +171,7 @@ def expand(core: EncodedCore) -> Tensor:
     if core.codec == "dense":
         return core.decode()
     values, mask = core.tensors["values"], core.tensors["mask"]
-    M: Tensor = torch.ops.lestd.bitmask_expand(values, mask, core.rows, core.columns, False)
+    M: Tensor = torch.ops.lestd.bitmask_expand(values, mask, core.rows, core.columns, path())
     return M
 
 
@@ -174,7 +184,7 @@ def apply_core(x: Tensor, core: EncodedCore, transposed: bool) -> Tensor:
         return x @ (M.T if transposed else M)
     product = torch.ops.lestd.bitmask_matmul if many else torch.ops.lestd.bitmask_apply
     tokens = x.reshape(-1, x.shape[-1])
-    out: Tensor = product(tokens, values, mask, core.rows, core.columns, transposed, False)
+    out: Tensor = product(tokens, values, mask, core.rows, core.columns, transposed, path())
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
