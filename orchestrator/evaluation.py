@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from lestd_kernels.errors import LestdError, first_line
+from orchestrator import logs
 from orchestrator.adapter import adapter_file
 from orchestrator.source import load_config, read_config_json
 from workers.checkpoint import ShardIndex
+from workers.evaluate import auto_dtype
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-"""Compute dtypes; ``"auto"`` is the checkpoint's own."""
+"""Compute dtypes that can be asked for; see `resolve_dtype`."""
 
 _LONGEST_DEFAULT_WINDOW = 2048
 
@@ -67,6 +70,35 @@ def open_model(model_dir: Path, window: int | None = None) -> EvaluationModel:
         vocabulary=vocabulary,
         window_length=window_length(config, window, str(model_dir)),
         bytes_on_disk=sum(file.stat().st_size for file in files),
+    )
+
+
+def resolve_dtype(model_dir: Path, dtype: str, device: str) -> str:
+    """The compute dtype that is asked for; of ``"auto"`` that which `auto_dtype` gives here.
+
+    It decides digits, and is part of what identifies an evaluation: who shares out the work
+    resolves it once, and all workers compute in it, whatever CPUs they have.
+
+    Args:
+        model_dir: directory of the model.
+        dtype: one of `DTYPES`.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+    if dtype != "auto":
+        return dtype
+    chosen, own = (str(one).removeprefix("torch.") for one in auto_dtype(str(model_dir), device))
+    if chosen != own:
+        _say_other(chosen, own)
+    return chosen
+
+
+@cache
+def _say_other(chosen: str, own: str) -> None:
+    """Once, however many models are evaluated."""
+    logs.log(
+        "message",
+        f"computed in {chosen}, because this CPU only emulates {own}; --dtype {own} for the "
+        "checkpoint's own dtype",
     )
 
 

@@ -28,7 +28,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lestd_kernels.errors import LestdError
-from orchestrator.evaluation import DTYPES, EvaluationModel, require_positive
+from orchestrator.evaluation import DTYPES, EvaluationModel, require_positive, resolve_dtype
 from orchestrator.executor import Executor, Listener, WorkerSpec
 from orchestrator.pieces import EvaluationDirectory
 from orchestrator.recording import ModelFacts, evaluation_id, evaluation_versions
@@ -65,7 +65,7 @@ class Evaluation:
         window_length: inputs of a full window.
         token_ids_sha256: of the evaluated tokens.
         window_scores: of each window its negative log-likelihood in nats, and its predicted tokens.
-        dtype: compute dtype as asked for; ``"auto"`` is the checkpoint's own.
+        dtype: compute dtype.
         device: ``"cpu"`` or ``"cuda"``.
         threads: CPU threads of a worker.
         workers: workers that took part.
@@ -161,6 +161,7 @@ def evaluate(
 
     if device == "auto":
         device = "cuda" if executor.has_cuda() else "cpu"
+    dtype = resolve_dtype(model.directory, dtype, device)
     token_ids_sha256 = hashlib.sha256(json.dumps(token_ids).encode()).hexdigest()
     settings = {
         "text": text_path.name,

@@ -26,7 +26,7 @@ from orchestrator.adapter import adapter_file, adapter_stored_bytes
 from orchestrator.assemble import about_model
 from orchestrator.compressed import CompressedModel, open_compressed
 from orchestrator.evaluated import evaluate_models
-from orchestrator.evaluation import EvaluationModel, require_positive
+from orchestrator.evaluation import EvaluationModel, require_positive, resolve_dtype
 from orchestrator.executor import SerialExecutor
 from orchestrator.json_files import read_json, write_json
 from orchestrator.manifest import MANIFEST_DIR, Manifest
@@ -114,6 +114,7 @@ def recover(
             steps = max(1, round(epochs * len(windows) / settings["batch"]))
         if settings["device"] == "auto":
             settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        settings["dtype"] = resolve_dtype(model.directory, settings["dtype"], settings["device"])
         lora = settings["train"] == LORA
         how = RecoverySettings(steps=steps, **settings)
         stated = asdict(how) | {

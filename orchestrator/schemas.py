@@ -291,7 +291,7 @@ EVALUATIONS = TableSpec(
         Column("tokens", _LONG, "predicted tokens, where perplexity is measured"),
         Column("fewshot", _INT, "examples shown before each question"),
         Column("settings", _TEXT, "JSON: all else that decides the figure"),
-        Column("dtype", _TEXT, "compute dtype, as asked for"),
+        Column("dtype", _TEXT, "compute dtype"),
         Column("device", _TEXT, "cpu or cuda"),
         Column("workers", _INT, "size of the pool"),
         Column("seconds", _REAL, "wall time of the task on this pool", "seconds"),

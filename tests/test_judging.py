@@ -215,7 +215,7 @@ def test_a_killed_judging_continues(
 
 @pytest.mark.parametrize(
     "other",
-    [("--limit", 2), ("--dtype", "float32"), ("--batch-size", 3), ("--threads", 2)],
+    [("--limit", 2), ("--dtype", "float16"), ("--batch-size", 3), ("--threads", 2)],
 )
 def test_other_settings_are_another_evaluation(other: tuple[object, ...], tmp_path: Path) -> None:
     common = ("--tasks", "mathqa", "--data", DATA, "--run-dir", tmp_path / "run", *SERIAL)
