@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli import PATIENCE
 
 from lestd_kernels.errors import LestdError
 from orchestrator import logs
@@ -102,7 +103,7 @@ class OnlyOne(Squarer):
         super().__init__(memory)
 
     def run(self, job: Job) -> Answer | Failure:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while not (self._memory / "told").exists():  # The others are given time to fail.
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -276,7 +276,6 @@ def payload_without_row(run_dir: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("executor", ["serial", pytest.param("ray", marks=pytest.mark.ray)])
 def test_kills_change_no_byte_and_repeat_no_finished_task(
     many_layers: Path, bucket: str, tmp_path: Path, executor: str

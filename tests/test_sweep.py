@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from cli import digest_tree, lestd, run_lestd, start_lestd
+from cli import PATIENCE, digest_tree, lestd, run_lestd, start_lestd
 from conftest import LAYERS
 from judging import DATA
 from safetensors.torch import load_file, save_file
@@ -197,7 +197,7 @@ def test_a_sweep_that_is_ended_goes_on(many_layers: Path, tmp_path: Path, end: i
     while process.poll() is None and len(committed(out)) < 9:
         time.sleep(0.002)
     process.send_signal(end)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == (130 if end == signal.SIGINT else -end), err
     finished = committed(out)
     assert 9 <= len(finished) < LAYERS // 2 * len(KEEPS)
