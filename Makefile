@@ -5,9 +5,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXAMPLE := examples/tiny-llama-wikitext2
 OUT := demo-out/tiny-llama-lestd
-# Two files of tests at a time; more would have more Rays at a time than small machines bear. One
-# thread each: two of them in two processes hinder each other on two cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two processes, that both end together; more would have more Rays at a time than small machines
+# bear. One thread each: two of them in two processes hinder each other on two cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help

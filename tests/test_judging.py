@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli import Finished, lestd, start_lestd
+from cli import PATIENCE, Finished, lestd, start_lestd
 from conftest import EXAMPLE
 from judging import DATA, MODEL, TASKS, judge_by_lm_eval, write_oracle_tasks
 
@@ -181,7 +181,7 @@ def test_any_pool_gives_lm_evals_figures(
 
 
 def wait_for_pieces(run_dir: Path, count: int, process: Any) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while len(list(run_dir.glob("*/pieces/*.json"))) < count:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli import Finished, digest_tree, lestd, run_lestd, start_lestd
+from cli import PATIENCE, Finished, digest_tree, lestd, run_lestd, start_lestd
 from families import save_tiny
 from safetensors.torch import load_file, save_file
 from test_bad_input import Q1, SERIAL, refused, shard_of
@@ -268,7 +268,7 @@ def test_two_drivers_of_one_output_end_in_one_model(model: Path, out: Path, tmp_
         start_lestd("compress", model, "--out", out, *SERIAL, "--run-dir", tmp_path / name)
         for name in ("a", "b")
     ]
-    ended = [(p.communicate(timeout=120), p.returncode) for p in processes]
+    ended = [(p.communicate(timeout=PATIENCE), p.returncode) for p in processes]
     assert min(code for _, code in ended) == 0
     for (_, err), code in ended:
         assert code in (0, 2)

@@ -248,7 +248,6 @@ def test_what_cannot_be_deleted_is_named(
     assert path.read_bytes() == b"a"
 
 
-@pytest.mark.timeout(30)
 @pytest.mark.parametrize("refusal", [silently, loudly])
 def test_a_lease_that_cannot_be_taken_over_is_named(
     bucket: UPath,
