@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.bits import count_bits, count_nonzeros
-from lestd_kernels.codecs import CODECS, UNSTRUCTURED, TensorSpec, cheapest_codec
+from lestd_kernels.codecs import CODECS, UNSTRUCTURED, TensorSpec, cheapest_codec, csr_rows
 from lestd_kernels.packing import (
     FULL_BITS,
     code_bytes,
@@ -122,11 +122,14 @@ class EncodedCore:
     def check(self) -> None:
         """Compare the index tensors with each other and with the number of values.
 
-        Decoding would notice an index that leads too far, but not every one that leads elsewhere.
+        Decoding would notice an index that leads too far, but not every one that leads elsewhere;
+        and what order or repetition of column indices mean, each backend would decide for itself.
 
         Raises:
-            ValueError: they disagree: the tensors are damaged.
+            ValueError: they disagree, or a scale is not finite: the tensors are damaged.
         """
+        if self.value_bits != FULL_BITS and not bool(self.tensors["scales"].isfinite().all()):
+            raise ValueError("a scale is not finite")
         if self.codec == "bitmask":
             marked = count_bits(self.tensors["mask"], self.rows * self.columns)
             if marked != self.nnz:
@@ -141,6 +144,11 @@ class EncodedCore:
                 raise ValueError(f"the row pointers do not rise from 0 to {self.nnz}")
             if bool(((columns < 0) | (columns >= self.columns)).any()):
                 raise ValueError(f"a column index is outside of the core's {self.columns} columns")
+            positions = csr_rows(ends, self.nnz).mul_(self.columns).add_(columns)
+            before = positions.roll(1)
+            before[:1] = -1
+            if not bool((positions > before).all()):
+                raise ValueError("the column indices of a row do not rise")
 
     @property
     def stored_bytes(self) -> int:
