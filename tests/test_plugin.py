@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import pickle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from families import (
     save_tiny,
     write_compressed,
 )
+from ray import cloudpickle
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import (
@@ -344,3 +346,24 @@ def test_layers_can_share_a_factor_that_stands_above_them(pair, tmp_path, offloa
             inputs = applications(shared.base_model.lestd_u1)
             assert torch.equal(shared.base_model(tokens()).last_hidden_state, expected)
             assert [x.shape[-1] for x in inputs] == [48, 17] * 2
+
+
+@pytest.mark.parametrize(("family", "mode"), [("llama", "identity"), ("opt", "learned")])
+@pytest.mark.parametrize(
+    "copied",
+    [
+        lambda model: pickle.loads(pickle.dumps(model)),
+        lambda model: pickle.loads(cloudpickle.dumps(model)),
+        copy.deepcopy,
+    ],
+    ids=["pickle", "cloudpickle", "deepcopy"],
+)
+def test_a_loaded_model_can_be_handed_to_another_process(pair, family, mode, copied):
+    """Its 16-bit column indices, too, for which plain pickle has no form."""
+    model = AutoModelForCausalLM.from_pretrained(pair(family, mode, "csr").directory).eval()
+    again = copied(model)
+    assert {name: t.dtype for name, t in again.state_dict().items()} == {
+        name: t.dtype for name, t in model.state_dict().items()
+    }
+    with torch.no_grad():
+        assert torch.equal(again(tokens()).logits, model(tokens()).logits)
