@@ -104,7 +104,7 @@ def compress_keeps(
                 [planned.task for planned in plans[0].tasks],
                 source,
                 config,
-                device_of(config, None if fresh else begun.fingerprint(), executor),
+                device_of(config, None if fresh else begun.binding(), executor),
                 executor,
                 calibration,
                 **SweepProgress(meter).listeners(out.name),
