@@ -25,7 +25,7 @@ from orchestrator.ray_connect import join_or_start
 from orchestrator.ray_deaths import Place
 from orchestrator.ray_pool import Died, NotStarted, Pool, Ran, Started
 from orchestrator.ray_words import (
-    amount,
+    in_use,
     never_begun,
     say_that_others_go_on,
     say_what_is_waited_for,
@@ -304,7 +304,7 @@ class RayExecutor:
             for name in names:
                 offered = float(node["Resources"].get(name, 0))
                 used = offered - float(free.get(node["NodeID"], {}).get(name, 0))
-                each.append(f"{amount(name, used)} of {amount(name, offered)}")
+                each.append(in_use(name, used, offered))
             said.append(f"{node['NodeManagerHostname']}: {', '.join(each)}")
         return said
 

@@ -51,7 +51,7 @@ def say_what_is_waited_for(
     need: dict[str, float], starting: int, nodes: Sequence[str], autoscaling: bool
 ) -> None:
     """Say what workers that are not there yet take, and what the nodes have."""
-    wanted = ", ".join(amount(name, much) for name, much in need.items() if much)
+    wanted = ", ".join(f"{name} {_figure(name, much)}" for name, much in need.items() if much)
     more = f"; {len(nodes) - _SHOWN_NODES} more nodes" if len(nodes) > _SHOWN_NODES else ""
     advice = (
         "; if no node type offers that, use fewer --threads, or node types with more memory (their "
@@ -66,6 +66,10 @@ def say_what_is_waited_for(
     )
 
 
-def amount(name: str, much: float) -> str:
-    """So much of one of Ray's resources, in words."""
-    return f"{size(much)} of memory" if name == "memory" else f"{name} {much:g}"
+def in_use(name: str, used: float, offered: float) -> str:
+    """How much of one of Ray's resources a node has, and how much of it is taken."""
+    return f"{name} {_figure(name, used)} of {_figure(name, offered)}"
+
+
+def _figure(name: str, much: float) -> str:
+    return size(much) if name == "memory" else f"{much:g}"

@@ -249,7 +249,8 @@ def _find_weight(index: ShardIndex, name: str, fused: str) -> TensorRef:
             f"the checkpoint in {index.location} has the experts of a layer in one tensor "
             f"({fused}), as Transformers saves them with save_original_format=False, and lestd "
             f"reads them one by one ({name}); start from the checkpoint that the model was loaded "
-            "from, or load that with from_pretrained and save it with plain save_pretrained"
+            "from, or give these weights to AutoModelForCausalLM.from_config by load_state_dict, "
+            "and call its save_pretrained"
         )
     if name not in index.tensors:
         raise LestdError(
