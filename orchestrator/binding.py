@@ -18,16 +18,21 @@ from workers.files import AnyPath, list_names
 _NO_WORK = {"calibration.json", "pieces"}
 
 
-def require_same(recorded: dict[str, Any], current: dict[str, Any], where: AnyPath) -> None:
+def require_same(
+    recorded: dict[str, Any], current: dict[str, Any], where: AnyPath, moved: AnyPath | None = None
+) -> None:
     """Refuse to go on with another configuration or source.
+
+    `moved` is what starting over does not delete, and would meet again.
 
     Raises:
         LestdError: the fingerprints differ; the sentence names the fields.
     """
     if changes := differences(recorded, current):
+        away = "" if moved is None else f", with {moved} moved away"
         raise LestdError(
             f"{where} belongs to a run that differs in: {'; '.join(changes)}; undo the change to "
-            "continue it, choose another --out, or start over with --fresh"
+            f"continue it, choose another --out, or start over with --fresh{away}"
         )
 
 

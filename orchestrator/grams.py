@@ -240,7 +240,8 @@ def _begin(directory: AnyPath, about: dict[str, Any]) -> None:
             if changes := differences(recorded, about):
                 raise LestdError(
                     f"{directory} holds a calibration that differs in: {'; '.join(changes)}; undo "
-                    "the change, or choose another directory for this one"
+                    "the change, or choose another directory for this one (--calibration, or "
+                    "another --out)"
                 )
             return
         if not starts_over(recorded, about, f"the calibration that was begun in {directory}"):

@@ -127,7 +127,8 @@ def recover(
         before = about["fingerprint"].get("recovered", [])
         fingerprint = about["fingerprint"] | {"recovered": [*before, stated]}
         if (run_dir / STATE_FILE).is_file():
-            require_same(read_json(run_dir / _OURS), stated, run_dir)
+            there = out if out.exists() else None
+            require_same(read_json(run_dir / _OURS), stated, run_dir, there)
         elif (run_dir / _OURS).is_file():
             begun = f"the recovery that was begun in {run_dir}"
             starts_over(read_json(run_dir / _OURS), stated, begun)
