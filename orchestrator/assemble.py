@@ -30,6 +30,7 @@ from upath import UPath
 
 from lestd_kernels.decomposition import FORMAT_VERSION
 from lestd_kernels.errors import LestdError
+from orchestrator.binding import require_same
 from orchestrator.card import CARD_FILE, model_card
 from orchestrator.json_files import json_bytes, read_json, write_json
 from orchestrator.lease import leased
@@ -41,7 +42,6 @@ from orchestrator.manifest import (
     keep_evaluations,
 )
 from orchestrator.plan import Plan
-from orchestrator.rundir import require_same
 from orchestrator.source import CONFIG_FILE, Source, copy_side_files, is_side_file
 from orchestrator.untouched import UNTOUCHED_DIR, fetch_shard
 from workers.checkpoint import INDEX_FILE, read_header, write_safetensors_stream

@@ -257,7 +257,7 @@ def _require_memory(needed: int, executor: Executor) -> None:
     if free < needed:
         raise LestdError(
             f"a worker has {free / 2**30:.1f} GiB of memory, but the audit of the largest block "
-            f"needs {needed / 2**30:.1f} GiB; free some, or choose layers by --include"
+            f"needs {needed / 2**30:.1f} GiB; free some, or narrow --scope or --include"
         )
 
 

@@ -66,7 +66,7 @@ def open_model(model_dir: Path, window: int | None = None) -> EvaluationModel:
         files.append(adapter)
     return EvaluationModel(
         directory=model_dir,
-        tokenizer=load_tokenizer(model_dir),
+        tokenizer=load_tokenizer(model_dir, str(model_dir)),
         vocabulary=vocabulary,
         window_length=window_length(config, window, str(model_dir)),
         bytes_on_disk=sum(file.stat().st_size for file in files),
@@ -102,7 +102,9 @@ def _say_other(chosen: str, own: str) -> None:
     )
 
 
-def window_length(config: PretrainedConfig, window: int | None, model: str) -> int:
+def window_length(
+    config: PretrainedConfig, window: int | None, model: str, option: str = "--window"
+) -> int:
     """Tokens that a model reads at once: as many as asked for, or 2048, or all it has room for.
 
     Raises:
@@ -115,7 +117,7 @@ def window_length(config: PretrainedConfig, window: int | None, model: str) -> i
     if window is not None and positions is not None and window > positions:
         raise LestdError(
             f"window {window} is longer than the {positions} positions of {model}; "
-            f"use at most {positions}"
+            f"give {option} of at most {positions}"
         )
     if window is not None:
         return window
@@ -132,8 +134,8 @@ def require_positive(name: str, value: int | None) -> None:
         raise LestdError(f"{name} must be at least 1, got {value}")
 
 
-def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies in a directory; no code of the model is run.
+def load_tokenizer(model_dir: Path, model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies in a directory; no code of the model, named `model`, is run.
 
     Raises:
         LestdError: there is none, or it is damaged.
@@ -145,7 +147,7 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     except Exception as error:
         # Damaged files fail in Transformers wherever they are first used, in many ways.
         raise LestdError(
-            f"{model_dir} has no usable tokenizer ({type(error).__name__}: {first_line(error)}); "
-            "copy the tokenizer files of the source model into it"
+            f"{model} has no usable tokenizer ({type(error).__name__}: {first_line(error)}); copy "
+            "the tokenizer files of the original model into it"
         ) from error
     return tokenizer

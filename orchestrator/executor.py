@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import psutil
 import torch
 
+from lestd_kernels.errors import LestdError
 from orchestrator import logs
 from orchestrator.config import ClusterConfig
 from orchestrator.retries import Again, Attempt, after_result
@@ -149,9 +150,18 @@ class SerialExecutor:
     def map(
         self, spec: WorkerSpec, items: Sequence[Any], on_event: Listener | None = None
     ) -> Iterator[Any]:
-        """See `Executor.map`; results come in the order of the items, second attempts last."""
+        """See `Executor.map`; results come in the order of the items, second attempts last.
+
+        Raises:
+            LestdError: workers are to have a GPU, and this process sees none.
+        """
         if not items:
             return
+        if spec.device == "cuda" and not self.has_cuda():
+            raise LestdError(
+                "device cuda is asked for, but this process sees no GPU; use --device cpu, or run "
+                "where PyTorch sees one"
+            )
         notify = on_event or (lambda event: None)
         threads = torch.get_num_threads()
         torch.set_num_threads(spec.threads)

@@ -33,12 +33,12 @@ import transformers
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods.base import STATISTICS
+from orchestrator.binding import differences, holds_work, starts_over
 from orchestrator.config import RunConfig
 from orchestrator.executor import Executor, Listener, WorkerSpec
 from orchestrator.json_files import read_json, write_json
 from orchestrator.plan import WORKER_BASE_BYTES
 from orchestrator.rows import TEMPORARY
-from orchestrator.rundir import differences
 from orchestrator.source import Source
 from orchestrator.tables import size
 from orchestrator.texts import Samples, read_samples
@@ -109,6 +109,12 @@ def with_metrics(task: TaskT, calibration: Calibration) -> TaskT:
     return replace(task, metric_tensors=metrics)
 
 
+def samples_of(source: Source, config: RunConfig) -> Samples:
+    """The samples of a run with a calibration text; raises what `read_samples` raises."""
+    assert config.calibrate_on is not None
+    return read_samples(source, config.calibrate_on, config.samples, config.sample_tokens)
+
+
 def calibrate_for(
     tasks: Iterable[Task],
     source: Source,
@@ -123,11 +129,10 @@ def calibrate_for(
     `device` is the class that ``auto`` came to mean; the other arguments, and what is raised, are
     those of `calibrate` and `orchestrator.texts.read_samples`.
     """
-    assert config.calibrate_on is not None
     return calibrate(
         source,
         blocks_of(tasks),
-        read_samples(source, config.calibrate_on, config.samples, config.sample_tokens),
+        samples_of(source, config),
         executor,
         directory,
         device=device,
@@ -230,13 +235,18 @@ def _begin(directory: AnyPath, about: dict[str, Any]) -> None:
     """Make the directory, or see that it is of the same model, text and software."""
     about = json.loads(json.dumps(about))
     if is_file(directory / _ABOUT_FILE):
-        if changes := differences(read_json(directory / _ABOUT_FILE), about):
-            raise LestdError(
-                f"{directory} holds a calibration that differs in: {'; '.join(changes)}; undo the "
-                "change, or choose another directory for this one"
-            )
-        return
-    if names := [name for name in list_names(directory) if not name.startswith(TEMPORARY)]:
+        recorded = read_json(directory / _ABOUT_FILE)
+        if holds_work(directory, directory / PIECES_DIR):
+            if changes := differences(recorded, about):
+                raise LestdError(
+                    f"{directory} holds a calibration that differs in: {'; '.join(changes)}; undo "
+                    "the change, or choose another directory for this one (--calibration, or "
+                    "another --out)"
+                )
+            return
+        if not starts_over(recorded, about, f"the calibration that was begun in {directory}"):
+            return
+    elif names := [name for name in list_names(directory) if not name.startswith(TEMPORARY)]:
         raise LestdError(
             f"{directory} is not empty and holds {names[0]}, but no {_ABOUT_FILE}; choose another "
             "directory"

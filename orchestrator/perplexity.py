@@ -25,8 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from lestd_kernels.errors import LestdError
 from orchestrator.evaluation import DTYPES, EvaluationModel, require_positive, resolve_dtype
 from orchestrator.executor import Executor, Listener, WorkerSpec
@@ -143,14 +141,7 @@ def evaluate(
     require_positive("max-windows", max_windows)
     if dtype not in DTYPES:
         raise LestdError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    text = read_text(text_path)
-    token_ids = _tokenize(model.tokenizer, text, text_path)
-    if max(token_ids) >= model.vocabulary:
-        raise LestdError(
-            f"{model.directory}: the tokenizer gives token id {max(token_ids)} but the model's "
-            f"vocab_size is {model.vocabulary}; the tokenizer files belong to another model"
-        )
-
+    text, token_ids = read_tokens(model, text_path)
     length = model.window_length
     windows = -(-(len(token_ids) - 1) // length)
     if max_windows is not None and max_windows < windows:
@@ -245,15 +236,29 @@ def read_text(path: Path) -> str:
     return text
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, path: Path) -> list[int]:
+def read_tokens(model: EvaluationModel, path: Path) -> tuple[str, list[int]]:
+    """A text and its token ids.
+
+    Raises:
+        LestdError: as `read_text`; or it has fewer than two tokens, or tokens that the model does
+            not have.
+    """
+    text = read_text(path)
     # verbose=False: a text longer than the model is what windows are for, no reason to warn.
-    token_ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    token_ids: list[int] = model.tokenizer(text, add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
     if len(token_ids) < 2:
         raise LestdError(
             f"the text {path} has {len(token_ids)} token; evaluation needs at least two, because "
             "the first one is not predicted"
         )
-    return token_ids
+    if max(token_ids) >= model.vocabulary:
+        raise LestdError(
+            f"{model.directory}: the tokenizer gives token id {max(token_ids)} but the model's "
+            f"vocab_size is {model.vocabulary}; the tokenizer files belong to another model"
+        )
+    return text, token_ids
 
 
 def _pieces(token_ids: list[int], length: int) -> list[EvalRequest]:

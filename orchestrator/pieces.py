@@ -60,7 +60,7 @@ class EvaluationDirectory(Generic[ResultType]):
         except OSError as error:
             raise LestdError(
                 f"{self.path} cannot be written ({error.strerror}); finished pieces are kept "
-                "there, choose another place by --run-dir"
+                "there, choose another place by --run-dir (sweep, compare and recover: --out)"
             ) from error
 
     def commit(self, result: ResultType) -> None:

@@ -25,12 +25,13 @@ from typing import Any
 from lestd_kernels.errors import LestdError, OutOfSpaceError
 from lestd_kernels.methods import ACTIVATION
 from orchestrator.assemble import assemble, check_output, remove_model
+from orchestrator.binding import require_same
 from orchestrator.config import RunConfig
 from orchestrator.executor import Event, Executor, Listener, WorkerSpec
-from orchestrator.grams import CALIBRATION_DIR, calibrate_for, with_metrics
+from orchestrator.grams import CALIBRATION_DIR, calibrate_for, samples_of, with_metrics
 from orchestrator.manifest import MANIFEST_DIR, Manifest
 from orchestrator.plan import Plan, decide, make_plan, no_worse_than_uniform
-from orchestrator.rundir import RunDirectory, fingerprint, require_same
+from orchestrator.rundir import RunDirectory, fingerprint
 from orchestrator.runs import RunRecord, on_record
 from orchestrator.source import Source
 from orchestrator.tables import size
@@ -127,7 +128,7 @@ def compress_model(
             remove_model(out)
             run.remove_contents()
             model = None
-        recorded = run.fingerprint() or (model and model["fingerprint"])
+        recorded = run.binding() or (model and model["fingerprint"])
         current = fingerprint(source, config, device_of(config, recorded, executor))
         if model is not None:
             require_same(model["fingerprint"], current, out)
@@ -137,6 +138,11 @@ def compress_model(
                 found = _first_rows(manifest.completed_curves(plan.curve_tasks))
                 seconds = time.monotonic() - began
                 return Outcome(plan, plan, tuple(rows), (), len(rows), found, seconds)
+        if recorded is None:  # What can be refused is refused before anything is written.
+            _require_disk(plan, out, run_dir, reclaimed=0)
+            _require_memory(plan, executor)
+            if config.used_metric == ACTIVATION:
+                samples_of(source, config)
         run.begin(source, current, plan)
         record = RunRecord(source, plan, current, executor, planned_seconds, began)
         until_the_end.enter_context(on_record(record, run.manifest, require_lock))

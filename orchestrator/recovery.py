@@ -24,6 +24,7 @@ from torch import Tensor
 from lestd_kernels.errors import LestdError
 from orchestrator.adapter import adapter_file, adapter_stored_bytes
 from orchestrator.assemble import about_model
+from orchestrator.binding import require_same, starts_over
 from orchestrator.compressed import CompressedModel, open_compressed
 from orchestrator.evaluated import evaluate_models
 from orchestrator.evaluation import EvaluationModel, require_positive, resolve_dtype
@@ -34,9 +35,8 @@ from orchestrator.meter import Meter
 from orchestrator.perplexity import Evaluation, read_text
 from orchestrator.recording import ModelFacts, evaluation_versions, open_models, record
 from orchestrator.recovered import require_free, write_recovered
-from orchestrator.rundir import require_same
 from workers.files import atomic_write, file_sha256, try_lock
-from workers.recover import LORA, RecoverySettings, Trained, train
+from workers.recover import LORA, STATE_FILE, RecoverySettings, Trained, train
 
 _HELD_OUT = 0.1
 _OURS = "recover.json"
@@ -127,8 +127,12 @@ def recover(
         stated.pop("save_every")  # Decides no byte.
         before = about["fingerprint"].get("recovered", [])
         fingerprint = about["fingerprint"] | {"recovered": [*before, stated]}
-        if (run_dir / _OURS).is_file():
-            require_same(read_json(run_dir / _OURS), stated, run_dir)
+        if (run_dir / STATE_FILE).is_file():
+            there = out if out.exists() else None
+            require_same(read_json(run_dir / _OURS), stated, run_dir, there)
+        elif (run_dir / _OURS).is_file():
+            begun = f"the recovery that was begun in {run_dir}"
+            starts_over(read_json(run_dir / _OURS), stated, begun)
         finished = about_model(out)
         if finished is None or finished["fingerprint"] != fingerprint:
             require_free(out)

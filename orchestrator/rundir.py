@@ -27,6 +27,7 @@ from upath import UPath
 from lestd_kernels.decomposition import FORMAT_VERSION
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import ACTIVATION
+from orchestrator.binding import holds_work, require_same, starts_over
 from orchestrator.config import RunConfig
 from orchestrator.json_files import read_json, write_json
 from orchestrator.lease import is_held, leased
@@ -78,34 +79,6 @@ def fingerprint(source: Source, config: RunConfig, device: str) -> dict[str, Any
     return result
 
 
-def require_same(recorded: dict[str, Any], current: dict[str, Any], where: AnyPath) -> None:
-    """Refuse to go on with another configuration or source.
-
-    Raises:
-        LestdError: the fingerprints differ; the sentence names the fields.
-    """
-    if changes := differences(recorded, current):
-        raise LestdError(
-            f"{where} belongs to a run that differs in: {'; '.join(changes)}; undo the change to "
-            "continue it, choose another --out, or start over with --fresh"
-        )
-
-
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Paths of the values that differ, each with both values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in sorted(old.keys() | new.keys()):
-            found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-        return found
-    return [] if old == new else [f"{path} (was {_short(old)}, is {_short(new)})"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
 class RunDirectory:
     """One run's directory."""
 
@@ -130,6 +103,20 @@ class RunDirectory:
             LestdError: run.json is damaged, or not of lestd.
         """
         return self._about("fingerprint") if self.exists else None
+
+    def binding(self) -> dict[str, Any] | None:
+        """The fingerprint that a call must have to go on here; None if any will do.
+
+        A run that has finished nothing binds nobody: it may have been refused, and the corrected
+        command is a run that differs.
+
+        Raises:
+            LestdError: see `fingerprint`.
+        """
+        tables = {name.partition(".")[0] for name in list_names(self.manifest.directory)}
+        calibration = self.path / "calibration"
+        kept = holds_work(self.payloads, calibration, calibration / "pieces")
+        return self.fingerprint() if kept or tables & {"groups", "curves"} else None
 
     def _about(self, key: str) -> dict[str, Any]:
         value = read_json(self.path / "run.json").get(key)
@@ -215,13 +202,20 @@ class RunDirectory:
             os.close(handle)
 
     def begin(self, source: Source, fingerprint: dict[str, Any], plan: Plan) -> None:
-        """Start the run, or continue it.
+        """Start the run, or continue it; one that differs starts over if nothing is finished.
 
         Raises:
             LestdError: the directory belongs to a run with another configuration or source, or a
                 source tensor that a finished task has read was changed since.
         """
         recorded = self.fingerprint()
+        if (
+            recorded is not None
+            and self.binding() is None
+            and starts_over(recorded, fingerprint, f"the run that was begun in {self.path}")
+        ):
+            self.remove_contents()
+            recorded = None
         if recorded is not None:
             require_same(recorded, fingerprint, self.path)
             if isinstance(self.path, Path):

@@ -220,7 +220,10 @@ def check_not_pickled(model: str, names: set[str]) -> None:
     if {WEIGHTS_FILE, INDEX_FILE} & names:
         return
     if convertible := sorted({BIN_FILE, BIN_INDEX_FILE} & names):
-        out = Path(model).name + "-safetensors"
+        directory = Path(model).resolve()  # The model may be called "." or "..".
+        out = f"{directory.name}-safetensors"
+        if directory == Path.cwd():
+            out = f"../{out}"  # Beside the model, not in it.
         what = "COPY_OF_IT_HERE" if is_url(model) else shlex.quote(model)
         raise LestdError(
             f"{model} has only pickled weights ({convertible[0]}), which could run code when "

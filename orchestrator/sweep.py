@@ -29,6 +29,7 @@ from orchestrator.executor import Executor
 from orchestrator.grams import CALIBRATION_DIR, calibrate_for
 from orchestrator.manifest import MANIFEST_DIR, Manifest, default_run_dir
 from orchestrator.meter import Meter
+from orchestrator.perplexity import read_tokens
 from orchestrator.pipeline import Outcome, compress_model, device_of
 from orchestrator.plan import make_plan
 from orchestrator.progress import SweepProgress
@@ -104,7 +105,7 @@ def compress_keeps(
                 [planned.task for planned in plans[0].tasks],
                 source,
                 config,
-                device_of(config, None if fresh else begun.fingerprint(), executor),
+                device_of(config, None if fresh else begun.binding(), executor),
                 executor,
                 calibration,
                 **SweepProgress(meter).listeners(out.name),
@@ -145,17 +146,17 @@ def check_judgeable(source: Source, text: Path | None, window: int | None) -> No
     """Refuse, before anything is compressed, what could not be judged afterwards.
 
     Raises:
-        LestdError: the checkpoint is not in a local directory or has no usable tokenizer, or there
-            is no text.
+        LestdError: the checkpoint is not in a local directory or has no usable tokenizer, or the
+            text cannot be predicted.
     """
     if not Path(source.index.location).is_dir():
         raise LestdError(
             f"--text and --tasks need the dense model in a local directory, but {source.model} "
             "lies elsewhere; download it first, or leave them out"
         )
-    if text is not None and not text.is_file():
-        raise LestdError(f"the text {text} cannot be read (no such file); check --text")
-    open_model(source.directory, window)
+    model = open_model(source.directory, window)
+    if text is not None:
+        read_tokens(model, text)
 
 
 def judge_keeps(

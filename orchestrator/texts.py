@@ -82,9 +82,9 @@ def read_samples(source: Source, text: str, samples: int, sample_tokens: int) ->
         LestdError: the text cannot be read or is too short, the tokenizer is missing or another
             model's, or a window is longer than the model's positions.
     """
-    length = window_length(source.config, sample_tokens, source.model)
+    length = window_length(source.config, sample_tokens, source.model, "--sample-tokens")
     content = read_calibration(text)
-    tokenizer = load_tokenizer(source.fetch_side_files())
+    tokenizer = load_tokenizer(source.fetch_side_files(), source.model)
     token_ids = first_tokens(tokenizer, decode_text(content, text), samples * length)
     if len(token_ids) < samples * length:
         raise LestdError(

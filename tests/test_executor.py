@@ -90,6 +90,7 @@ def ray_executor() -> Iterator[Executor]:
     # More workers than there is room for, in every test.
     workers = (os.cpu_count() or 1) + 3
     with open_executor(ClusterConfig(workers=workers, max_attempts=3)) as executor:
+        executor.worker_memory_bytes()  # Connects, which it tells of.
         yield executor
 
 
@@ -235,7 +236,8 @@ def test_what_no_node_offers_is_asked_for_again_and_again(
     with pytest.raises(EnoughError):
         list(ray_executor.map(spec, [Job("a")]))
     assert told[0] == told[1]
-    assert "CPU 10000" in told[0]
+    assert "each takes CPU 10000" in told[0]
+    assert f"in use: {socket.gethostname()}: CPU 0 of " in told[0]
     assert "--threads, or node types with more memory" in told[0]
 
 

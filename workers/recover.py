@@ -231,7 +231,8 @@ class _Training:
             total += float(loss.detach())
         if not math.isfinite(total):
             raise LestdError(
-                f"the loss of step {step + 1} is {total}; use a smaller --lr, or --dtype float32"
+                f"the loss of step {step + 1} is {total}; start over with --fresh and a smaller "
+                "--lr, or --dtype float32"
             )
         for name, parameter in self._trained.items():
             # Values of a module that no token of the batch reached have no gradient.

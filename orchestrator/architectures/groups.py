@@ -149,7 +149,8 @@ class Architecture(Description):
             stored_path = (block.stored_path if isinstance(block, Experts) else None) or block.path
             stored_layer = layer_path.removeprefix(prefix)
             stored = _join(stored_layer, stored_path)
-            tensors = _find_weights(index, stored, layout)
+            fused = _join(_join(stored_layer, block.path), layout.guard or "")
+            tensors = _find_weights(index, stored, layout, fused)
             norm = index.tensors.get(f"{stored_layer}.{block.norm}.weight") if before else None
             group = _join(layer_path, block.path)
             inputs = [m.reads for m in layout.modules if m.basis_side == "input"]
@@ -209,8 +210,12 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if name else path
 
 
-def _find_weights(index: ShardIndex, path: str, layout: GroupLayout) -> dict[str, TensorRef]:
+def _find_weights(
+    index: ShardIndex, path: str, layout: GroupLayout, fused: str
+) -> dict[str, TensorRef]:
     """The weights of one block by their sources, checked; one expert of many is a part of a tensor.
+
+    `fused` is the name of the tensor that has all experts in memory.
 
     Raises:
         LestdError: see `Architecture.groups`.
@@ -224,7 +229,7 @@ def _find_weights(index: ShardIndex, path: str, layout: GroupLayout) -> dict[str
         name = f"{path}.{module.name}.weight" if stored is None else f"{path}.{stored.tensor}"
         expected: tuple[int, ...] = layout.source_shape(module)
         number = None if stored is None else stored.index
-        ref = _find_weight(index, name)
+        ref = _find_weight(index, name, fused)
         _check_weight(ref, expected if number is None else (experts, *expected))
         tensors[module.source] = ref if number is None else _matrix_of(ref, number)
     _check_same_dtype(list(tensors.values()))
@@ -238,7 +243,15 @@ def _matrix_of(ref: TensorRef, number: int) -> TensorRef:
     return replace(ref, shape=ref.shape[1:], byte_range=(start, start + size))
 
 
-def _find_weight(index: ShardIndex, name: str) -> TensorRef:
+def _find_weight(index: ShardIndex, name: str, fused: str) -> TensorRef:
+    if name not in index.tensors and fused in index.tensors:
+        raise LestdError(
+            f"the checkpoint in {index.location} has the experts of a layer in one tensor "
+            f"({fused}), as Transformers saves them with save_original_format=False, and lestd "
+            f"reads them one by one ({name}); start from the checkpoint that the model was loaded "
+            "from, or give these weights to AutoModelForCausalLM.from_config by load_state_dict, "
+            "and call its save_pretrained"
+        )
     if name not in index.tensors:
         raise LestdError(
             f"tensor {name} is absent from the checkpoint in {index.location}, which its "
