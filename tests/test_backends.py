@@ -145,6 +145,30 @@ def test_a_core_of_several_tiles(transposed, kernel):
         assert_is_product(found, x, M.T if transposed else M)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_so_many_tokens_that_they_are_cut_into_parts(transposed, kernel):
+    M = sparse(33, 140, 0.3, torch.float32)
+    x = torch.randn(2051, 140 if transposed else 33)
+    found = BACKENDS["bitmask"].apply_core(x, encode(M, "bitmask"), transposed)
+    assert_is_product(found, x, M.T if transposed else M)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_values_that_the_cpu_only_emulates_are_multiplied_in_float32(
+    codec, transposed, kernel, monkeypatch
+):
+    monkeypatch.setattr(bitmask, "emulated", lambda dtype: dtype == torch.bfloat16)
+    M = sparse(33, 140, 0.04 if codec == "csr" else 0.4, torch.bfloat16)
+    core, x = encode(M, codec), torch.randn(70, 140 if transposed else 33).bfloat16()
+    assert choose(x, core, transposed) == ("csr" if codec == "csr" else "bitmask")
+    found = apply_core(x, core, transposed, None)
+    assert_is_product(found, x, M.T if transposed else M)
+    if codec == "bitmask":
+        wide = apply_core(x.float(), encode(M.float(), codec), transposed, None)
+        assert torch.equal(found, wide.bfloat16())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("rows", "columns"), [(150, 333), (700, 31)])
@@ -188,7 +212,8 @@ def test_the_kernel_refuses_a_path_that_this_cpu_has_not(kernel):
         torch.ops.lestd.bitmask_expand(tensors["values"], tensors["mask"], 9, 20, "avx1024")
 
 
-def test_the_rule(kernel):
+def test_the_rule(kernel, monkeypatch):
+    monkeypatch.setattr(bitmask, "emulated", lambda dtype: False)
     M = sparse(33, 40, 0.5, torch.bfloat16)
     dense, packed, sparser = (encode(M, codec) for codec in ("dense", "bitmask", "csr"))
     one, many = torch.randn(1, 33).bfloat16(), torch.randn(512, 33).bfloat16()

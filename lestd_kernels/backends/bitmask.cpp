@@ -26,8 +26,11 @@ extern "C" int MKL_Set_Num_Threads_Local(int count) __attribute__((weak));  // n
 
 namespace {
 
-constexpr int64_t kBlocks = 16;          // blocks of rows, and tiles at least, for as many threads
+constexpr int64_t kBlocks = 16;          // blocks of rows, or products of tiles: for as many threads
 constexpr int64_t kTileBytes = 1 << 21;  // of a dense tile, to stay in a cache of one core
+constexpr int64_t kTileTokens = 64;      // tokens for which one such tile is enough
+constexpr int64_t kPartTokens = 1024;    // for which expanding a tile again costs next to nothing
+constexpr int64_t kMostParts = 4;        // parts of the tokens
 constexpr int64_t kRowsAhead = 8;        // how early a row of a tile is asked for
 
 enum class Path { kPortable, kNeon, kAvx2, kAvx512 };
@@ -197,12 +200,17 @@ struct OneThread {
 };
 
 // Products tile by tile: each is expanded, and multiplied by at::mm while it is in the cache of the
-// thread. A tile spans the whole length of the sums. Out is T or float.
+// thread. A tile spans the whole length of the sums. Many tokens are cut into parts, with wider tiles
+// in turn, since each tile reads all of x. Out is T or float.
 template <typename Out, typename T>
 at::Tensor matmul(const at::Tensor& x, const Core<T>& core, bool transposed, Path path) {
   const int64_t length = transposed ? core.columns : core.rows;
-  const int64_t width = transposed ? core.rows : core.columns;
-  const int64_t most = std::min(kTileBytes / (length * int64_t(sizeof(Out))), width / kBlocks);
+  const int64_t width = transposed ? core.rows : core.columns, tokens = x.size(0);
+  const int64_t parts = std::clamp(tokens / kPartTokens, int64_t{1}, kMostParts);
+  const int64_t part_tokens = (tokens + parts - 1) / parts;
+  const int64_t fitting = std::max(part_tokens / kTileTokens, int64_t{1}) * kTileBytes /
+                          (length * int64_t(sizeof(Out)));
+  const int64_t most = std::min(fitting, width * parts / kBlocks);
   const int64_t step = std::max(most / kChunk * kChunk, kChunk);
   const int64_t tiles = (width + step - 1) / step;
   std::vector<int64_t> from = core.starts;  // of each row; without `transposed` (tiles, rows)
@@ -215,21 +223,27 @@ at::Tensor matmul(const at::Tensor& x, const Core<T>& core, bool transposed, Pat
                                  count_values(core, r * width + (i - 1) * step, step);
     });
   }
-  at::Tensor out = at::empty({x.size(0), width}, x.options());
-  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+  at::Tensor out = at::empty({tokens, width}, x.options());
+  at::parallel_for(0, tiles * parts, 1, [&](int64_t begin, int64_t end) {
     const OneThread alone;
     const at::AutoDispatchBelowADInplaceOrView below;  // as the caller, whose guard is its thread's
     const at::Tensor buffer = at::empty({length * step}, x.options());
     Out* dense = buffer.mutable_data_ptr<Out>();
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i * step, count = std::min(step, width - first), last = first + count;
+      const int64_t index = i / parts, part = i % parts * part_tokens;
+      const int64_t first = index * step, count = std::min(step, width - first);
       const at::Tensor tile = buffer.narrow(0, 0, length * count);
-      if (transposed)
-        expand_tile(core, first, last, 0, length, from.data() + first, dense, path);
-      else
-        expand_tile(core, 0, length, first, last, from.data() + i * length, dense, path);
-      at::Tensor part = out.narrow(1, first, count);
-      at::mm_out(part, x, transposed ? tile.view({count, length}).t() : tile.view({length, count}));
+      if (i == begin || i % parts == 0) {  // else it is expanded already
+        if (transposed)
+          expand_tile(core, first, first + count, 0, length, from.data() + first, dense, path);
+        else
+          expand_tile(core, 0, length, first, first + count, from.data() + index * length, dense,
+                      path);
+      }
+      const at::Tensor M =
+          transposed ? tile.view({count, length}).t() : tile.view({length, count});
+      at::Tensor product = out.slice(0, part, part + part_tokens).narrow(1, first, count);
+      at::mm_out(product, x.slice(0, part, part + part_tokens), M);
     }
   });
   return out;

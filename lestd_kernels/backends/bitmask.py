@@ -7,8 +7,8 @@ The kernel is C++ (`bitmask.h`, `bitmask.cpp`), compiled on first use with PyTor
 cached where PyTorch caches extensions (``TORCH_EXTENSIONS_DIR``). It needs a C++ compiler and
 ninja; where there is none, or compiling fails, one warning says so and `eager` does the work.
 
-For few tokens results do not depend on the number of threads; for more they do as far as those of
-`torch.mm`.
+Results do not depend on the number of threads. Where the CPU has no arithmetic for 16-bit values,
+they are multiplied in float32, tile by tile.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.backends.base import Backend, is_plain, token_count
+from lestd_kernels.cpu import emulated
 from lestd_kernels.packed import EncodedCore
 
 _NAME = "lestd_bitmask"
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _HEADERS = sorted(Path(__file__).parent.glob("bitmask*.h"))
-_FLAGS = ["-O3", "-fopenmp"]
+# GCC would keep the pointers to several rows in one vector register, and take them out again.
+_FLAGS = ["-O3", "-fopenmp", "-fno-tree-slp-vectorize"]
 _VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _loading = threading.Lock()
 
@@ -124,6 +126,12 @@ def path() -> str:
     return _fastest_path()
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def widens(dtype: torch.dtype) -> bool:
+    """Whether products of many tokens in `dtype` are computed in float32 here."""
+    return emulated(dtype)
+
+
 def _fake_apply(
     x: Tensor,
     values: Tensor,
@@ -160,8 +168,8 @@ def few_tokens(core: EncodedCore, transposed: bool) -> int:
     nothing to the dense product where the CPU multiplies 16-bit numbers itself. Tiles for
     ``x @ M.T`` are whole rows, which are quicker to expand.
     """
-    if path() == "portable":
-        return 2
+    if path() != "avx512":
+        return 2 if path() == "portable" else 8
     few = 32 if core.tensors["values"].dtype == torch.float32 else 16
     return few // 2 if transposed else few
 
@@ -179,13 +187,15 @@ def apply_core(x: Tensor, core: EncodedCore, transposed: bool) -> Tensor:
     """``x @ M``, or with `transposed` ``x @ M.T``."""
     values, mask = core.tensors["values"], core.tensors.get("mask")
     many = token_count(x) > few_tokens(core, transposed)
-    if many and mask is None:
+    wide = many and widens(x.dtype)
+    if many and mask is None and not wide:
         M = core.decode()
         return x @ (M.T if transposed else M)
     product = torch.ops.lestd.bitmask_matmul if many else torch.ops.lestd.bitmask_apply
     tokens = x.reshape(-1, x.shape[-1])
+    tokens = tokens.float() if wide else tokens
     out: Tensor = product(tokens, values, mask, core.rows, core.columns, transposed, path())
-    return out.reshape(*x.shape[:-1], out.shape[-1])
+    return out.to(x.dtype).reshape(*x.shape[:-1], out.shape[-1])
 
 
 BACKEND = Backend(runs, apply_core, expand)
