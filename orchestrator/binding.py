@@ -11,7 +11,6 @@ from typing import Any
 
 from lestd_kernels.errors import LestdError
 from orchestrator import logs
-from orchestrator.rows import TEMPORARY
 from workers.files import AnyPath, list_names
 
 # What a calibration has before it has found anything.
@@ -58,7 +57,7 @@ def holds_work(*folders: AnyPath) -> bool:
         LestdError: the object store that they lie in does not answer.
     """
     names = (name for folder in folders for name in list_names(folder))
-    return any(name not in _NO_WORK and not name.startswith(TEMPORARY) for name in names)
+    return any(name not in _NO_WORK and not name.startswith(".") for name in names)
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

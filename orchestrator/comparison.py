@@ -33,6 +33,7 @@ from orchestrator.progress import SweepProgress
 from orchestrator.recording import open_models
 from orchestrator.source import Source
 from orchestrator.sweep import compress_keeps, model_dir, sweep_points
+from orchestrator.texts import require_usable
 from orchestrator.weight_errors import WeightErrors, weight_errors
 from workers.bench import BenchSettings
 from workers.checkpoint import ShardIndex
@@ -130,6 +131,7 @@ def compress_contenders(
     first = next(iter(next(iter(contenders.values())).values()))
     if first.calibrate_on is not None:
         if fresh:
+            require_usable(source, first, executor)
             remove_tree(out / CALIBRATION_DIR)
         with Meter("calibrate", "bytes") as meter:
             calibration = calibrate_for(

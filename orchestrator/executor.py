@@ -111,6 +111,13 @@ class Executor(Protocol):
     def has_cuda(self) -> bool:
         """Whether workers can have a GPU."""
 
+    def require_cuda(self) -> None:
+        """Refuse where workers cannot have a GPU, nor will.
+
+        Raises:
+            LestdError: it is so.
+        """
+
     def worker_memory_bytes(self) -> int:
         """The most main memory that a worker can have, as things are now."""
 
@@ -139,6 +146,14 @@ class SerialExecutor:
         """Whether this process sees a GPU."""
         return torch.cuda.is_available()
 
+    def require_cuda(self) -> None:
+        """See `Executor.require_cuda`."""
+        if not self.has_cuda():
+            raise LestdError(
+                "device cuda is asked for, but this process sees no GPU; use --device cpu, or run "
+                "where PyTorch sees one"
+            )
+
     def worker_memory_bytes(self) -> int:
         """What this machine has free."""
         return int(psutil.virtual_memory().available)
@@ -157,11 +172,8 @@ class SerialExecutor:
         """
         if not items:
             return
-        if spec.device == "cuda" and not self.has_cuda():
-            raise LestdError(
-                "device cuda is asked for, but this process sees no GPU; use --device cpu, or run "
-                "where PyTorch sees one"
-            )
+        if spec.device == "cuda":
+            self.require_cuda()
         notify = on_event or (lambda event: None)
         threads = torch.get_num_threads()
         torch.set_num_threads(spec.threads)

@@ -41,7 +41,7 @@ from orchestrator.plan import WORKER_BASE_BYTES
 from orchestrator.rows import TEMPORARY
 from orchestrator.source import Source
 from orchestrator.tables import size
-from orchestrator.texts import Samples, read_samples
+from orchestrator.texts import Samples, samples_of
 from workers.calibrate import (
     PIECES_DIR,
     Calibrated,
@@ -107,12 +107,6 @@ def with_metrics(task: TaskT, calibration: Calibration) -> TaskT:
             if (ref := calibration.refs.get(f"{task.group}.{reads}{suffix}")) is not None:
                 metrics[reads + suffix] = ref
     return replace(task, metric_tensors=metrics)
-
-
-def samples_of(source: Source, config: RunConfig) -> Samples:
-    """The samples of a run with a calibration text; raises what `read_samples` raises."""
-    assert config.calibrate_on is not None
-    return read_samples(source, config.calibrate_on, config.samples, config.sample_tokens)
 
 
 def calibrate_for(

@@ -28,13 +28,14 @@ from orchestrator.assemble import assemble, check_output, remove_model
 from orchestrator.binding import require_same
 from orchestrator.config import RunConfig
 from orchestrator.executor import Event, Executor, Listener, WorkerSpec
-from orchestrator.grams import CALIBRATION_DIR, calibrate_for, samples_of, with_metrics
+from orchestrator.grams import CALIBRATION_DIR, calibrate_for, with_metrics
 from orchestrator.manifest import MANIFEST_DIR, Manifest
 from orchestrator.plan import Plan, decide, make_plan, no_worse_than_uniform
 from orchestrator.rundir import RunDirectory, fingerprint
 from orchestrator.runs import RunRecord, on_record
 from orchestrator.source import Source
 from orchestrator.tables import size
+from orchestrator.texts import require_usable
 from orchestrator.untouched import UNTOUCHED_DIR
 from workers.calibrate import Calibrated, CalibrationItem
 from workers.contracts import CurveResult, CurveTask, Failure, Result, Task
@@ -123,8 +124,12 @@ def compress_model(
     check_output(out)
     with run.locked() as require_lock, ExitStack() as until_the_end:
         model = check_output(out)  # Whoever held the lock may have finished it meanwhile.
+        if fresh or (run.binding() is None and model is None):
+            # What can be refused is refused before anything is written, or deleted.
+            _require_disk(plan, out, run_dir, _file_bytes(out, run_dir) if fresh else 0)
+            _require_memory(plan, executor)
+            require_usable(source, config, executor)
         if fresh:
-            _require_disk(plan, out, run_dir, reclaimed=_file_bytes(out, run_dir))
             remove_model(out)
             run.remove_contents()
             model = None
@@ -138,11 +143,6 @@ def compress_model(
                 found = _first_rows(manifest.completed_curves(plan.curve_tasks))
                 seconds = time.monotonic() - began
                 return Outcome(plan, plan, tuple(rows), (), len(rows), found, seconds)
-        if recorded is None:  # What can be refused is refused before anything is written.
-            _require_disk(plan, out, run_dir, reclaimed=0)
-            _require_memory(plan, executor)
-            if config.used_metric == ACTIVATION:
-                samples_of(source, config)
         run.begin(source, current, plan)
         record = RunRecord(source, plan, current, executor, planned_seconds, began)
         until_the_end.enter_context(on_record(record, run.manifest, require_lock))

@@ -98,6 +98,14 @@ class RayExecutor:
         """Whether any node of the cluster offers a GPU."""
         return self._most("GPU") >= 1
 
+    def require_cuda(self) -> None:
+        """See `Executor.require_cuda`."""
+        if not self.has_cuda() and not self._autoscaling:
+            raise LestdError(
+                "device cuda is asked for, but no node of the Ray cluster has a GPU; use "
+                "--device cpu, or join a cluster that has one with --address"
+            )
+
     def map(
         self, spec: WorkerSpec, items: Sequence[Any], on_event: Listener | None = None
     ) -> Iterator[Any]:
@@ -239,11 +247,7 @@ class RayExecutor:
 
     def _gpu_share(self, memory_bytes: int | None) -> float:
         """1 / n where n workers share a GPU."""
-        if not self.has_cuda() and not self._autoscaling:
-            raise LestdError(
-                "device cuda is asked for, but no node of the Ray cluster has a GPU; use "
-                "--device cpu, or join a cluster that has one with --address"
-            )
+        self.require_cuda()
         if memory_bytes is None:
             return 1.0
         smallest = self._smallest_gpu_bytes()

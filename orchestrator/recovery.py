@@ -32,7 +32,7 @@ from orchestrator.executor import SerialExecutor
 from orchestrator.json_files import read_json, write_json
 from orchestrator.manifest import MANIFEST_DIR, Manifest
 from orchestrator.meter import Meter
-from orchestrator.perplexity import Evaluation, read_text
+from orchestrator.perplexity import Evaluation, read_text, read_tokens
 from orchestrator.recording import ModelFacts, evaluation_versions, open_models, record
 from orchestrator.recovered import require_free, write_recovered
 from workers.files import atomic_write, file_sha256, try_lock
@@ -105,16 +105,24 @@ def recover(
     model = open_compressed(directory)
     about = _require_trainable(model)
     [opened] = open_models([model.directory], window)
+    if eval_text is not None:
+        read_tokens(opened[0], eval_text)
     length = opened[0].window_length
     run_dir = out.with_name(out.name + ".recover")
+    # What can be refused is refused before anything is written, or deleted.
+    training_text, kept = _split(read_text(text), eval_text)
+    windows = _windows(opened[0], training_text, text)
+    if steps is None:
+        steps = max(1, round(epochs * len(windows) / settings["batch"]))
+    if settings["device"] == "auto":
+        settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if settings["device"] == "cuda":
+        SerialExecutor().require_cuda()
+    settings["dtype"] = resolve_dtype(model.directory, settings["dtype"], settings["device"])
     with _claimed(run_dir, fresh):
-        training_text, held_out = _split(read_text(text), run_dir, eval_text)
-        windows = _windows(opened[0], training_text, text)
-        if steps is None:
-            steps = max(1, round(epochs * len(windows) / settings["batch"]))
-        if settings["device"] == "auto":
-            settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-        settings["dtype"] = resolve_dtype(model.directory, settings["dtype"], settings["device"])
+        held_out = eval_text or run_dir / "held-out.txt"
+        if eval_text is None:
+            atomic_write(held_out, lambda file: file.write(kept.encode()))
         lora = settings["train"] == LORA
         how = RecoverySettings(steps=steps, **settings)
         stated = asdict(how) | {
@@ -223,16 +231,14 @@ def _is_ours(run_dir: Path) -> bool:
     return not names or _OURS in names or names <= {"held-out.txt"}
 
 
-def _split(text: str, run_dir: Path, eval_text: Path | None) -> tuple[str, Path]:
-    """The text to train on, and the file of the text to judge by."""
+def _split(text: str, eval_text: Path | None) -> tuple[str, str]:
+    """The text to train on, and what is kept of it to judge by."""
     if eval_text is not None:
-        return text, eval_text
+        return text, ""
     # At the end of a line, where there is one not far away.
     cut = int(len(text) * (1 - _HELD_OUT))
     cut = text.find("\n", cut) + 1 or cut
-    held_out = run_dir / "held-out.txt"
-    atomic_write(held_out, lambda file: file.write(text[cut:].encode()))
-    return text[:cut], held_out
+    return text[:cut], text[cut:]
 
 
 def _windows(model: EvaluationModel, text: str, path: Path) -> Tensor:

@@ -36,6 +36,7 @@ from orchestrator.progress import SweepProgress
 from orchestrator.recording import open_models, record
 from orchestrator.rundir import RunDirectory
 from orchestrator.source import Source
+from orchestrator.texts import require_usable
 from workers.checkpoint import ShardIndex
 from workers.files import remove_tree
 
@@ -99,6 +100,7 @@ def compress_keeps(
         # Once, before the compressions find that each wants it.
         begun = RunDirectory(default_run_dir(model_dir(out, keep)))
         if fresh and not shared:
+            require_usable(source, config, executor)
             remove_tree(calibration)
         with Meter("calibrate", "bytes") as meter:
             calibrate_for(

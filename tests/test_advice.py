@@ -5,6 +5,7 @@ Each situation is a command that is refused, words of the advice, and the comman
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 from collections.abc import Callable
@@ -14,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from cli import lestd
+from cli import digest_tree, lestd
 from families import POSITIONS, VOCABULARY, save_tiny
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -339,15 +340,39 @@ def test_a_refused_command_leaves_nothing(place: Place, tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_nor_does_it_delete_what_it_would_replace(place: Place, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command, _, _ = a_longer_text(place, out)
+    assert lestd(*compress(place, "--out", out)).code == 0
+    before = digest_tree(tmp_path)
+    assert lestd(*command, "--fresh").code == 2
+    assert digest_tree(tmp_path) == before
+
+
 def test_what_nothing_was_finished_of_is_started_over_and_said_so(
     place: Place, tmp_path: Path
 ) -> None:
-    refused, _, corrected = the_processor(place, tmp_path / "out")
-    assert lestd(*refused).code == 2
-    followed = lestd(*corrected)
-    assert 'config.device (was "cuda", is "cpu"); nothing of it was finished' in followed.err
-    again = lestd(*corrected)
+    model = shutil.copytree(place.model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    command = compress(place, "--keep", 0.9, "--out", tmp_path / "out", model=model)
+
+    def save(dtype: torch.dtype) -> None:
+        for shard in model.glob("*.safetensors"):
+            tensors = load_file(place.model / shard.name)
+            large = {n: 6e4 + 0 * W if "self_attn" in n else W for n, W in tensors.items()}
+            save_file({n: W.to(dtype) for n, W in large.items()}, shard, {"format": "pt"})
+        (model / "config.json").write_text(json.dumps(config | {"dtype": str(dtype)[6:]}))
+
+    save(torch.float16)
+    refused = lestd(*command)
+    assert refused.code == 1
+    assert "convert the checkpoint to bfloat16" in refused.err
+    save(torch.bfloat16)
+    followed = lestd(*command)
+    assert followed.code == 0, followed.err
+    assert 'config.json.dtype (was "float16", is "bfloat16")' in followed.err
+    assert "nothing of it was finished, so it is started over" in followed.err
+    again = lestd(*command)
     assert (again.code, "started over" in again.err) == (0, False)
 
 
