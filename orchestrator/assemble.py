@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -44,12 +43,12 @@ from orchestrator.plan import Plan
 from orchestrator.rundir import require_same
 from orchestrator.source import CONFIG_FILE, Source, copy_side_files, is_side_file
 from orchestrator.untouched import UNTOUCHED_DIR, fetch_shard
+from workers.building import Building, building_directory, is_free
 from workers.checkpoint import INDEX_FILE, read_header, write_safetensors_stream
 from workers.contracts import TensorRef
 from workers.files import (
     AnyPath,
     atomic_write,
-    building_directory,
     explain_os_errors,
     file_sha256,
     fsync_directory,
@@ -113,18 +112,20 @@ def assemble(
     if isinstance(out, UPath):
         _assemble_in_store(out, fingerprint, names, build, require_lock)
     else:
-        building = out.with_name(f".{out.name}.assembling")
         make_directory(out.parent)
-        busy = f"another driver assembles {out}; wait for it to end, or choose another --out"
-        with explain_os_errors(building), building_directory(building, busy):
-            build(building, require_lock)
+        with explain_os_errors(out), _building(out) as building:
+            build(building.new, require_lock)
             if (about := about_model(out)) and about["fingerprint"] == fingerprint:
-                keep_evaluations(out, building)
-            fsync_directory(building)
-            remove_model(out)
-            building.replace(out)
-            fsync_directory(out.parent)
+                keep_evaluations(out, building.new)
+            fsync_directory(building.new)
+            _check_ours(out)
+            building.finish()
     remove_tree(run_dir / UNTOUCHED_DIR)
+
+
+def _building(out: Path) -> AbstractContextManager[Building]:
+    busy = f"another driver assembles {out}; wait for it to end, or choose another --out"
+    return building_directory(out, "assembling", busy)
 
 
 def _assemble_in_store(
@@ -368,20 +369,17 @@ def remove_model(out: AnyPath) -> None:
     first and model.json last, so what a crash leaves neither loads nor is taken for another's.
 
     Raises:
-        LestdError: it holds something that lestd did not make; in an object store also: another
-            driver is at work there, or it cannot be deleted.
+        LestdError: it holds something that lestd did not make, another driver is at work there, or
+            it cannot be deleted.
     """
     if isinstance(out, UPath):
         with _sole_writer(out):
             _remove_objects(out)
         return
-    replaced = out.with_name(f".{out.name}.replaced")
-    if replaced.exists():
-        shutil.rmtree(replaced)
     _check_ours(out)
-    if out.exists() and any(out.iterdir()):
-        out.replace(replaced)
-        shutil.rmtree(replaced)
+    if not is_free(out):
+        with _building(out) as building:
+            building.remove_out()
 
 
 def _remove_objects(out: UPath) -> None:

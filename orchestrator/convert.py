@@ -25,6 +25,7 @@ from torch import Tensor
 from lestd_kernels.errors import LestdError
 from orchestrator.location import download, hub_id, list_repository, local_directory, store_url
 from orchestrator.source import BIN_FILE, BIN_INDEX_FILE, copy_side_files, is_side_file
+from workers.building import is_free, open_own_file
 from workers.checkpoint import (
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -93,7 +94,7 @@ def convert(
 
 
 def _require_free(out: Path) -> None:
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if not is_free(out):
         raise LestdError(f"{out} exists and is not empty; choose another directory or remove it")
 
 
@@ -176,9 +177,9 @@ def _claimed(building: Path, marker: bytes, out: Path) -> Iterator[None]:
     path = building / _MARKER
     try:
         building.mkdir(parents=True, exist_ok=True)
-        if any(building.iterdir()) and not path.is_file():
+        if building.is_symlink() or (any(building.iterdir()) and not path.is_file()):
             raise foreign
-        file = path.open("a+b")
+        file = os.fdopen(open_own_file(path), "r+b")
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise LestdError(
             f"{building} cannot be made ({error.strerror}); choose another directory"
@@ -196,7 +197,8 @@ def _claimed(building: Path, marker: bytes, out: Path) -> Iterator[None]:
         if file.read() != marker:
             if any(other != path for other in building.iterdir()):
                 raise foreign
-            file.truncate(0)
+            file.seek(0)
+            file.truncate()
             file.write(marker)
             file.flush()
             os.fsync(file.fileno())

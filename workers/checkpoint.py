@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 import torch
@@ -34,6 +34,7 @@ from workers.headers import (
     layout_key,
     parse_header,
 )
+from workers.names import is_inside
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -191,21 +192,12 @@ def read_weight_map(path: AnyPath) -> dict[str, str]:
             f"shards ({type(error).__name__}: {error}); download it again"
         ) from error
     for shard in shards:
-        if not _is_inside(shard):
+        if not is_inside(shard):
             raise LestdError(
                 f"{path} names the shard {shard!r}, which is not a path inside its directory; "
                 "the index is damaged or malicious, get it from a source you trust"
             )
     return dict(weight_map)
-
-
-def _is_inside(shard: object) -> bool:
-    """Whether this is a plain relative path that does not climb."""
-    if not isinstance(shard, str) or "\0" in shard:
-        return False
-    path = PurePosixPath(shard)
-    plain = str(path) == shard and shard != "."
-    return plain and not path.is_absolute() and ".." not in path.parts
 
 
 def read_tensor(ref: TensorRef, digest: _Hash | None = None, *, pinned: bool = False) -> Tensor:
