@@ -25,7 +25,8 @@ from orchestrator.card import CARD_FILE, card_metadata
 from orchestrator.compressed import CompressedGroup, CompressedModel, open_compressed
 from orchestrator.json_files import write_json
 from orchestrator.markdown import template
-from orchestrator.source import CONFIG_FILE, copy_side_files
+from orchestrator.side_files import copy_side_files
+from orchestrator.source import CONFIG_FILE
 from workers.building import building_directory, is_free
 from workers.checkpoint import INDEX_FILE, write_safetensors, write_safetensors_stream
 from workers.contracts import TensorRef

@@ -37,6 +37,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _STORES = {"s3": "s3", "gs": "gcs"}
 _GLOB_CHARACTERS = "*?[]{}"
 _AT_ONCE = 8
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 _Item = TypeVar("_Item")
 _Answer = TypeVar("_Answer")
@@ -171,6 +172,32 @@ def file_sha256(path: AnyPath) -> str:
     """sha256 (hex) of a file's content."""
     with open_binary(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def require_content(directory: Path, names: Iterable[str]) -> None:
+    """Refuse git-LFS pointers in the place of files of a directory.
+
+    Raises:
+        LestdError: one of these files is one.
+    """
+    for name in sorted(names):
+        with (directory / name).open("rb") as file:
+            if is_lfs_pointer(file.read(len(_LFS_POINTER))):
+                raise LestdError(lfs_pointer(str(directory / name)))
+
+
+def is_lfs_pointer(beginning: bytes) -> bool:
+    """Whether a file that begins so, with 8 bytes or more, stands for one that git-LFS fetches."""
+    return len(beginning) >= 8 and _LFS_POINTER.startswith(beginning[: len(_LFS_POINTER)])
+
+
+def lfs_pointer(path: str) -> str:
+    """The sentence for such a file."""
+    return (
+        f"{path} is a git-LFS pointer, not the file that it stands for: run `git lfs install` and "
+        "`git lfs pull` in that directory (git-lfs must be installed), or download the model by "
+        "`hf download`"
+    )
 
 
 def read_file(path: AnyPath) -> bytes:
