@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from orchestrator.markdown import template
 from orchestrator.plan import Plan
@@ -45,11 +46,12 @@ def card_metadata(directory: Path) -> dict[str, Any]:
     card = directory / CARD_FILE
     if not card.is_file():
         return {}
-    text = card.read_text(encoding="utf-8", errors="replace")
-    if not text.startswith("---\n") or "\n---" not in text[4:]:
+    text = card.read_text(encoding="utf-8-sig", errors="replace")
+    block = REGEX_YAML_BLOCK.search(text)  # What the Hub takes for its front matter.
+    if block is None:
         return {}
     try:
-        metadata = yaml.safe_load(text[4 : text.index("\n---", 4)])
+        metadata = yaml.safe_load(block.group(2))
     except yaml.YAMLError:
         return {}
     if not isinstance(metadata, dict):

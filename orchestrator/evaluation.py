@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from lestd_kernels.errors import LestdError, first_line
 from orchestrator import logs
 from orchestrator.adapter import adapter_file
-from orchestrator.source import load_config, read_config_json
+from orchestrator.source import check_pointers, load_config, read_config_json
 from workers.checkpoint import ShardIndex
 from workers.evaluate import auto_dtype
 
@@ -52,6 +52,7 @@ def open_model(model_dir: Path, window: int | None = None) -> EvaluationModel:
             language model, or the window is longer than its positions.
     """
     require_positive("window", window)
+    check_pointers(model_dir)
     config_json = read_config_json(model_dir)
     config = load_config(model_dir)
     text_config = config.get_text_config()

@@ -42,6 +42,7 @@ from orchestrator.rows import TEMPORARY
 from orchestrator.source import Source
 from orchestrator.tables import size
 from orchestrator.texts import Samples, samples_of
+from workers.building import make_own_directory, require_removable
 from workers.calibrate import (
     PIECES_DIR,
     Calibrated,
@@ -189,6 +190,7 @@ def calibrate(
     layer_bytes = _layer_bytes(source, blocks[0].layers)
     items = _items(blocks, samples.token_ids, directory, layer_bytes)
     if items:
+        make_own_directory(directory / PIECES_DIR)
         _require_disk(source, blocks, samples, directory)
         memory_bytes = _worker_memory_bytes(source, blocks, samples, max(layer_bytes.values()))
         spec = WorkerSpec(
@@ -240,13 +242,31 @@ def _begin(directory: AnyPath, about: dict[str, Any]) -> None:
             return
         if not starts_over(recorded, about, f"the calibration that was begun in {directory}"):
             return
-    elif names := [name for name in list_names(directory) if not name.startswith(TEMPORARY)]:
+    else:
+        _require_ours(directory)
+    make_directory(directory)
+    write_json(directory / _ABOUT_FILE, about)
+
+
+def _require_ours(directory: AnyPath) -> None:
+    names = [name for name in list_names(directory) if not name.startswith(TEMPORARY)]
+    if names and _ABOUT_FILE not in names:
         raise LestdError(
             f"{directory} is not empty and holds {names[0]}, but no {_ABOUT_FILE}; choose another "
             "directory"
         )
-    make_directory(directory)
-    write_json(directory / _ABOUT_FILE, about)
+
+
+def remove_calibration(directory: Path) -> None:
+    """Delete what is in the directory of a calibration, calibration.json last.
+
+    Raises:
+        LestdError: it is another's, or write-protected.
+    """
+    _require_ours(directory)
+    require_removable(directory)
+    for name in sorted(list_names(directory), key=lambda name: name == _ABOUT_FILE):
+        remove_tree(directory / name)
 
 
 def _items(

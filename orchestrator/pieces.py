@@ -15,7 +15,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from lestd_kernels.errors import LestdError
 from orchestrator.json_files import json_bytes, write_json
-from workers.files import AnyPath, atomic_write, is_file, list_names, make_directory, read_files
+from workers.building import make_own_directory
+from workers.files import AnyPath, atomic_write, is_file, list_names, read_files
 
 
 class Piece(Protocol):
@@ -54,7 +55,8 @@ class EvaluationDirectory(Generic[ResultType]):
             LestdError: it cannot be written.
         """
         try:
-            make_directory(self._pieces)
+            make_own_directory(self.path)
+            make_own_directory(self._pieces)
             if not is_file(self.path / "evaluation.json"):
                 write_json(self.path / "evaluation.json", dict(about))
         except OSError as error:

@@ -37,6 +37,7 @@ from orchestrator.source import Source
 from orchestrator.tables import size
 from orchestrator.texts import require_usable
 from orchestrator.untouched import UNTOUCHED_DIR
+from workers.building import require_removable
 from workers.calibrate import Calibrated, CalibrationItem
 from workers.contracts import CurveResult, CurveTask, Failure, Result, Task
 from workers.decompose import STATIONS, DecomposeWorker
@@ -130,6 +131,8 @@ def compress_model(
             _require_memory(plan, executor)
             require_usable(source, config, executor)
         if fresh:
+            if isinstance(run_dir, Path):
+                require_removable(run_dir)
             remove_model(out)
             run.remove_contents()
             model = None
@@ -359,7 +362,7 @@ def _require_shared(source: Source, run: RunDirectory, executor: Executor) -> No
     probe = run.path / f".tmp-probe-{secrets.token_hex(8)}"
     if isinstance(probe, Path):
         # A fresh file: a directory of the same name may be there on a node of its own disk.
-        probe.touch()
+        probe.touch(exist_ok=False)
         paths.append(str(probe.resolve()))
     try:
         answers = executor.on_nodes(unseen, paths) if paths else {}

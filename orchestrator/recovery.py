@@ -9,8 +9,6 @@ OUT.recover/      kept, so that the same command continues, or shows its result 
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -35,7 +33,8 @@ from orchestrator.meter import Meter
 from orchestrator.perplexity import Evaluation, read_text, read_tokens
 from orchestrator.recording import ModelFacts, evaluation_versions, open_models, record
 from orchestrator.recovered import require_free, write_recovered
-from workers.files import atomic_write, file_sha256, try_lock
+from workers.building import MARKER, own_directory, require_removable
+from workers.files import atomic_write, file_sha256, make_directory, remove_tree
 from workers.recover import LORA, STATE_FILE, RecoverySettings, Trained, train
 
 _HELD_OUT = 0.1
@@ -206,29 +205,15 @@ def _claimed(run_dir: Path, fresh: bool) -> Iterator[None]:
     Raises:
         LestdError: another does, or something else is there.
     """
-    if run_dir.exists() and (not run_dir.is_dir() or not _is_ours(run_dir)):
-        raise LestdError(
-            f"{run_dir} is there and was not made by lestd recover; move it away, or choose "
-            "another --out"
-        )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    handle = os.open(run_dir, os.O_RDONLY)
-    try:
-        if not try_lock(handle, run_dir.parent):
-            raise LestdError(
-                f"another process works in {run_dir}; wait for it to end, or choose another --out"
-            )
+    make_directory(run_dir.parent)
+    busy = f"another process works in {run_dir}; wait for it to end, or choose another --out"
+    with own_directory(run_dir, busy):
         if fresh:
+            require_removable(run_dir)
             for path in run_dir.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                if path.name != MARKER:
+                    remove_tree(path)
         yield
-    finally:
-        os.close(handle)
-
-
-def _is_ours(run_dir: Path) -> bool:
-    names = {path.name for path in run_dir.iterdir()}
-    return not names or _OURS in names or names <= {"held-out.txt"}
 
 
 def _split(text: str, eval_text: Path | None) -> tuple[str, str]:

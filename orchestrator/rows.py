@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 
 from lestd_kernels.errors import first_line
 from orchestrator.schemas import TableSpec
+from workers.building import make_own_directory
 from workers.files import (
     AnyPath,
     atomic_write,
     in_parallel,
     list_names,
-    make_directory,
     read_files,
     remove_file,
 )
@@ -83,7 +83,7 @@ def _write(path: AnyPath, table: pa.Table, compression: str) -> None:
 def part_path(directory: AnyPath, spec: TableSpec, name: str) -> AnyPath:
     """Where a part of a table goes; makes its folder."""
     folder = directory / spec.name
-    make_directory(folder)
+    make_own_directory(folder)
     return folder / name
 
 

@@ -35,6 +35,7 @@ from orchestrator.manifest import MANIFEST_DIR, Manifest, default_run_dir
 from orchestrator.plan import Plan, calibration_digest
 from orchestrator.rows import TEMPORARY, Damaged
 from orchestrator.source import Source
+from workers.building import is_same, open_own_file, require_removable
 from workers.checkpoint import hash_tensor
 from workers.decompose import software_versions
 from workers.files import (
@@ -127,11 +128,13 @@ class RunDirectory:
         return value
 
     def check_usable(self) -> None:
-        """Refuse a directory that holds anything that is not ours.
+        """Refuse a directory that holds anything that is not ours, or ours by its name only.
+
+        The directory may be a link, to one on another disk; what is in it may not.
 
         Raises:
-            LestdError: the path is a file, or holds files that a run does not make; or the object
-                store does not answer.
+            LestdError: the path is a file, or holds files that a run does not make, links, or what
+                belongs to no run; or the object store does not answer.
         """
         if is_file(self.path):
             raise LestdError(f"{self.path} is a file; choose another --run-dir")
@@ -141,7 +144,18 @@ class RunDirectory:
                     f"{self.path} is not empty and holds {name}, which no run of lestd "
                     "makes; choose another --run-dir"
                 )
-        self.fingerprint()
+            if isinstance(self.path, Path) and (self.path / name).is_symlink():
+                raise LestdError(
+                    f"{self.path / name} is a link, which no run of lestd makes; move it away, or "
+                    "choose another --run-dir"
+                )
+        if self.fingerprint() is None:
+            for name in _OURS - {"lock"}:
+                if is_file(self.path / name) or list_names(self.path / name):
+                    raise LestdError(
+                        f"{self.path} holds {name}, but no run.json, and so is no run of lestd; "
+                        "choose another --run-dir"
+                    )
 
     @contextmanager
     def locked(self) -> Iterator[Callable[[], None]]:
@@ -193,8 +207,8 @@ class RunDirectory:
         if isinstance(lock, UPath):
             return is_held(lock)
         try:
-            handle = os.open(lock, os.O_RDWR)
-        except OSError:
+            handle = open_own_file(lock, 0)
+        except (OSError, LestdError):
             return False
         try:
             return not try_lock(handle, lock.parent)
@@ -256,8 +270,10 @@ class RunDirectory:
         """Delete what a run makes, run.json last, but keep the lock that the caller holds.
 
         Raises:
-            LestdError: an object store does not delete it.
+            LestdError: a directory is write-protected, or an object store does not delete it.
         """
+        if isinstance(self.path, Path):
+            require_removable(self.path)
         remove_tree(self.payloads)
         remove_tree(self.manifest.directory)
         remove_tree(self.path / "untouched")
@@ -266,7 +282,7 @@ class RunDirectory:
             remove_file(self.path / name)
 
     def remove(self) -> None:
-        """Delete the directory.
+        """Delete the directory; where it is a link, all that is in it.
 
         Raises:
             LestdError: it holds no run, or a driver is at work in it.
@@ -275,13 +291,10 @@ class RunDirectory:
             raise LestdError(f"{self.path} does not exist; there is nothing to delete")
         self.check_usable()
         with self.locked():
-            self.remove_contents()
-            if isinstance(self.path, Path):
-                remove_tree(self.path)
-            else:  # There is no directory, and the lease is given up last.
-                for name in list_names(self.path):
-                    if name.startswith(TEMPORARY):
-                        remove_file(self.path / name)
+            self.remove_contents()  # Then whoever gives up the lock leaves nothing behind.
+            for name in list_names(self.path):
+                if name.startswith(TEMPORARY):
+                    remove_file(self.path / name)
 
 
 def run_dir_of(out: _AnyPathT) -> _AnyPathT:
@@ -321,13 +334,11 @@ def _open_locked(lock: Path) -> int | None:
     """An open descriptor of the lock file that holds the lock; None if another has it."""
     with explain_os_errors(lock.parent):
         make_directory(lock.parent)
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = open_own_file(lock)
     try:
-        # A driver that began nothing removes its lock file: one that is gone locks nothing.
-        if try_lock(handle, lock.parent) and os.fstat(handle).st_ino == lock.stat().st_ino:
+        # A driver that began nothing removes its lock file.
+        if try_lock(handle, lock.parent) and is_same(handle, lock):
             return handle
-    except FileNotFoundError:
-        pass
     except LestdError:
         os.close(handle)
         raise

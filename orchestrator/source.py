@@ -12,8 +12,8 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Container
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,15 @@ from orchestrator.location import (
     local_directory,
     store_url,
 )
+from orchestrator.side_files import fetch_side_files, find_side_files, is_side_folder
 from workers.checkpoint import INDEX_FILE, WEIGHTS_FILE, ShardIndex, read_weight_map
-from workers.files import AnyPath, copy_file
+from workers.files import require_content
 from workers.hub import HUB_SCHEME
-from workers.ranges import is_url, list_files
+from workers.ranges import is_url, list_files, list_tree
 
 CONFIG_FILE = "config.json"
 BIN_FILE = "pytorch_model.bin"
 BIN_INDEX_FILE = "pytorch_model.bin.index.json"
-_SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm"}
-_SIDE_PREFIXES = ("LICENSE", "NOTICE", "README")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 # Part of a URL: a name that no server and no URL parser takes for anything else.
 _PLAIN_NAME = re.compile(r"[\w.+=@ -]+(/[\w.+=@ -]+)*")
@@ -68,7 +67,7 @@ class Source:
     config_json: dict[str, Any]
 
     def fetch_side_files(self) -> Path:
-        """A local directory with the files beside the weights (see `is_side_file`).
+        """A local directory with the files beside the weights (see `orchestrator.side_files`).
 
         Raises:
             LestdError: the model lies elsewhere, and they cannot be fetched.
@@ -81,9 +80,10 @@ class Source:
                     f"the Hub cannot be reached for the tokenizer and other files of {self.model}; "
                     "check the connection, and run the same command again to continue"
                 )
-            return download(self.model, self.revision, filter(is_side_file, names))
+            return fetch_side_files(names, partial(download, self.model, self.revision))
         if is_url(url):
-            fetch_files(url, filter(is_side_file, list_files(url)), self.directory)
+            fetch = partial(fetch_files, url, directory=self.directory)
+            return fetch_side_files(list_tree(url, is_side_folder), fetch)
         return self.directory
 
 
@@ -118,7 +118,7 @@ def resolve_source(model: str, revision: str | None = None) -> Source:
             "or choose another --revision"
         )
     if are_cached(model, commit, shards):
-        directory = download(model, commit, filter(is_side_file, names))
+        directory = fetch_side_files(names, partial(download, model, commit))
         return _open_directory(model, commit, directory)
     index = ShardIndex.from_url(f"{HUB_SCHEME}{model}@{commit}", weight_map)
     return Source(
@@ -178,30 +178,22 @@ def _check_before_weights(model: str, directory: Path, names: set[str]) -> dict[
     return weight_map
 
 
-def is_side_file(name: str) -> bool:
-    """Whether a file belongs to a model beside its weights: config, tokenizer, licence.
+def check_pointers(directory: Path) -> None:
+    """Refuse git-LFS pointers in the place of config, index, tokenizer and what else is needed.
 
-    Nothing that is run or unpickled, and no index of weights, is one.
-    """
-    if "/" in name or name.endswith(".index.json"):
-        return False
-    return Path(name).suffix in _SIDE_SUFFIXES or name.startswith(_SIDE_PREFIXES)
-
-
-def copy_side_files(
-    source_dir: Path, target_dir: AnyPath, but: Container[str] = frozenset()
-) -> None:
-    """Copy the files that belong to a model beside its weights, see `is_side_file`, but some.
+    Those of shards are met where their headers are read.
 
     Raises:
-        OutOfSpaceError: no space left.
+        LestdError: one is there.
     """
-    for path in sorted(source_dir.iterdir()):
-        if is_side_file(path.name) and path.name not in but and path.is_file():
-            copy_file(path, target_dir / path.name)
+    if directory.is_dir():
+        indexes = (INDEX_FILE, BIN_INDEX_FILE)
+        require_content(directory, (name for name in indexes if (directory / name).is_file()))
+        find_side_files(directory)
 
 
 def _open_directory(model: str, commit: str | None, directory: Path) -> Source:
+    check_pointers(directory)
     config_json = read_config_json(directory)
     _check_config(model, config_json)
     check_not_pickled(model, {path.name for path in directory.iterdir()})
@@ -252,7 +244,8 @@ def read_config_json(directory: Path) -> dict[str, Any]:
         config = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise LestdError(
-            f"{directory} has no {CONFIG_FILE}; expected the directory of a Transformers model"
+            f"{directory} has no {CONFIG_FILE}; expected the directory of a Transformers model "
+            "(one that was cloned from the Hub is whole after `git lfs pull`)"
         ) from error
     except OSError as error:
         raise LestdError(

@@ -26,7 +26,7 @@ from orchestrator.curve import Point, Quality, text_qualities
 from orchestrator.evaluated import evaluate_models
 from orchestrator.evaluation import open_model
 from orchestrator.executor import Executor
-from orchestrator.grams import CALIBRATION_DIR, calibrate_for
+from orchestrator.grams import CALIBRATION_DIR, calibrate_for, remove_calibration
 from orchestrator.manifest import MANIFEST_DIR, Manifest, default_run_dir
 from orchestrator.meter import Meter
 from orchestrator.perplexity import read_tokens
@@ -38,7 +38,6 @@ from orchestrator.rundir import RunDirectory
 from orchestrator.source import Source
 from orchestrator.texts import require_usable
 from workers.checkpoint import ShardIndex
-from workers.files import remove_tree
 
 if TYPE_CHECKING:  # It imports lm_eval.
     from orchestrator.judging import Examination
@@ -101,7 +100,7 @@ def compress_keeps(
         begun = RunDirectory(default_run_dir(model_dir(out, keep)))
         if fresh and not shared:
             require_usable(source, config, executor)
-            remove_tree(calibration)
+            remove_calibration(calibration)
         with Meter("calibrate", "bytes") as meter:
             calibrate_for(
                 [planned.task for planned in plans[0].tasks],

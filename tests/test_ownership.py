@@ -140,15 +140,17 @@ def test_a_file_that_was_put_into_the_model_is_never_deleted(model: Path, out: P
 def test_leftovers_of_a_killed_replacement_do_no_harm(model: Path, out: Path) -> None:
     assert compress(model, out).code == 0
     whole = digest_tree(out)
-    out.rename(out.with_name(".out.replaced"))
     building = out.with_name(".out.assembling")
-    building.mkdir()
-    (building / "half").write_bytes(b"half")
-    assert compress(model, out).code == 0
-    assert digest_tree(out) == whole
-    assert not building.exists()
+    for left in ("old", "removed"):
+        (building / "new").mkdir(parents=True)
+        (building / ".lestd").touch()
+        (building / "new" / "half").write_bytes(b"half")
+        out.rename(building / left)
+        assert compress(model, out).code == 0
+        assert digest_tree(out) == whole
+        assert not building.exists()
     assert compress(model, out, "--fresh").code == 0
-    assert not out.with_name(".out.replaced").exists()
+    assert sorted(path.name for path in out.parent.iterdir()) == ["model", "out", "out.run"]
 
 
 def test_after_clean_the_same_command_finds_the_model_complete(model: Path, out: Path) -> None:

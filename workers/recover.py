@@ -39,6 +39,7 @@ from workers.checkpoint import ShardIndex, read_header, read_tensor, write_safet
 from workers.evaluate import load_model
 from workers.files import atomic_write, file_sha256
 from workers.headers import DTYPES
+from workers.names import is_inside
 
 LORA, FACTORS = "lora", "factors"
 STATE_FILE = "state.json"
@@ -286,6 +287,8 @@ class _Training:
             return
         try:
             state = json.loads(path.read_bytes())
+            if not is_inside(state["file"]):
+                raise ValueError(f"it names the file {state['file']!r}")
             file = self._state_dir / state["file"]
             if file_sha256(file) != state["sha256"]:
                 raise ValueError(f"{file.name} has changed")

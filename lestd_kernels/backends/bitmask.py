@@ -74,7 +74,9 @@ def _load() -> None:
 
     library = _library_path()
     library.parent.mkdir(parents=True, exist_ok=True)
-    with (library.parent / "lock").open("w") as lock:
+    # A link there is another's: what it leads to is not written.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    with os.fdopen(os.open(library.parent / "lock", flags, 0o666), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed, or the process ends
         if library.exists():
             torch.ops.load_library(library)  # type: ignore[no-untyped-call]
