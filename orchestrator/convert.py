@@ -35,6 +35,7 @@ from workers.checkpoint import (
 )
 from workers.files import atomic_write, explain_os_errors, fsync_directory
 from workers.headers import DTYPE_NAMES
+from workers.regular import read_regular
 
 _MARKER = "lestd-convert.json"
 
@@ -100,7 +101,7 @@ def _require_free(out: Path) -> None:
 def _is_finished(out: Path, marker: bytes) -> bool:
     """Whether `out` is this very conversion, cut off when only the marker was left to remove."""
     path = out / _MARKER
-    return path.is_file() and path.read_bytes() == marker
+    return path.is_file() and read_regular(path) == marker
 
 
 def _open_pickled(model: str, revision: str | None) -> tuple[Path, dict[str, str]]:

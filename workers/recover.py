@@ -39,6 +39,7 @@ from workers.checkpoint import ShardIndex, read_header, read_tensor, write_safet
 from workers.evaluate import load_model
 from workers.files import atomic_write, file_sha256
 from workers.headers import DTYPES
+from workers.regular import parse_json, read_regular
 
 LORA, FACTORS = "lora", "factors"
 STATE_FILE = "state.json"
@@ -284,7 +285,7 @@ class _Training:
         if not path.is_file():
             return
         try:
-            state = json.loads(path.read_bytes())
+            state = parse_json(read_regular(path))
             file = self._state_dir / state["file"]
             if file_sha256(file) != state["sha256"]:
                 raise ValueError(f"{file.name} has changed")
