@@ -38,6 +38,7 @@ from workers.checkpoint import (
 )
 from workers.files import atomic_write, explain_os_errors, fsync_directory, require_content
 from workers.headers import DTYPE_NAMES
+from workers.regular import read_regular
 
 _MARKER = "lestd-convert.json"
 
@@ -103,7 +104,7 @@ def _require_free(out: Path) -> None:
 def _is_finished(out: Path, marker: bytes) -> bool:
     """Whether `out` is this very conversion, cut off when only the marker was left to remove."""
     path = out / _MARKER
-    return path.is_file() and path.read_bytes() == marker
+    return path.is_file() and read_regular(path) == marker
 
 
 def _open_pickled(model: str, revision: str | None) -> tuple[Path, dict[str, str]]:
@@ -254,12 +255,27 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
                 f"{path} holds a {type(tensor).__name__} under {name!r}; expected only tensors "
                 "under their names"
             )
-        if tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES:
+        if why := _not_plain(name, tensor):
             raise LestdError(
-                f"tensor {name} in {path} is {tensor.layout} of {tensor.dtype}, which safetensors "
-                "cannot hold; expected a dense tensor of a plain dtype"
+                f"tensor {name!r} in {path} {why}, which safetensors cannot hold; expected a dense "
+                "tensor of a plain dtype with every element in the file"
             )
-    return content
+    return {name: tensor.resolve_conj().resolve_neg() for name, tensor in content.items()}
+
+
+def _not_plain(name: str, tensor: Tensor) -> str | None:
+    """Why a tensor has no bytes of its own to be written; None if it has."""
+    # A nested tensor is strided by its layout.
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES:
+        return f"is {'nested' if tensor.is_nested else tensor.layout} of {tensor.dtype}"
+    if tensor.device.type != "cpu":
+        return f"is on the device {tensor.device.type}, without data"
+    # Expanded by strides of 0: a few bytes that would be written as any number.
+    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        return f"has the shape {list(tensor.shape)}, and fewer elements than that"
+    if not name.isprintable() or name == "__metadata__":
+        return "has a name that no tensor may have"
+    return None
 
 
 def _reason(error: Exception) -> str:

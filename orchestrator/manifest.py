@@ -18,7 +18,6 @@ anything that reads Parquet; a damaged one costs its own task only.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import Counter
@@ -53,6 +52,7 @@ from orchestrator.schemas import (
     SLICES,
     TABLES,
     TableSpec,
+    format_slices,
 )
 from workers.contracts import CurveResult, CurveTask, Failure, Result, Task
 from workers.files import (
@@ -365,8 +365,8 @@ def foreign_files(directory: AnyPath) -> list[AnyPath]:
 
 
 def slice_count(row: dict[str, Any]) -> int:
-    """Number of slices of a group, by its row's format."""
-    return sum(module["slices"] for module in json.loads(row["format"])["modules"].values())
+    """Number of slices of a group, by its row's format, which was checked as it was read."""
+    return format_slices(row["format"]) or 0
 
 
 def payload_problem(row: dict[str, Any], payload_dir: AnyPath) -> str | None:

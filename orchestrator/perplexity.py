@@ -34,6 +34,7 @@ from orchestrator.texts import decode_text
 from workers.contracts import EvalRequest, EvalResult, Failure
 from workers.evaluate import EvalWorker
 from workers.files import AnyPath, file_sha256
+from workers.regular import MAX_TEXT_BYTES, read_regular
 
 TEXT_TASK = "text"
 """Name of the task that `lestd evaluate --text` is in the table."""
@@ -225,7 +226,7 @@ def read_text(path: Path) -> str:
         LestdError: it cannot be read, is not UTF-8 or is empty.
     """
     try:
-        content = path.read_bytes()
+        content = read_regular(path, MAX_TEXT_BYTES)
     except OSError as error:
         raise LestdError(
             f"the text {path} cannot be read ({error.strerror}); check --text"

@@ -8,7 +8,6 @@ MODEL.eval/<evaluation_id>/
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Generic, Protocol, TypeVar
@@ -17,6 +16,7 @@ from lestd_kernels.errors import LestdError
 from orchestrator.json_files import json_bytes, write_json
 from workers.building import make_own_directory
 from workers.files import AnyPath, atomic_write, is_file, list_names, read_files
+from workers.regular import parse_json
 
 
 class Piece(Protocol):
@@ -84,8 +84,8 @@ class EvaluationDirectory(Generic[ResultType]):
             if isinstance(content, OSError):
                 continue
             try:
-                result = self._parse(json.loads(content))
-            except (ValueError, TypeError, KeyError, RecursionError):
+                result = self._parse(parse_json(content))
+            except (ValueError, TypeError, KeyError):
                 continue
             if (result.task_id, result.span) == (piece.task_id, piece.span):
                 found[piece.task_id] = result

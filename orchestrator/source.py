@@ -7,7 +7,6 @@ range where they are needed. No weight is read here, and no code that comes with
 from __future__ import annotations
 
 import atexit
-import json
 import re
 import shlex
 import shutil
@@ -36,10 +35,14 @@ from workers.checkpoint import INDEX_FILE, WEIGHTS_FILE, ShardIndex, read_weight
 from workers.files import require_content
 from workers.hub import HUB_SCHEME
 from workers.ranges import is_url, list_files, list_tree
+from workers.regular import parse_json, read_regular
 
 CONFIG_FILE = "config.json"
 BIN_FILE = "pytorch_model.bin"
 BIN_INDEX_FILE = "pytorch_model.bin.index.json"
+# Of config.json: what is gone through one by one, and how many are nothing to worry about.
+_COUNT = re.compile(r"(num|n)_(\w+_)?(layers?|heads?|experts|labels)")
+_FEW = 1000
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 # Part of a URL: a name that no server and no URL parser takes for anything else.
 _PLAIN_NAME = re.compile(r"[\w.+=@ -]+(/[\w.+=@ -]+)*")
@@ -122,7 +125,7 @@ def resolve_source(model: str, revision: str | None = None) -> Source:
         return _open_directory(model, commit, directory)
     index = ShardIndex.from_url(f"{HUB_SCHEME}{model}@{commit}", weight_map)
     return Source(
-        model, commit, directory, index, load_config(directory), read_config_json(directory)
+        model, commit, directory, index, load_config(directory, index), read_config_json(directory)
     )
 
 
@@ -150,7 +153,9 @@ def _open_store(url: str) -> Source:
     fetch_files(url, {CONFIG_FILE, INDEX_FILE} & names, directory)
     weight_map = _check_before_weights(url, directory, names)
     index = ShardIndex.from_url(url, weight_map)
-    return Source(url, None, directory, index, load_config(directory), read_config_json(directory))
+    return Source(
+        url, None, directory, index, load_config(directory, index), read_config_json(directory)
+    )
 
 
 def _require_config(model: str, names: set[str]) -> None:
@@ -241,7 +246,7 @@ def read_config_json(directory: Path) -> dict[str, Any]:
     """
     path = directory / CONFIG_FILE
     try:
-        config = json.loads(path.read_bytes())
+        config = parse_json(read_regular(path))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise LestdError(
             f"{directory} has no {CONFIG_FILE}; expected the directory of a Transformers model "
@@ -251,7 +256,7 @@ def read_config_json(directory: Path) -> dict[str, Any]:
         raise LestdError(
             f"{path} cannot be read ({error.strerror}); check its permissions"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise LestdError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(config, dict):
         raise LestdError(f"{path} must hold a JSON object; download it again")
@@ -271,12 +276,28 @@ def _check_config(model: str, config_json: dict[str, Any]) -> None:
     check_family(config_json.get("model_type"))
 
 
-def load_config(directory: Path) -> PretrainedConfig:
+def load_config(directory: Path, index: ShardIndex | None = None) -> PretrainedConfig:
     """Read config.json as Transformers understands it; no code of the model is run.
 
+    Args:
+        directory: where it lies.
+        index: the model's tensors, where they lie elsewhere.
+
     Raises:
-        LestdError: Transformers does not accept it.
+        LestdError: Transformers does not accept it, or it counts more layers, heads or experts
+            than the tensors have room for.
     """
+    config_json = read_config_json(directory)
+    parts = [part for part in (config_json, *config_json.values()) if isinstance(part, dict)]
+    for name, count in (item for part in parts for item in part.items()):
+        if _COUNT.fullmatch(name) and isinstance(count, int | float) and count > _FEW:
+            index = index or ShardIndex.from_directory(directory)
+            stored = [ref for ref in index.tensors.values() if ref.stored_bytes]
+            if count > max([len(index.tensors), *(size for ref in stored for size in ref.shape)]):
+                raise LestdError(
+                    f"{directory / CONFIG_FILE} has {name} {count}, more than the tensors have "
+                    "room for; use the config.json that belongs to the weights"
+                )
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:

@@ -13,7 +13,6 @@ to, but replaced.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import stat
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from workers.checkpoint import copy_tensor
 from workers.contracts import TensorRef
 from workers.files import explain_os_errors
 from workers.headers import build_header, layout_key
+from workers.regular import parse_json, read_regular
 
 UNTOUCHED_DIR = "untouched"
 
@@ -78,7 +78,7 @@ def fetch_shard(refs: Sequence[TensorRef], directory: Path, name: str) -> Path:
 def _bytes_done(path: Path, progress: Path, content: str, size: int) -> int:
     """How many bytes of the shard may stay: 0 where they are of other tensors, or unknown."""
     try:
-        record = json.loads(progress.read_bytes())
+        record = parse_json(read_regular(progress))
         done, found = int(record["bytes"]), path.lstat()
     except (OSError, ValueError, KeyError, TypeError):
         return 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -35,6 +34,7 @@ from workers.headers import (
     parse_header,
 )
 from workers.names import is_inside
+from workers.regular import parse_json
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -177,9 +177,9 @@ def read_weight_map(path: AnyPath) -> dict[str, str]:
         LestdError: the file is not an index, or names a shard outside its directory.
     """
     try:
-        weight_map = json.loads(read_file(path))["weight_map"]
+        weight_map = parse_json(read_file(path))["weight_map"]
         shards = set(weight_map.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LestdError(
             f"{path} is not a valid index: expected JSON with a weight_map from tensor names to "
             f"shards ({type(error).__name__}: {error}); download it again"

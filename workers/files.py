@@ -27,6 +27,7 @@ from upath import UPath
 
 from lestd_kernels.errors import LestdError, OutOfSpaceError, first_line
 from workers import stores
+from workers.regular import open_regular, read_regular
 
 AnyPath = Path | UPath
 
@@ -165,7 +166,7 @@ def open_binary(path: AnyPath) -> BinaryIO:
         OSError: a local file cannot be read.
         LestdError: one in an object store cannot be; so does every read.
     """
-    return stores.open_object(path) if isinstance(path, UPath) else path.open("rb")
+    return stores.open_object(path) if isinstance(path, UPath) else open_regular(path)
 
 
 def file_sha256(path: AnyPath) -> str:
@@ -208,7 +209,7 @@ def read_file(path: AnyPath) -> bytes:
         LestdError: one in an object store is absent, or cannot be read.
     """
     if not isinstance(path, UPath):
-        return path.read_bytes()
+        return read_regular(path)
     with stores.explain_store_errors(path):
         content = stores.read_objects([path])[0]
         if isinstance(content, FileNotFoundError):
@@ -233,7 +234,7 @@ def read_files(paths: Sequence[AnyPath]) -> list[bytes | OSError]:
 
 def _read_local(path: Path) -> bytes | OSError:
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         return error
 

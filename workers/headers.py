@@ -176,11 +176,12 @@ def _damaged(shard: str, what: str) -> LestdError:
 
 def _load_object(text: bytes, shard: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise _damaged(shard, f"it names {twice!r} twice")
-        return dict(pairs)
+        entries: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in entries:
+                raise _damaged(shard, f"it names {name!r} twice")
+            entries[name] = value
+        return entries
 
     try:
         entries = json.loads(text.decode(), object_pairs_hook=unique)

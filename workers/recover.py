@@ -40,6 +40,7 @@ from workers.evaluate import load_model
 from workers.files import atomic_write, file_sha256
 from workers.headers import DTYPES
 from workers.names import is_inside
+from workers.regular import parse_json, read_regular
 
 LORA, FACTORS = "lora", "factors"
 STATE_FILE = "state.json"
@@ -286,7 +287,7 @@ class _Training:
         if not path.is_file():
             return
         try:
-            state = json.loads(path.read_bytes())
+            state = parse_json(read_regular(path))
             if not is_inside(state["file"]):
                 raise ValueError(f"it names the file {state['file']!r}")
             file = self._state_dir / state["file"]

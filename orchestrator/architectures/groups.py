@@ -72,7 +72,7 @@ class Architecture(Description):
         assert isinstance(block, FeedForward)
         # Only GPT-J leaves its width unstated.
         width = getattr(config, block.hidden_width) or 4 * config.hidden_size
-        count = getattr(config, block.count) if isinstance(block, Experts) else 1
+        count = _count(config, block) if isinstance(block, Experts) else 1
         if min(width, count, config.hidden_size) < 1:
             raise LestdError(
                 f"config.json has a hidden size of {config.hidden_size}, and {width} and {count} "
@@ -171,7 +171,12 @@ class Architecture(Description):
             return ("attention", "experts")
         dense = layer in (config.mlp_only_layers or ())
         every = config.decoder_sparse_step
-        sparse = getattr(config, self.experts.count) > 0 and (layer + 1) % every == 0
+        if every < 1:
+            raise LestdError(
+                f"config.json has decoder_sparse_step {every}; expected at least 1; use the "
+                "config.json that belongs to the weights"
+            )
+        sparse = _count(config, self.experts) > 0 and (layer + 1) % every == 0
         return ("attention", "experts" if sparse and not dense else "ffn")
 
     def _missing_prefix(self, index: ShardIndex) -> str:
@@ -181,6 +186,16 @@ class Architecture(Description):
         has_full = any(name.startswith(full) for name in index.tensors)
         has_short = any(name.startswith(short) for name in index.tensors)
         return self.base_model_prefix if has_short and not has_full else ""
+
+
+def _count(config: PretrainedConfig, experts: Experts) -> int:
+    count = getattr(config, experts.count)
+    if type(count) is not int:  # Under its other names Transformers lets anything pass.
+        raise LestdError(
+            f"config.json has {experts.count} {count!r}, expected the number of the experts; use "
+            "the config.json that belongs to the weights"
+        )
+    return count
 
 
 def _reads(kind: Kind, from_stream: bool) -> str:
