@@ -124,7 +124,7 @@ class OnPath:
 
     def __call__(self, x: Tensor) -> Tensor:
         """As the layer's own."""
-        with mock.patch.object(bitmask, "path", lambda: self.path):
+        with mock.patch.object(bitmask, "path", return_value=self.path):
             out: Tensor = self.layer(x)
         return out
 
