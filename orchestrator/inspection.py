@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lestd_kernels.entry_schema import check_groups
 from lestd_kernels.errors import LestdError
 from orchestrator.adapter import adapter_stored_bytes
 from orchestrator.assemble import about_model, is_complete, payload_shard_name
@@ -177,7 +176,6 @@ def verify(out: AnyPath, run_dir: AnyPath) -> Verification:
         problems += _check_payloads(shards, out)
         problems += _check_files(out, {row["payload"] for row in shards})
         problems += _check_index(out)
-        problems += _check_config(out)
     elif run.exists and is_file(out / "config.json"):
         problems.append(f"{out} has no {MANIFEST_DIR} to check it against")
     if not checked and not problems:
@@ -240,17 +238,6 @@ def _check_files(out: AnyPath, checked: set[str]) -> list[str]:
 
 def _is_described(stated: Any) -> bool:
     return isinstance(stated, dict) and {"bytes", "sha256"} <= stated.keys()
-
-
-def _check_config(out: AnyPath) -> list[str]:
-    """What is wrong with the entries of the groups, which no digest of a file covers."""
-    try:
-        stated = read_json(out / "config.json").get("quantization_config")
-        stated = stated if isinstance(stated, dict) else {}
-        check_groups(stated.get("groups"), stated.get("groups_sha256"))
-    except LestdError as error:
-        return [f"{out}: {error}"]
-    return []
 
 
 def _check_index(out: AnyPath) -> list[str]:

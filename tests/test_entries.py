@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from cli import lestd
 from families import CONFIGS, attention_groups, edited, random_tucker, save_pair, save_tiny
 from safetensors.torch import load_file, save_file
 from scopes import groups_of
@@ -250,17 +249,10 @@ def test_what_was_loaded_is_materialised_and_part_of_the_model(pair) -> None:
         model.hf_quantizer.postprocess_model(model)
 
 
-def test_verify_says_what_is_wrong_with_the_entries(tiny_llama, tmp_path) -> None:
-    out = tmp_path / "out"
-    lestd("compress", tiny_llama, "--keep", "0.5", "--out", out, "--executor", "serial")
-    config = json.loads((out / "config.json").read_text())
-    assert lestd("verify", out).code == 0
-    config["quantization_config"]["groups"][0]["modules"]["k_proj"]["basis_side"] = "output"
-    (out / "config.json").write_text(json.dumps(config))
-    run = lestd("verify", out)
-    assert run.code != 0
-    assert "config.json: quantization_config.groups" in run.out + run.err
-    config["quantization_config"] = {"quant_method": {}}
-    (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(LestdError, match="without the name of a quant_method"):
-        load_config(out)
+@pytest.mark.parametrize("quantization", [{"quant_method": {}}, {}, ["lestd"], "lestd"])
+def test_a_configuration_of_no_method_is_refused(pair, tmp_path, quantization) -> None:
+    bad = edited(pair[0], tmp_path / "bad", lambda config: None)
+    config = json.loads((bad / "config.json").read_text()) | {"quantization_config": quantization}
+    (bad / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LestdError, match=r"config\.json"):
+        load_config(bad)
