@@ -156,7 +156,9 @@ def _recorded(directory: AnyPath) -> tuple[Row, Row]:
         return (about_model(directory) or {}).get("fingerprint", {}), {}
     run = read_json(path)
     source = _object(run.get("source"))
-    return _object(run.get("fingerprint")), {key: source[key] for key in _OF_A_CALL if key in source}
+    return _object(run.get("fingerprint")), {
+        key: source[key] for key in _OF_A_CALL if key in source
+    }
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Row:
