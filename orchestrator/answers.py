@@ -1,8 +1,8 @@
 """The answer to a query, for people and for programs.
 
 Values that JSON and CSV lack are written as text: times in ISO 8601, bytes as Python says them.
-Exact decimals become whole numbers or doubles. In tables and CSV control characters are shown as
-escapes.
+Exact decimals become whole numbers or doubles. In tables, and in CSV on a
+terminal, control characters are shown as escapes.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def _print_records(names: list[str], rows: list[list[str]]) -> None:
 def print_csv(answer: pa.Table) -> None:
     """All rows as CSV with a header; null is empty.
 
-    Texts that a spreadsheet would take for a formula begin with an apostrophe, and control
-    characters but line feeds and tabs are escapes.
+    Texts that a spreadsheet would take for a formula begin with an apostrophe; on a terminal,
+    control characters but line feeds and tabs are escapes.
     """
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(map(_csv_value, answer.column_names))
@@ -161,7 +161,8 @@ def _csv_value(value: Any) -> Any:
         return json.dumps(tables.finite(value))
     if isinstance(value, str):
         quoted = value.startswith(("=", "+", "-", "@", "\t", "\r"))
-        return "'" * quoted + tables.visible(value, but="\n\t")
+        shown = tables.visible(value, but="\n\t") if sys.stdout.isatty() else value
+        return "'" * quoted + shown
     return str(value).lower() if isinstance(value, bool) else value
 
 

@@ -19,10 +19,13 @@ from families import save_tiny
 from safetensors.torch import load_file
 
 from lestd_kernels.errors import LestdError
+from orchestrator import tables
+from orchestrator.answers import print_csv
 from orchestrator.card import card_metadata
 from orchestrator.config import ClusterConfig, RunFile, load_yaml, validated
 from orchestrator.convert import convert
 from orchestrator.manifest import Manifest
+from orchestrator.query import run_query
 from orchestrator.source import read_config_json, resolve_source
 from workers.headers import parse_header
 from workers.regular import parse_json, read_regular
@@ -280,14 +283,20 @@ def test_data_does_not_steer_the_terminal(tmp_path: Path) -> None:
     assert not {char for char in shown if not char.isprintable()} - {"\n"}
 
 
-def test_csv_has_no_formulas(tmp_path: Path) -> None:
+@pytest.mark.parametrize("terminal", [False, True])
+def test_csv_has_no_formulas(
+    terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs = [manifests.call(0, "complete", 2, model=EVIL, planned_seconds=-3.5)]
     run = manifests.run_of(tmp_path / "run", 2, 2, runs=runs)
     sql = "select model, '-1' as a, '\t@x' as b, planned_seconds as c, -2 as d, 'a=\nb' as e"
-    printed = lestd("query", run, f"{sql} from runs", "--csv").out
-    (row,) = csv.DictReader(io.StringIO(printed))
+    printed = io.StringIO()
+    monkeypatch.setattr(printed, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr("sys.stdout", printed)
+    print_csv(run_query([run], f"{sql} from runs", print))
+    (row,) = csv.DictReader(io.StringIO(printed.getvalue()))
     assert row == {
-        "model": "'=cmd\\x1b]0;x\\x07[/bold]\\x9b2J:bug:",
+        "model": "'" + (tables.visible(EVIL) if terminal else EVIL),
         **{"a": "'-1", "b": "'\t@x", "c": "-3.5", "d": "-2", "e": "a=\nb"},
     }
 
