@@ -13,7 +13,8 @@ with the candidates.
 Weights are random. R1 is the share of d that LeSTD's rank search takes at each keep on the model
 in examples/, R2 is the head width, and the density is what then fits the bytes. Rows "cap" have
 the R1 that `max_flops: 1.0` allows, where that is less. Rows "csr" have a core of density 0.05,
-for which that codec is the smallest; rows "2:4" (on GPUs) have half of each four elements.
+for which that codec is the smallest; rows "2:4" (on GPUs) have half of each four elements. On CPU,
+"bitmask, avx2" and so on are the paths of the kernel that the CPU has, "chosen" takes the first.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from lestd_kernels import set_backend
+from lestd_kernels.backends import bitmask
 from lestd_kernels.codecs import CODECS, TWO_OF_FOUR, UNSTRUCTURED
 from lestd_kernels.linear import CompressedLinear, CoreSpec, Factor, share_products
 from lestd_kernels.pattern import two_of_four
@@ -112,6 +115,25 @@ class Projections(nn.Module):
         return sum(t.nbytes for t in self.state_dict().values())
 
 
+@dataclass(frozen=True)
+class OnPath:
+    """A layer by one path of the CPU's kernel."""
+
+    layer: Projections
+    path: str
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As the layer's own."""
+        with mock.patch.object(bitmask, "path", return_value=self.path):
+            out: Tensor = self.layer(x)
+        return out
+
+    @property
+    def data_bytes(self) -> int:
+        """As the layer's own."""
+        return self.layer.data_bytes
+
+
 def dense_layer(dtype: torch.dtype) -> Projections:
     """Four nn.Linear."""
     sizes = dict.fromkeys("qkv", (WIDTH, HEADS * HEAD_DIM)) | {"o": (HEADS * HEAD_DIM, WIDTH)}
@@ -157,14 +179,21 @@ def compressed_layer(shape: Shape, dtype: torch.dtype) -> Projections:
     return layer
 
 
-def compressed_layers(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Projections]:
+def compressed_layers(
+    shape: Shape, dtype: torch.dtype, device: str
+) -> dict[str, Projections | OnPath]:
     """The same layer by each backend that has its codec, and with the choice left open."""
     layer = compressed_layer(shape, dtype).to(device)
-    layers = {"chosen": layer}
+    layers: dict[str, Projections | OnPath] = {"chosen": layer}
     packed = PACKED_BACKENDS[device].get(shape.kind)
     for name in filter(None, (packed, "dense_core", "eager")):
-        layers[name] = copy.deepcopy(layer)
-        set_backend(layers[name], name)
+        forced = copy.deepcopy(layer)
+        set_backend(forced, name)
+        if name == "bitmask" and bitmask.is_available():
+            for path in torch.ops.lestd.bitmask_paths():
+                layers[f"bitmask, {path}"] = OnPath(forced, path)
+        else:
+            layers[name] = forced
     return layers
 
 

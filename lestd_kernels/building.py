@@ -7,30 +7,25 @@ have or lack the base model's prefix (``model.``), and so may the model.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lestd_kernels.chain import Chain
 from lestd_kernels.chain_linear import ChainLinear, PackedMatrix
-from lestd_kernels.codecs import CODECS, PATTERNS, UNSTRUCTURED
+from lestd_kernels.codecs import UNSTRUCTURED
 from lestd_kernels.decomposition import SharedTucker
+from lestd_kernels.entry_schema import damaged, module_shape
 from lestd_kernels.errors import LestdError
 from lestd_kernels.experts import ROLES, CompressedExperts
-from lestd_kernels.kinds import KINDS
 from lestd_kernels.linear import CompressedLinear, CoreSpec, Factor, SharedCore, share_products
 from lestd_kernels.ops import op_of
-from lestd_kernels.packing import FULL_BITS, QUANTIZED_BITS
-from lestd_kernels.tensorize import BasisSide
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_VALUE_TYPES = ("bfloat16", "float16", "float32")
-UPGRADE = "upgrade lestd, or compress the model again with this version"
 
 
 @dataclass(frozen=True)
@@ -43,35 +38,48 @@ class _Original:
     dtype: torch.dtype
 
 
-def build_group(model: PreTrainedModel, entry: dict[str, Any]) -> None:
-    """Exchange the linear modules of one slice group for compressed ones, on the meta device."""
-    path = entry["path"]
-    _check_known(path, "kind", entry["kind"], KINDS)
-    _check_known(path, "value_type", entry["value_type"], _VALUE_TYPES)
-    block: nn.Module
-    if "guard" in entry:
-        block, originals = _place_experts(model, entry)
-    else:
-        block = find_module(model, path)
-        originals = {name: _find_linear(block, path, name) for name in entry["modules"]}
-    for name, original in originals.items():
-        _check_shape(path, name, entry, original)
+def build_groups(model: PreTrainedModel, entries: Sequence[dict[str, Any]]) -> None:
+    """Exchange the linear modules of slice groups for compressed ones, on the meta device.
+
+    Args:
+        model: on the meta device.
+        entries: which `lestd_kernels.entry_schema.check_groups` has checked.
+
+    Raises:
+        LestdError: an entry does not fit the model, or puts something where something is, or
+            where it would not be of the model.
+    """
     build = {SharedTucker.kind: _build_shared_tucker, Chain.kind: _build_chains}
-    for name, module in build[entry["kind"]](model, entry, originals).items():
-        block.set_submodule(name, module)
-    share_products(block)
+    shared: dict[str, nn.Module] = {}
+    for entry in entries:
+        block, originals = _find_block(model, entry)
+        for name, original in originals.items():
+            _check_shape(name, entry, original)
+        for name, module in build[entry["kind"]](model, entry, originals, shared).items():
+            block.set_submodule(name, module)
+        share_products(block)
+    present = set(model.modules())
+    for path, module in shared.items():
+        if module not in present:
+            raise damaged(f"quantization_config places {path} in a module that it takes away")
 
 
-def _check_shape(path: str, name: str, entry: dict[str, Any], original: _Original) -> None:
-    module = entry["modules"][name]
-    _check_known(f"{path}.{name}", "basis_side", module["basis_side"], get_args(BasisSide))
-    columns = module["slices"] * entry["head_dim"]
-    wide = module["basis_side"] == "input"
-    expected = (columns, entry["width"]) if wide else (entry["width"], columns)
+def _find_block(
+    model: PreTrainedModel, entry: dict[str, Any]
+) -> tuple[nn.Module, dict[str, _Original]]:
+    """The block of a group, and the linear modules in it that are exchanged."""
+    if "guard" in entry:
+        return _place_experts(model, entry)
+    block = find_module(model, entry["path"])
+    return block, {name: _find_linear(block, entry["path"], name) for name in entry["modules"]}
+
+
+def _check_shape(name: str, entry: dict[str, Any], original: _Original) -> None:
+    expected = module_shape(entry, entry["modules"][name])[::-1]
     if (found := (original.out_features, original.in_features)) != expected:
         raise LestdError(
-            f"config.json: {path}.{name} has weight {found} in the model and {expected} in "
-            "quantization_config: one of the two was changed after the model was compressed, "
+            f"config.json: {entry['path']}.{name} has weight {found} in the model and {expected} "
+            "in quantization_config: one of the two was changed after the model was compressed, "
             "restore it."
         )
 
@@ -84,7 +92,8 @@ def _place_experts(
     parent_path, _, name = path.rpartition(".")
     parent = find_module(model, parent_path)
     found: Any = getattr(parent, name, None)
-    if not hasattr(found, "_apply_gate") or not hasattr(found, entry["guard"]):
+    guard = getattr(found, entry["guard"], None)
+    if not hasattr(found, "_apply_gate") or not isinstance(guard, nn.Parameter):
         raise LestdError(
             f"config.json: quantization_config names {path}, expected experts there, found "
             f"{type(found).__name__}: load the architecture that was compressed."
@@ -110,29 +119,25 @@ def _place_experts(
 
 
 def _build_chains(
-    model: PreTrainedModel, entry: dict[str, Any], originals: dict[str, _Original]
+    model: PreTrainedModel,
+    entry: dict[str, Any],
+    originals: dict[str, _Original],
+    shared: dict[str, nn.Module],
 ) -> dict[str, nn.Module]:
-    """Modules of a `Chain`, and its shared matrices in the block."""
-    path = entry["path"]
+    """Modules of a `Chain`; the matrices that they share are placed."""
     dtype = next(iter(originals.values())).dtype
-    shared = {}
-    for name, matrix in entry["shared"].items():
-        _check_matrix(matrix["path"], matrix)
-        parent, _, attribute = matrix["path"].rpartition(".")
-        shared[name] = PackedMatrix(matrix, dtype, "meta")
-        find_module(model, parent).add_module(attribute, shared[name])
+    matrices = {name: PackedMatrix(one, dtype, "meta") for name, one in entry["shared"].items()}
+    for name, matrix in matrices.items():
+        _place(model, entry["shared"][name]["path"], matrix, shared)
     modules: dict[str, nn.Module] = {}
     for name, original in originals.items():
         module = entry["modules"][name]
-        sides = [module["side"]] if "side" in module else []
-        for matrix in (*module["own"], *sides):
-            _check_matrix(f"{path}.{name}", matrix)
         modules[name] = ChainLinear(
             module,
             original.in_features,
             original.out_features,
             tuple(op_of(op) for op in module["ops"]),
-            shared,
+            matrices,
             bias=original.bias,
             dtype=dtype,
             device="meta",
@@ -140,28 +145,27 @@ def _build_chains(
     return modules
 
 
-def _check_matrix(path: str, entry: dict[str, Any]) -> None:
-    _check_known(path, "codec", entry["codec"], CODECS)
-    _check_known(path, "pattern", entry.get("pattern", UNSTRUCTURED), PATTERNS)
-    _check_known(
-        path, "value_bits", entry.get("value_bits", FULL_BITS), (FULL_BITS, *QUANTIZED_BITS)
-    )
-
-
 def _build_shared_tucker(
-    model: PreTrainedModel, entry: dict[str, Any], originals: dict[str, _Original]
+    model: PreTrainedModel,
+    entry: dict[str, Any],
+    originals: dict[str, _Original],
+    shared: dict[str, nn.Module],
 ) -> dict[str, nn.Module]:
-    """Modules of a `SharedTucker`; its factors, and a core that the modules share, in the block."""
-    path, ranks = entry["path"], entry["ranks"]
+    """Modules of a `SharedTucker`; its factors, and a core that the modules share, are placed."""
+    ranks, core = entry["ranks"], entry.get("core")
     dtype = next(iter(originals.values())).dtype
-    U1 = _place_factor(model, entry["factors"]["U1"], entry["width"], ranks["R1"], dtype)
-    U2 = _place_factor(model, entry["factors"]["U2"], entry["head_dim"], ranks["R2"], dtype)
+    factors = []
+    for name, rows, rank in (("U1", entry["width"], "R1"), ("U2", entry["head_dim"], "R2")):
+        path = entry["factors"][name]
+        if path not in shared:  # Else an earlier group has put it there.
+            _place(model, path, Factor(rows, ranks[rank], dtype, "meta"), shared)
+        factor = shared[path]
+        assert isinstance(factor, Factor)
+        factors.append(factor)
     shared_core = None
-    if "core" in entry:
-        spec = _core_spec(path, entry["core"], ranks["R1"], entry["core"]["columns"])
-        shared_core = SharedCore(spec, dtype, "meta")
-        core_parent, _, core_name = entry["core"]["path"].rpartition(".")
-        find_module(model, core_parent).add_module(core_name, shared_core)
+    if core is not None:
+        shared_core = SharedCore(_core_spec(core, ranks["R1"], core["columns"]), dtype, "meta")
+        _place(model, core["path"], shared_core, shared)
 
     modules: dict[str, nn.Module] = {}
     for name, original in originals.items():
@@ -172,8 +176,8 @@ def _build_shared_tucker(
             original.out_features,
             module["basis_side"],
             slices,
-            (U1, U2),
-            shared_core or _core_spec(f"{path}.{name}", module, ranks["R1"], slices * ranks["R2"]),
+            (factors[0], factors[1]),
+            shared_core or _core_spec(module, ranks["R1"], slices * ranks["R2"]),
             types=len(module.get("types", (0,))),
             bias=original.bias,
             dtype=original.dtype,
@@ -182,19 +186,24 @@ def _build_shared_tucker(
     return modules
 
 
-def _check_known(path: str, what: str, found: Any, known: Collection[object]) -> None:
-    if found not in known:
-        raise LestdError(
-            f"config.json: {path} has {what} {found!r}, expected "
-            f"{' or '.join(map(str, known))}: {UPGRADE}."
-        )
-
-
-def _core_spec(path: str, entry: dict[str, Any], rows: int, columns: int) -> CoreSpec:
-    _check_known(path, "codec", entry["codec"], CODECS)
+def _core_spec(entry: dict[str, Any], rows: int, columns: int) -> CoreSpec:
     pattern = entry.get("pattern", UNSTRUCTURED)
-    _check_known(path, "pattern", pattern, PATTERNS)
     return CoreSpec(entry["codec"], rows, columns, entry["nnz"], pattern)
+
+
+def _place(
+    model: PreTrainedModel, path: str, module: nn.Module, shared: dict[str, nn.Module]
+) -> None:
+    """Put what modules share at its path, where nothing must be yet; and remember it there."""
+    parent_path, _, name = path.rpartition(".")
+    parent = find_module(model, parent_path)
+    if hasattr(parent, name) or isinstance(parent, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+        raise damaged(
+            f"quantization_config places {path} in a {type(parent).__name__}, which has "
+            "something there, or room for its own kind only"
+        )
+    parent.add_module(name, module)
+    shared[path] = module
 
 
 def find_module(model: PreTrainedModel, path: str) -> nn.Module:
@@ -217,28 +226,10 @@ def _find_linear(block: nn.Module, path: str, name: str) -> _Original:
         module = block.get_submodule(name)
     except AttributeError:
         module = None
-    if not isinstance(module, nn.Linear):
+    if type(module) is not nn.Linear:
         raise LestdError(
             f"config.json: quantization_config names {path}.{name}, expected a linear module "
             f"there, found {type(module).__name__}: load the architecture that was compressed."
         )
     bias = module.bias is not None
     return _Original(module.in_features, module.out_features, bias, module.weight.dtype)
-
-
-def _place_factor(
-    model: PreTrainedModel, path: str, rows: int, rank: int, dtype: torch.dtype
-) -> Factor:
-    """The factor at `path`: the one that an earlier group put there, or a new one."""
-    parent_path, _, name = path.rpartition(".")
-    parent = find_module(model, parent_path)
-    factor = getattr(parent, name, None)
-    if not isinstance(factor, Factor):
-        factor = Factor(rows, rank, dtype, "meta")
-        parent.add_module(name, factor)
-    if tuple(factor.weight.shape) != (rows, rank):
-        raise LestdError(
-            f"config.json: groups disagree about the shape of {path}, {(rows, rank)} and "
-            f"{tuple(factor.weight.shape)}: the file is damaged, copy it again."
-        )
-    return factor

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from lestd_kernels import backends
 from lestd_kernels.codecs import UNSTRUCTURED
-from lestd_kernels.linear import shared_product
+from lestd_kernels.linear import PackedModule, shared_product
 from lestd_kernels.ops import Mix, Multiply, Op, Permute, apply_dense, apply_permute
 from lestd_kernels.packed import EncodedCore, disk_name, packed_specs
 from lestd_kernels.packing import FULL_BITS
 
 
-class PackedMatrix(nn.Module):
+class PackedMatrix(PackedModule):
     """A stored matrix ``(rows, columns)``; its tensors have their names on disk.
 
     Args:
@@ -39,6 +39,7 @@ class PackedMatrix(nn.Module):
         self.codec, self.nnz = str(entry["codec"]), int(entry["nnz"])
         self.value_bits = int(entry.get("value_bits", FULL_BITS))
         self.pattern = str(entry.get("pattern", UNSTRUCTURED))
+        self.exponent = int(entry.get("exponent", 0))
         self.backend: str | None = None
         for name, (shape, index_dtype) in self._specs().items():
             if index_dtype is None:
@@ -56,7 +57,13 @@ class PackedMatrix(nn.Module):
         """The matrix as it is stored."""
         tensors = {name: getattr(self, disk_name(name)) for name in self._specs()}
         return EncodedCore(
-            self.codec, *self.sizes, self.nnz, tensors, self.pattern, self.value_bits
+            self.codec,
+            *self.sizes,
+            self.nnz,
+            tensors,
+            self.pattern,
+            self.value_bits,
+            self.exponent,
         )
 
     def multiply(self, x: Tensor, op: Multiply) -> Tensor:

@@ -110,8 +110,8 @@ def round_with_feedback(
             see `grid_has_zero`.
 
     Returns:
-        The rounded weights ``(in, out)``, float32, exact in the value dtype, and their scales, one
-        per group of stored elements in row-major order; None with 16 bits.
+        The rounded weights ``(in, out)``, float32, exact in the value dtype, and their scales,
+        float32, one per group of stored elements in row-major order; None with 16 bits.
     """
     W = W.clone(memory_format=torch.contiguous_format)
     groups = None if bits == FULL_BITS else _Groups(W, mask, bits, value_dtype)
@@ -140,7 +140,7 @@ class _Groups:
         W: ``(in, out)``, contiguous.
         mask: which of its elements are stored; None for all.
         bits: of a code.
-        dtype: of the scales.
+        dtype: to whose precision values and scales are rounded.
     """
 
     def __init__(self, W: Tensor, mask: Tensor | None, bits: int, dtype: torch.dtype) -> None:
@@ -151,7 +151,7 @@ class _Groups:
         self._positions = None if mask is None else mask.view(-1).nonzero()[:, 0]
         counts = [columns] * rows if mask is None else mask.sum(dim=1).tolist()
         self._ends = [0, *accumulate(counts)]
-        self.scales = W.new_zeros(scale_count(self._ends[-1]), dtype=dtype)
+        self.scales = W.new_zeros(scale_count(self._ends[-1]))
         self._chosen = torch.zeros_like(self.scales, dtype=torch.bool)
 
     def round_row(self, row: int) -> None:

@@ -135,7 +135,30 @@ def packed_core(module: nn.Module, spec: CoreSpec) -> EncodedCore:
     return EncodedCore(spec.codec, spec.rows, spec.columns, spec.nnz, tensors, spec.pattern)
 
 
-class SharedCore(nn.Module):
+class PackedModule(nn.Module):
+    """A module with packed tensors, which pickle and Ray can take.
+
+    PyTorch has no pickled form for the storage of 16-bit column indices: they travel as signed.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_buffers": _viewed(self._buffers, torch.uint16, torch.int16)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        buffers = _viewed(state["_buffers"], torch.int16, torch.uint16)
+        super().__setstate__(state | {"_buffers": buffers})  # type: ignore[no-untyped-call]
+
+
+def _viewed(
+    buffers: dict[str, Tensor | None], dtype: torch.dtype, other: torch.dtype
+) -> dict[str, Tensor | None]:
+    return {
+        name: buffer.view(other) if buffer is not None and buffer.dtype == dtype else buffer
+        for name, buffer in buffers.items()
+    }
+
+
+class SharedCore(PackedModule):
     """The core of a group with a learned type mode, G ``(R1, R3 h R2)``, packed."""
 
     def __init__(
@@ -155,7 +178,7 @@ class SharedCore(nn.Module):
         return f"{self.spec}"
 
 
-class CompressedLinear(nn.Module):
+class CompressedLinear(PackedModule):
     """A linear module whose slices share U1 and U2.
 
     ``weight`` is 1-D: the values of the module's own packed core, or, where the core is a

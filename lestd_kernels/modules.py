@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
 from torch import nn
 
 from lestd_kernels import backends
-from lestd_kernels.chain_linear import PackedMatrix
+from lestd_kernels.chain_linear import ChainLinear, PackedMatrix
 from lestd_kernels.errors import LestdError
 from lestd_kernels.linear import CompressedLinear, Factor, SharedCore, packed_core
 
@@ -13,18 +15,35 @@ MODULES = (Factor, SharedCore, CompressedLinear, PackedMatrix)
 """Their classes; a `ChainLinear` is a `PackedMatrix`."""
 
 
-def check_core(module: nn.Module) -> None:
-    """Check the index tensors of a module of `MODULES`, where it has some in memory.
+def check_module(module: nn.Module, present: Collection[nn.Module]) -> None:
+    """Check what was loaded into a module of `MODULES`; tensors that are offloaded are left out.
+
+    Args:
+        module: the module.
+        present: all modules of its model.
 
     Raises:
-        ValueError: they are damaged, see `EncodedCore.check`.
+        ValueError: tensors are not there, or damaged, see `EncodedCore.check`.
     """
-    if module.get_parameter("weight").device.type == "meta":
+    if any(isinstance(one, nn.Module) and one not in present for one in _others(module)):
+        raise ValueError("what it shares with other modules is not part of the model")
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    absent = [name for name, tensor in tensors if tensor.is_meta]
+    if absent and not hasattr(module, "_hf_hook"):  # With which accelerate brings them in.
+        raise ValueError(f"its {absent[0]} was not loaded")
+    if absent:
         return
     if isinstance(module, PackedMatrix):
         module.packed().check()
     elif isinstance(module, SharedCore | CompressedLinear) and module.spec is not None:
         packed_core(module, module.spec).check()
+
+
+def _others(module: nn.Module) -> Iterable[object]:
+    """What a module has in common with others of its block."""
+    if isinstance(module, CompressedLinear):
+        return module._shared
+    return dict(module._shared).values() if isinstance(module, ChainLinear) else ()
 
 
 def set_backend(model: nn.Module, backend: str | None) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.bits import count_bits, count_nonzeros
-from lestd_kernels.codecs import CODECS, UNSTRUCTURED, TensorSpec, cheapest_codec
+from lestd_kernels.codecs import CODECS, UNSTRUCTURED, TensorSpec, cheapest_codec, csr_rows
 from lestd_kernels.packing import (
     FULL_BITS,
     code_bytes,
@@ -31,7 +31,8 @@ class EncodedCore:
 
     ``tensors`` has the codec's tensor names; ``tensors["values"]`` has the value dtype. With
     `value_bits` below 16 there are ``tensors["codes"]`` (uint8) and ``tensors["scales"]`` (value
-    dtype) in its place, see lestd_kernels.packing. ``pattern`` says where non-zeros may stand
+    dtype) in its place, see lestd_kernels.packing, and ``exponent`` is that of the power of two
+    by which the scales are divided. ``pattern`` says where non-zeros may stand
     (`codecs.PATTERNS`); every codec stores every one.
     """
 
@@ -42,6 +43,7 @@ class EncodedCore:
     tensors: Mapping[str, Tensor]
     pattern: str = UNSTRUCTURED
     value_bits: int = FULL_BITS
+    exponent: int = 0
 
     @classmethod
     def encode(cls, matrix: Tensor, pattern: str = UNSTRUCTURED) -> EncodedCore:
@@ -77,18 +79,20 @@ class EncodedCore:
             matrix = matrix.to(value_dtype)
         mask = matrix != 0 if mask is None else mask
         rows, columns = matrix.shape
-        nnz = int(mask.sum())
+        nnz, exponent = int(mask.sum()), 0
         best = cheapest_codec(rows, columns, nnz, value_dtype.itemsize, value_bits)
         chosen = CODECS[codec or best.name]
         tensors = dict(chosen.encode(mask.to(torch.uint8)))
         tensors["values"] = matrix.reshape(-1) if chosen.name == "dense" else matrix[mask]
         if value_bits != FULL_BITS:
             has_zero = grid_has_zero(chosen.name == "dense", value_bits)
-            codes, scales = quantize(
+            codes, stored, exponent = quantize(
                 tensors.pop("values"), value_bits, value_dtype, scales, has_zero
             )
-            tensors = {"scales": scales, "codes": codes} | tensors
-        return cls(chosen.name, rows, columns, nnz, tensors, value_bits=value_bits)
+            tensors = {"scales": stored, "codes": codes} | tensors
+        return cls(
+            chosen.name, rows, columns, nnz, tensors, value_bits=value_bits, exponent=exponent
+        )
 
     @property
     def value_dtype(self) -> torch.dtype:
@@ -108,8 +112,8 @@ class EncodedCore:
         codes, scales = tensors.pop("codes"), tensors.pop("scales")
         count = self.rows * self.columns if self.codec == "dense" else self.nnz
         has_zero = grid_has_zero(self.codec == "dense", self.value_bits)
-        values = dequantize(codes, scales, count, self.value_bits, has_zero)
-        return replace(self, tensors={"values": values} | tensors, value_bits=FULL_BITS)
+        values = dequantize(codes, scales, count, self.value_bits, has_zero, self.exponent)
+        return replace(self, tensors={"values": values} | tensors, value_bits=FULL_BITS, exponent=0)
 
     def decode(self) -> Tensor:
         """The matrix (rows x columns), dense, in the value dtype."""
@@ -118,11 +122,14 @@ class EncodedCore:
     def check(self) -> None:
         """Compare the index tensors with each other and with the number of values.
 
-        Decoding would notice an index that leads too far, but not every one that leads elsewhere.
+        Decoding would notice an index that leads too far, but not every one that leads elsewhere;
+        and what order or repetition of column indices mean, each backend would decide for itself.
 
         Raises:
-            ValueError: they disagree: the tensors are damaged.
+            ValueError: they disagree, or a scale is not finite: the tensors are damaged.
         """
+        if self.value_bits != FULL_BITS and not bool(self.tensors["scales"].isfinite().all()):
+            raise ValueError("a scale is not finite")
         if self.codec == "bitmask":
             marked = count_bits(self.tensors["mask"], self.rows * self.columns)
             if marked != self.nnz:
@@ -137,6 +144,11 @@ class EncodedCore:
                 raise ValueError(f"the row pointers do not rise from 0 to {self.nnz}")
             if bool(((columns < 0) | (columns >= self.columns)).any()):
                 raise ValueError(f"a column index is outside of the core's {self.columns} columns")
+            positions = csr_rows(ends, self.nnz).mul_(self.columns).add_(columns)
+            before = positions.roll(1)
+            before[:1] = -1
+            if not bool((positions > before).all()):
+                raise ValueError("the column indices of a row do not rise")
 
     @property
     def stored_bytes(self) -> int:
@@ -154,6 +166,8 @@ class EncodedCore:
             entry["pattern"] = self.pattern
         if self.value_bits != FULL_BITS:
             entry["value_bits"] = self.value_bits
+        if self.exponent:
+            entry["exponent"] = self.exponent
         return entry
 
 
@@ -192,8 +206,8 @@ def stored_core(
     bits = entry.get("value_bits", FULL_BITS)
     names = packed_specs(entry["codec"], rows, columns, entry["nnz"], bits)
     parts = {name: tensors[f"{path}.{disk_name(name)}"] for name in names}
-    pattern = entry.get("pattern", UNSTRUCTURED)
-    return EncodedCore(entry["codec"], rows, columns, entry["nnz"], parts, pattern, bits)
+    pattern, exponent = entry.get("pattern", UNSTRUCTURED), entry.get("exponent", 0)
+    return EncodedCore(entry["codec"], rows, columns, entry["nnz"], parts, pattern, bits, exponent)
 
 
 def disk_name(name: str) -> str:

@@ -11,11 +11,15 @@ A value is ``(code - offset) * scale``, and there are two grids of 2^bits levels
 Measured on trained weights, each is the better one where it is used: in 4 bits whole weights are as
 good with either, and factors better without. A code takes `bits` bits, the
 first value in the lowest ones; the scale has the value dtype. A group of zeros has the scale 0.
+Scales below the normal numbers of the value dtype, as float16 has them from 6e-5 down, are stored
+divided by a power of two that the whole matrix has in common (`scale_exponent`).
 
 Reference: uniform quantization in groups as in Frantar et al., "GPTQ", ICLR 2023, section 5.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -71,19 +75,36 @@ def group_scales(
     Args:
         values: ``(n,)``, float32.
         bits: 8, 4, 3 or 2.
-        scale_dtype: what they are rounded to.
+        scale_dtype: to whose precision they are rounded, whatever its range.
         has_zero: whether the grid has a level 0.
 
     Returns:
-        ``(ceil(n / 64),)``.
+        ``(ceil(n / 64),)``, float32.
     """
     padded = functional.pad(values, (0, -len(values) % GROUP)).view(-1, GROUP)
     low, high = padded.aminmax(dim=1)
     outer = -torch.where(high > -low, high, low) if has_zero else torch.maximum(high, -low)
     scales: Tensor = outer / _offset(bits, has_zero)
     # Zero, not a number that is not normal, which has few bits itself.
-    tiny = torch.finfo(scale_dtype).smallest_normal
-    return torch.where(scales.abs() < tiny, torch.zeros_like(scales), scales).to(scale_dtype)
+    tiny = torch.finfo(scales.dtype).smallest_normal
+    scales = torch.where(scales.abs() < tiny, torch.zeros_like(scales), scales)
+    mantissa, exponent = torch.frexp(scales)
+    return torch.ldexp((2 * mantissa).to(scale_dtype).float(), exponent - 1)
+
+
+def scale_exponent(scales: Tensor, scale_dtype: torch.dtype) -> int:
+    """Of the power of two by which scales are divided to be stored; 0 where all fit as they are.
+
+    No larger than it takes to make the smallest normal, while the largest stays in range.
+    """
+    magnitudes = scales[scales != 0].abs()
+    if not magnitudes.numel():
+        return 0
+    least, most = (float(end) for end in torch.aminmax(magnitudes))
+    finfo = torch.finfo(scale_dtype)
+    below = math.frexp(least)[1] - math.frexp(finfo.smallest_normal)[1]
+    above = math.frexp(most)[1] - math.frexp(finfo.max)[1]
+    return max(min(below, 0), above)
 
 
 def nearest_codes(values: Tensor, scales: Tensor, bits: int, has_zero: bool = False) -> Tensor:
@@ -141,30 +162,43 @@ def quantize(
     scale_dtype: torch.dtype,
     scales: Tensor | None = None,
     has_zero: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, int]:
     """Round values to few bits.
 
     Args:
         values: ``(n,)``, any floating dtype.
         bits: 8, 4, 3 or 2.
         scale_dtype: dtype of the scales.
-        scales: one per group, where they are chosen already.
+        scales: one per group, where they are chosen already, float32.
         has_zero: whether the grid has a level 0.
 
     Returns:
-        Codes, uint8 ``(ceil(n bits / 8),)``, and scales ``(ceil(n / 64),)``.
+        Codes, uint8 ``(ceil(n bits / 8),)``, scales ``(ceil(n / 64),)`` as they are stored, and
+        the exponent of the power of two by which they are divided.
     """
     values = values.float()
     if scales is None:
         scales = group_scales(values, bits, scale_dtype, has_zero)
-    scales = scales.to(scale_dtype)
+    exponent = scale_exponent(scales, scale_dtype)
+    stored = (scales.double() * 2.0**-exponent).to(scale_dtype)
+    scales = _scales_of(stored, exponent)
     codes = nearest_codes(values, spread_scales(scales, len(values)), bits, has_zero)
-    return pack_codes(codes, bits), scales
+    return pack_codes(codes, bits), stored, exponent
+
+
+def _scales_of(stored: Tensor, exponent: int) -> Tensor:
+    return stored.float() * 2.0**exponent if exponent else stored
 
 
 def dequantize(
-    codes: Tensor, scales: Tensor, count: int, bits: int, has_zero: bool = False
+    codes: Tensor,
+    scales: Tensor,
+    count: int,
+    bits: int,
+    has_zero: bool = False,
+    exponent: int = 0,
 ) -> Tensor:
-    """The values of packed codes, in the dtype of the scales, ``(count,)``."""
+    """The values of packed codes, in the dtype of the stored scales, ``(count,)``."""
     unpacked = unpack_codes(codes, count, bits)
-    return levels(unpacked, spread_scales(scales, count), bits, has_zero).to(scales.dtype)
+    spread = spread_scales(_scales_of(scales, exponent), count)
+    return levels(unpacked, spread, bits, has_zero).to(scales.dtype)

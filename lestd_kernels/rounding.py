@@ -23,8 +23,8 @@ def rounded(values: Tensor, bits: int, has_zero: bool) -> Tensor:
 
     `has_zero` is the grid of matrices that are stored densely, see lestd_kernels.packing.
     """
-    codes, scales = quantize(values.reshape(-1), bits, _SCALE_DTYPE, has_zero=has_zero)
-    back = dequantize(codes, scales, values.numel(), bits, has_zero)
+    codes, scales, exponent = quantize(values.reshape(-1), bits, _SCALE_DTYPE, has_zero=has_zero)
+    back = dequantize(codes, scales, values.numel(), bits, has_zero, exponent)
     return back.float().view(values.shape)
 
 

@@ -191,7 +191,8 @@ def dense_tensors(weights: Mapping[str, Tensor], layout: GroupLayout) -> dict[st
     counts: dict[str, int] = {}
     for module in layout.modules:
         if module.stored is not None and module.stored.index is not None:
-            counts[module.stored.tensor] = 1 + module.stored.index
+            before = counts.get(module.stored.tensor, 0)
+            counts[module.stored.tensor] = max(before, 1 + module.stored.index)
     tensors: dict[str, Tensor] = {}
     for module in layout.modules:
         weight, stored = weights[module.name], module.stored

@@ -16,13 +16,13 @@ tensor under the fused parameter's name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, WeightTransform, apply_renamings
@@ -36,14 +36,20 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lestd_kernels.building import UPGRADE, build_group
+from lestd_kernels.building import build_groups
 from lestd_kernels.decomposition import FORMAT_VERSION, QUANT_METHOD
+from lestd_kernels.entry_schema import check_groups
 from lestd_kernels.errors import LestdError
 from lestd_kernels.experts import GUARD_NAME
-from lestd_kernels.modules import MODULES, check_core
+from lestd_kernels.modules import MODULES, check_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_VALUES = ("BF16", "F16", "F32")
+_INDICES = {torch.uint8: "U8", torch.uint16: "U16", torch.int32: "I32"}
+_COPY_AGAIN = "copy the model again from where it was made"
+_UPGRADE = "upgrade lestd, or compress the model again with this version"
 
 
 @dataclass
@@ -67,13 +73,14 @@ class LestdConfig(QuantizationConfigMixin):
         """Read the entry of `config.json`.
 
         Raises:
-            LestdError: a format version that this package does not read, or an unknown key.
+            LestdError: a format version that this package does not read, an unknown key, or
+                entries that are damaged.
         """
         version = config_dict.get("format_version")
         if version != FORMAT_VERSION:
             raise LestdError(
                 f"config.json: quantization_config has format_version {version!r}, "
-                f"this version of lestd reads {FORMAT_VERSION}: {UPGRADE}."
+                f"this version of lestd reads {FORMAT_VERSION}: {_UPGRADE}."
             )
         unknown = sorted(config_dict.keys() - {f.name for f in fields(cls)})
         if unknown:
@@ -81,6 +88,7 @@ class LestdConfig(QuantizationConfigMixin):
                 f"config.json: quantization_config has the unknown key {unknown[0]!r}, expected "
                 f"{', '.join(f.name for f in fields(cls))}: remove it."
             )
+        check_groups(config_dict.get("groups"))
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
 
 
@@ -96,11 +104,9 @@ class LestdQuantizer(HfQuantizer):
         checkpoint_files: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        for number, entry in enumerate(self.quantization_config.groups):
-            with _complete_entry(number):
-                build_group(model, entry)
+        build_groups(model, self.quantization_config.groups)
         if checkpoint_files is not None:
-            _check_presence(model, checkpoint_files)
+            _check_headers(model, checkpoint_files)
             _expect_adapter(Path(checkpoint_files[0]).parent)
 
     def update_weight_conversions(
@@ -126,14 +132,14 @@ class LestdQuantizer(HfQuantizer):
         return [*updated, *renamings]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        present = set(model.modules())
         for path, module in model.named_modules():
             if isinstance(module, MODULES):
                 try:
-                    check_core(module)
+                    check_module(module, present)
                 except ValueError as error:
                     raise LestdError(
-                        f"{model.name_or_path}: the core of {path} is damaged, {error}: copy the "
-                        "model again from where it was made."
+                        f"{model.name_or_path}: {path} is damaged, {error}: {_COPY_AGAIN}."
                     ) from error
 
     def is_serializable(self) -> bool:
@@ -159,36 +165,37 @@ def register() -> None:
         register_quantizer(QUANT_METHOD)(LestdQuantizer)
 
 
-@contextmanager
-def _complete_entry(number: int) -> Iterator[None]:
-    """Say which entry of the configuration lacks a key."""
-    try:
-        yield
-    except KeyError as missing:
-        raise LestdError(
-            f"config.json: quantization_config.groups[{number}] has no {missing}: "
-            "the file is damaged, copy it again from where the model was made."
-        ) from missing
+def _check_headers(model: PreTrainedModel, checkpoint_files: Sequence[str]) -> None:
+    """Refuse a checkpoint that lacks a tensor, or has another in its place.
 
-
-def _check_presence(model: PreTrainedModel, checkpoint_files: Sequence[str]) -> None:
-    """Refuse a checkpoint that lacks a tensor; Transformers would only warn, and make one up."""
+    Transformers would only warn of the first, and make one up; and change the dtype of the second.
+    """
     prefix = f"{model.base_model_prefix}."
     conversions = get_model_conversion_mapping(model, add_legacy=False)
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
-    present: set[str] = set()
+    present: dict[str, tuple[str, list[int], str]] = {}
     for file in checkpoint_files:
         with safe_open(file, framework="pt") as shard:
-            names = (apply_renamings(name, renamings) for name in shard.keys())  # noqa: SIM118
-            present.update(name.removeprefix(prefix) for name in names)
+            for name in shard.keys():  # noqa: SIM118
+                stored = shard.get_slice(name)
+                known = file, stored.get_shape(), stored.get_dtype()
+                present[apply_renamings(name, renamings).removeprefix(prefix)] = known
     for path, module in model.named_modules():
         if not isinstance(module, MODULES):
             continue
-        for name in module.state_dict():
-            if f"{path}.{name}".removeprefix(prefix) not in present:
+        for name, tensor in module.state_dict().items():
+            found = present.get(f"{path}.{name}".removeprefix(prefix))
+            if found is None:
                 raise LestdError(
                     f"{checkpoint_files[0]}: neither this file nor the model's other shards hold "
-                    f"the tensor {path}.{name}: copy the model again from where it was made."
+                    f"the tensor {path}.{name}: {_COPY_AGAIN}."
+                )
+            file, shape, dtype = found
+            expected = _VALUES if tensor.is_floating_point() else (_INDICES[tensor.dtype],)
+            if shape != list(tensor.shape) or dtype not in expected:
+                raise LestdError(
+                    f"{file}: the tensor {path}.{name} is {dtype} {shape}, expected "
+                    f"{' or '.join(expected)} {list(tensor.shape)}: {_COPY_AGAIN}."
                 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 
 def main() -> None:
@@ -13,8 +14,12 @@ def main() -> None:
         from orchestrator import cli
     except KeyboardInterrupt:
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        _end_without(error)
     try:
         cli.main()
+    except ModuleNotFoundError as error:  # Most libraries are imported where they are needed.
+        _end_without(error)
     except SystemExit as end:
         if end.code == 130:
             # At once: threads that still compute would be waited for.
@@ -22,6 +27,15 @@ def main() -> None:
             sys.stderr.flush()
             os._exit(130)
         raise
+
+
+def _end_without(error: ModuleNotFoundError) -> NoReturn:
+    """End: a job brings our code to the cluster, and what it needs must be there."""
+    sys.stderr.write(
+        f"error: {sys.executable} has no module {error.name}, which lestd needs; install lestd in "
+        "the environment of this python (of a Ray job: in that which Ray runs in on the nodes)\n"
+    )
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -30,6 +29,7 @@ from upath import UPath
 
 from lestd_kernels.decomposition import FORMAT_VERSION
 from lestd_kernels.errors import LestdError
+from orchestrator.binding import require_same
 from orchestrator.card import CARD_FILE, model_card
 from orchestrator.json_files import json_bytes, read_json, write_json
 from orchestrator.lease import leased
@@ -41,27 +41,28 @@ from orchestrator.manifest import (
     keep_evaluations,
 )
 from orchestrator.plan import Plan
-from orchestrator.rundir import require_same
-from orchestrator.source import CONFIG_FILE, Source, copy_side_files, is_side_file
+from orchestrator.side_files import copy_side_files, find_side_files
+from orchestrator.source import CONFIG_FILE, Source
 from orchestrator.untouched import UNTOUCHED_DIR, fetch_shard
+from workers.building import Building, building_directory, is_free
 from workers.checkpoint import INDEX_FILE, read_header, write_safetensors_stream
 from workers.contracts import TensorRef
 from workers.files import (
     AnyPath,
     atomic_write,
-    building_directory,
     explain_os_errors,
     file_sha256,
     fsync_directory,
     in_parallel,
     is_file,
     link_or_copy,
-    list_files,
     list_names,
+    list_tree,
     make_directory,
     remove_file,
     remove_tree,
 )
+from workers.names import is_inside
 from workers.ranges import is_url
 
 # Written anew, whatever the source has under these names.
@@ -69,11 +70,21 @@ _OF_OUR_OWN = (CONFIG_FILE, CARD_FILE)
 
 
 def payload_shard_name(row: dict[str, Any]) -> str:
-    """Name of a group's payload as a shard of the model: its layer and block."""
+    """Name of a group's payload as a shard of the model: its layer and block.
+
+    Raises:
+        LestdError: it would be no name of a file, as that of a damaged manifest.
+    """
     block = row["group"].rpartition(".")[2]
     if block.isdigit():  # Modules of the layer itself.
         block = row["scope"]
-    return f"lestd-{row['layer']:05d}-{block}.safetensors"
+    name = f"lestd-{row['layer']:05d}-{block}.safetensors"
+    if "/" in name or not is_inside(name):
+        raise LestdError(
+            f"the manifest names the group {row['group']!r}, whose shard would be {name!r}: it is "
+            "damaged or malicious, get the model from a source you trust"
+        )
+    return name
 
 
 def assemble(
@@ -113,18 +124,20 @@ def assemble(
     if isinstance(out, UPath):
         _assemble_in_store(out, fingerprint, names, build, require_lock)
     else:
-        building = out.with_name(f".{out.name}.assembling")
         make_directory(out.parent)
-        busy = f"another driver assembles {out}; wait for it to end, or choose another --out"
-        with explain_os_errors(building), building_directory(building, busy):
-            build(building, require_lock)
+        with explain_os_errors(out), _building(out) as building:
+            build(building.new, require_lock)
             if (about := about_model(out)) and about["fingerprint"] == fingerprint:
-                keep_evaluations(out, building)
-            fsync_directory(building)
-            remove_model(out)
-            building.replace(out)
-            fsync_directory(out.parent)
+                keep_evaluations(out, building.new)
+            fsync_directory(building.new)
+            _check_ours(out)
+            building.finish()
     remove_tree(run_dir / UNTOUCHED_DIR)
+
+
+def _building(out: Path) -> AbstractContextManager[Building]:
+    busy = f"another driver assembles {out}; wait for it to end, or choose another --out"
+    return building_directory(out, "assembling", busy)
 
 
 def _assemble_in_store(
@@ -158,7 +171,7 @@ def _sole_writer(out: UPath) -> AbstractContextManager[Callable[[], None]]:
 
 def _file_names(source: Source, plan: Plan, rows: Sequence[dict[str, Any]]) -> set[str]:
     """Names of all files of the model but those of its manifest."""
-    side_files = filter(is_side_file, list_files(source.fetch_side_files()))
+    side_files = find_side_files(source.fetch_side_files())
     shards = map(payload_shard_name, rows)
     return {*shards, *_dense_shards(plan.untouched), INDEX_FILE, *side_files, *_OF_OUR_OWN}
 
@@ -260,7 +273,7 @@ def _describe_files(
         LestdError: there are other files than those of these names.
     """
     known = {payload_shard_name(row): row["sha256"] for row in rows}
-    sizes = list_files(directory)
+    sizes = _list_model(directory)
     if changed := sizes.keys() ^ (set(names) - {CONFIG_FILE}):
         raise LestdError(
             f"{directory / min(changed)} was put there or deleted by somebody else while the model "
@@ -270,6 +283,11 @@ def _describe_files(
     digests = in_parallel(lambda name: file_sha256(directory / name), others)
     known |= dict(zip(others, digests, strict=True))
     return {name: {"bytes": size, "sha256": known[name]} for name, size in sizes.items()}
+
+
+def _list_model(directory: AnyPath) -> dict[str, int]:
+    """All files of a model but those of its manifest: path -> bytes."""
+    return list_tree(directory, lambda folder: folder != MANIFEST_DIR)
 
 
 def compressed_config(
@@ -299,6 +317,11 @@ def about_model(out: AnyPath) -> dict[str, Any] | None:
     parts += files.values() if isinstance(files, dict) else []
     if not all(isinstance(part, dict) for part in parts):
         raise LestdError(f"{path} is damaged: expected fingerprint and files; move {out} away")
+    if outside := [name for name in about["files"] if not is_inside(name)]:
+        raise LestdError(
+            f"{path} names the file {outside[0]!r}, which is not a path inside of {out}; it is "
+            "damaged or malicious, get the model from a source you trust"
+        )
     return about
 
 
@@ -314,7 +337,7 @@ def is_complete(out: AnyPath) -> bool:
 
 def _is_whole(out: AnyPath, about: dict[str, Any]) -> bool:
     """Whether what model.json states is there."""
-    found = list_files(out)
+    found = _list_model(out)
     files = about["files"]
     if CONFIG_FILE not in found or not all("bytes" in stated for stated in files.values()):
         return False
@@ -352,8 +375,10 @@ def _check_ours(out: AnyPath) -> dict[str, Any] | None:
         return None
     about = about_model(out)
     ours = {MANIFEST_DIR} if about is None else {MANIFEST_DIR, *about["files"]}
+    folders = {name.partition("/")[0] for name in ours if "/" in name}
+    foreign = [name for name in {*names, *_list_model(out)} if name not in ours | folders]
     inside = foreign_files(out / MANIFEST_DIR)
-    if foreign := [str(f) for f in (*(out / n for n in names if n not in ours), *inside)]:
+    if foreign := [str(f) for f in (*(out / name for name in foreign), *inside)]:
         raise LestdError(
             f"{out} is not empty, and {min(foreign)} was not made by lestd; move it away, or "
             "choose another --out"
@@ -368,20 +393,17 @@ def remove_model(out: AnyPath) -> None:
     first and model.json last, so what a crash leaves neither loads nor is taken for another's.
 
     Raises:
-        LestdError: it holds something that lestd did not make; in an object store also: another
-            driver is at work there, or it cannot be deleted.
+        LestdError: it holds something that lestd did not make, another driver is at work there, or
+            it cannot be deleted.
     """
     if isinstance(out, UPath):
         with _sole_writer(out):
             _remove_objects(out)
         return
-    replaced = out.with_name(f".{out.name}.replaced")
-    if replaced.exists():
-        shutil.rmtree(replaced)
     _check_ours(out)
-    if out.exists() and any(out.iterdir()):
-        out.replace(replaced)
-        shutil.rmtree(replaced)
+    if not is_free(out):
+        with _building(out) as building:
+            building.remove_out()
 
 
 def _remove_objects(out: UPath) -> None:

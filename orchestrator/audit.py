@@ -27,9 +27,10 @@ from orchestrator.pieces import EvaluationDirectory
 from orchestrator.plan import WORKER_BASE_BYTES
 from orchestrator.source import Source
 from workers.audit import AuditResult, AuditTask, AuditWorker, memory_bytes, reference_bytes
+from workers.building import make_own_directory
 from workers.contracts import Failure
 from workers.decompose import software_versions
-from workers.files import AnyPath, as_path, is_file, make_directory
+from workers.files import AnyPath, as_path, is_file
 from workers.headers import DTYPES
 from workers.sampling import sample_digests
 
@@ -138,7 +139,7 @@ def audit(
     store = EvaluationDirectory(run_dir / name, lambda fields: AuditResult(**fields))
     store.begin({"model": source.model, **about})
     bases = run_dir / name / "bases"
-    make_directory(bases)
+    make_own_directory(bases)
     spec = WorkerSpec(
         AuditWorker,
         {"device": device, "threads": config.threads},
@@ -257,7 +258,7 @@ def _require_memory(needed: int, executor: Executor) -> None:
     if free < needed:
         raise LestdError(
             f"a worker has {free / 2**30:.1f} GiB of memory, but the audit of the largest block "
-            f"needs {needed / 2**30:.1f} GiB; free some, or choose layers by --include"
+            f"needs {needed / 2**30:.1f} GiB; free some, or narrow --scope or --include"
         )
 
 

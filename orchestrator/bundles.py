@@ -158,6 +158,10 @@ class _Compression:
         """See `Executor.has_cuda`."""
         return bool(self._ask(self._executor.has_cuda))
 
+    def require_cuda(self) -> None:
+        """See `Executor.require_cuda`."""
+        self._ask(self._executor.require_cuda)
+
     def worker_memory_bytes(self) -> int:
         """What a worker can have beside the memory that bundles need."""
         return int(self._ask(self._executor.worker_memory_bytes)) - self._reuse_bytes

@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from orchestrator import logs
 from orchestrator.markdown import template
 from orchestrator.plan import Plan
 from orchestrator.source import Source
+from orchestrator.yaml_text import parse_yaml
 from workers.files import AnyPath, list_files
+from workers.regular import read_regular
 
 CARD_FILE = "README.md"
+_KEPT = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 
 
 def model_card(
@@ -45,14 +49,28 @@ def card_metadata(directory: Path) -> dict[str, Any]:
     card = directory / CARD_FILE
     if not card.is_file():
         return {}
-    text = card.read_text(encoding="utf-8", errors="replace")
-    if not text.startswith("---\n") or "\n---" not in text[4:]:
+    try:
+        text = read_regular(card).decode("utf-8-sig", errors="replace")
+    except OSError as error:
+        return _left_out(card, error.strerror)
+    block = REGEX_YAML_BLOCK.search(text)  # What the Hub takes for its front matter.
+    if block is None:
         return {}
     try:
-        metadata = yaml.safe_load(text[4 : text.index("\n---", 4)])
-    except yaml.YAMLError:
-        return {}
+        metadata = parse_yaml(block.group(2), texts=True)
+    except ValueError as error:
+        return _left_out(card, error)
     if not isinstance(metadata, dict):
         return {}
-    kept = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
-    return {key: metadata[key] for key in kept if key in metadata}
+    return {key: metadata[key] for key in _KEPT if _is_said(metadata.get(key))}
+
+
+def _is_said(value: Any) -> bool:
+    """Whether this is a text, or a list of them."""
+    texts = value if isinstance(value, list) else [value]
+    return all(isinstance(text, str) and text for text in texts)
+
+
+def _left_out(card: Path, why: object) -> dict[str, Any]:
+    logs.log("message", f"the front matter of {card} is left out of the model's card: {why}")
+    return {}

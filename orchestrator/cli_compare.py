@@ -149,16 +149,16 @@ def compare(
     examination = None if tasks is None else examine(given, common)
     if judged or speed:
         check_judgeable(source, text, window)
-    out.mkdir(parents=True, exist_ok=True)
-    plot = out / "compare.png" if importlib.util.find_spec("matplotlib") is not None else None
-    if plot is not None:
-        check_plot(plot)
     missing: list[Any] = []
     for contender in contenders:
         configs[contender], left_out = feasible(source, contender, configs[contender])
         missing += left_out
     if not any(configs.values()):
         raise LestdError(missing[0].reason)
+    out.mkdir(parents=True, exist_ok=True)
+    plot = out / "compare.png" if importlib.util.find_spec("matplotlib") is not None else None
+    if plot is not None:
+        check_plot(plot)
     timing = None
     if speed:
         timing = BenchSettings(*_SPEED_TOKENS, 1, dtype, first.device, None)

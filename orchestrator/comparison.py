@@ -24,7 +24,7 @@ from orchestrator.config import RunConfig
 from orchestrator.contenders import Contender
 from orchestrator.curve import Point
 from orchestrator.executor import Executor
-from orchestrator.grams import CALIBRATION_DIR, Calibration, calibrate_for
+from orchestrator.grams import CALIBRATION_DIR, Calibration, calibrate_for, remove_calibration
 from orchestrator.json_files import read_json, write_json
 from orchestrator.meter import Meter
 from orchestrator.pipeline import Outcome, device_of
@@ -33,10 +33,11 @@ from orchestrator.progress import SweepProgress
 from orchestrator.recording import open_models
 from orchestrator.source import Source
 from orchestrator.sweep import compress_keeps, model_dir, sweep_points
+from orchestrator.texts import require_usable
 from orchestrator.weight_errors import WeightErrors, weight_errors
 from workers.bench import BenchSettings
+from workers.building import make_own_directory
 from workers.checkpoint import ShardIndex
-from workers.files import remove_tree
 
 _STAGES = "seconds_"
 _REPEATS = 3
@@ -130,7 +131,8 @@ def compress_contenders(
     first = next(iter(next(iter(contenders.values())).values()))
     if first.calibrate_on is not None:
         if fresh:
-            remove_tree(out / CALIBRATION_DIR)
+            require_usable(source, first, executor)
+            remove_calibration(out / CALIBRATION_DIR)
         with Meter("calibrate", "bytes") as meter:
             calibration = calibrate_for(
                 [planned.task for planned in make_plan(source, first).tasks],
@@ -144,7 +146,7 @@ def compress_contenders(
     outcomes = {}
     for contender, configs in contenders.items():
         directory = out / contender.directory
-        directory.mkdir(parents=True, exist_ok=True)
+        make_own_directory(directory)
         outcomes[contender] = compress_keeps(
             source, configs, executor, directory, calibration=out / CALIBRATION_DIR, fresh=fresh
         )
@@ -220,7 +222,7 @@ def _with_errors(
         tasks = [planned.task for planned in outcome.plan.tasks]
         found = weight_errors(model, tasks, {} if calibration is None else calibration.refs)
         known = {"of": of, "errors": asdict(found)}
-        path.parent.mkdir(exist_ok=True)
+        make_own_directory(path.parent)
         write_json(path, known)
     errors = WeightErrors(**known["errors"])
     logs.log("measured", f"{row.label}, {model.name}: operator error {errors.operator_error:.4f}")

@@ -22,7 +22,7 @@ from lestd_kernels.kinds import KINDS
 from lestd_kernels.tensorize import BasisSide, GroupLayout, dense_tensors
 from orchestrator.assemble import about_model
 from orchestrator.manifest import payload_problem
-from orchestrator.source import CONFIG_FILE, read_config_json
+from orchestrator.source import CONFIG_FILE, check_pointers, read_config_json
 from workers.checkpoint import ShardIndex, read_tensor
 from workers.contracts import TensorRef
 from workers.headers import DTYPE_NAMES, DTYPES
@@ -151,6 +151,7 @@ def open_compressed(directory: Path) -> CompressedModel:
             damaged one.
     """
     directory = directory.absolute()
+    check_pointers(directory)
     config_json = read_config_json(directory)
     quantization = config_json.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None

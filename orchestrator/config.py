@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -28,13 +27,15 @@ from pydantic import (
 from lestd_kernels.errors import LestdError, first_line
 from lestd_kernels.methods import ACTIVATION, METHODS, MethodArgs
 from orchestrator.layer_lists import check_layers, parse_layers
+from orchestrator.yaml_text import parse_yaml
+from workers.regular import MAX_TEXT_BYTES, read_regular
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Layers = Annotated[str, AfterValidator(check_layers)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class RunConfig(_Strict):
@@ -261,15 +262,11 @@ def load_yaml(path: Path) -> dict[str, Any]:
         LestdError: the file cannot be read, or is no mapping.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise LestdError(
-            f"{path} is not valid YAML ({error.problem}{where}); correct it"
-        ) from error
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise LestdError(f"{path} cannot be read as YAML ({first_line(error)})") from error
+        data = parse_yaml(read_regular(path).decode())
+    except OSError as error:
+        raise LestdError(f"{path} cannot be read as YAML ({error.strerror or error})") from error
+    except ValueError as error:
+        raise LestdError(f"{path} cannot be read as YAML ({error}); correct it") from error
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -364,7 +361,7 @@ def read_calibration(path: str) -> bytes:
         LestdError: it cannot be read.
     """
     try:
-        return Path(path).read_bytes()
+        return read_regular(Path(path), MAX_TEXT_BYTES)
     except OSError as error:
         raise LestdError(
             f"the calibration text {path} cannot be read ({first_line(error)}); "

@@ -14,11 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import METHODS
 from orchestrator.config import RunConfig
+from orchestrator.yaml_text import parse_yaml
 
 _SAME_FOR_ALL = frozenset(
     (
@@ -92,6 +91,6 @@ def _add_option(found: list[tuple[str, dict[str, Any]]], option: str) -> None:
         )
     try:
         # "2:4" is a number to base 60 in YAML.
-        found[-1][1][name] = value if ":" in value else yaml.safe_load(value)
-    except yaml.YAMLError:
+        found[-1][1][name] = value if ":" in value else parse_yaml(value)
+    except ValueError:
         raise LestdError(f"--methods: the value of {option!r} cannot be read") from None

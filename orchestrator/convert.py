@@ -16,6 +16,7 @@ import pickle
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from torch import Tensor
 
 from lestd_kernels.errors import LestdError
 from orchestrator.location import download, hub_id, list_repository, local_directory, store_url
-from orchestrator.source import BIN_FILE, BIN_INDEX_FILE, copy_side_files, is_side_file
+from orchestrator.side_files import copy_side_files, fetch_side_files
+from orchestrator.source import BIN_FILE, BIN_INDEX_FILE, check_pointers
+from workers.building import is_free, open_own_file
 from workers.checkpoint import (
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -33,8 +36,9 @@ from workers.checkpoint import (
     read_weight_map,
     write_safetensors,
 )
-from workers.files import atomic_write, explain_os_errors, fsync_directory
+from workers.files import atomic_write, explain_os_errors, fsync_directory, require_content
 from workers.headers import DTYPE_NAMES
+from workers.regular import read_regular
 
 _MARKER = "lestd-convert.json"
 
@@ -93,14 +97,14 @@ def convert(
 
 
 def _require_free(out: Path) -> None:
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if not is_free(out):
         raise LestdError(f"{out} exists and is not empty; choose another directory or remove it")
 
 
 def _is_finished(out: Path, marker: bytes) -> bool:
     """Whether `out` is this very conversion, cut off when only the marker was left to remove."""
     path = out / _MARKER
-    return path.is_file() and path.read_bytes() == marker
+    return path.is_file() and read_regular(path) == marker
 
 
 def _open_pickled(model: str, revision: str | None) -> tuple[Path, dict[str, str]]:
@@ -109,6 +113,7 @@ def _open_pickled(model: str, revision: str | None) -> tuple[Path, dict[str, str
     if directory is not None:
         names = {path.name for path in directory.iterdir()}
         _check_convertible(model, names)
+        check_pointers(directory)
         return directory, _bin_weight_map(directory, names)
     if store_url(model, revision) is not None:
         raise LestdError(f"{model} cannot be converted where it lies; copy it to a directory here")
@@ -120,8 +125,8 @@ def _open_pickled(model: str, revision: str | None) -> tuple[Path, dict[str, str
             "connection, or download the model and give its directory"
         )
     _check_convertible(model, remote)
-    side_files = {name for name in remote if is_side_file(name)}
-    directory = download(model, revision, side_files | ({BIN_INDEX_FILE} & remote))
+    directory = fetch_side_files(remote, partial(download, model, revision))
+    directory = download(model, directory.name, {BIN_INDEX_FILE} & remote)
     weight_map = _bin_weight_map(directory, remote)
     bins = set(weight_map.values()) or {BIN_FILE}
     return download(model, directory.name, bins), weight_map
@@ -155,6 +160,7 @@ def _describe(source: Path, bins: list[str]) -> bytes:
                 f"{source / name} is absent, but {source / BIN_INDEX_FILE} names it; download it "
                 "again"
             )
+        require_content(source, [name])
         stat = (source / name).stat()
         stats[name] = [stat.st_size, stat.st_mtime_ns]
     return json.dumps({"source": str(source), "files": stats}, indent=2).encode()
@@ -176,9 +182,9 @@ def _claimed(building: Path, marker: bytes, out: Path) -> Iterator[None]:
     path = building / _MARKER
     try:
         building.mkdir(parents=True, exist_ok=True)
-        if any(building.iterdir()) and not path.is_file():
+        if building.is_symlink() or (any(building.iterdir()) and not path.is_file()):
             raise foreign
-        file = path.open("a+b")
+        file = os.fdopen(open_own_file(path), "r+b")
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise LestdError(
             f"{building} cannot be made ({error.strerror}); choose another directory"
@@ -196,7 +202,8 @@ def _claimed(building: Path, marker: bytes, out: Path) -> Iterator[None]:
         if file.read() != marker:
             if any(other != path for other in building.iterdir()):
                 raise foreign
-            file.truncate(0)
+            file.seek(0)
+            file.truncate()
             file.write(marker)
             file.flush()
             os.fsync(file.fileno())
@@ -214,8 +221,10 @@ def _convert_shard(path: Path, bin_name: str, weight_map: dict[str, str], shard:
                 f"tensor {name} is absent from {path}, where {BIN_INDEX_FILE} says it lies; "
                 "download both again"
             )
-    # A tied weight may lie in several shards: the index names the one that counts.
-    tensors = {n: t for n, t in tensors.items() if weight_map.get(n, bin_name) == bin_name}
+    # A tied weight may lie in several shards: the index names the one that counts. What it does
+    # not name is left out.
+    if weight_map:
+        tensors = {n: t for n, t in tensors.items() if weight_map.get(n) == bin_name}
     atomic_write(shard, lambda file: write_safetensors(file, tensors))
 
 
@@ -246,12 +255,27 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
                 f"{path} holds a {type(tensor).__name__} under {name!r}; expected only tensors "
                 "under their names"
             )
-        if tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES:
+        if why := _not_plain(name, tensor):
             raise LestdError(
-                f"tensor {name} in {path} is {tensor.layout} of {tensor.dtype}, which safetensors "
-                "cannot hold; expected a dense tensor of a plain dtype"
+                f"tensor {name!r} in {path} {why}, which safetensors cannot hold; expected a dense "
+                "tensor of a plain dtype with every element in the file"
             )
-    return content
+    return {name: tensor.resolve_conj().resolve_neg() for name, tensor in content.items()}
+
+
+def _not_plain(name: str, tensor: Tensor) -> str | None:
+    """Why a tensor has no bytes of its own to be written; None if it has."""
+    # A nested tensor is strided by its layout.
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES:
+        return f"is {'nested' if tensor.is_nested else tensor.layout} of {tensor.dtype}"
+    if tensor.device.type != "cpu":
+        return f"is on the device {tensor.device.type}, without data"
+    # Expanded by strides of 0: a few bytes that would be written as any number.
+    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        return f"has the shape {list(tensor.shape)}, and fewer elements than that"
+    if not name.isprintable() or name == "__metadata__":
+        return "has a name that no tensor may have"
+    return None
 
 
 def _reason(error: Exception) -> str:

@@ -141,7 +141,12 @@ def _configuration(directory: AnyPath, data: ReportData) -> _Configuration:
     summary = data.summary
     if summary["devices"]:
         known["hardware"] = ", ".join(summary["devices"])
-    return _Configuration(known, *(value and _flat(value) for value in (config, versions)))
+    return _Configuration(known, *(value and _flat(_object(value)) for value in (config, versions)))
+
+
+def _object(value: Any) -> Row:
+    """A part of a file that a run wrote; nothing where it is damaged."""
+    return value if isinstance(value, dict) else {}
 
 
 def _recorded(directory: AnyPath) -> tuple[Row, Row]:
@@ -150,8 +155,10 @@ def _recorded(directory: AnyPath) -> tuple[Row, Row]:
     if not is_file(path):
         return (about_model(directory) or {}).get("fingerprint", {}), {}
     run = read_json(path)
-    source = run.get("source", {})
-    return run.get("fingerprint", {}), {key: source[key] for key in _OF_A_CALL if key in source}
+    source = _object(run.get("source"))
+    return _object(run.get("fingerprint")), {
+        key: source[key] for key in _OF_A_CALL if key in source
+    }
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Row:
@@ -240,13 +247,18 @@ def _model_stored_bytes(side: _Side) -> int | None:
     """Stored bytes of all weights; None while they are not known."""
     found: int | None = side.data.summary["model_stored_bytes"]
     if found is None and is_file(side.directory / INDEX_FILE):
-        found = read_json(side.directory / INDEX_FILE).get("metadata", {}).get("total_size")
+        found = _size(read_json(side.directory / INDEX_FILE).get("metadata"), "total_size")
     elif found is None and is_file(side.directory / "plan.json"):
         plan = read_json(side.directory / "plan.json")
-        if len(plan["layers"]) == len(side.groups):
-            stored = sum(row["stored_bytes"] for row in side.groups.values())
-            found = plan["total"]["untouched_bytes"] + stored
+        untouched, layers = _size(plan.get("total"), "untouched_bytes"), plan.get("layers")
+        if isinstance(layers, list) and len(layers) == len(side.groups) and untouched is not None:
+            found = untouched + sum(row["stored_bytes"] for row in side.groups.values())
     return found
+
+
+def _size(value: Any, key: str) -> int | None:
+    found = _object(value).get(key)
+    return found if type(found) is int else None
 
 
 def _errors(side: _Side, common: Sequence[str]) -> list[tuple[str, str, Any]]:

@@ -170,6 +170,7 @@ def print_evaluations(evaluations: Sequence[Evaluation]) -> None:
         rows.append(("difference", "", "", token, f"{found['word_perplexity']:+.4f}"))
     columns = ("model", "weights in scope (keep)", "files on disk", "token ppl", "word ppl")
     one = evaluations[0]
-    title = f"{text}: {one.windows} windows of {one.window_length}, {one.tokens:,} tokens"
+    dtypes = " and ".join(dict.fromkeys(one.dtype for one in evaluations))
+    title = f"{text}: {one.windows} windows of {one.window_length}, {one.tokens:,} tokens, {dtypes}"
     tables.print_table(title, columns, rows)
     tables.out.print(note)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from lestd_kernels.errors import LestdError, first_line
+from orchestrator import logs
 from orchestrator.adapter import adapter_file
-from orchestrator.source import load_config, read_config_json
+from orchestrator.source import check_pointers, load_config, read_config_json
 from workers.checkpoint import ShardIndex
+from workers.evaluate import auto_dtype
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-"""Compute dtypes; ``"auto"`` is the checkpoint's own."""
+"""Compute dtypes that can be asked for; see `resolve_dtype`."""
 
 _LONGEST_DEFAULT_WINDOW = 2048
 
@@ -49,6 +52,7 @@ def open_model(model_dir: Path, window: int | None = None) -> EvaluationModel:
             language model, or the window is longer than its positions.
     """
     require_positive("window", window)
+    check_pointers(model_dir)
     config_json = read_config_json(model_dir)
     config = load_config(model_dir)
     text_config = config.get_text_config()
@@ -63,14 +67,45 @@ def open_model(model_dir: Path, window: int | None = None) -> EvaluationModel:
         files.append(adapter)
     return EvaluationModel(
         directory=model_dir,
-        tokenizer=load_tokenizer(model_dir),
+        tokenizer=load_tokenizer(model_dir, str(model_dir)),
         vocabulary=vocabulary,
         window_length=window_length(config, window, str(model_dir)),
         bytes_on_disk=sum(file.stat().st_size for file in files),
     )
 
 
-def window_length(config: PretrainedConfig, window: int | None, model: str) -> int:
+def resolve_dtype(model_dir: Path, dtype: str, device: str) -> str:
+    """The compute dtype that is asked for; of ``"auto"`` that which `auto_dtype` gives here.
+
+    It decides digits, and is part of what identifies an evaluation: who shares out the work
+    resolves it once, and all workers compute in it, whatever CPUs they have.
+
+    Args:
+        model_dir: directory of the model.
+        dtype: one of `DTYPES`.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+    if dtype != "auto":
+        return dtype
+    chosen, own = (str(one).removeprefix("torch.") for one in auto_dtype(str(model_dir), device))
+    if chosen != own:
+        _say_other(chosen, own)
+    return chosen
+
+
+@cache
+def _say_other(chosen: str, own: str) -> None:
+    """Once, however many models are evaluated."""
+    logs.log(
+        "message",
+        f"computed in {chosen}, because this CPU only emulates {own}; --dtype {own} for the "
+        "checkpoint's own dtype",
+    )
+
+
+def window_length(
+    config: PretrainedConfig, window: int | None, model: str, option: str = "--window"
+) -> int:
     """Tokens that a model reads at once: as many as asked for, or 2048, or all it has room for.
 
     Raises:
@@ -83,7 +118,7 @@ def window_length(config: PretrainedConfig, window: int | None, model: str) -> i
     if window is not None and positions is not None and window > positions:
         raise LestdError(
             f"window {window} is longer than the {positions} positions of {model}; "
-            f"use at most {positions}"
+            f"give {option} of at most {positions}"
         )
     if window is not None:
         return window
@@ -100,8 +135,8 @@ def require_positive(name: str, value: int | None) -> None:
         raise LestdError(f"{name} must be at least 1, got {value}")
 
 
-def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies in a directory; no code of the model is run.
+def load_tokenizer(model_dir: Path, model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies in a directory; no code of the model, named `model`, is run.
 
     Raises:
         LestdError: there is none, or it is damaged.
@@ -113,7 +148,7 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     except Exception as error:
         # Damaged files fail in Transformers wherever they are first used, in many ways.
         raise LestdError(
-            f"{model_dir} has no usable tokenizer ({type(error).__name__}: {first_line(error)}); "
-            "copy the tokenizer files of the source model into it"
+            f"{model} has no usable tokenizer ({type(error).__name__}: {first_line(error)}); copy "
+            "the tokenizer files of the original model into it"
         ) from error
     return tokenizer

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import psutil
 import torch
 
+from lestd_kernels.errors import LestdError
 from orchestrator import logs
 from orchestrator.config import ClusterConfig
 from orchestrator.retries import Again, Attempt, after_result
@@ -110,6 +111,13 @@ class Executor(Protocol):
     def has_cuda(self) -> bool:
         """Whether workers can have a GPU."""
 
+    def require_cuda(self) -> None:
+        """Refuse where workers cannot have a GPU, nor will.
+
+        Raises:
+            LestdError: it is so.
+        """
+
     def worker_memory_bytes(self) -> int:
         """The most main memory that a worker can have, as things are now."""
 
@@ -138,6 +146,14 @@ class SerialExecutor:
         """Whether this process sees a GPU."""
         return torch.cuda.is_available()
 
+    def require_cuda(self) -> None:
+        """See `Executor.require_cuda`."""
+        if not self.has_cuda():
+            raise LestdError(
+                "device cuda is asked for, but this process sees no GPU; use --device cpu, or run "
+                "where PyTorch sees one"
+            )
+
     def worker_memory_bytes(self) -> int:
         """What this machine has free."""
         return int(psutil.virtual_memory().available)
@@ -149,9 +165,15 @@ class SerialExecutor:
     def map(
         self, spec: WorkerSpec, items: Sequence[Any], on_event: Listener | None = None
     ) -> Iterator[Any]:
-        """See `Executor.map`; results come in the order of the items, second attempts last."""
+        """See `Executor.map`; results come in the order of the items, second attempts last.
+
+        Raises:
+            LestdError: workers are to have a GPU, and this process sees none.
+        """
         if not items:
             return
+        if spec.device == "cuda":
+            self.require_cuda()
         notify = on_event or (lambda event: None)
         threads = torch.get_num_threads()
         torch.set_num_threads(spec.threads)

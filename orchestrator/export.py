@@ -9,7 +9,6 @@ group in float32 and the copy buffer.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,15 +21,17 @@ from torch import Tensor
 
 from lestd_kernels.errors import LestdError
 from orchestrator.adapter import ADAPTER_FILES, adapter_deltas
-from orchestrator.card import card_metadata
+from orchestrator.card import CARD_FILE, card_metadata
 from orchestrator.compressed import CompressedGroup, CompressedModel, open_compressed
 from orchestrator.json_files import write_json
 from orchestrator.markdown import template
-from orchestrator.source import CONFIG_FILE, copy_side_files
+from orchestrator.side_files import copy_side_files
+from orchestrator.source import CONFIG_FILE
+from workers.building import building_directory, is_free
 from workers.checkpoint import INDEX_FILE, write_safetensors, write_safetensors_stream
 from workers.contracts import TensorRef
 from workers.devices import return_freed_memory
-from workers.files import atomic_write, building_directory, explain_os_errors, fsync_directory
+from workers.files import atomic_write, explain_os_errors, fsync_directory
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) after each file that is checked or written."""
@@ -109,11 +110,11 @@ def export_dense(
     for row in stated:
         model.check_shard(row)
         advance(row["payload_bytes"])
-    building = out.with_name(f".{out.name}.exporting")
     out.parent.mkdir(parents=True, exist_ok=True)
     busy = f"another process exports into {out}; wait for it to end, or give --dense another name"
-    with explain_os_errors(building), building_directory(building, busy):
-        weight_map = _write_shards(model, building, dtype, advance)
+    with explain_os_errors(out), building_directory(out, "exporting", busy) as building:
+        new = building.new
+        weight_map = _write_shards(model, new, dtype, advance)
         dtypes = {_dtype_name(dtype or group.value_type) for group in model.groups}
         export = Export(
             model=str(model.directory),
@@ -128,26 +129,24 @@ def export_dense(
             seconds=time.perf_counter() - began,
         )
         write_json(
-            building / INDEX_FILE,
+            new / INDEX_FILE,
             {
                 "metadata": {"total_size": untouched_bytes + dense_bytes},
                 "weight_map": dict(sorted(weight_map.items())),
             },
         )
-        copy_side_files(model.directory, building, but=ADAPTER_FILES)
-        write_json(building / CONFIG_FILE, _dense_config(model.config_json, dtype))
+        copy_side_files(model.directory, new, but=ADAPTER_FILES)
+        write_json(new / CONFIG_FILE, _dense_config(model.config_json, dtype))
         card = _model_card(model, export).encode()
-        atomic_write(building / "README.md", lambda file: file.write(card))
-        fsync_directory(building)
+        atomic_write(new / CARD_FILE, lambda file: file.write(card))
+        fsync_directory(new)
         _require_free(out)  # Somebody may have put a file there in the meantime.
-        building.replace(out)
-        fsync_directory(out.parent)
+        building.finish()
     return export
 
 
 def _require_free(out: Path) -> None:
-    taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
-    if taken or out.is_symlink() or os.path.ismount(out):
+    if not is_free(out):
         raise LestdError(
             f"{out} is there already, and is no plain empty directory; choose a new name for "
             "--dense, or remove it"

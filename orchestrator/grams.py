@@ -33,15 +33,16 @@ import transformers
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods.base import STATISTICS
+from orchestrator.binding import differences, holds_work, starts_over
 from orchestrator.config import RunConfig
 from orchestrator.executor import Executor, Listener, WorkerSpec
 from orchestrator.json_files import read_json, write_json
 from orchestrator.plan import WORKER_BASE_BYTES
 from orchestrator.rows import TEMPORARY
-from orchestrator.rundir import differences
 from orchestrator.source import Source
 from orchestrator.tables import size
-from orchestrator.texts import Samples, read_samples
+from orchestrator.texts import Samples, samples_of
+from workers.building import make_own_directory, require_removable
 from workers.calibrate import (
     PIECES_DIR,
     Calibrated,
@@ -123,11 +124,10 @@ def calibrate_for(
     `device` is the class that ``auto`` came to mean; the other arguments, and what is raised, are
     those of `calibrate` and `orchestrator.texts.read_samples`.
     """
-    assert config.calibrate_on is not None
     return calibrate(
         source,
         blocks_of(tasks),
-        read_samples(source, config.calibrate_on, config.samples, config.sample_tokens),
+        samples_of(source, config),
         executor,
         directory,
         device=device,
@@ -190,6 +190,7 @@ def calibrate(
     layer_bytes = _layer_bytes(source, blocks[0].layers)
     items = _items(blocks, samples.token_ids, directory, layer_bytes)
     if items:
+        make_own_directory(directory / PIECES_DIR)
         _require_disk(source, blocks, samples, directory)
         memory_bytes = _worker_memory_bytes(source, blocks, samples, max(layer_bytes.values()))
         spec = WorkerSpec(
@@ -230,19 +231,42 @@ def _begin(directory: AnyPath, about: dict[str, Any]) -> None:
     """Make the directory, or see that it is of the same model, text and software."""
     about = json.loads(json.dumps(about))
     if is_file(directory / _ABOUT_FILE):
-        if changes := differences(read_json(directory / _ABOUT_FILE), about):
-            raise LestdError(
-                f"{directory} holds a calibration that differs in: {'; '.join(changes)}; undo the "
-                "change, or choose another directory for this one"
-            )
-        return
-    if names := [name for name in list_names(directory) if not name.startswith(TEMPORARY)]:
+        recorded = read_json(directory / _ABOUT_FILE)
+        if holds_work(directory, directory / PIECES_DIR):
+            if changes := differences(recorded, about):
+                raise LestdError(
+                    f"{directory} holds a calibration that differs in: {'; '.join(changes)}; undo "
+                    "the change, or choose another directory for this one (--calibration, or "
+                    "another --out)"
+                )
+            return
+        if not starts_over(recorded, about, f"the calibration that was begun in {directory}"):
+            return
+    else:
+        _require_ours(directory)
+    make_directory(directory)
+    write_json(directory / _ABOUT_FILE, about)
+
+
+def _require_ours(directory: AnyPath) -> None:
+    names = [name for name in list_names(directory) if not name.startswith(TEMPORARY)]
+    if names and _ABOUT_FILE not in names:
         raise LestdError(
             f"{directory} is not empty and holds {names[0]}, but no {_ABOUT_FILE}; choose another "
             "directory"
         )
-    make_directory(directory)
-    write_json(directory / _ABOUT_FILE, about)
+
+
+def remove_calibration(directory: Path) -> None:
+    """Delete what is in the directory of a calibration, calibration.json last.
+
+    Raises:
+        LestdError: it is another's, or write-protected.
+    """
+    _require_ours(directory)
+    require_removable(directory)
+    for name in sorted(list_names(directory), key=lambda name: name == _ABOUT_FILE):
+        remove_tree(directory / name)
 
 
 def _items(

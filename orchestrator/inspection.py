@@ -172,7 +172,11 @@ def verify(out: AnyPath, run_dir: AnyPath) -> Verification:
         rows, found = _check_manifest(Manifest(out / MANIFEST_DIR))
         problems += found
         checked += len(rows)
-        shards = [row | {"payload": payload_shard_name(row)} for row in rows]
+        try:
+            shards = [row | {"payload": payload_shard_name(row)} for row in rows]
+        except LestdError as error:
+            shards = []
+            problems.append(str(error))
         problems += _check_payloads(shards, out)
         problems += _check_files(out, {row["payload"] for row in shards})
         problems += _check_index(out)

@@ -7,6 +7,7 @@ from typing import Any
 
 from lestd_kernels.errors import LestdError
 from workers.files import AnyPath, atomic_write, read_file
+from workers.regular import parse_json
 
 
 def read_json(path: AnyPath) -> dict[str, Any]:
@@ -16,8 +17,8 @@ def read_json(path: AnyPath) -> dict[str, Any]:
         LestdError: the file is missing or damaged, or the object store does not answer.
     """
     try:
-        data = json.loads(read_file(path))
-    except (OSError, ValueError, RecursionError) as error:
+        data = parse_json(read_file(path))
+    except (OSError, ValueError) as error:
         raise LestdError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(data, dict):
         raise LestdError(f"{path} must hold a JSON object")

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lm_eval
 
 from lestd_kernels.errors import LestdError
-from orchestrator.evaluation import DTYPES, EvaluationModel
+from orchestrator.evaluation import DTYPES, EvaluationModel, resolve_dtype
 from orchestrator.executor import Executor, Listener, WorkerSpec
 from orchestrator.judging_figures import (
     Judgement,
@@ -144,11 +144,12 @@ def judge(
         LestdError: a piece failed; or the directory cannot be written.
     """
     settings = examination.settings
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if executor.has_cuda() else "cpu"
+    if settings.device == "auto":
+        settings = replace(settings, device="cuda" if executor.has_cuda() else "cpu")
+    dtype = resolve_dtype(model.directory, settings.dtype, settings.device)
+    settings = replace(settings, dtype=dtype)
     sittings = [
-        _Sitting(facts, name, built, settings, device, run_dir)
+        _Sitting(facts, name, built, settings, run_dir)
         for name, built in examination.tasks.values()
     ]
     by_piece = {piece.task_id: sitting for sitting in sittings for piece in sitting.pieces}
@@ -169,7 +170,7 @@ def judge(
     for sitting in sittings:
         if not sitting.missing():
             finish(sitting)
-    spec = _worker_spec(model, settings, device)
+    spec = _worker_spec(model, settings)
     for result in executor.map(spec, todo, on_event) if todo else ():
         if isinstance(result, Failure):
             raise LestdError(
@@ -185,7 +186,7 @@ def judge(
         if not sitting.missing():
             finish(sitting)
     ordered = [judgements[sitting.built.name] for sitting in sittings]
-    for judgement, rows in _judge_groups(facts, examination, sittings, ordered):
+    for judgement, rows in _judge_groups(facts, examination, dtype, sittings, ordered):
         record(rows)
         ordered.append(judgement)
     return ordered
@@ -195,7 +196,7 @@ def _size(piece: JudgeRequest) -> int:
     return piece.documents[1] - piece.documents[0]
 
 
-def _worker_spec(model: EvaluationModel, settings: JudgeSettings, device: str) -> WorkerSpec:
+def _worker_spec(model: EvaluationModel, settings: JudgeSettings) -> WorkerSpec:
     # Twice the weights leaves room for 16-bit weights computed in float32; logits and their
     # log-softmax are held at once.
     logits = 8 * settings.batch_size * model.window_length * model.vocabulary
@@ -206,13 +207,13 @@ def _worker_spec(model: EvaluationModel, settings: JudgeSettings, device: str) -
             "source": settings.source,
             "batch_size": settings.batch_size,
             "dtype": settings.dtype,
-            "device": device,
+            "device": settings.device,
             "threads": settings.threads,
             "gpus": settings.gpus,
         },
         threads=settings.threads,
         memory_bytes=_WORKER_BASE_BYTES + 2 * model.bytes_on_disk + logits,
-        device=device,
+        device=settings.device,
         gpus=settings.gpus,
     )
 
@@ -236,13 +237,12 @@ class _Sitting:
         name: str,
         built: BuiltTask,
         settings: JudgeSettings,
-        device: str,
         run_dir: AnyPath,
     ) -> None:
         self.built = built
         self.pieces = list(pieces_of(name, built, settings.batch_size))
         self._facts = facts
-        self._deciding = _deciding(built, facts, settings, device)
+        self._deciding = _deciding(built, facts, settings)
         self.evaluation_id = evaluation_id(facts, self._deciding)
         self._store = EvaluationDirectory(run_dir / self.evaluation_id, _parse)
         self._store.begin({"model": facts.model, "model_id": facts.model_id, **self._deciding})
@@ -303,9 +303,7 @@ def _parse(fields: dict[str, Any]) -> JudgeResult:
     return result
 
 
-def _deciding(
-    built: BuiltTask, facts: ModelFacts, settings: JudgeSettings, device: str
-) -> dict[str, Any]:
+def _deciding(built: BuiltTask, facts: ModelFacts, settings: JudgeSettings) -> dict[str, Any]:
     """Columns of `evaluations` that, with the model, decide the figures."""
     more = {
         "requests_sha256": built.sha256,
@@ -319,7 +317,7 @@ def _deciding(
         "fewshot": built.fewshot,
         "settings": json.dumps(more, sort_keys=True),
         "dtype": settings.dtype,
-        "device": device,
+        "device": settings.device,
         "versions": json.dumps(evaluation_versions(lm_eval=lm_eval.__version__), sort_keys=True),
     }
 
@@ -327,6 +325,7 @@ def _deciding(
 def _judge_groups(
     facts: ModelFacts,
     examination: Examination,
+    dtype: str,
     sittings: Sequence[_Sitting],
     judgements: Sequence[Judgement],
 ) -> Iterator[tuple[Judgement, list[dict[str, Any]]]]:
@@ -353,7 +352,7 @@ def _judge_groups(
             0,
         )
         columns = {
-            "dtype": examination.settings.dtype,
+            "dtype": dtype,
             "task_version": judgement.version,
             "versions": json.dumps(evaluation_versions(lm_eval=lm_eval.__version__)),
         }

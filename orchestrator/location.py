@@ -144,11 +144,13 @@ def are_cached(model: str, commit: str, names: Iterable[str]) -> bool:
     return all(isinstance(path, str) for path in found)
 
 
-def fetch_files(url: str, names: Iterable[str], directory: Path) -> None:
-    """Copy small files of a directory in a store.
+def fetch_files(url: str, names: Iterable[str], directory: Path) -> Path:
+    """Copy small files of a directory in a store to a directory here, which is returned.
 
     Raises:
         LestdError: one is missing, or cannot be read.
     """
     for name in sorted(names):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(ranges.read_file(f"{url}/{name}"))
+    return directory

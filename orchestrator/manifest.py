@@ -18,7 +18,6 @@ anything that reads Parquet; a damaged one costs its own task only.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import Counter
@@ -53,6 +52,7 @@ from orchestrator.schemas import (
     SLICES,
     TABLES,
     TableSpec,
+    format_slices,
 )
 from workers.contracts import CurveResult, CurveTask, Failure, Result, Task
 from workers.files import (
@@ -62,10 +62,14 @@ from workers.files import (
     file_sha256,
     file_size,
     in_parallel,
+    is_lfs_pointer,
+    lfs_pointer,
     list_files,
     list_names,
     make_directory,
+    open_binary,
 )
+from workers.names import is_inside, leads_out
 
 if TYPE_CHECKING:  # It imports torch, which readers of a manifest need not wait for.
     from orchestrator.executor import Event
@@ -361,17 +365,24 @@ def foreign_files(directory: AnyPath) -> list[AnyPath]:
 
 
 def slice_count(row: dict[str, Any]) -> int:
-    """Number of slices of a group, by its row's format."""
-    return sum(module["slices"] for module in json.loads(row["format"])["modules"].values())
+    """Number of slices of a group, by its row's format, which was checked as it was read."""
+    return format_slices(row["format"]) or 0
 
 
 def payload_problem(row: dict[str, Any], payload_dir: AnyPath) -> str | None:
     """Why a group row's payload cannot be trusted; None if it can."""
+    if not is_inside(row["payload"]):
+        return f"the manifest names the file {row['payload']!r}, which is not inside {payload_dir}"
     path = payload_dir / row["payload"]
+    if isinstance(path, Path) and leads_out(path, cast(Path, payload_dir)):
+        return f"{path} is a link out of {payload_dir}"
     found = file_size(path)
     if found is None:
         return f"{path} is missing"
     if found != row["payload_bytes"]:
+        with open_binary(path) as file:
+            if is_lfs_pointer(file.read(64)):
+                return lfs_pointer(str(path))
         return f"{path} has {found} bytes, the manifest says {row['payload_bytes']}"
     if file_sha256(path) != row["sha256"]:
         return f"{path} does not have the sha256 that the manifest states"

@@ -246,7 +246,11 @@ Workers = Annotated[
     typer.Option(min=1, help="Workers.", show_default="what GPUs, CPUs and memory allow"),
 ]
 ComputeDtype = Annotated[
-    str, typer.Option(help="Compute dtype: auto (the checkpoint's), float32, bfloat16, float16.")
+    str,
+    typer.Option(
+        help="Compute dtype: float32, bfloat16, float16, or auto: the checkpoint's, and float32 on "
+        "a CPU that only emulates that."
+    ),
 ]
 Window = Annotated[
     int | None,

@@ -25,10 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from lestd_kernels.errors import LestdError
-from orchestrator.evaluation import DTYPES, EvaluationModel, require_positive
+from orchestrator.evaluation import DTYPES, EvaluationModel, require_positive, resolve_dtype
 from orchestrator.executor import Executor, Listener, WorkerSpec
 from orchestrator.pieces import EvaluationDirectory
 from orchestrator.recording import ModelFacts, evaluation_id, evaluation_versions
@@ -36,6 +34,7 @@ from orchestrator.texts import decode_text
 from workers.contracts import EvalRequest, EvalResult, Failure
 from workers.evaluate import EvalWorker
 from workers.files import AnyPath, file_sha256
+from workers.regular import MAX_TEXT_BYTES, read_regular
 
 TEXT_TASK = "text"
 """Name of the task that `lestd evaluate --text` is in the table."""
@@ -65,7 +64,7 @@ class Evaluation:
         window_length: inputs of a full window.
         token_ids_sha256: of the evaluated tokens.
         window_scores: of each window its negative log-likelihood in nats, and its predicted tokens.
-        dtype: compute dtype as asked for; ``"auto"`` is the checkpoint's own.
+        dtype: compute dtype.
         device: ``"cpu"`` or ``"cuda"``.
         threads: CPU threads of a worker.
         workers: workers that took part.
@@ -143,14 +142,7 @@ def evaluate(
     require_positive("max-windows", max_windows)
     if dtype not in DTYPES:
         raise LestdError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    text = read_text(text_path)
-    token_ids = _tokenize(model.tokenizer, text, text_path)
-    if max(token_ids) >= model.vocabulary:
-        raise LestdError(
-            f"{model.directory}: the tokenizer gives token id {max(token_ids)} but the model's "
-            f"vocab_size is {model.vocabulary}; the tokenizer files belong to another model"
-        )
-
+    text, token_ids = read_tokens(model, text_path)
     length = model.window_length
     windows = -(-(len(token_ids) - 1) // length)
     if max_windows is not None and max_windows < windows:
@@ -161,6 +153,7 @@ def evaluate(
 
     if device == "auto":
         device = "cuda" if executor.has_cuda() else "cpu"
+    dtype = resolve_dtype(model.directory, dtype, device)
     token_ids_sha256 = hashlib.sha256(json.dumps(token_ids).encode()).hexdigest()
     settings = {
         "text": text_path.name,
@@ -233,7 +226,7 @@ def read_text(path: Path) -> str:
         LestdError: it cannot be read, is not UTF-8 or is empty.
     """
     try:
-        content = path.read_bytes()
+        content = read_regular(path, MAX_TEXT_BYTES)
     except OSError as error:
         raise LestdError(
             f"the text {path} cannot be read ({error.strerror}); check --text"
@@ -244,15 +237,29 @@ def read_text(path: Path) -> str:
     return text
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, path: Path) -> list[int]:
+def read_tokens(model: EvaluationModel, path: Path) -> tuple[str, list[int]]:
+    """A text and its token ids.
+
+    Raises:
+        LestdError: as `read_text`; or it has fewer than two tokens, or tokens that the model does
+            not have.
+    """
+    text = read_text(path)
     # verbose=False: a text longer than the model is what windows are for, no reason to warn.
-    token_ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    token_ids: list[int] = model.tokenizer(text, add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
     if len(token_ids) < 2:
         raise LestdError(
             f"the text {path} has {len(token_ids)} token; evaluation needs at least two, because "
             "the first one is not predicted"
         )
-    return token_ids
+    if max(token_ids) >= model.vocabulary:
+        raise LestdError(
+            f"{model.directory}: the tokenizer gives token id {max(token_ids)} but the model's "
+            f"vocab_size is {model.vocabulary}; the tokenizer files belong to another model"
+        )
+    return text, token_ids
 
 
 def _pieces(token_ids: list[int], length: int) -> list[EvalRequest]:

@@ -8,14 +8,15 @@ MODEL.eval/<evaluation_id>/
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Generic, Protocol, TypeVar
 
 from lestd_kernels.errors import LestdError
 from orchestrator.json_files import json_bytes, write_json
-from workers.files import AnyPath, atomic_write, is_file, list_names, make_directory, read_files
+from workers.building import make_own_directory
+from workers.files import AnyPath, atomic_write, is_file, list_names, read_files
+from workers.regular import parse_json
 
 
 class Piece(Protocol):
@@ -54,13 +55,14 @@ class EvaluationDirectory(Generic[ResultType]):
             LestdError: it cannot be written.
         """
         try:
-            make_directory(self._pieces)
+            make_own_directory(self.path)
+            make_own_directory(self._pieces)
             if not is_file(self.path / "evaluation.json"):
                 write_json(self.path / "evaluation.json", dict(about))
         except OSError as error:
             raise LestdError(
                 f"{self.path} cannot be written ({error.strerror}); finished pieces are kept "
-                "there, choose another place by --run-dir"
+                "there, choose another place by --run-dir (sweep, compare and recover: --out)"
             ) from error
 
     def commit(self, result: ResultType) -> None:
@@ -82,8 +84,8 @@ class EvaluationDirectory(Generic[ResultType]):
             if isinstance(content, OSError):
                 continue
             try:
-                result = self._parse(json.loads(content))
-            except (ValueError, TypeError, KeyError, RecursionError):
+                result = self._parse(parse_json(content))
+            except (ValueError, TypeError, KeyError):
                 continue
             if (result.task_id, result.span) == (piece.task_id, piece.span):
                 found[piece.task_id] = result

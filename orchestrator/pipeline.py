@@ -25,16 +25,19 @@ from typing import Any
 from lestd_kernels.errors import LestdError, OutOfSpaceError
 from lestd_kernels.methods import ACTIVATION
 from orchestrator.assemble import assemble, check_output, remove_model
+from orchestrator.binding import require_same
 from orchestrator.config import RunConfig
 from orchestrator.executor import Event, Executor, Listener, WorkerSpec
 from orchestrator.grams import CALIBRATION_DIR, calibrate_for, with_metrics
 from orchestrator.manifest import MANIFEST_DIR, Manifest
 from orchestrator.plan import Plan, decide, make_plan, no_worse_than_uniform
-from orchestrator.rundir import RunDirectory, fingerprint, require_same
+from orchestrator.rundir import RunDirectory, fingerprint
 from orchestrator.runs import RunRecord, on_record
 from orchestrator.source import Source
 from orchestrator.tables import size
+from orchestrator.texts import require_usable
 from orchestrator.untouched import UNTOUCHED_DIR
+from workers.building import require_removable
 from workers.calibrate import Calibrated, CalibrationItem
 from workers.contracts import CurveResult, CurveTask, Failure, Result, Task
 from workers.decompose import STATIONS, DecomposeWorker
@@ -122,12 +125,18 @@ def compress_model(
     check_output(out)
     with run.locked() as require_lock, ExitStack() as until_the_end:
         model = check_output(out)  # Whoever held the lock may have finished it meanwhile.
+        if fresh or (run.binding() is None and model is None):
+            # What can be refused is refused before anything is written, or deleted.
+            _require_disk(plan, out, run_dir, _file_bytes(out, run_dir) if fresh else 0)
+            _require_memory(plan, executor)
+            require_usable(source, config, executor)
         if fresh:
-            _require_disk(plan, out, run_dir, reclaimed=_file_bytes(out, run_dir))
+            if isinstance(run_dir, Path):
+                require_removable(run_dir)
             remove_model(out)
             run.remove_contents()
             model = None
-        recorded = run.fingerprint() or (model and model["fingerprint"])
+        recorded = run.binding() or (model and model["fingerprint"])
         current = fingerprint(source, config, device_of(config, recorded, executor))
         if model is not None:
             require_same(model["fingerprint"], current, out)
@@ -353,7 +362,7 @@ def _require_shared(source: Source, run: RunDirectory, executor: Executor) -> No
     probe = run.path / f".tmp-probe-{secrets.token_hex(8)}"
     if isinstance(probe, Path):
         # A fresh file: a directory of the same name may be there on a node of its own disk.
-        probe.touch()
+        probe.touch(exist_ok=False)
         paths.append(str(probe.resolve()))
     try:
         answers = executor.on_nodes(unseen, paths) if paths else {}

@@ -5,50 +5,63 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from pathlib import Path
 from typing import Any
+
+from lestd_kernels.errors import LestdError, first_line
 
 # Tensors never go through the object store: the smallest one that Ray accepts will do.
 _OBJECT_STORE_BYTES = 80 * 2**20
 
 
-def join_or_start(ray: Any, address: str | None) -> None:
+def join_or_start(ray: Any, address: str | None) -> str:
     """Connect to the cluster at an address; without one, as `RayExecutor` documents.
+
+    Returns:
+        Which cluster it is, in words.
 
     Raises:
         OSError, RuntimeError, ValueError: nobody answers there.
+        LestdError: a cluster of its own cannot be started here.
     """
     quiet = {"log_to_driver": False, "logging_level": "error"}
     if address is None:
-        address = _running_here()
+        address = _running_here(ray)
     if address is not None and address != "local":
         host, port = _host_and_port(address)
         if port is not None:
             # Ray would try for minutes; whoever does not answer this will not answer Ray.
             socket.create_connection((host, port), timeout=10).close()
         ray.init(address=address, **quiet)
-        return
+        return f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}"
     # A token for this cluster alone; left to itself, Ray writes one into the home directory, where
     # it changes what other clusters of this user ask for.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        **quiet,
-    )
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            **quiet,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        advice = "use --executor serial"
+        if "AF_UNIX" in str(error):  # Sockets lie there.
+            advice = f"set RAY_TMPDIR to a shorter path, such as /tmp, or {advice}"
+        raise LestdError(
+            f"no local Ray cluster can be started ({first_line(error)}); {advice}"
+        ) from error
+    return "started a local Ray cluster, which ends with this command"
 
 
-def _running_here() -> str | None:
+def _running_here(ray: Any) -> str | None:
     """Address of the cluster that runs on this machine, if one does.
 
     ``ray start`` leaves its address in a file, where it stays when the cluster dies; so whether
-    anybody listens there is asked first.
+    anybody listens there is asked first. Where that file lies Ray knows alone.
     """
-    file = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
     try:
-        address = file.read_text(encoding="utf-8").strip()
-        host, port = _host_and_port(address)
+        address: str | None = ray._private.services.find_bootstrap_address(None)
+        host, port = _host_and_port(address or "")
         if port is None:
             return None
         socket.create_connection((host, port), timeout=2).close()

@@ -5,7 +5,6 @@ Retries and placement are the executor's own: Ray's ActorPool loses the item of 
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import signal
@@ -13,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +24,14 @@ from orchestrator.executor import Listener, WorkerSpec, retried, started
 from orchestrator.ray_connect import join_or_start
 from orchestrator.ray_deaths import Place
 from orchestrator.ray_pool import Died, NotStarted, Pool, Ran, Started
+from orchestrator.ray_words import (
+    in_use,
+    never_begun,
+    say_that_others_go_on,
+    say_what_is_waited_for,
+)
 from orchestrator.retries import (
     Again,
-    Attempt,
     Deadlines,
     Queue,
     after_error,
@@ -35,7 +39,6 @@ from orchestrator.retries import (
     after_result,
 )
 from orchestrator.tables import size
-from workers.contracts import Failure
 from workers.devices import gpu_memory_bytes
 from workers.watcher import Watcher
 
@@ -52,7 +55,6 @@ _REMINDER_SECONDS = 300.0
 _PAUSE_SECONDS = 30.0
 # Actors that wait for nodes which an autoscaler may add: they are the demand that it sees.
 _DEMANDED = 8
-_LESTD_ERROR = f"{LestdError.__module__}.{LestdError.__name__}: "
 
 
 class RayExecutor:
@@ -96,6 +98,14 @@ class RayExecutor:
         """Whether any node of the cluster offers a GPU."""
         return self._most("GPU") >= 1
 
+    def require_cuda(self) -> None:
+        """See `Executor.require_cuda`."""
+        if not self.has_cuda() and not self._autoscaling:
+            raise LestdError(
+                "device cuda is asked for, but no node of the Ray cluster has a GPU; use "
+                "--device cpu, or join a cluster that has one with --address"
+            )
+
     def map(
         self, spec: WorkerSpec, items: Sequence[Any], on_event: Listener | None = None
     ) -> Iterator[Any]:
@@ -135,7 +145,9 @@ class RayExecutor:
                     patience = time.monotonic() + _PATIENCE_SECONDS
                 elif time.monotonic() > patience:
                     patience = time.monotonic() + _REMINDER_SECONDS
-                    _say_what_is_waited_for(need, self._autoscaling)
+                    say_what_is_waited_for(
+                        need, pool.starting, self._in_use(need), self._autoscaling
+                    )
                 for attempt, actor in queue.hand_out(lambda a: pool.free(a, len(queue))):
                     attempt = replace(attempt, worker=actor.place.worker)
                     pool.submit(actor, attempt)
@@ -150,11 +162,11 @@ class RayExecutor:
                         failed_starts = 0 if pool.ready else failed_starts + 1
                         if pool.ready or pool.starting:  # It may be this one's node alone.
                             paused_until = time.monotonic() + _PAUSE_SECONDS
-                            told = told or _say_that_others_go_on(outcome)
+                            told = told or say_that_others_go_on(outcome, _PAUSE_SECONDS)
                         elif failed_starts >= self._max_attempts:
                             while queue:
                                 pool.release(attempt := queue.pop())
-                                yield _never_begun(attempt, outcome)
+                                yield never_begun(attempt, outcome)
                         continue
                     following = self._judge(outcome, pool)
                     if isinstance(following, Again):
@@ -235,11 +247,7 @@ class RayExecutor:
 
     def _gpu_share(self, memory_bytes: int | None) -> float:
         """1 / n where n workers share a GPU."""
-        if not self.has_cuda() and not self._autoscaling:
-            raise LestdError(
-                "device cuda is asked for, but no node of the Ray cluster has a GPU; use "
-                "--device cpu, or join a cluster that has one with --address"
-            )
+        self.require_cuda()
         if memory_bytes is None:
             return 1.0
         smallest = self._smallest_gpu_bytes()
@@ -291,6 +299,19 @@ class RayExecutor:
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in self._ray().nodes() if node["Alive"]]
 
+    def _in_use(self, names: Iterable[str]) -> list[str]:
+        """What each node has of some resources, and what is taken of it, in words."""
+        free = self._ray()._private.state.available_resources_per_node()
+        said = []
+        for node in self._nodes():
+            each = []
+            for name in names:
+                offered = float(node["Resources"].get(name, 0))
+                used = offered - float(free.get(node["NodeID"], {}).get(name, 0))
+                each.append(in_use(name, used, offered))
+            said.append(f"{node['NodeManagerHostname']}: {', '.join(each)}")
+        return said
+
     def _most(self, resource: str) -> float:
         """The most that any one node offers of a resource."""
         offers = (float(node["Resources"].get(resource, 0)) for node in self._nodes())
@@ -315,7 +336,7 @@ class RayExecutor:
         import ray
 
         try:
-            join_or_start(ray, self._address)
+            logs.log("message", join_or_start(ray, self._address))
         except (OSError, RuntimeError, ValueError) as error:
             raise LestdError(
                 f"the Ray cluster at {self._address or 'this machine'} does not answer "
@@ -340,51 +361,6 @@ def _fitting(offered: dict[str, float], need: dict[str, float]) -> int:
     """How many workers a node has room for."""
     counts = (int(offered.get(name, 0) / share) for name, share in need.items() if share)
     return min(counts, default=0)
-
-
-def _never_begun(attempt: Attempt, outcome: NotStarted) -> Failure:
-    """The failure of an item for which no worker could be made."""
-    failure = after_error(
-        attempt, outcome.error, "application" if outcome.broken else "infrastructure"
-    )
-    return replace(failure, message=_own_words(outcome.error), worker="")
-
-
-def _own_words(error: BaseException) -> str:
-    """What a worker says that could not be made: Ray's words and a traceback come before it."""
-    lines = str(error).strip().splitlines()
-    indented = [number for number, line in enumerate(lines) if line.startswith(" ")]
-    own = lines[indented[-1] + 1 :] if indented else []
-    return own[0].removeprefix(_LESTD_ERROR) if own else first_line(error)
-
-
-def _say_that_others_go_on(outcome: NotStarted) -> bool:
-    logs.log(
-        "message",
-        f"a worker could not be made ({_own_words(outcome.error)}); going on with the others, "
-        f"tried again every {_PAUSE_SECONDS:.0f} s",
-        logging.WARNING,
-    )
-    return True
-
-
-def _say_what_is_waited_for(need: dict[str, float], autoscaling: bool) -> None:
-    wanted = ", ".join(
-        f"{size(much)} of memory" if name == "memory" else f"{name} {much:g}"
-        for name, much in need.items()
-        if much
-    )
-    advice = (
-        "; if no node type offers that, use fewer --threads, or node types with more memory (their "
-        "resources must name it)"
-        if autoscaling
-        else ""
-    )
-    logs.log(
-        "message",
-        f"no worker is running: none of the cluster's nodes has {wanted} free; waiting, see ray "
-        f"status{advice}",
-    )
 
 
 def _place(worker: Any) -> Place:

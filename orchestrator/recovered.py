@@ -24,15 +24,17 @@ from orchestrator.manifest import ABOUT_FILE, MANIFEST_DIR, Manifest
 from orchestrator.markdown import template
 from orchestrator.rows import compacted_path, write_table
 from orchestrator.schemas import CURVES, EVENTS, GROUPS, RUNS, SLICES
+from workers.building import building_directory, is_free
 from workers.checkpoint import read_header, read_tensor, write_safetensors
 from workers.files import (
     atomic_write,
-    building_directory,
     explain_os_errors,
     file_sha256,
     fsync_directory,
     in_parallel,
     link_or_copy,
+    list_tree,
+    make_directory,
 )
 from workers.recover import LORA, Trained
 
@@ -51,7 +53,7 @@ def require_free(out: Path) -> None:
     Raises:
         LestdError: `out` is there and is no empty directory.
     """
-    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+    if not is_free(out):
         raise LestdError(
             f"{out} is there already, and is not what this recovery writes; choose another --out, "
             "or move it away"
@@ -79,10 +81,10 @@ def write_recovered(
     """
     about = about_model(model.directory)
     assert about is not None
-    building = out.with_name(f".{out.name}.recovering")
     out.parent.mkdir(parents=True, exist_ok=True)
     busy = f"another process writes {out}; wait for it to end, or choose another --out"
-    with explain_os_errors(building), building_directory(building, busy):
+    with explain_os_errors(out), building_directory(out, "recovering", busy) as building:
+        new = building.new
         in_place = trained.tensors if trained.adapter_config is None else {}
         by_shard: dict[str, dict[str, Tensor]] = {}
         for name, tensor in in_place.items():
@@ -90,29 +92,29 @@ def write_recovered(
             by_shard.setdefault(shard, {})[name] = tensor
         for name in about["files"]:
             if name in by_shard:
-                _rewrite(model.directory / name, building / name, by_shard[name])
+                _rewrite(model.directory / name, new / name, by_shard[name])
             elif name != CARD_FILE:
-                link_or_copy(model.directory / name, building / name)
+                make_directory((new / name).parent)
+                link_or_copy(model.directory / name, new / name)
         if trained.adapter_config is not None:
-            write_json(building / ADAPTER_FILES[0], trained.adapter_config)
+            write_json(new / ADAPTER_FILES[0], trained.adapter_config)
             atomic_write(
-                building / ADAPTER_FILES[1], lambda file: write_safetensors(file, trained.tensors)
+                new / ADAPTER_FILES[1], lambda file: write_safetensors(file, trained.tensors)
             )
         card = _card(model.directory, settings, trained)
-        atomic_write(building / CARD_FILE, lambda file: file.write(card.encode()))
-        _write_manifest(model.directory, building, bool(by_shard))
-        names = sorted(path.name for path in building.iterdir() if path.is_file())
-        digests = in_parallel(lambda name: file_sha256(building / name), names)
+        atomic_write(new / CARD_FILE, lambda file: file.write(card.encode()))
+        _write_manifest(model.directory, new, bool(by_shard))
+        sizes = list_tree(new, lambda folder: folder != MANIFEST_DIR)
+        digests = in_parallel(lambda name: file_sha256(new / name), sizes)
         files = {
-            name: {"bytes": (building / name).stat().st_size, "sha256": digest}
-            for name, digest in zip(names, digests, strict=True)
+            name: {"bytes": size, "sha256": digest}
+            for (name, size), digest in zip(sizes.items(), digests, strict=True)
         }
         content = json_bytes({"fingerprint": fingerprint, "files": files})
-        atomic_write(building / MANIFEST_DIR / ABOUT_FILE, lambda file: file.write(content))
-        fsync_directory(building)
+        atomic_write(new / MANIFEST_DIR / ABOUT_FILE, lambda file: file.write(content))
+        fsync_directory(new)
         require_free(out)
-        building.replace(out)
-        fsync_directory(out.parent)
+        building.finish()
 
 
 def _rewrite(shard: Path, target: Path, changed: Mapping[str, Tensor]) -> None:

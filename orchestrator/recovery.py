@@ -9,8 +9,6 @@ OUT.recover/      kept, so that the same command continues, or shows its result 
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,19 +22,20 @@ from torch import Tensor
 from lestd_kernels.errors import LestdError
 from orchestrator.adapter import adapter_file, adapter_stored_bytes
 from orchestrator.assemble import about_model
+from orchestrator.binding import require_same, starts_over
 from orchestrator.compressed import CompressedModel, open_compressed
 from orchestrator.evaluated import evaluate_models
-from orchestrator.evaluation import EvaluationModel, require_positive
+from orchestrator.evaluation import EvaluationModel, require_positive, resolve_dtype
 from orchestrator.executor import SerialExecutor
 from orchestrator.json_files import read_json, write_json
 from orchestrator.manifest import MANIFEST_DIR, Manifest
 from orchestrator.meter import Meter
-from orchestrator.perplexity import Evaluation, read_text
+from orchestrator.perplexity import Evaluation, read_text, read_tokens
 from orchestrator.recording import ModelFacts, evaluation_versions, open_models, record
 from orchestrator.recovered import require_free, write_recovered
-from orchestrator.rundir import require_same
-from workers.files import atomic_write, file_sha256, try_lock
-from workers.recover import LORA, RecoverySettings, Trained, train
+from workers.building import MARKER, own_directory, require_removable
+from workers.files import atomic_write, file_sha256, make_directory, remove_tree
+from workers.recover import LORA, STATE_FILE, RecoverySettings, Trained, train
 
 _HELD_OUT = 0.1
 _OURS = "recover.json"
@@ -105,15 +104,24 @@ def recover(
     model = open_compressed(directory)
     about = _require_trainable(model)
     [opened] = open_models([model.directory], window)
+    if eval_text is not None:
+        read_tokens(opened[0], eval_text)
     length = opened[0].window_length
     run_dir = out.with_name(out.name + ".recover")
+    # What can be refused is refused before anything is written, or deleted.
+    training_text, kept = _split(read_text(text), eval_text)
+    windows = _windows(opened[0], training_text, text)
+    if steps is None:
+        steps = max(1, round(epochs * len(windows) / settings["batch"]))
+    if settings["device"] == "auto":
+        settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if settings["device"] == "cuda":
+        SerialExecutor().require_cuda()
+    settings["dtype"] = resolve_dtype(model.directory, settings["dtype"], settings["device"])
     with _claimed(run_dir, fresh):
-        training_text, held_out = _split(read_text(text), run_dir, eval_text)
-        windows = _windows(opened[0], training_text, text)
-        if steps is None:
-            steps = max(1, round(epochs * len(windows) / settings["batch"]))
-        if settings["device"] == "auto":
-            settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        held_out = eval_text or run_dir / "held-out.txt"
+        if eval_text is None:
+            atomic_write(held_out, lambda file: file.write(kept.encode()))
         lora = settings["train"] == LORA
         how = RecoverySettings(steps=steps, **settings)
         stated = asdict(how) | {
@@ -126,8 +134,12 @@ def recover(
         stated.pop("save_every")  # Decides no byte.
         before = about["fingerprint"].get("recovered", [])
         fingerprint = about["fingerprint"] | {"recovered": [*before, stated]}
-        if (run_dir / _OURS).is_file():
-            require_same(read_json(run_dir / _OURS), stated, run_dir)
+        if (run_dir / STATE_FILE).is_file():
+            there = out if out.exists() else None
+            require_same(read_json(run_dir / _OURS), stated, run_dir, there)
+        elif (run_dir / _OURS).is_file():
+            begun = f"the recovery that was begun in {run_dir}"
+            starts_over(read_json(run_dir / _OURS), stated, begun)
         finished = about_model(out)
         if finished is None or finished["fingerprint"] != fingerprint:
             require_free(out)
@@ -193,41 +205,25 @@ def _claimed(run_dir: Path, fresh: bool) -> Iterator[None]:
     Raises:
         LestdError: another does, or something else is there.
     """
-    if run_dir.exists() and (not run_dir.is_dir() or not _is_ours(run_dir)):
-        raise LestdError(
-            f"{run_dir} is there and was not made by lestd recover; move it away, or choose "
-            "another --out"
-        )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    handle = os.open(run_dir, os.O_RDONLY)
-    try:
-        if not try_lock(handle, run_dir.parent):
-            raise LestdError(
-                f"another process works in {run_dir}; wait for it to end, or choose another --out"
-            )
+    make_directory(run_dir.parent)
+    busy = f"another process works in {run_dir}; wait for it to end, or choose another --out"
+    with own_directory(run_dir, busy):
         if fresh:
+            require_removable(run_dir)
             for path in run_dir.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                if path.name != MARKER:
+                    remove_tree(path)
         yield
-    finally:
-        os.close(handle)
 
 
-def _is_ours(run_dir: Path) -> bool:
-    names = {path.name for path in run_dir.iterdir()}
-    return not names or _OURS in names or names <= {"held-out.txt"}
-
-
-def _split(text: str, run_dir: Path, eval_text: Path | None) -> tuple[str, Path]:
-    """The text to train on, and the file of the text to judge by."""
+def _split(text: str, eval_text: Path | None) -> tuple[str, str]:
+    """The text to train on, and what is kept of it to judge by."""
     if eval_text is not None:
-        return text, eval_text
+        return text, ""
     # At the end of a line, where there is one not far away.
     cut = int(len(text) * (1 - _HELD_OUT))
     cut = text.find("\n", cut) + 1 or cut
-    held_out = run_dir / "held-out.txt"
-    atomic_write(held_out, lambda file: file.write(text[cut:].encode()))
-    return text[:cut], held_out
+    return text[:cut], text[cut:]
 
 
 def _windows(model: EvaluationModel, text: str, path: Path) -> Tensor:

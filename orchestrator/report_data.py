@@ -239,7 +239,7 @@ def root_ratio(pairs: Iterable[tuple[float | None, float | None]]) -> float | No
         if one is None or other is None:
             return None
         above, below = above + one, below + other
-    return math.sqrt(above / below) if below else None
+    return math.sqrt(above / below) if above >= 0 and below > 0 else None
 
 
 def _planned(groups: Sequence[Row], work: Sequence[Row], calls: Sequence[Row]) -> list[Row]:
@@ -323,7 +323,7 @@ def _projections(heads: Sequence[Row]) -> list[Row]:
                 if elements
                 else None,
                 "core_bytes": math.fsum(row["core_bytes"] or 0.0 for row in rows),
-                "relative_error": math.sqrt(math.fsum(errors) / norm) if norm else None,
+                "relative_error": root_ratio([(math.fsum(errors), norm)]),
                 "energy_share": energy / norm if norm else None,
             }
         )

@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lestd_kernels.errors import first_line
 from orchestrator.schemas import TableSpec
+from workers.building import make_own_directory
 from workers.files import (
     AnyPath,
     atomic_write,
     in_parallel,
     list_names,
-    make_directory,
     read_files,
     remove_file,
 )
@@ -31,6 +32,9 @@ from workers.files import (
 PARQUET = ".parquet"
 TEMPORARY = ".tmp-"
 """How names begin of files that are being written, or whose writer was killed."""
+_LAST_TIME = 253_402_300_799_999_999
+"""The end of the year 9999 in microseconds, which Python knows no time after."""
+_LARGEST = 2**63 - 1
 _FOREIGN = "lestd makes no such file; move it away"
 
 
@@ -83,7 +87,7 @@ def _write(path: AnyPath, table: pa.Table, compression: str) -> None:
 def part_path(directory: AnyPath, spec: TableSpec, name: str) -> AnyPath:
     """Where a part of a table goes; makes its folder."""
     folder = directory / spec.name
-    make_directory(folder)
+    make_own_directory(folder)
     return folder / name
 
 
@@ -149,7 +153,13 @@ def _read_all(
 ) -> tuple[list[pa.Table], list[Damaged], list[AnyPath]]:
     tables, damaged, read = [], [], []
     found = zip(paths, read_files(paths), strict=True)
-    for path, part in in_parallel(lambda one: (one[0], _parsed(*one, spec)), found):
+    parts = in_parallel(lambda one: (one[0], _parsed(*one, spec)), found)
+    whole = [part for _, part in parts if isinstance(part, pa.Table)]
+    # All at once, which is fast; one by one only where there is something to find.
+    suspect = bool(whole) and _problem(pa.concat_tables(whole), spec) is not None
+    for path, part in parts:
+        if suspect and isinstance(part, pa.Table) and (problem := _problem(part, spec)):
+            part = Damaged(path, problem)
         if isinstance(part, Damaged):
             damaged.append(part)
         elif part is not None:
@@ -167,6 +177,8 @@ def _parsed(path: AnyPath, content: bytes | OSError, spec: TableSpec) -> pa.Tabl
     try:
         # Not pq.read_table, whose dataset costs ten times as much for a file of one row.
         file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+        if file.metadata.num_rows > len(content):
+            return Damaged(path, f"{len(content)} bytes claim {file.metadata.num_rows} rows")
         return _as_stated(path, file.read(use_threads=False), spec)
     except (pa.ArrowException, OSError, ValueError) as error:
         return Damaged(path, first_line(error))
@@ -189,6 +201,33 @@ def _as_stated(path: AnyPath, table: pa.Table, spec: TableSpec) -> pa.Table | Da
             return Damaged(path, f"it has rows without {field.name}")
         columns.append(values)
     return pa.Table.from_arrays(columns, schema=spec.schema)
+
+
+def _problem(table: pa.Table, spec: TableSpec) -> str | None:
+    """What some value is that no row of lestd has; None where all are sound.
+
+    Readers divide by the figures, parse the texts and make file names of them.
+    """
+    try:
+        table.validate(full=True)  # Texts that are not UTF-8.
+    except pa.ArrowInvalid as error:
+        return first_line(error)
+    for column in spec.columns:
+        values, kind = table[column.name], column.type
+        if column.check is not None:
+            for text in values.unique().to_pylist():
+                if text is not None and not column.check(text):
+                    return f"its column {column.name} has {_short(text)}"
+        elif pa.types.is_integer(kind) or pa.types.is_timestamp(kind):
+            least, most = (value.as_py() for value in pc.min_max(values.cast(pa.int64())).values())
+            highest = _LAST_TIME if pa.types.is_timestamp(kind) else _LARGEST
+            if least is not None and not column.least <= least <= most <= highest:
+                return f"its column {column.name} has values from {least} to {most}"
+    return None
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
 def _without(older: pa.Table, newer: pa.Table, key: Sequence[str]) -> pa.Table:

@@ -27,6 +27,7 @@ from upath import UPath
 from lestd_kernels.decomposition import FORMAT_VERSION
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import ACTIVATION
+from orchestrator.binding import holds_work, require_same, starts_over
 from orchestrator.config import RunConfig
 from orchestrator.json_files import read_json, write_json
 from orchestrator.lease import is_held, leased
@@ -34,6 +35,7 @@ from orchestrator.manifest import MANIFEST_DIR, Manifest, default_run_dir
 from orchestrator.plan import Plan, calibration_digest
 from orchestrator.rows import TEMPORARY, Damaged
 from orchestrator.source import Source
+from workers.building import is_same, open_own_file, require_removable
 from workers.checkpoint import hash_tensor
 from workers.decompose import software_versions
 from workers.files import (
@@ -78,34 +80,6 @@ def fingerprint(source: Source, config: RunConfig, device: str) -> dict[str, Any
     return result
 
 
-def require_same(recorded: dict[str, Any], current: dict[str, Any], where: AnyPath) -> None:
-    """Refuse to go on with another configuration or source.
-
-    Raises:
-        LestdError: the fingerprints differ; the sentence names the fields.
-    """
-    if changes := differences(recorded, current):
-        raise LestdError(
-            f"{where} belongs to a run that differs in: {'; '.join(changes)}; undo the change to "
-            "continue it, choose another --out, or start over with --fresh"
-        )
-
-
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Paths of the values that differ, each with both values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in sorted(old.keys() | new.keys()):
-            found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-        return found
-    return [] if old == new else [f"{path} (was {_short(old)}, is {_short(new)})"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
 class RunDirectory:
     """One run's directory."""
 
@@ -131,6 +105,20 @@ class RunDirectory:
         """
         return self._about("fingerprint") if self.exists else None
 
+    def binding(self) -> dict[str, Any] | None:
+        """The fingerprint that a call must have to go on here; None if any will do.
+
+        A run that has finished nothing binds nobody: it may have been refused, and the corrected
+        command is a run that differs.
+
+        Raises:
+            LestdError: see `fingerprint`.
+        """
+        tables = {name.partition(".")[0] for name in list_names(self.manifest.directory)}
+        calibration = self.path / "calibration"
+        kept = holds_work(self.payloads, calibration, calibration / "pieces")
+        return self.fingerprint() if kept or tables & {"groups", "curves"} else None
+
     def _about(self, key: str) -> dict[str, Any]:
         value = read_json(self.path / "run.json").get(key)
         if not isinstance(value, dict):
@@ -140,11 +128,13 @@ class RunDirectory:
         return value
 
     def check_usable(self) -> None:
-        """Refuse a directory that holds anything that is not ours.
+        """Refuse a directory that holds anything that is not ours, or ours by its name only.
+
+        The directory may be a link, to one on another disk; what is in it may not.
 
         Raises:
-            LestdError: the path is a file, or holds files that a run does not make; or the object
-                store does not answer.
+            LestdError: the path is a file, or holds files that a run does not make, links, or what
+                belongs to no run; or the object store does not answer.
         """
         if is_file(self.path):
             raise LestdError(f"{self.path} is a file; choose another --run-dir")
@@ -154,7 +144,18 @@ class RunDirectory:
                     f"{self.path} is not empty and holds {name}, which no run of lestd "
                     "makes; choose another --run-dir"
                 )
-        self.fingerprint()
+            if isinstance(self.path, Path) and (self.path / name).is_symlink():
+                raise LestdError(
+                    f"{self.path / name} is a link, which no run of lestd makes; move it away, or "
+                    "choose another --run-dir"
+                )
+        if self.fingerprint() is None:
+            for name in _OURS - {"lock"}:
+                if is_file(self.path / name) or list_names(self.path / name):
+                    raise LestdError(
+                        f"{self.path} holds {name}, but no run.json, and so is no run of lestd; "
+                        "choose another --run-dir"
+                    )
 
     @contextmanager
     def locked(self) -> Iterator[Callable[[], None]]:
@@ -206,8 +207,8 @@ class RunDirectory:
         if isinstance(lock, UPath):
             return is_held(lock)
         try:
-            handle = os.open(lock, os.O_RDWR)
-        except OSError:
+            handle = open_own_file(lock, 0)
+        except (OSError, LestdError):
             return False
         try:
             return not try_lock(handle, lock.parent)
@@ -215,13 +216,20 @@ class RunDirectory:
             os.close(handle)
 
     def begin(self, source: Source, fingerprint: dict[str, Any], plan: Plan) -> None:
-        """Start the run, or continue it.
+        """Start the run, or continue it; one that differs starts over if nothing is finished.
 
         Raises:
             LestdError: the directory belongs to a run with another configuration or source, or a
                 source tensor that a finished task has read was changed since.
         """
         recorded = self.fingerprint()
+        if (
+            recorded is not None
+            and self.binding() is None
+            and starts_over(recorded, fingerprint, f"the run that was begun in {self.path}")
+        ):
+            self.remove_contents()
+            recorded = None
         if recorded is not None:
             require_same(recorded, fingerprint, self.path)
             if isinstance(self.path, Path):
@@ -262,8 +270,10 @@ class RunDirectory:
         """Delete what a run makes, run.json last, but keep the lock that the caller holds.
 
         Raises:
-            LestdError: an object store does not delete it.
+            LestdError: a directory is write-protected, or an object store does not delete it.
         """
+        if isinstance(self.path, Path):
+            require_removable(self.path)
         remove_tree(self.payloads)
         remove_tree(self.manifest.directory)
         remove_tree(self.path / "untouched")
@@ -272,7 +282,7 @@ class RunDirectory:
             remove_file(self.path / name)
 
     def remove(self) -> None:
-        """Delete the directory.
+        """Delete the directory; where it is a link, all that is in it.
 
         Raises:
             LestdError: it holds no run, or a driver is at work in it.
@@ -281,13 +291,10 @@ class RunDirectory:
             raise LestdError(f"{self.path} does not exist; there is nothing to delete")
         self.check_usable()
         with self.locked():
-            self.remove_contents()
-            if isinstance(self.path, Path):
-                remove_tree(self.path)
-            else:  # There is no directory, and the lease is given up last.
-                for name in list_names(self.path):
-                    if name.startswith(TEMPORARY):
-                        remove_file(self.path / name)
+            self.remove_contents()  # Then whoever gives up the lock leaves nothing behind.
+            for name in list_names(self.path):
+                if name.startswith(TEMPORARY):
+                    remove_file(self.path / name)
 
 
 def run_dir_of(out: _AnyPathT) -> _AnyPathT:
@@ -327,13 +334,11 @@ def _open_locked(lock: Path) -> int | None:
     """An open descriptor of the lock file that holds the lock; None if another has it."""
     with explain_os_errors(lock.parent):
         make_directory(lock.parent)
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = open_own_file(lock)
     try:
-        # A driver that began nothing removes its lock file: one that is gone locks nothing.
-        if try_lock(handle, lock.parent) and os.fstat(handle).st_ino == lock.stat().st_ino:
+        # A driver that began nothing removes its lock file.
+        if try_lock(handle, lock.parent) and is_same(handle, lock):
             return handle
-    except FileNotFoundError:
-        pass
     except LestdError:
         os.close(handle)
         raise

@@ -8,10 +8,14 @@ cannot do without is `required`.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import pyarrow as pa
+
+from workers.regular import parse_json
 
 MANIFEST_FORMAT = 2
 """1 had `groups`, `slices`, `curves` and `events`, each with fewer columns; it is still read."""
@@ -25,6 +29,31 @@ _TIME = pa.timestamp("us", tz="UTC")
 _TEXTS, _REALS = pa.list_(pa.string()), pa.list_(pa.float32())
 
 
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(parse_json(text), dict)
+    except ValueError:
+        return False
+
+
+def format_slices(text: str) -> int | None:
+    """Number of slices of a group, by its `format`; None if that is not one."""
+    try:
+        counts = [module["slices"] for module in parse_json(text)["modules"].values()]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return sum(counts) if all(type(count) is int and count >= 0 for count in counts) else None
+
+
+def _is_format(text: str) -> bool:
+    return format_slices(text) is not None
+
+
+# Names become parts of file names.
+_is_file_name = re.compile(r"(?!\.{1,2}$)[^/\0]+").fullmatch
+_is_module_path = re.compile(r"[\w.]*").fullmatch
+
+
 @dataclass(frozen=True)
 class Column:
     """A column of a table.
@@ -35,6 +64,8 @@ class Column:
         meaning: what it says.
         unit: ``"bytes"``, ``"seconds"``, ``"nats"``, ...; empty for names, counts and ratios.
         required: a file where it is absent or null is not of lestd.
+        check: whether a text can be of lestd; None: any can. Whole numbers are at least `least`.
+        least: the least whole number that can be.
     """
 
     name: str
@@ -42,6 +73,8 @@ class Column:
     meaning: str
     unit: str = ""
     required: bool = False
+    check: Callable[[str], object] | None = None
+    least: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,9 +114,11 @@ class TableSpec:
 
 
 _TASK = (
-    Column("task_id", _TEXT, "hash of all that decides the result", required=True),
+    Column("task_id", _TEXT, "hash of all that decides the result", "", True, _is_file_name),
     Column("layer", _INT, "index of the decoder layer", required=True),
-    Column("group", _TEXT, "module path of the block in the loaded model", required=True),
+    Column(
+        "group", _TEXT, "module path of the block in the loaded model", "", True, _is_module_path
+    ),
 )
 _SOURCE = (
     Column("tensors", _TEXTS, "names of the source tensors"),
@@ -119,7 +154,7 @@ GROUPS = TableSpec(
         Column("nnz", _LONG, "stored non-zeros of the cores"),
         Column("density", _REAL, "nnz / elements of the cores"),
         Column("codec", _TEXT, "how the cores are stored; several joined by +"),
-        Column("dense_bytes", _LONG, "the source weights", "bytes", required=True),
+        Column("dense_bytes", _LONG, "the source weights", "bytes", required=True, least=1),
         Column("byte_budget", _LONG, "upper bound of stored_bytes", "bytes", required=True),
         Column("stored_bytes", _LONG, "factors, core values and indices", "bytes", required=True),
         Column("relative_error", _REAL, "||W - W_hat|| / ||W||, of the tensors as stored"),
@@ -131,12 +166,12 @@ GROUPS = TableSpec(
         Column("hooi_iterations", _INT, "HOOI sweeps after the HOSVD"),
         *_SECONDS,
         *_WORK,
-        Column("payload", _TEXT, "file name of the payload", required=True),
+        Column("payload", _TEXT, "file name of the payload", "", True, _is_file_name),
         Column("payload_bytes", _LONG, "size of that file", "bytes", required=True),
         Column("sha256", _TEXT, "of the payload file", required=True),
         Column("source_sha256", _TEXT, "of the bytes of the source tensors, in order"),
-        Column("format", _TEXT, "JSON: how to load the payload", required=True),
-        Column("versions", _TEXT, "JSON: versions of lestd and torch"),
+        Column("format", _TEXT, "JSON: how to load the payload", "", True, _is_format),
+        Column("versions", _TEXT, "JSON: versions of lestd and torch", check=_is_object),
         Column(
             "singular_values_1",
             _REALS,
@@ -149,7 +184,9 @@ GROUPS = TableSpec(
             "singular values of the mode-2 unfolding, descending",
             "weights",
         ),
-        Column("scope", _TEXT, "what the block is: attention, ffn or experts"),
+        Column(
+            "scope", _TEXT, "what the block is: attention, ffn or experts", check=_is_module_path
+        ),
         Column("metric", _TEXT, "norm of the error: weight, norm or activation"),
         Column("value_bits", _INT, "bits of a core value; 16 stands for the value dtype"),
         Column("factor_bits", _INT, "bits of an element of a factor; likewise"),
@@ -192,7 +229,7 @@ CURVES = TableSpec(
         Column("R3", _INT, "rank of mode 3 that the search chose"),
         Column("predicted_squared_error", _REAL, "||W - W_hat||^2 to expect", "weights^2", True),
         Column("squared_norm", _REAL, "||W||^2 in the run's metric", "metric^2"),
-        Column("dense_bytes", _LONG, "the source weights", "bytes", required=True),
+        Column("dense_bytes", _LONG, "the source weights", "bytes", required=True, least=1),
         Column("uniform_byte_budget", _LONG, "what uniform allocation gives it", "bytes", True),
         Column(
             "uniform_squared_error", _REAL, "||W - W_hat||^2 there, measured", "weights^2", True
@@ -200,7 +237,7 @@ CURVES = TableSpec(
         *_SECONDS,
         *_WORK,
         Column("source_sha256", _TEXT, "of the bytes of the source tensors, in order"),
-        Column("versions", _TEXT, "JSON: versions of lestd and torch"),
+        Column("versions", _TEXT, "JSON: versions of lestd and torch", check=_is_object),
     ),
     key=("task_id",),
     order=("layer", "group", "byte_budget"),
@@ -244,7 +281,7 @@ RUNS = TableSpec(
         Column("scope", _TEXT, "which weights are compressed"),
         Column("allocation", _TEXT, "uniform or global"),
         Column("keep", _REAL, "byte budget / dense bytes of the weights in scope"),
-        Column("config", _TEXT, "JSON: the whole configuration"),
+        Column("config", _TEXT, "JSON: the whole configuration", check=_is_object),
         Column("device", _TEXT, "device class: cpu or cuda"),
         Column("executor", _TEXT, "serial or ray"),
         Column("tasks", _INT, "groups to be encoded"),
@@ -262,7 +299,7 @@ RUNS = TableSpec(
         Column("planned_seconds", _REAL, "decomposing, if --calibrate was asked for", "seconds"),
         Column("seconds", _REAL, "wall time of the call", "seconds"),
         Column("seconds_assemble", _REAL, "of these, putting the model together", "seconds"),
-        Column("versions", _TEXT, "JSON: versions of what ran"),
+        Column("versions", _TEXT, "JSON: versions of what ran", check=_is_object),
     ),
     key=("invocation",),
     order=("started_at", "invocation"),
@@ -290,12 +327,12 @@ EVALUATIONS = TableSpec(
         Column("samples", _LONG, "documents or windows that it is made of"),
         Column("tokens", _LONG, "predicted tokens, where perplexity is measured"),
         Column("fewshot", _INT, "examples shown before each question"),
-        Column("settings", _TEXT, "JSON: all else that decides the figure"),
-        Column("dtype", _TEXT, "compute dtype, as asked for"),
+        Column("settings", _TEXT, "JSON: all else that decides the figure", check=_is_object),
+        Column("dtype", _TEXT, "compute dtype"),
         Column("device", _TEXT, "cpu or cuda"),
         Column("workers", _INT, "size of the pool"),
         Column("seconds", _REAL, "wall time of the task on this pool", "seconds"),
-        Column("versions", _TEXT, "JSON: versions of what ran"),
+        Column("versions", _TEXT, "JSON: versions of what ran", check=_is_object),
     ),
     key=("evaluation_id", "task", "metric", "filter"),
     order=("at", "task", "metric", "filter"),

@@ -7,13 +7,12 @@ range where they are needed. No weight is read here, and no code that comes with
 from __future__ import annotations
 
 import atexit
-import json
 import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Container
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +30,19 @@ from orchestrator.location import (
     local_directory,
     store_url,
 )
+from orchestrator.side_files import fetch_side_files, find_side_files, is_side_folder
 from workers.checkpoint import INDEX_FILE, WEIGHTS_FILE, ShardIndex, read_weight_map
-from workers.files import AnyPath, copy_file
+from workers.files import require_content
 from workers.hub import HUB_SCHEME
-from workers.ranges import is_url, list_files
+from workers.ranges import is_url, list_files, list_tree
+from workers.regular import parse_json, read_regular
 
 CONFIG_FILE = "config.json"
 BIN_FILE = "pytorch_model.bin"
 BIN_INDEX_FILE = "pytorch_model.bin.index.json"
-_SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm"}
-_SIDE_PREFIXES = ("LICENSE", "NOTICE", "README")
+# Of config.json: what is gone through one by one, and how many are nothing to worry about.
+_COUNT = re.compile(r"(num|n)_(\w+_)?(layers?|heads?|experts|labels)")
+_FEW = 1000
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 # Part of a URL: a name that no server and no URL parser takes for anything else.
 _PLAIN_NAME = re.compile(r"[\w.+=@ -]+(/[\w.+=@ -]+)*")
@@ -68,7 +70,7 @@ class Source:
     config_json: dict[str, Any]
 
     def fetch_side_files(self) -> Path:
-        """A local directory with the files beside the weights (see `is_side_file`).
+        """A local directory with the files beside the weights (see `orchestrator.side_files`).
 
         Raises:
             LestdError: the model lies elsewhere, and they cannot be fetched.
@@ -81,9 +83,10 @@ class Source:
                     f"the Hub cannot be reached for the tokenizer and other files of {self.model}; "
                     "check the connection, and run the same command again to continue"
                 )
-            return download(self.model, self.revision, filter(is_side_file, names))
+            return fetch_side_files(names, partial(download, self.model, self.revision))
         if is_url(url):
-            fetch_files(url, filter(is_side_file, list_files(url)), self.directory)
+            fetch = partial(fetch_files, url, directory=self.directory)
+            return fetch_side_files(list_tree(url, is_side_folder), fetch)
         return self.directory
 
 
@@ -118,11 +121,11 @@ def resolve_source(model: str, revision: str | None = None) -> Source:
             "or choose another --revision"
         )
     if are_cached(model, commit, shards):
-        directory = download(model, commit, filter(is_side_file, names))
+        directory = fetch_side_files(names, partial(download, model, commit))
         return _open_directory(model, commit, directory)
     index = ShardIndex.from_url(f"{HUB_SCHEME}{model}@{commit}", weight_map)
     return Source(
-        model, commit, directory, index, load_config(directory), read_config_json(directory)
+        model, commit, directory, index, load_config(directory, index), read_config_json(directory)
     )
 
 
@@ -150,7 +153,9 @@ def _open_store(url: str) -> Source:
     fetch_files(url, {CONFIG_FILE, INDEX_FILE} & names, directory)
     weight_map = _check_before_weights(url, directory, names)
     index = ShardIndex.from_url(url, weight_map)
-    return Source(url, None, directory, index, load_config(directory), read_config_json(directory))
+    return Source(
+        url, None, directory, index, load_config(directory, index), read_config_json(directory)
+    )
 
 
 def _require_config(model: str, names: set[str]) -> None:
@@ -178,30 +183,22 @@ def _check_before_weights(model: str, directory: Path, names: set[str]) -> dict[
     return weight_map
 
 
-def is_side_file(name: str) -> bool:
-    """Whether a file belongs to a model beside its weights: config, tokenizer, licence.
+def check_pointers(directory: Path) -> None:
+    """Refuse git-LFS pointers in the place of config, index, tokenizer and what else is needed.
 
-    Nothing that is run or unpickled, and no index of weights, is one.
-    """
-    if "/" in name or name.endswith(".index.json"):
-        return False
-    return Path(name).suffix in _SIDE_SUFFIXES or name.startswith(_SIDE_PREFIXES)
-
-
-def copy_side_files(
-    source_dir: Path, target_dir: AnyPath, but: Container[str] = frozenset()
-) -> None:
-    """Copy the files that belong to a model beside its weights, see `is_side_file`, but some.
+    Those of shards are met where their headers are read.
 
     Raises:
-        OutOfSpaceError: no space left.
+        LestdError: one is there.
     """
-    for path in sorted(source_dir.iterdir()):
-        if is_side_file(path.name) and path.name not in but and path.is_file():
-            copy_file(path, target_dir / path.name)
+    if directory.is_dir():
+        indexes = (INDEX_FILE, BIN_INDEX_FILE)
+        require_content(directory, (name for name in indexes if (directory / name).is_file()))
+        find_side_files(directory)
 
 
 def _open_directory(model: str, commit: str | None, directory: Path) -> Source:
+    check_pointers(directory)
     config_json = read_config_json(directory)
     _check_config(model, config_json)
     check_not_pickled(model, {path.name for path in directory.iterdir()})
@@ -220,7 +217,10 @@ def check_not_pickled(model: str, names: set[str]) -> None:
     if {WEIGHTS_FILE, INDEX_FILE} & names:
         return
     if convertible := sorted({BIN_FILE, BIN_INDEX_FILE} & names):
-        out = Path(model).name + "-safetensors"
+        directory = Path(model).resolve()  # The model may be called "." or "..".
+        out = f"{directory.name}-safetensors"
+        if directory == Path.cwd():
+            out = f"../{out}"  # Beside the model, not in it.
         what = "COPY_OF_IT_HERE" if is_url(model) else shlex.quote(model)
         raise LestdError(
             f"{model} has only pickled weights ({convertible[0]}), which could run code when "
@@ -246,16 +246,17 @@ def read_config_json(directory: Path) -> dict[str, Any]:
     """
     path = directory / CONFIG_FILE
     try:
-        config = json.loads(path.read_bytes())
+        config = parse_json(read_regular(path))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise LestdError(
-            f"{directory} has no {CONFIG_FILE}; expected the directory of a Transformers model"
+            f"{directory} has no {CONFIG_FILE}; expected the directory of a Transformers model "
+            "(one that was cloned from the Hub is whole after `git lfs pull`)"
         ) from error
     except OSError as error:
         raise LestdError(
             f"{path} cannot be read ({error.strerror}); check its permissions"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise LestdError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(config, dict):
         raise LestdError(f"{path} must hold a JSON object; download it again")
@@ -275,12 +276,28 @@ def _check_config(model: str, config_json: dict[str, Any]) -> None:
     check_family(config_json.get("model_type"))
 
 
-def load_config(directory: Path) -> PretrainedConfig:
+def load_config(directory: Path, index: ShardIndex | None = None) -> PretrainedConfig:
     """Read config.json as Transformers understands it; no code of the model is run.
 
+    Args:
+        directory: where it lies.
+        index: the model's tensors, where they lie elsewhere.
+
     Raises:
-        LestdError: Transformers does not accept it.
+        LestdError: Transformers does not accept it, or it counts more layers, heads or experts
+            than the tensors have room for.
     """
+    config_json = read_config_json(directory)
+    parts = [part for part in (config_json, *config_json.values()) if isinstance(part, dict)]
+    for name, count in (item for part in parts for item in part.items()):
+        if _COUNT.fullmatch(name) and isinstance(count, int | float) and count > _FEW:
+            index = index or ShardIndex.from_directory(directory)
+            stored = [ref for ref in index.tensors.values() if ref.stored_bytes]
+            if count > max([len(index.tensors), *(size for ref in stored for size in ref.shape)]):
+                raise LestdError(
+                    f"{directory / CONFIG_FILE} has {name} {count}, more than the tensors have "
+                    "room for; use the config.json that belongs to the weights"
+                )
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:

@@ -32,6 +32,7 @@ from lestd_kernels.errors import LestdError, first_line
 from orchestrator import logs
 from orchestrator.config import ClusterConfig, read_calibration
 from orchestrator.location import store_url
+from workers.regular import read_regular
 
 PACKAGES = (orchestrator, workers, lestd_kernels)
 """What every node of the job runs, whatever is installed there."""
@@ -123,8 +124,7 @@ def job_command(
     given = {name: value for name, value in given.items() if value is not False}
     given.pop("address", None)
     if "config" in given:
-        text = Path(given["config"]).read_text(encoding="utf-8")
-        (folder / "run.yaml").write_text(text, encoding="utf-8")
+        (folder / "run.yaml").write_bytes(read_regular(Path(given["config"])))
         given["config"] = "run.yaml"
     if "calibrate_on" in given:
         (folder / "calibration.txt").write_bytes(read_calibration(given["calibrate_on"]))

@@ -26,17 +26,18 @@ from orchestrator.curve import Point, Quality, text_qualities
 from orchestrator.evaluated import evaluate_models
 from orchestrator.evaluation import open_model
 from orchestrator.executor import Executor
-from orchestrator.grams import CALIBRATION_DIR, calibrate_for
+from orchestrator.grams import CALIBRATION_DIR, calibrate_for, remove_calibration
 from orchestrator.manifest import MANIFEST_DIR, Manifest, default_run_dir
 from orchestrator.meter import Meter
+from orchestrator.perplexity import read_tokens
 from orchestrator.pipeline import Outcome, compress_model, device_of
 from orchestrator.plan import make_plan
 from orchestrator.progress import SweepProgress
 from orchestrator.recording import open_models, record
 from orchestrator.rundir import RunDirectory
 from orchestrator.source import Source
+from orchestrator.texts import require_usable
 from workers.checkpoint import ShardIndex
-from workers.files import remove_tree
 
 if TYPE_CHECKING:  # It imports lm_eval.
     from orchestrator.judging import Examination
@@ -98,13 +99,14 @@ def compress_keeps(
         # Once, before the compressions find that each wants it.
         begun = RunDirectory(default_run_dir(model_dir(out, keep)))
         if fresh and not shared:
-            remove_tree(calibration)
+            require_usable(source, config, executor)
+            remove_calibration(calibration)
         with Meter("calibrate", "bytes") as meter:
             calibrate_for(
                 [planned.task for planned in plans[0].tasks],
                 source,
                 config,
-                device_of(config, None if fresh else begun.fingerprint(), executor),
+                device_of(config, None if fresh else begun.binding(), executor),
                 executor,
                 calibration,
                 **SweepProgress(meter).listeners(out.name),
@@ -145,17 +147,17 @@ def check_judgeable(source: Source, text: Path | None, window: int | None) -> No
     """Refuse, before anything is compressed, what could not be judged afterwards.
 
     Raises:
-        LestdError: the checkpoint is not in a local directory or has no usable tokenizer, or there
-            is no text.
+        LestdError: the checkpoint is not in a local directory or has no usable tokenizer, or the
+            text cannot be predicted.
     """
     if not Path(source.index.location).is_dir():
         raise LestdError(
             f"--text and --tasks need the dense model in a local directory, but {source.model} "
             "lies elsewhere; download it first, or leave them out"
         )
-    if text is not None and not text.is_file():
-        raise LestdError(f"the text {text} cannot be read (no such file); check --text")
-    open_model(source.directory, window)
+    model = open_model(source.directory, window)
+    if text is not None:
+        read_tokens(model, text)
 
 
 def judge_keeps(

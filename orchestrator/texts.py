@@ -11,8 +11,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lestd_kernels.errors import LestdError
-from orchestrator.config import read_calibration
+from lestd_kernels.methods import ACTIVATION
+from orchestrator.config import RunConfig, read_calibration
 from orchestrator.evaluation import load_tokenizer, window_length
+from orchestrator.executor import Executor
 from orchestrator.source import Source
 
 # A token of a common tokenizer is four characters of English, and fewer of most else.
@@ -69,6 +71,24 @@ class Samples:
     about: dict[str, Any]
 
 
+def require_usable(source: Source, config: RunConfig, executor: Executor) -> None:
+    """Refuse a calibration text that does not do, and a device that is not there.
+
+    Raises:
+        LestdError: see `read_samples` and `Executor.require_cuda`.
+    """
+    if config.device == "cuda":
+        executor.require_cuda()
+    if config.used_metric == ACTIVATION:
+        samples_of(source, config)
+
+
+def samples_of(source: Source, config: RunConfig) -> Samples:
+    """The samples of a run with a calibration text; see `read_samples`."""
+    assert config.calibrate_on is not None
+    return read_samples(source, config.calibrate_on, config.samples, config.sample_tokens)
+
+
 def read_samples(source: Source, text: str, samples: int, sample_tokens: int) -> Samples:
     """The first windows of a text, without overlap and without special tokens.
 
@@ -82,9 +102,9 @@ def read_samples(source: Source, text: str, samples: int, sample_tokens: int) ->
         LestdError: the text cannot be read or is too short, the tokenizer is missing or another
             model's, or a window is longer than the model's positions.
     """
-    length = window_length(source.config, sample_tokens, source.model)
+    length = window_length(source.config, sample_tokens, source.model, "--sample-tokens")
     content = read_calibration(text)
-    tokenizer = load_tokenizer(source.fetch_side_files())
+    tokenizer = load_tokenizer(source.fetch_side_files(), source.model)
     token_ids = first_tokens(tokenizer, decode_text(content, text), samples * length)
     if len(token_ids) < samples * length:
         raise LestdError(

@@ -13,16 +13,18 @@ to, but replaced.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.json_files import write_json
+from workers.building import make_own_directory
 from workers.checkpoint import copy_tensor
 from workers.contracts import TensorRef
 from workers.files import explain_os_errors
 from workers.headers import build_header, layout_key
+from workers.regular import parse_json, read_regular
 
 UNTOUCHED_DIR = "untouched"
 
@@ -43,7 +45,7 @@ def fetch_shard(refs: Sequence[TensorRef], directory: Path, name: str) -> Path:
         LestdError: a source shard has changed or cannot be read.
         OutOfSpaceError: no space left.
     """
-    directory.mkdir(exist_ok=True)
+    make_own_directory(directory)
     path, progress = directory / name, directory / f"{name}.json"
     ordered = sorted(refs, key=layout_key)
     header = build_header(ordered)
@@ -76,11 +78,11 @@ def fetch_shard(refs: Sequence[TensorRef], directory: Path, name: str) -> Path:
 def _bytes_done(path: Path, progress: Path, content: str, size: int) -> int:
     """How many bytes of the shard may stay: 0 where they are of other tensors, or unknown."""
     try:
-        record = json.loads(progress.read_bytes())
-        done, found = int(record["bytes"]), path.stat()
+        record = parse_json(read_regular(progress))
+        done, found = int(record["bytes"]), path.lstat()
     except (OSError, ValueError, KeyError, TypeError):
         return 0
-    if record["content"] != content or found.st_size < done:
+    if record["content"] != content or found.st_size < done or not stat.S_ISREG(found.st_mode):
         return 0
     finished = done == found.st_size == size
     return done if finished or found.st_nlink == 1 else 0

@@ -10,6 +10,12 @@ from typer.testing import CliRunner
 
 from orchestrator.cli import app
 
+PATIENCE = 600
+"""Seconds until what a test waits for counts as hung; on no machine is anything that slow."""
+
+STARTED: list[subprocess.Popen[str]] = []
+"""What `start_lestd` started in this test; what is left of it is killed at its end."""
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -30,13 +36,14 @@ def start_lestd(*args: object, **options: object) -> subprocess.Popen[str]:
     """Start the command in a process of its own."""
     command = [sys.executable, "-m", "orchestrator", *map(str, args)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **(pipes | options))
+    STARTED.append(subprocess.Popen(command, **(pipes | options)))
+    return STARTED[-1]
 
 
 def run_lestd(*args: object, **options: object) -> Finished:
     """Run the command in a process of its own, to its end."""
     process = start_lestd(*args, **options)
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=PATIENCE)
     return Finished(process.returncode, out, err)
 
 

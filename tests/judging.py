@@ -17,6 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import lestd_kernels  # noqa: F401 - registers the format, for lm-eval loads models itself
+from workers.evaluate import auto_dtype
 
 MODEL = EXAMPLE / "model"
 DATA = EXAMPLE.parent / "judgements"
@@ -95,12 +96,17 @@ def write_oracle_tasks(folder: Path, data: Path = DATA, train: str = "") -> None
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
 
 
+def load(model: Path) -> HFLM:
+    """A model as lm-eval loads it, in the compute dtype of `auto`."""
+    dtype, _ = auto_dtype(str(model), "cpu")
+    return HFLM(pretrained=str(model), device="cpu", batch_size=1, dtype=dtype)
+
+
 def judge_by_lm_eval(
     model: Path, folder: Path, limit: int, tasks: Sequence[str] = TASKS, **options: Any
 ) -> dict[str, Any]:
     """`simple_evaluate` of all tasks in this process."""
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    loaded = HFLM(pretrained=str(model), device="cpu", batch_size=1)
     return lm_eval.simple_evaluate(
-        model=loaded, tasks=list(tasks), limit=limit, task_manager=manager, **options
+        model=load(model), tasks=list(tasks), limit=limit, task_manager=manager, **options
     )

@@ -47,9 +47,12 @@ CASES = [("cpu", backend, codec) for backend, codecs in CODECS_OF.items() for co
 
 
 @pytest.fixture(scope="module")
-def kernel() -> None:
+def kernel() -> list[str]:
+    """Paths of the kernel that this CPU has."""
     if not bitmask.is_available():
         pytest.skip("no C++ compiler or no ninja")
+    paths: list[str] = torch.ops.lestd.bitmask_paths()
+    return paths
 
 
 def sparse(rows: int, columns: int, density: float, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -107,11 +110,10 @@ def test_backends_multiply_by_the_core_and_its_transpose(
     tokens=st.integers(1, 20),
     dtype=st.sampled_from(DTYPES),
     transposed=st.booleans(),
-    portable=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_both_paths_of_the_kernel_equal_the_dense_product(
-    kernel, rows, columns, density, tokens, dtype, transposed, portable, seed
+def test_every_path_of_the_kernel_equals_the_dense_product(
+    kernel, rows, columns, density, tokens, dtype, transposed, seed
 ):
     M = sparse(rows, columns, density, dtype, seed)
     packed = encode(M, "bitmask").tensors
@@ -119,53 +121,99 @@ def test_both_paths_of_the_kernel_equal_the_dense_product(
     matrix = M.T if transposed else M
     x = torch.randn(tokens, matrix.shape[0]).to(dtype)
     call, tiled = torch.ops.lestd.bitmask_apply, torch.ops.lestd.bitmask_matmul
-    for product in (call, tiled):
-        found = product(x, values, mask, rows, columns, transposed, portable)
-        assert_is_product(found, x, matrix)
-    expand = torch.ops.lestd.bitmask_expand
-    assert torch.equal(expand(values, mask, rows, columns, portable), M)
-    dense = call(x, M.reshape(-1), None, rows, columns, transposed, portable)
-    assert_is_product(dense, x, matrix)
+    for path in kernel:
+        assert torch.equal(torch.ops.lestd.bitmask_expand(values, mask, rows, columns, path), M)
+        for product in (call, tiled):
+            for stored in ((values, mask), (M.reshape(-1), None)):
+                found = product(x, *stored, rows, columns, transposed, path)
+                assert_is_product(found, x, matrix)
+                if product is tiled:
+                    wide = product(x.float(), *stored, rows, columns, transposed, path)
+                    assert_is_product(wide, x.float(), matrix.float())
 
 
-@pytest.mark.parametrize("portable", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_core_of_several_tiles(transposed, portable, kernel):
+def test_a_core_of_several_tiles(transposed, kernel):
     """Sums so long that a tile has its least width, 32, and the last one is narrower."""
     M = sparse(*((70, 66001) if transposed else (66001, 70)), 0.3, torch.float32)
     x = torch.randn(3, 66001)
     packed = encode(M, "bitmask").tensors
-    found = torch.ops.lestd.bitmask_matmul(
-        x, packed["values"], packed["mask"], *M.shape, transposed, portable
-    )
+    for path in kernel:
+        found = torch.ops.lestd.bitmask_matmul(
+            x, packed["values"], packed["mask"], *M.shape, transposed, path
+        )
+        assert_is_product(found, x, M.T if transposed else M)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_so_many_tokens_that_they_are_cut_into_parts(transposed, kernel):
+    M = sparse(33, 140, 0.3, torch.float32)
+    x = torch.randn(2051, 140 if transposed else 33)
+    found = BACKENDS["bitmask"].apply_core(x, encode(M, "bitmask"), transposed)
     assert_is_product(found, x, M.T if transposed else M)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_values_that_the_cpu_only_emulates_are_multiplied_in_float32(
+    codec, transposed, kernel, monkeypatch
+):
+    monkeypatch.setattr(bitmask, "emulated", lambda dtype: dtype == torch.bfloat16)
+    M = sparse(33, 140, 0.04 if codec == "csr" else 0.4, torch.bfloat16)
+    core, x = encode(M, codec), torch.randn(70, 140 if transposed else 33).bfloat16()
+    assert choose(x, core, transposed) == ("csr" if codec == "csr" else "bitmask")
+    found = apply_core(x, core, transposed, None)
+    assert_is_product(found, x, M.T if transposed else M)
+    if codec == "bitmask":
+        wide = apply_core(x.float(), encode(M.float(), codec), transposed, None)
+        assert torch.equal(found, wide.bfloat16())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_the_kernel_gives_the_same_bits_on_any_number_of_threads(dtype, transposed, kernel):
-    core = encode(sparse(150, 333, 0.4, dtype), "bitmask")
-    x = torch.randn(3, core.columns if transposed else core.rows).to(dtype)
+@pytest.mark.parametrize(("rows", "columns"), [(150, 333), (700, 31)])
+def test_the_kernel_gives_the_same_bits_on_any_number_of_threads(
+    rows, columns, dtype, transposed, kernel
+):
+    """Both products, few tokens and many, on every path; 700 x 31 has one tile of sums."""
+    packed = encode(sparse(rows, columns, 0.4, dtype), "bitmask").tensors
+    stored = (packed["values"], packed["mask"], rows, columns, transposed)
+    x = {n: torch.randn(n, columns if transposed else rows).to(dtype) for n in (3, 70)}
     threads = torch.get_num_threads()
     results = []
     try:
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            results.append(BACKENDS["bitmask"].apply_core(x, core, transposed))
+            results.append(
+                [
+                    product(tokens, *stored, path)
+                    for product in (torch.ops.lestd.bitmask_apply, torch.ops.lestd.bitmask_matmul)
+                    for tokens in x.values()
+                    for path in kernel
+                ]
+            )
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(result, results[0]) for result in results)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
 
 
 def test_the_kernel_refuses_a_mask_that_tells_of_other_values(kernel):
     tensors = encode(sparse(9, 20, 0.5, torch.float32), "bitmask").tensors
     with pytest.raises(RuntimeError, match=r"the mask of a core \(9 x 20\) marks \d+ elements"):
-        torch.ops.lestd.bitmask_expand(tensors["values"][1:], tensors["mask"], 9, 20, False)
+        torch.ops.lestd.bitmask_expand(tensors["values"][1:], tensors["mask"], 9, 20, "portable")
     with pytest.raises(RuntimeError, match="one bit per element"):
-        torch.ops.lestd.bitmask_expand(tensors["values"], tensors["mask"][1:], 9, 20, False)
+        torch.ops.lestd.bitmask_expand(tensors["values"], tensors["mask"][1:], 9, 20, "portable")
 
 
-def test_the_rule(kernel):
+def test_the_kernel_refuses_a_path_that_this_cpu_has_not(kernel):
+    tensors = encode(sparse(9, 20, 0.5, torch.float32), "bitmask").tensors
+    with pytest.raises(RuntimeError, match=r"no path avx1024, expected one of .*portable"):
+        torch.ops.lestd.bitmask_expand(tensors["values"], tensors["mask"], 9, 20, "avx1024")
+
+
+def test_the_rule(kernel, monkeypatch):
+    monkeypatch.setattr(bitmask, "emulated", lambda dtype: False)
     M = sparse(33, 40, 0.5, torch.bfloat16)
     dense, packed, sparser = (encode(M, codec) for codec in ("dense", "bitmask", "csr"))
     one, many = torch.randn(1, 33).bfloat16(), torch.randn(512, 33).bfloat16()
@@ -174,7 +222,7 @@ def test_the_rule(kernel):
     assert choose(many, sparser, False) == "eager"
     assert choose(many, dense, False) == choose(one[:, :0], packed, False) == "eager"
     assert choose(torch.randn(3, 40).bfloat16(), dense, True) == "eager"
-    if bitmask.is_fast():
+    if bitmask.path() != "portable":
         assert choose(one, dense, False) == choose(one @ M, dense, True) == "bitmask"
         assert choose(one.float(), encode(M.float(), "dense"), False) == "eager"
 
@@ -295,10 +343,10 @@ def test_compiles_without_a_graph_break_with_the_chosen_backends(codec, kernel):
 def test_the_kernels_operators_are_well_formed(kernel):
     tensors = encode(sparse(9, 20, 0.5, torch.float32), "bitmask").tensors
     packed = (tensors["values"], tensors["mask"], 9, 20)
-    torch.library.opcheck(torch.ops.lestd.bitmask_expand.default, (*packed, False))
+    torch.library.opcheck(torch.ops.lestd.bitmask_expand.default, (*packed, "portable"))
     for call in (torch.ops.lestd.bitmask_apply.default, torch.ops.lestd.bitmask_matmul.default):
-        torch.library.opcheck(call, (torch.randn(2, 9), *packed, False, False))
-        torch.library.opcheck(call, (torch.randn(2, 20), *packed, True, False))
+        torch.library.opcheck(call, (torch.randn(2, 9), *packed, False, "portable"))
+        torch.library.opcheck(call, (torch.randn(2, 20), *packed, True, "portable"))
 
 
 @pytest.mark.parametrize("backend", ["bitmask", "dense_core", None])

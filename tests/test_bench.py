@@ -18,6 +18,7 @@ from exports import compress_example
 from families import FAMILIES, MHA_FAMILIES, VOCABULARY, save_pair, save_tiny
 from transformers import AutoModelForCausalLM
 
+import workers.evaluate
 from lestd_kernels.errors import LestdError
 from lestd_kernels.linear import CompressedLinear
 from orchestrator import bench, tables
@@ -27,7 +28,8 @@ from workers.checkpoint import ShardIndex
 
 CASES = [(family, "identity") for family in FAMILIES] + [(f, "learned") for f in MHA_FAMILIES]
 SMALL = BenchSettings(5, 3, 2, "auto", "cpu", 1)
-FEW = ("--prompt-tokens", 6, "--new-tokens", 4, "--repeats", 3, "--threads", 1, "--device", "cpu")
+ON_CPU = ("--threads", 1, "--device", "cpu", "--dtype", "bfloat16")
+FEW = ("--prompt-tokens", 6, "--new-tokens", 4, "--repeats", 3, *ON_CPU)
 
 
 @pytest.fixture(scope="module")
@@ -97,16 +99,25 @@ def test_the_timed_loop_is_greedy_generation(tmp_path, family, mode):
     assert worker.decode()[0] == tokens
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
-def test_the_compute_dtype(tmp_path, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "emulated", "computed"),
+    [
+        ("float32", (), "float32"),
+        ("bfloat16", (torch.bfloat16,), "bfloat16"),
+        ("auto", (torch.bfloat16,), "float16"),
+        ("auto", (torch.float16,), "float32"),
+    ],
+)
+def test_the_compute_dtype(tmp_path, monkeypatch, dtype, emulated, computed):
+    monkeypatch.setattr(workers.evaluate, "emulated", emulated.__contains__)
     directory = save_tiny("llama", tmp_path, torch.float16)
     worker = BenchWorker(str(directory), BenchSettings(4, 2, 1, dtype, "cpu", 1))
     loaded = worker.load()
-    assert loaded.dtype == (dtype if dtype != "auto" else "float16")
+    assert loaded.dtype == computed
     assert (loaded.device_type, loaded.threads) == ("cpu", 1)
     stored = ShardIndex.from_directory(directory).stored_bytes
     # The rotary frequencies are float32 buffers that no file holds.
-    assert 0 <= loaded.weight_bytes - stored * (2 if dtype == "float32" else 1) < 1000
+    assert 0 <= loaded.weight_bytes - stored * (2 if computed == "float32" else 1) < 1000
 
 
 def test_models_are_measured_in_turn_each_in_its_own_process(measured, tiny_llama, compressed):
@@ -136,7 +147,7 @@ def test_the_json_is_complete(measured, tiny_llama, compressed):
         "threads", "versions", "seconds",
     }  # fmt: skip
     assert figures["settings"] == {
-        "prompt_tokens": 6, "new_tokens": 4, "batch": 2, "dtype": "auto", "device": "cpu",
+        "prompt_tokens": 6, "new_tokens": 4, "batch": 2, "dtype": "bfloat16", "device": "cpu",
         "threads": 1, "seed": 0,
     }  # fmt: skip
     assert (figures["repeats"], figures["threads"]) == (3, 1)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from lestd_kernels.chain import Chain, ModuleChain
+from lestd_kernels.chain import Chain, ModuleChain, describe_matrix
 from lestd_kernels.chain_linear import ChainLinear, PackedMatrix
 from lestd_kernels.methods import MethodArgs
 from lestd_kernels.methods.matrices import module_method, split_budget
 from lestd_kernels.ops import Mix, Multiply, Permute, op_of
-from lestd_kernels.packed import EncodedCore
+from lestd_kernels.packed import EncodedCore, stored_core
 from lestd_kernels.packing import (
     GROUP,
     code_bytes,
@@ -54,7 +54,8 @@ def test_every_value_goes_to_the_nearest_level(
     torch.manual_seed(bits)
     values = torch.randn(200) * torch.logspace(-3, 2, 200)
     values[64:128] = 0
-    codes, scales = quantize(values, bits, dtype, has_zero=has_zero)
+    codes, scales, exponent = quantize(values, bits, dtype, has_zero=has_zero)
+    assert exponent == 0
     stored_bytes = codes.numel() + scales.numel() * dtype.itemsize
     assert stored_bytes == values_bytes(200, bits, dtype.itemsize)
     found = dequantize(codes, scales, 200, bits, has_zero)
@@ -72,6 +73,33 @@ def test_every_value_goes_to_the_nearest_level(
             nearest = min(abs(value - level) for level in grid)
             # The stored value is itself rounded to the dtype.
             assert abs(value - stored) <= nearest + abs(stored) * torch.finfo(dtype).eps + 1e-30
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("codec", ["dense", "bitmask"])
+def test_small_weights_lose_no_more_than_large_ones_in_float16(codec: str, bits: int) -> None:
+    """Their scales are below its normal numbers, down to the zeros of a group that is nothing."""
+    torch.manual_seed(bits)
+    large = torch.randn(20, 70)
+    large[5:7] = 0 if codec == "dense" else 2.0**-5
+    size = EncodedCore.quantized(large, bits, BF16, codec=codec).stored_bytes
+    errors, codes = [], []
+    for matrix in (large, large * 2.0**-9, large * 2.0**-15):
+        stored = EncodedCore.quantized(matrix, bits, torch.float16, codec=codec)
+        assert stored.stored_bytes == size
+        entry = describe_matrix(stored)
+        tensors = stored.named_tensors("m")
+        again = stored_core("m", entry, 20, 70, tensors).decode()
+        module = PackedMatrix(entry, torch.float16)
+        module.load_state_dict({name.removeprefix("m."): t for name, t in tensors.items()})
+        assert torch.equal(module.packed().decode(), again)
+        assert torch.equal(stored.decode(), again)
+        errors.append(float((again.float() - matrix).norm() / matrix.norm()))
+        codes.append(stored.tensors["codes"])
+    assert "exponent" in entry
+    assert torch.equal(codes[0], codes[1])
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+    assert errors[2] < errors[0] + 1e-3  # Values are numbers of float16 that are not normal.
 
 
 def test_positions_of_kept_zeros_are_stored() -> None:

@@ -273,11 +273,16 @@ def test_a_tensor_indexed_in_the_wrong_shard_is_refused(tmp_path: Path) -> None:
         ShardIndex.from_directory(directory)
 
 
-def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
-    directory = sharded(tmp_path / "model")
-    save_file({"c": torch.ones(1), "a": torch.ones(1)}, directory / "sub" / "2.safetensors")
-    with pytest.raises(LestdError, match=r"tensor a lies in two shards, .*1\..* and .*2\."):
-        ShardIndex.from_directory(directory)
+@pytest.mark.parametrize("named", ["1.safetensors", "sub/2.safetensors"])
+def test_the_index_decides_between_two_copies_and_leaves_out_what_it_does_not_name(
+    tmp_path: Path, named: str
+) -> None:
+    directory = sharded(tmp_path / "model", lambda m: m.update(a=named))
+    tensors = {"c": torch.ones(1), "a": torch.ones(1), "left.over": torch.ones(1)}
+    save_file(tensors, directory / "sub" / "2.safetensors")
+    index = ShardIndex.from_directory(directory)
+    assert index.tensors["a"].shard == str(directory / named)
+    assert "left.over" not in index.tensors
 
 
 def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from cli import Finished, digest_tree, lestd, run_lestd
+from cli import PATIENCE, Finished, digest_tree, run_lestd
 from conftest import LAYERS
 from ray.cluster_utils import Cluster
 from test_resume import KEEP, committed, starts, wait_for_progress
@@ -58,15 +58,6 @@ def cluster() -> Iterator[Cluster]:
         one.shutdown()
 
 
-@pytest.fixture(scope="module")
-def undisturbed(many_layers: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The bytes of a run that nobody disturbs, in one process."""
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    result = lestd("compress", many_layers, "--out", out, *KEEP, "--executor", "serial")
-    assert result.code == 0, result.err
-    return digest_tree(out)
-
-
 class Run:
     """The command in a process of its own, which may be killed and begun again."""
 
@@ -97,7 +88,7 @@ class Run:
         assert self.process.poll() in (None, 0), self.finish()
 
     def finish(self) -> Finished:
-        self.process.wait(timeout=300)
+        self.process.wait(timeout=PATIENCE)
         return Finished(self.process.returncode, *(path.read_text() for path in self.streams))
 
 
@@ -130,9 +121,7 @@ def disturb(cluster: Cluster, run: Run, target: str, rng: random.Random) -> bool
     return True
 
 
-@pytest.mark.parametrize(
-    "kills", [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
-)
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_anything_may_die_and_no_byte_changes(
     cluster: Cluster,
     many_layers: Path,
@@ -154,7 +143,7 @@ def test_anything_may_die_and_no_byte_changes(
             finished, begun = committed(run.run_dir), starts(run.run_dir)
             done = disturb(cluster, run, target, rng)
         assert finished.items() <= committed(run.run_dir).items()
-    run.process.wait(timeout=300)
+    run.process.wait(timeout=PATIENCE)
     run.start_again_if_it_set_a_task_aside()
     ended = run.finish()
     assert ended.code == 0, ended

@@ -305,17 +305,16 @@ def test_dry_run_writes_nothing(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_serial_and_ray_give_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
+# One worker: in the fast suite test_submit.py compares its bytes too.
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_serial_and_ray_give_the_same_bytes(tiny_llama: Path, tmp_path: Path, workers: int) -> None:
     serial = compress(tiny_llama, tmp_path / "serial", "--keep", 0.4)
-    for workers in (1, 2):
-        out = tmp_path / f"ray{workers}"
-        result = run_lestd(
-            "compress", tiny_llama, "--out", out, "--keep", 0.4, "--workers", workers
-        )
-        assert result.code == 0, result.err
-        assert digest_tree(out) == digest_tree(serial)
-        # How many of them get a task is for the machine's load to decide.
-        assert 1 <= len({row["worker"] for row in groups(out)}) <= workers
+    out = tmp_path / "ray"
+    result = run_lestd("compress", tiny_llama, "--out", out, "--keep", 0.4, "--workers", workers)
+    assert result.code == 0, result.err
+    assert digest_tree(out) == digest_tree(serial)
+    # How many of them get a task is for the machine's load to decide.
+    assert 1 <= len({row["worker"] for row in groups(out)}) <= workers
 
 
 def test_status_verify_and_clean(tiny_llama: Path, tmp_path: Path) -> None:

@@ -1,19 +1,18 @@
 """Executors: every item gets one answer, whatever its worker does."""
 
 import json
+import math
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from squarer import Job, OnlyOne, Squarer, Unloadable
 
 from lestd_kernels.errors import LestdError
 from orchestrator import logs
@@ -27,86 +26,6 @@ from orchestrator.executor import (
 )
 from orchestrator.ray_executor import RayExecutor
 from workers.contracts import Failure
-from workers.failures import failure_of
-
-
-@dataclass(frozen=True)
-class Job:
-    task_id: str
-    action: str = "square"
-    number: int = 0
-
-
-@dataclass(frozen=True)
-class Answer:
-    task_id: str
-    number: int
-    threads: int
-    pid: int
-
-
-class Squarer:
-    """Squares numbers, refuses some, crashes on others; remembers crashes in a folder."""
-
-    def __init__(self, memory: str, threads: int = 1) -> None:
-        torch.set_num_threads(threads)
-        self._memory = Path(memory)
-        self._unfit = False
-
-    def run(self, job: Job) -> Answer | Failure:
-        crashes = self._memory / job.task_id
-        seen = crashes.exists()
-        if job.action == "refuse":
-            return Failure(job.task_id, "application", "ValueError", "bad input")
-        if job.action == "raise":
-            raise RuntimeError("a bug")
-        if job.action == "crash" or (job.action == "crash once" and not crashes.exists()):
-            crashes.touch()
-            print("the last words of", job.task_id, flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
-        if job.action == "fault":
-            os.kill(os.getpid(), signal.SIGSEGV)
-        if job.action == "exit":
-            sys.exit(4)
-        if self._unfit or job.action == "spoil" or (job.action == "spoil once" and not seen):
-            crashes.touch()
-            self._unfit = True  # As after a CUDA error: nothing works any more in this process.
-            return failure_of(job.task_id, "block", torch.AcceleratorError("CUDA error: gone"))
-        if job.action == "hang":  # No thread of it answers anybody.
-            os.kill(os.getpid(), signal.SIGSTOP)
-        if job.action == "too large" or (job.action == "too large once" and not crashes.exists()):
-            crashes.touch()
-            error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. Advice.")
-            return failure_of(job.task_id, "block", error)
-        return Answer(job.task_id, job.number**2, torch.get_num_threads(), os.getpid())
-
-
-class Unloadable:
-    """A worker that cannot be made."""
-
-    def __init__(self) -> None:
-        raise RuntimeError("no such model")
-
-    def run(self, job: Job) -> Answer:
-        raise AssertionError("never made, so never run")
-
-
-class OnlyOne(Squarer):
-    """A worker of which one can be made, as where one node of two is ill."""
-
-    def __init__(self, memory: str) -> None:
-        try:
-            Path(memory, "made").mkdir()
-        except FileExistsError:
-            raise LestdError("this node sees no GPU") from None
-        super().__init__(memory)
-
-    def run(self, job: Job) -> Answer | Failure:
-        deadline = time.monotonic() + 30
-        while not (self._memory / "told").exists():  # The others are given time to fail.
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        return super().run(job)
 
 
 @pytest.mark.parametrize("in_flight", [1, 3, 9])
@@ -171,6 +90,7 @@ def ray_executor() -> Iterator[Executor]:
     # More workers than there is room for, in every test.
     workers = (os.cpu_count() or 1) + 3
     with open_executor(ClusterConfig(workers=workers, max_attempts=3)) as executor:
+        executor.worker_memory_bytes()  # Connects, which it tells of.
         yield executor
 
 
@@ -264,6 +184,8 @@ def test_where_some_workers_cannot_be_made_the_others_do_the_work(
             Path(tmp_path, "told").touch()
 
     monkeypatch.setattr(logs, "log", log)
+    # However slow this machine is, nothing is said of that.
+    monkeypatch.setattr("orchestrator.ray_executor._PATIENCE_SECONDS", math.inf)
     jobs = [Job(str(i), number=i) for i in range(12)]
     results = list(ray_executor.map(WorkerSpec(OnlyOne, {"memory": str(tmp_path)}), jobs))
     assert sorted(r.number for r in results) == [i * i for i in range(12)]
@@ -314,7 +236,8 @@ def test_what_no_node_offers_is_asked_for_again_and_again(
     with pytest.raises(EnoughError):
         list(ray_executor.map(spec, [Job("a")]))
     assert told[0] == told[1]
-    assert "CPU 10000" in told[0]
+    assert "each takes CPU 10000" in told[0]
+    assert f"in use: {socket.gethostname()}: CPU 0 of " in told[0]
     assert "--threads, or node types with more memory" in told[0]
 
 
@@ -326,7 +249,7 @@ def test_what_ray_prints_is_logged_as_json() -> None:
         from orchestrator import logs
         from orchestrator.config import ClusterConfig
         from orchestrator.executor import WorkerSpec, open_executor
-        from test_executor import Job, Squarer
+        from squarer import Job, Squarer
         logs.use(logs.LogFormat.json)
         with open_executor(ClusterConfig(address="local", workers=1)) as executor:
             spec = WorkerSpec(Squarer, {"memory": tempfile.mkdtemp()})

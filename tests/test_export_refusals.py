@@ -208,8 +208,9 @@ def test_float16_that_overflows_asks_for_float32(tmp_path):
 
 def test_what_a_killed_export_left_is_removed(compressed, tmp_path):
     leftover = tmp_path / ".out.exporting"
-    leftover.mkdir()
-    (leftover / "model-00001-of-00009.safetensors").write_text("half")
+    (leftover / "new").mkdir(parents=True)
+    (leftover / ".lestd").touch()
+    (leftover / "new" / "model-00001-of-00009.safetensors").write_text("half")
     assert lestd("export", compressed, "--dense", tmp_path / "out").code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 5

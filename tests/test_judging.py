@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli import Finished, lestd, start_lestd
+from cli import PATIENCE, Finished, lestd, start_lestd
 from conftest import EXAMPLE
 from judging import DATA, MODEL, TASKS, judge_by_lm_eval, write_oracle_tasks
 
@@ -181,7 +181,7 @@ def test_any_pool_gives_lm_evals_figures(
 
 
 def wait_for_pieces(run_dir: Path, count: int, process: Any) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while len(list(run_dir.glob("*/pieces/*.json"))) < count:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -215,7 +215,7 @@ def test_a_killed_judging_continues(
 
 @pytest.mark.parametrize(
     "other",
-    [("--limit", 2), ("--dtype", "float32"), ("--batch-size", 3), ("--threads", 2)],
+    [("--limit", 2), ("--dtype", "float16"), ("--batch-size", 3), ("--threads", 2)],
 )
 def test_other_settings_are_another_evaluation(other: tuple[object, ...], tmp_path: Path) -> None:
     common = ("--tasks", "mathqa", "--data", DATA, "--run-dir", tmp_path / "run", *SERIAL)

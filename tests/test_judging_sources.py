@@ -11,8 +11,7 @@ import pytest
 import torch
 import yaml
 from cli import lestd
-from judging import DATA, MODEL
-from lm_eval.models.huggingface import HFLM
+from judging import DATA, MODEL, load
 from lm_eval.tasks import TaskManager
 
 from orchestrator.manifest import Manifest
@@ -99,7 +98,7 @@ def test_figures_of_groups_are_lm_evals(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     expected = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=str(MODEL), device="cpu", batch_size=1),
+        model=load(MODEL),
         tasks=["both_ways"],
         limit=12,
         task_manager=TaskManager(include_path=str(folder)),

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cli import PATIENCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from s3 import s3_server
@@ -171,7 +172,7 @@ for step in itertools.count(1):
 """,
         tmp_path,
     )
-    statuses = [int(line) for line in process.communicate(timeout=120)[0].splitlines()]
+    statuses = [int(line) for line in process.communicate(timeout=PATIENCE)[0].splitlines()]
     assert process.returncode == 0
     # Of each table three files are looked at; one is opened, synced, renamed, its directory synced;
     # two are deleted. Of the two that have no rows one file is looked for.

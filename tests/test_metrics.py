@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from cli import lestd, start_lestd
+from cli import PATIENCE, lestd, start_lestd
 
 from orchestrator.metrics import METRICS
 from orchestrator.schemas import STAGES
@@ -29,7 +29,7 @@ Samples = dict[str, list[tuple[dict[str, str], float]]]
 
 def scrape(port: int) -> Samples:
     """Samples by name, each with its labels."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as answer:
         text = answer.read().decode()
     samples: Samples = defaultdict(list)
     for match in filter(None, map(SAMPLE.match, text.splitlines())):
@@ -72,7 +72,7 @@ def test_what_prometheus_scrapes_is_what_the_manifest_says(
 
     # Counters stay, and what was counted last must get out when the driver ends; gauges lapse.
     gauges = defaultdict(set)
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + PATIENCE
     while True:
         samples = scrape(cluster.head_node.metrics_export_port)
         for name, (kind, _) in METRICS.items():
@@ -82,7 +82,7 @@ def test_what_prometheus_scrapes_is_what_the_manifest_says(
         if (done == 8 and driver.poll() is not None) or time.monotonic() > deadline:
             break
         time.sleep(0.2)
-    _, err = driver.communicate(timeout=60)
+    _, err = driver.communicate(timeout=PATIENCE)
     assert driver.returncode == 0, err
     groups = pq.read_table(out / "manifest" / "groups.parquet").to_pylist()
 

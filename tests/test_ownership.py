@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli import Finished, digest_tree, lestd, run_lestd, start_lestd
+from cli import PATIENCE, Finished, digest_tree, lestd, run_lestd, start_lestd
 from families import save_tiny
 from safetensors.torch import load_file, save_file
 from test_bad_input import Q1, SERIAL, refused, shard_of
@@ -140,15 +140,17 @@ def test_a_file_that_was_put_into_the_model_is_never_deleted(model: Path, out: P
 def test_leftovers_of_a_killed_replacement_do_no_harm(model: Path, out: Path) -> None:
     assert compress(model, out).code == 0
     whole = digest_tree(out)
-    out.rename(out.with_name(".out.replaced"))
     building = out.with_name(".out.assembling")
-    building.mkdir()
-    (building / "half").write_bytes(b"half")
-    assert compress(model, out).code == 0
-    assert digest_tree(out) == whole
-    assert not building.exists()
+    for left in ("old", "removed"):
+        (building / "new").mkdir(parents=True)
+        (building / ".lestd").touch()
+        (building / "new" / "half").write_bytes(b"half")
+        out.rename(building / left)
+        assert compress(model, out).code == 0
+        assert digest_tree(out) == whole
+        assert not building.exists()
     assert compress(model, out, "--fresh").code == 0
-    assert not out.with_name(".out.replaced").exists()
+    assert sorted(path.name for path in out.parent.iterdir()) == ["model", "out", "out.run"]
 
 
 def test_after_clean_the_same_command_finds_the_model_complete(model: Path, out: Path) -> None:
@@ -268,7 +270,7 @@ def test_two_drivers_of_one_output_end_in_one_model(model: Path, out: Path, tmp_
         start_lestd("compress", model, "--out", out, *SERIAL, "--run-dir", tmp_path / name)
         for name in ("a", "b")
     ]
-    ended = [(p.communicate(timeout=120), p.returncode) for p in processes]
+    ended = [(p.communicate(timeout=PATIENCE), p.returncode) for p in processes]
     assert min(code for _, code in ended) == 0
     for (_, err), code in ended:
         assert code in (0, 2)

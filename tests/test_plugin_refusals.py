@@ -60,6 +60,10 @@ def group_change(**values):
     return lambda config: config["groups"][0].update(values)
 
 
+def q_proj(config):
+    return dict(config["groups"][0]["modules"]["q_proj"])
+
+
 BAD_CONFIGS = {
     "format_version 9": lambda config: config.update(format_version=9),
     "unknown key 'grups'": lambda config: config.update(grups=[]),
@@ -69,8 +73,10 @@ BAD_CONFIGS = {
     "pattern '3:5'": lambda c: c["groups"][0]["modules"]["k_proj"].update(pattern="3:5"),
     "codec 'zip'": lambda c: c["groups"][0]["modules"]["k_proj"].update(codec="zip"),
     "model.layers.7.self_attn": group_change(path="model.layers.7.self_attn"),
-    "found NoneType": lambda c: c["groups"][0]["modules"].update(extra_proj={}),
-    "found SiLU": lambda c: c["groups"][0].update(path="model.layers.0.mlp", modules={"act_fn": 1}),
+    "found NoneType": lambda c: c["groups"][0]["modules"].update(extra_proj=q_proj(c)),
+    "found SiLU": lambda c: c["groups"][0].update(
+        path="model.layers.0.mlp", modules={"act_fn": q_proj(c)}
+    ),
     "(36, 48)": lambda c: c["groups"][0]["modules"]["v_proj"].update(slices=3),
     "has no 'ranks'": lambda c: c["groups"][1].pop("ranks"),
     "disagree about the shape": lambda c: (

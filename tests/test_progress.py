@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from cli import lestd
+from cli import PATIENCE, lestd
 from safetensors.torch import load_file, save_file
 
 from orchestrator import logs, meter
@@ -78,7 +78,7 @@ def test_silence_is_broken_while_a_task_runs(
     with Meter("compress", "bytes") as shown:
         shown.update(0, 100)
         shown.begin("0123456789abcdef", "layers.7.attn", 2)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while seen.count("in flight") < 3 and time.monotonic() < deadline:
             time.sleep(0.05)
             seen += capfd.readouterr().err
@@ -216,7 +216,7 @@ def test_a_terminal_has_a_bar(tmp_path: Path) -> None:
     except OSError:
         pass  # The other end is closed.
     os.close(ours)
-    assert run.wait(timeout=60) == 0
+    assert run.wait(timeout=PATIENCE) == 0
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
     assert "\na line that stays" in text.replace("\r", "\n")
     assert re.search(

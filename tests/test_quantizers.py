@@ -52,6 +52,23 @@ def test_pruning_uses_its_budget(method: str, bits: int, name: str, dtype: torch
     assert squared == pytest.approx(done.squared_error, rel=1e-4)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("method", ["lestd", "svd_llm", "tt", *PRUNERS, *ROUNDERS])
+def test_small_weights_are_as_good_in_float16_as_in_bfloat16(method: str, bits: int) -> None:
+    layout = layout_of("gqa")
+    metric = "norm" if method == "tt" else "activation"
+    more = {"metric": metric} if metric in METHODS[method].metrics else {}
+    args = MethodArgs(value_bits=bits, factor_bits=bits, **more)
+    found = []
+    for dtype in (BF16, FP16):
+        W = random_unfolding(layout) * 2.0**-12
+        budget = int(0.6 * layout.elements * 2)
+        metrics = metrics_of(layout, args.metric)
+        done = METHODS[method].decompose(W, layout, budget, dtype, args, (), metrics)
+        found.append(done.relative_error)
+    assert found[1] <= 1.02 * found[0]
+
+
 def test_magnitude_and_wanda_keep_the_largest_scores() -> None:
     layout = layout_of("gqa")
     weights = fold_weights(random_unfolding(layout), layout)

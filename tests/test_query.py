@@ -13,7 +13,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from cli import Finished, lestd, run_lestd, start_lestd
+from cli import PATIENCE, Finished, lestd, start_lestd
 from conftest import LAYERS
 from families import save_tiny
 from s3 import s3_server
@@ -281,7 +281,7 @@ def test_ctrl_c_ends_a_long_query(out: Path) -> None:
     while sum(psutil.Process(process.pid).cpu_times()[:2]) < 4 and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    printed, said = process.communicate(timeout=60)
+    printed, said = process.communicate(timeout=PATIENCE)
     assert (process.returncode, printed, said) == (130, "", "interrupted\n")
 
 
@@ -322,7 +322,7 @@ def test_a_run_is_asked_while_it_goes_on_and_compacted_when_it_has_stopped(
     assert (ask(run, HEADS), ask(run, "from groups")) == (rows, tables)
     again = lestd("compact", out, "--run-dir", run)
     assert (again.code, again.out) == (0, f"{run}: there was nothing to put together\n")
-    resumed = run_lestd(*compress)
+    resumed = lestd(*compress)
     assert resumed.code == 0, resumed.err
     assert f"{len(tables)} of {LAYERS} tasks were finished before" in resumed.err
     assert ask(out, count) == [{"n": LAYERS}]

@@ -63,7 +63,7 @@ def test_both_models_are_recorded_with_the_compressed_one(model: Path, text: Pat
             assert row["model_bytes"] == one["model_bytes_on_disk"]
             assert row["stored_bytes"] == (scope["stored_bytes"] if is_compressed else None)
             assert row["dense_bytes"] == (scope["dense_bytes"] if is_compressed else None)
-            assert (row["dtype"], row["device"], row["workers"]) == ("auto", one["device"], 1)
+            assert (row["dtype"], row["device"], row["workers"]) == (one["dtype"], one["device"], 1)
             assert json.loads(row["versions"]).keys() == {"lestd", "torch", "transformers"}
             settings = json.loads(row["settings"])
             assert settings["text"] == "short.txt"
@@ -81,7 +81,7 @@ def test_the_same_again_replaces_and_another_setting_adds(model: Path, text: Pat
     again = Manifest(model).evaluations().to_pylist()
     assert [row["evaluation_id"] for row in again] == [row["evaluation_id"] for row in before]
     assert again[0]["at"] > before[0]["at"]
-    evaluate(model, text, "--dtype", "float32")
+    evaluate(model, text, "--dtype", "float16")
     assert len({row["evaluation_id"] for row in Manifest(model).evaluations().to_pylist()}) == 2
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli import digest_tree, lestd, start_lestd
+from cli import PATIENCE, digest_tree, lestd, start_lestd
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -204,7 +204,7 @@ def test_a_killed_recovery_continues_to_the_same_bytes(
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = start_lestd(*command, env=env)
     state = Path(f"{out}.recover") / "state.json"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not state.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-from cli import digest_tree, lestd, run_lestd, start_lestd
+from cli import PATIENCE, digest_tree, lestd, run_lestd, start_lestd
 from hub import Hub, hub_environment, serve_hub
 from s3 import s3_server
 from safetensors.torch import load_file, save, save_file
@@ -36,7 +36,6 @@ from workers.checkpoint import (
 from workers.ranges import file_version, read_ranges, stat
 from workers.sampling import sample_digests, shard_stats
 
-SECONDS = 120
 OPTIONS = ["--executor", "serial", "--device", "cpu", "--keep", 0.4]
 
 
@@ -100,9 +99,9 @@ def test_a_run_from_a_hub_that_drops_connections_killed_and_resumed(
         hub.flaky, hub.hold = True, last
         environment = hub_environment(hub.url, tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
         process = start_lestd(*command, env=environment)
-        assert hub.held.wait(SECONDS), process.communicate(timeout=SECONDS)
+        assert hub.held.wait(PATIENCE), process.communicate(timeout=PATIENCE)
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=SECONDS)
+        process.communicate(timeout=PATIENCE)
         assert not out.exists()
         before = {places[request] for request in hub.asked if request in places}
         hub.asked.clear()
@@ -371,7 +370,7 @@ def test_what_is_wrong_in_a_bucket_is_said_in_a_sentence(s3: Any, name: str, wor
     assert words in found.err
     assert found.err.startswith("error: ")
     assert found.err.count("\n") == 1
-    assert time.monotonic() - began < SECONDS
+    assert time.monotonic() - began < PATIENCE
 
 
 def test_s3_without_credentials(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

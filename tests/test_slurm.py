@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import digest_tree, lestd
+from cli import PATIENCE, digest_tree, lestd
 
 from orchestrator.manifest import Manifest
 
@@ -95,7 +95,7 @@ def test_bash_accepts_the_slurm_script() -> None:
 def test_slurm_starts_all_nodes_and_passes_the_exit_code_on(tmp_path: Path, code: int) -> None:
     shims = SHIMS | PRETENDED
     job = slurm_job(tmp_path, shims, "my model", "--out", "o", CODE=str(code))
-    out, _ = job.communicate(timeout=60)
+    out, _ = job.communicate(timeout=PATIENCE)
     assert job.returncode == code, out
     log = (tmp_path / "log").read_text().splitlines()
     assert log[0] == "scontrol show hostnames n[1-3]"
@@ -110,7 +110,7 @@ def test_slurm_starts_all_nodes_and_passes_the_exit_code_on(tmp_path: Path, code
 
 def test_slurm_needs_all_nodes(tmp_path: Path) -> None:
     job = slurm_job(tmp_path, SHIMS | PRETENDED, "m", JOINED="1")
-    job.communicate(timeout=60)
+    job.communicate(timeout=PATIENCE)
     assert job.returncode == 1
     assert "lestd" not in (tmp_path / "log").read_text()
 
@@ -125,7 +125,7 @@ def test_slurm_ends_the_driver_and_queues_again_only_for_time(
     while not (tmp_path / "log.runs").exists():
         assert job.poll() is None
     job.send_signal(number)
-    job.communicate(timeout=60)
+    job.communicate(timeout=PATIENCE)
     assert job.returncode == 130
     log = (tmp_path / "log").read_text().splitlines()
     assert ("scontrol requeue 1234567" in log) == requeued
@@ -154,7 +154,7 @@ def test_slurm_out_of_time_and_queued_again(tmp_path: Path, many_layers: Path) -
             assert job.poll() is None, job.communicate()
             time.sleep(0.01)
         job.send_signal(signal.SIGUSR1)
-        said, _ = job.communicate(timeout=120)
+        said, _ = job.communicate(timeout=PATIENCE)
         assert job.returncode == 130, said
         assert f"scontrol requeue {number}" in (tmp_path / "first" / "log").read_text()
         assert not out.exists()
@@ -162,7 +162,7 @@ def test_slurm_out_of_time_and_queued_again(tmp_path: Path, many_layers: Path) -
         kept = {row["payload"]: (payloads / row["payload"]).stat().st_mtime_ns for row in rows}
         assert kept
         job = slurm_job(tmp_path / "second", REAL, *arguments, str(out), **turn)
-        said, _ = job.communicate(timeout=240)
+        said, _ = job.communicate(timeout=PATIENCE)
         assert job.returncode == 0, said
         assert "requeue" not in (tmp_path / "second" / "log").read_text()
     finally:

@@ -15,11 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from lestd_kernels.errors import LestdError
 from orchestrator.convert import convert
+from orchestrator.side_files import copy_side_files, is_side_file
 from orchestrator.source import (
     BIN_FILE,
     BIN_INDEX_FILE,
-    copy_side_files,
-    is_side_file,
     resolve_source,
 )
 from workers.checkpoint import INDEX_FILE, WEIGHTS_FILE, ShardIndex
@@ -207,7 +206,7 @@ def test_a_damaged_shard_is_refused(model: Path) -> None:
 def test_side_files() -> None:
     yes = ["config.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "LICENSE.txt",
            "NOTICE", "README.md", "vocab.json", "qwen.tiktoken"]  # fmt: skip
-    no = ["modeling.py", "pytorch_model.bin", "model.safetensors", INDEX_FILE, "x/config.json",
+    no = ["modeling.py", "pytorch_model.bin", "model.safetensors", INDEX_FILE, "../config.json",
           "pytorch_model.bin.index.json", "rust_model.ot", "model.pt", "script.sh"]  # fmt: skip
     assert all(map(is_side_file, yes))
     assert not any(map(is_side_file, no))

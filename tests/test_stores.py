@@ -27,12 +27,12 @@ from orchestrator.lease import leased
 from orchestrator.manifest import payload_problem
 from orchestrator.rundir import RunDirectory
 from workers import retries, stores
+from workers.building import building_directory
 from workers.checkpoint import read_header, read_weight_map
 from workers.failures import failure_of
 from workers.files import (
     as_path,
     atomic_write,
-    building_directory,
     copy_file,
     file_sha256,
     is_directory,
@@ -248,7 +248,6 @@ def test_what_cannot_be_deleted_is_named(
     assert path.read_bytes() == b"a"
 
 
-@pytest.mark.timeout(30)
 @pytest.mark.parametrize("refusal", [silently, loudly])
 def test_a_lease_that_cannot_be_taken_over_is_named(
     bucket: UPath,
@@ -384,6 +383,6 @@ def test_a_file_system_without_locks_is_not_another_driver(
     refused(lestd("compress", model, "--out", tmp_path / "out", *SERIAL), *words)
     with (
         pytest.raises(LestdError, match="without locks"),
-        building_directory(tmp_path / "building", "busy"),
+        building_directory(tmp_path / "out", "building", "busy"),
     ):
         raise AssertionError("no lock")

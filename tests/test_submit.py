@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli import Finished, digest_tree, lestd, run_lestd, start_lestd
+from cli import PATIENCE, Finished, digest_tree, lestd, run_lestd, start_lestd
 from hub import serve_hub
 from ray.job_submission import JobDetails, JobStatus
 
@@ -43,7 +43,12 @@ class Head:
         """Ray's own command."""
         command = [sys.executable, "-m", "ray.scripts.scripts", *map(str, words)]
         done = subprocess.run(
-            command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=240
+            command,
+            env=self.environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
         )
         return Finished(done.returncode, done.stdout, done.stderr)
 
@@ -181,7 +186,7 @@ def test_a_job_outlives_the_terminal_and_can_be_stopped(
     assert process.stdout is not None
     assert any("[3/64]" in line for line in process.stdout)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     job = err.split()[1]
     assert f"to stop it: ray job stop --address {head.jobs} {job}" in err

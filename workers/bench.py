@@ -31,8 +31,7 @@ class BenchSettings:
         prompt_tokens: L.
         new_tokens: N, at least 2.
         batch: B.
-        dtype: compute dtype: ``"auto"`` (the checkpoint's own), ``"bfloat16"``, ``"float16"`` or
-            ``"float32"``.
+        dtype: compute dtype, see `load_model`.
         device: ``"auto"`` (a GPU where there is one), ``"cpu"`` or ``"cuda"``.
         threads: CPU threads; None for torch's own choice.
         seed: of the random prompts.

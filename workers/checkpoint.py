@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 import torch
@@ -34,6 +33,8 @@ from workers.headers import (
     layout_key,
     parse_header,
 )
+from workers.names import is_inside
+from workers.regular import parse_json
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -105,8 +106,7 @@ class ShardIndex:
 
         Raises:
             LestdError: there is no safetensors checkpoint, the index is invalid or leaves the
-                directory, a shard or a tensor it names is absent, a shard is damaged, or a
-                tensor lies in two shards.
+                directory, a shard or a tensor it names is absent, or a shard is damaged.
         """
         directory = directory.absolute()
         # A single file goes before an index, as when Transformers loads the directory.
@@ -138,8 +138,7 @@ class ShardIndex:
             weight_map: tensor name -> shard as the index says; empty for a single file.
 
         Raises:
-            LestdError: a shard cannot be read or is damaged, a tensor is absent from its shard,
-                or lies in two.
+            LestdError: a shard cannot be read or is damaged, or a tensor is absent from its shard.
         """
         shards = sorted(set(weight_map.values())) or [WEIGHTS_FILE]
         found = in_parallel(read_header, [f"{url}/{shard}" for shard in shards])
@@ -159,15 +158,10 @@ class ShardIndex:
                     f"tensor {name} is absent from {location}/{shard}, where {INDEX_FILE} says "
                     "it lies; download both again"
                 )
-        tensors: dict[str, TensorRef] = {}
-        for header in headers.values():
-            for name, ref in header.items():
-                if name in tensors:
-                    raise LestdError(
-                        f"tensor {name} lies in two shards, {tensors[name].shard} and "
-                        f"{ref.shard}; expected one; download the checkpoint again"
-                    )
-                tensors[name] = ref
+        # Of two copies the index names the one that counts; what it does not name is left out.
+        tensors = {name: headers[shard][name] for name, shard in weight_map.items()}
+        if not weight_map:
+            [tensors] = map(dict, headers.values())
         return cls(location, tuple(sorted(headers)), dict(sorted(tensors.items())))
 
     @property
@@ -183,29 +177,20 @@ def read_weight_map(path: AnyPath) -> dict[str, str]:
         LestdError: the file is not an index, or names a shard outside its directory.
     """
     try:
-        weight_map = json.loads(read_file(path))["weight_map"]
+        weight_map = parse_json(read_file(path))["weight_map"]
         shards = set(weight_map.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LestdError(
             f"{path} is not a valid index: expected JSON with a weight_map from tensor names to "
             f"shards ({type(error).__name__}: {error}); download it again"
         ) from error
     for shard in shards:
-        if not _is_inside(shard):
+        if not is_inside(shard):
             raise LestdError(
                 f"{path} names the shard {shard!r}, which is not a path inside its directory; "
                 "the index is damaged or malicious, get it from a source you trust"
             )
     return dict(weight_map)
-
-
-def _is_inside(shard: object) -> bool:
-    """Whether this is a plain relative path that does not climb."""
-    if not isinstance(shard, str) or "\0" in shard:
-        return False
-    path = PurePosixPath(shard)
-    plain = str(path) == shard and shard != "."
-    return plain and not path.is_absolute() and ".." not in path.parts
 
 
 def read_tensor(ref: TensorRef, digest: _Hash | None = None, *, pinned: bool = False) -> Tensor:

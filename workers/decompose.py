@@ -367,5 +367,5 @@ def check_finite(tensor: Tensor, ref: TensorRef) -> None:
     raise LestdError(
         f"tensor {ref.name} in {ref.shard} has {float(tensor.reshape(-1)[first])} at index "
         f"{list(index)}, and every weight must be finite; download the shard again, or repair "
-        "the checkpoint"
+        "the checkpoint (compress then starts over with --fresh)"
     )

@@ -14,17 +14,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from lestd_kernels.cpu import emulated
 from lestd_kernels.errors import LestdError
+from workers.checkpoint import ShardIndex
 from workers.contracts import EvalRequest, EvalResult, Failure
 from workers.failures import failure_of
+from workers.headers import DTYPES
 
 # Positions whose log-softmax is taken at once, in float32: with V = 150,000 that is 150 MB,
 # where all 2048 positions of a window would need 1.2 GB.
@@ -64,12 +68,32 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def auto_dtype(model_dir: str, device: str) -> tuple[torch.dtype, torch.dtype]:
+    """What a compute dtype of ``"auto"`` stands for: the one place that decides it.
+
+    Args:
+        model_dir: directory of the model.
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Returns:
+        The compute dtype, and the checkpoint's, which differs where this CPU only emulates it: then
+        the model is computed in float32, which is some times as fast there.
+    """
+    config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    own = config.dtype
+    if own is None:  # As Transformers: that of the first tensor that is no integer.
+        tensors = ShardIndex.from_directory(Path(model_dir)).tensors.values()
+        stored = (DTYPES[ref.dtype] for ref in tensors)
+        own = next((one for one in stored if one.is_floating_point), torch.float32)
+    return torch.float32 if device == "cpu" and emulated(own) else own, own
+
+
 def load_model(model_dir: str, dtype: str, device: str, gpus: int = 1) -> Any:
     """Load a dense or a compressed model, in evaluation mode; no code of the model is run.
 
     Args:
         model_dir: its directory.
-        dtype: compute dtype: ``"auto"`` (the checkpoint's own), ``"bfloat16"``, ``"float16"`` or
+        dtype: compute dtype: ``"auto"`` (see `auto_dtype`), ``"bfloat16"``, ``"float16"`` or
             ``"float32"``.
         device: ``"cpu"`` or ``"cuda"``.
         gpus: with more than one, layers are divided among the GPUs that this process sees.
@@ -81,7 +105,7 @@ def load_model(model_dir: str, dtype: str, device: str, gpus: int = 1) -> Any:
     with quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_dir,
-            dtype=dtype,
+            dtype=auto_dtype(model_dir, device)[0] if dtype == "auto" else dtype,
             device_map="auto" if device == "cuda" and gpus > 1 else {"": device},
             local_files_only=True,
             trust_remote_code=False,
@@ -113,7 +137,7 @@ class EvalWorker:
 
     Args:
         model_dir: directory of a dense or a compressed model.
-        dtype: compute dtype: ``"auto"`` (the checkpoint's own), ``"bfloat16"``, ``"float16"`` or
+        dtype: compute dtype: ``"auto"`` (see `auto_dtype`), ``"bfloat16"``, ``"float16"`` or
             ``"float32"``.
         device: ``"cpu"`` or ``"cuda"``.
         threads: CPU threads to compute with; they decide the order of reductions, so the last

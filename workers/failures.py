@@ -25,7 +25,7 @@ def failure_of(task_id: str, subject: str, error: Exception) -> Failure:
         found = ". ".join(first_line(error).split(". ")[:2]).rstrip(".")
         message = (
             f"{subject}: the GPU has too little memory ({found}); use GPUs with more, or "
-            "start over with --device cpu"
+            "--device cpu (compress, sweep and compare: start over with --fresh)"
         )
         return Failure(task_id, "device_memory", name, message, traceback.format_exc())
     kind: Literal["application", "infrastructure"] = (

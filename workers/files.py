@@ -27,6 +27,7 @@ from upath import UPath
 
 from lestd_kernels.errors import LestdError, OutOfSpaceError, first_line
 from workers import stores
+from workers.regular import open_regular, read_regular
 
 AnyPath = Path | UPath
 
@@ -37,6 +38,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _STORES = {"s3": "s3", "gs": "gcs"}
 _GLOB_CHARACTERS = "*?[]{}"
 _AT_ONCE = 8
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 _Item = TypeVar("_Item")
 _Answer = TypeVar("_Answer")
@@ -119,32 +121,6 @@ def fsync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def building_directory(path: Path, busy: str) -> Iterator[None]:
-    """An empty directory that one process builds in and renames when it is whole.
-
-    What a killed process left in it is removed first; what this one leaves under that name is
-    removed at the end. The lock ends with the process.
-
-    Raises:
-        LestdError: another process builds there; `busy` is the sentence.
-    """
-    path.mkdir(exist_ok=True)
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        if not try_lock(handle, path.parent):
-            raise LestdError(busy)
-        for leftover in path.iterdir():
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        try:
-            yield
-        finally:
-            if path.exists():
-                shutil.rmtree(path)
-    finally:
-        os.close(handle)
-
-
 def try_lock(handle: int, directory: Path) -> bool:
     """Lock an open file in `directory`; whether no other process has it locked.
 
@@ -190,13 +166,39 @@ def open_binary(path: AnyPath) -> BinaryIO:
         OSError: a local file cannot be read.
         LestdError: one in an object store cannot be; so does every read.
     """
-    return stores.open_object(path) if isinstance(path, UPath) else path.open("rb")
+    return stores.open_object(path) if isinstance(path, UPath) else open_regular(path)
 
 
 def file_sha256(path: AnyPath) -> str:
     """sha256 (hex) of a file's content."""
     with open_binary(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def require_content(directory: Path, names: Iterable[str]) -> None:
+    """Refuse git-LFS pointers in the place of files of a directory.
+
+    Raises:
+        LestdError: one of these files is one.
+    """
+    for name in sorted(names):
+        with (directory / name).open("rb") as file:
+            if is_lfs_pointer(file.read(len(_LFS_POINTER))):
+                raise LestdError(lfs_pointer(str(directory / name)))
+
+
+def is_lfs_pointer(beginning: bytes) -> bool:
+    """Whether a file that begins so, with 8 bytes or more, stands for one that git-LFS fetches."""
+    return len(beginning) >= 8 and _LFS_POINTER.startswith(beginning[: len(_LFS_POINTER)])
+
+
+def lfs_pointer(path: str) -> str:
+    """The sentence for such a file."""
+    return (
+        f"{path} is a git-LFS pointer, not the file that it stands for: run `git lfs install` and "
+        "`git lfs pull` in that directory (git-lfs must be installed), or download the model by "
+        "`hf download`"
+    )
 
 
 def read_file(path: AnyPath) -> bytes:
@@ -207,7 +209,7 @@ def read_file(path: AnyPath) -> bytes:
         LestdError: one in an object store is absent, or cannot be read.
     """
     if not isinstance(path, UPath):
-        return path.read_bytes()
+        return read_regular(path)
     with stores.explain_store_errors(path):
         content = stores.read_objects([path])[0]
         if isinstance(content, FileNotFoundError):
@@ -232,7 +234,7 @@ def read_files(paths: Sequence[AnyPath]) -> list[bytes | OSError]:
 
 def _read_local(path: Path) -> bytes | OSError:
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         return error
 
@@ -293,6 +295,33 @@ def list_files(directory: AnyPath) -> dict[str, int]:
     return dict(sorted(sizes.items()))
 
 
+def list_tree(directory: AnyPath, enter: Callable[[str], bool]) -> dict[str, int]:
+    """Files in a directory and below it: path relative to it -> bytes, sorted.
+
+    Args:
+        directory: where to look; no link to a directory below it is followed.
+        enter: asked of each directory below, by its relative path, whether to look into it.
+    """
+    found: dict[str, int] = {}
+
+    def look(where: AnyPath, prefix: str) -> None:
+        found.update({prefix + name: size for name, size in list_files(where).items()})
+        for name in _folders(where):
+            if enter(prefix + name):
+                look(where / name, f"{prefix}{name}/")
+
+    look(directory, "")
+    return dict(sorted(found.items()))
+
+
+def _folders(directory: AnyPath) -> list[str]:
+    if isinstance(directory, UPath):
+        return [_name(e) for e in stores.entries(directory) if e["type"] == "directory"]
+    if not directory.is_dir():
+        return []
+    return [p.name for p in directory.iterdir() if p.is_dir() and not p.is_symlink()]
+
+
 def make_directory(path: AnyPath) -> None:
     """Make a directory and those above it; an object store has none, and makes buckets instead."""
     if isinstance(path, Path):
@@ -309,15 +338,18 @@ def remove_file(path: AnyPath) -> None:
 
 
 def remove_tree(path: AnyPath) -> None:
-    """Delete whatever is below `path`, and `path`, as far as it is there.
+    """Delete whatever is below `path`, and `path`, as far as it is there; of a link, the link.
 
     Raises:
+        OSError: a local file cannot be deleted.
         LestdError: the object store does not delete it.
     """
     if isinstance(path, UPath):
         stores.delete_tree(path)
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     else:
-        shutil.rmtree(path, ignore_errors=True)
+        path.unlink(missing_ok=True)
 
 
 def copy_file(source: AnyPath, target: AnyPath) -> None:
@@ -340,7 +372,7 @@ def copy_file(source: AnyPath, target: AnyPath) -> None:
 def link_or_copy(path: AnyPath, target: AnyPath) -> None:
     """The same file under a second name: a hard link, a copy where links are impossible."""
     try:
-        if isinstance(path, UPath) or isinstance(target, UPath):
+        if isinstance(path, UPath) or isinstance(target, UPath) or path.is_symlink():
             raise OSError("no links there")
         os.link(path, target)
     except OSError:  # Another file system, or one without links.

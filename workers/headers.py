@@ -20,6 +20,7 @@ import torch
 
 from lestd_kernels.errors import LestdError
 from workers.contracts import TensorRef
+from workers.files import is_lfs_pointer, lfs_pointer
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
@@ -109,6 +110,8 @@ def header_length(prefix: bytes, shard: str, file_bytes: int) -> int:
             f"{shard} is truncated: it has {file_bytes} bytes, and the header of a safetensors "
             "file alone takes more; download it again"
         )
+    if is_lfs_pointer(prefix):
+        raise LestdError(lfs_pointer(shard))
     length = int.from_bytes(prefix[:LENGTH_BYTES], "little")
     if length > MAX_HEADER_BYTES:
         raise LestdError(
@@ -173,11 +176,12 @@ def _damaged(shard: str, what: str) -> LestdError:
 
 def _load_object(text: bytes, shard: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise _damaged(shard, f"it names {twice!r} twice")
-        return dict(pairs)
+        entries: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in entries:
+                raise _damaged(shard, f"it names {name!r} twice")
+            entries[name] = value
+        return entries
 
     try:
         entries = json.loads(text.decode(), object_pairs_hook=unique)

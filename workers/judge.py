@@ -38,8 +38,7 @@ class JudgeWorker:
         model_dir: directory of a dense or a compressed model, with its tokenizer.
         source: where tasks come from.
         batch_size: requests that the model answers at once.
-        dtype: compute dtype: ``"auto"`` (the checkpoint's own), ``"bfloat16"``, ``"float16"`` or
-            ``"float32"``.
+        dtype: compute dtype, see `load_model`.
         device: ``"cpu"`` or ``"cuda"``.
         threads: CPU threads to compute with; they decide the order of reductions, so the last
             bit of a log-likelihood.

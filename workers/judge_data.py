@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lestd_kernels.errors import LestdError
+from workers.regular import MAX_TEXT_BYTES, parse_json, read_regular
 
 Row = dict[str, Any]
 
@@ -57,7 +57,7 @@ class LocalTask:
 def _text(path: Path) -> str:
     try:
         # Bytes first: text mode would turn "\r\n" into "\n".
-        return path.read_bytes().decode("utf-8-sig")
+        return read_regular(path, MAX_TEXT_BYTES).decode("utf-8-sig")
     except OSError as error:
         raise LestdError(
             f"the data {path} cannot be read ({error.strerror}); expected there is the file that "
@@ -82,8 +82,8 @@ def _json_lines(*columns: str) -> Callable[[Path], list[Row]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                row = parse_json(line)
+            except ValueError as error:
                 raise LestdError(f"{path}, line {number}: not valid JSON ({error})") from error
             if not isinstance(row, dict) or not all(isinstance(row.get(c), str) for c in columns):
                 raise LestdError(

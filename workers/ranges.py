@@ -9,7 +9,7 @@ has reached.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -206,15 +206,39 @@ def list_files(url: str) -> set[str]:
     Raises:
         LestdError: it is missing, or cannot be listed.
     """
+    return list_tree(url, lambda folder: False)
 
-    def listed() -> set[str]:
-        with explain_store_errors(url):
-            store, path = open_store(url)
+
+def list_tree(url: str, enter: Callable[[str], bool]) -> set[str]:
+    """Paths, relative to a directory of a store, of the files in it and below it.
+
+    Args:
+        url: of the directory.
+        enter: asked of each directory below, by its relative path, whether to look into it.
+
+    Raises:
+        LestdError: it is missing, or cannot be listed.
+    """
+
+    def listed(where: str) -> list[tuple[str, str]]:
+        with explain_store_errors(where):
+            store, path = open_store(where)
             store.invalidate_cache()
             found = store.ls(path, detail=True)
-        return {str(e["name"]).rpartition("/")[2] for e in found if e["type"] == "file"}
+        own = path.rstrip("/")  # Some stores list the directory itself.
+        names = [(str(entry["name"]).rstrip("/"), str(entry["type"])) for entry in found]
+        return [(name.rpartition("/")[2], kind) for name, kind in names if name != own]
 
-    return patiently(listed)
+    def look(prefix: str) -> set[str]:
+        files = set()
+        for name, kind in patiently(lambda: listed(f"{url}/{prefix}".rstrip("/"))):
+            if kind == "file":
+                files.add(prefix + name)
+            elif kind == "directory" and enter(prefix + name):
+                files |= look(f"{prefix}{name}/")
+        return files
+
+    return look("")
 
 
 def read_file(url: str) -> bytes:

@@ -39,6 +39,8 @@ from workers.checkpoint import ShardIndex, read_header, read_tensor, write_safet
 from workers.evaluate import load_model
 from workers.files import atomic_write, file_sha256
 from workers.headers import DTYPES
+from workers.names import is_inside
+from workers.regular import parse_json, read_regular
 
 LORA, FACTORS = "lora", "factors"
 STATE_FILE = "state.json"
@@ -231,7 +233,8 @@ class _Training:
             total += float(loss.detach())
         if not math.isfinite(total):
             raise LestdError(
-                f"the loss of step {step + 1} is {total}; use a smaller --lr, or --dtype float32"
+                f"the loss of step {step + 1} is {total}; start over with --fresh and a smaller "
+                "--lr, or --dtype float32"
             )
         for name, parameter in self._trained.items():
             # Values of a module that no token of the batch reached have no gradient.
@@ -284,7 +287,9 @@ class _Training:
         if not path.is_file():
             return
         try:
-            state = json.loads(path.read_bytes())
+            state = parse_json(read_regular(path))
+            if not is_inside(state["file"]):
+                raise ValueError(f"it names the file {state['file']!r}")
             file = self._state_dir / state["file"]
             if file_sha256(file) != state["sha256"]:
                 raise ValueError(f"{file.name} has changed")

@@ -59,21 +59,24 @@ def choose(x: Tensor, core: EncodedCore, transposed: bool) -> str:
       fraction of the time that `eager` takes). On GPUs that is a design, not yet a measurement.
     - ``csr`` cores on CPU: `torch.sparse` for few tokens, else `eager`.
     - ``dense`` cores on CPU: the kernel for few tokens in 16 bits, else `eager`.
+    - Both for any number of tokens in a dtype that this CPU has no arithmetic for: they multiply in
+      float32, and `eager` does not.
     """
     if semi_structured.runs(x, core) and token_count(x) > _FEW_TOKENS_SEMI_STRUCTURED:
         return "2:4"
     if core.codec == "bitmask" and BACKENDS[_packed(x)].runs(x, core):
         return _packed(x)
     few = _FEW_TOKENS_CSR_TRANSPOSED if transposed else _FEW_TOKENS_CSR
-    if core.codec == "csr" and csr.runs(x, core) and token_count(x) <= few:
+    wide = x.device.type == "cpu" and bitmask.widens(x.dtype)
+    if core.codec == "csr" and csr.runs(x, core) and (token_count(x) <= few or wide):
         return "csr"
     few = _FEW_TOKENS_DENSE_TRANSPOSED if transposed else _FEW_TOKENS_DENSE
     if (
         core.codec == "dense"
         and x.dtype.itemsize == 2
-        and token_count(x) <= few
+        and (token_count(x) <= few or wide)
         and bitmask.runs(x, core)
-        and bitmask.is_fast()
+        and (bitmask.path() != "portable" or wide)
     ):
         return "bitmask"
     return "eager"

@@ -7,8 +7,8 @@ The kernel is C++ (`bitmask.h`, `bitmask.cpp`), compiled on first use with PyTor
 cached where PyTorch caches extensions (``TORCH_EXTENSIONS_DIR``). It needs a C++ compiler and
 ninja; where there is none, or compiling fails, one warning says so and `eager` does the work.
 
-For few tokens results do not depend on the number of threads; for more they do as far as those of
-`torch.mm`.
+Results do not depend on the number of threads. Where the CPU has no arithmetic for 16-bit values,
+they are multiplied in float32, tile by tile.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.backends.base import Backend, is_plain, token_count
+from lestd_kernels.cpu import emulated
 from lestd_kernels.packed import EncodedCore
 
 _NAME = "lestd_bitmask"
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_HEADER = Path(__file__).with_suffix(".h")
-_FLAGS = ["-O3", "-fopenmp"]
+_HEADERS = sorted(Path(__file__).parent.glob("bitmask*.h"))
+# GCC would keep the pointers to several rows in one vector register, and take them out again.
+_FLAGS = ["-O3", "-fopenmp", "-fno-tree-slp-vectorize"]
 _VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _loading = threading.Lock()
 
@@ -41,7 +43,7 @@ _loading = threading.Lock()
 def _library_path() -> Path:
     """Where the compiled kernel lies: one place for each source, PyTorch and architecture."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
-    code = [file.read_text(encoding="utf-8") for file in (_HEADER, _SOURCE)]
+    code = [file.read_text(encoding="utf-8") for file in (*_HEADERS, _SOURCE)]
     what = "\n".join([*code, *_FLAGS, torch.__version__])
     digest = hashlib.sha256(what.encode()).hexdigest()[:16]
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
@@ -72,7 +74,9 @@ def _load() -> None:
 
     library = _library_path()
     library.parent.mkdir(parents=True, exist_ok=True)
-    with (library.parent / "lock").open("w") as lock:
+    # A link there is another's: what it leads to is not written.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    with os.fdopen(os.open(library.parent / "lock", flags, 0o666), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed, or the process ends
         if library.exists():
             torch.ops.load_library(library)  # type: ignore[no-untyped-call]
@@ -108,10 +112,26 @@ def is_available() -> bool:
         return _load_once()
 
 
+@cache
+def _fastest_path() -> str:
+    fastest: str = torch.ops.lestd.bitmask_paths()[0]
+    return fastest
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def is_fast() -> bool:
-    """Whether this CPU runs the AVX-512 path (VBMI2: Ice Lake, Zen 4 and later)."""
-    return is_available() and bool(torch.ops.lestd.bitmask_is_fast())
+def path() -> str:
+    """The fastest path of the kernel that this CPU has.
+
+    ``avx512`` (with VBMI2: Ice Lake, Zen 4 and later), ``avx2``, ``neon``, or ``portable``.
+    ``ATEN_CPU_CAPABILITY`` bounds it, as it bounds PyTorch's own vectors.
+    """
+    return _fastest_path()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def widens(dtype: torch.dtype) -> bool:
+    """Whether products of many tokens in `dtype` are computed in float32 here."""
+    return emulated(dtype)
 
 
 def _fake_apply(
@@ -121,12 +141,12 @@ def _fake_apply(
     rows: int,
     columns: int,
     transposed: bool,
-    portable: bool,
+    path: str,
 ) -> Tensor:
     return x.new_empty(x.shape[0], rows if transposed else columns)
 
 
-def _fake_expand(values: Tensor, mask: Tensor, rows: int, columns: int, portable: bool) -> Tensor:
+def _fake_expand(values: Tensor, mask: Tensor, rows: int, columns: int, path: str) -> Tensor:
     return values.new_empty(rows, columns)
 
 
@@ -150,8 +170,8 @@ def few_tokens(core: EncodedCore, transposed: bool) -> int:
     nothing to the dense product where the CPU multiplies 16-bit numbers itself. Tiles for
     ``x @ M.T`` are whole rows, which are quicker to expand.
     """
-    if not is_fast():
-        return 2
+    if path() != "avx512":
+        return 2 if path() == "portable" else 8
     few = 32 if core.tensors["values"].dtype == torch.float32 else 16
     return few // 2 if transposed else few
 
@@ -161,7 +181,7 @@ def expand(core: EncodedCore) -> Tensor:
     if core.codec == "dense":
         return core.decode()
     values, mask = core.tensors["values"], core.tensors["mask"]
-    M: Tensor = torch.ops.lestd.bitmask_expand(values, mask, core.rows, core.columns, False)
+    M: Tensor = torch.ops.lestd.bitmask_expand(values, mask, core.rows, core.columns, path())
     return M
 
 
@@ -169,13 +189,15 @@ def apply_core(x: Tensor, core: EncodedCore, transposed: bool) -> Tensor:
     """``x @ M``, or with `transposed` ``x @ M.T``."""
     values, mask = core.tensors["values"], core.tensors.get("mask")
     many = token_count(x) > few_tokens(core, transposed)
-    if many and mask is None:
+    wide = many and widens(x.dtype)
+    if many and mask is None and not wide:
         M = core.decode()
         return x @ (M.T if transposed else M)
     product = torch.ops.lestd.bitmask_matmul if many else torch.ops.lestd.bitmask_apply
     tokens = x.reshape(-1, x.shape[-1])
-    out: Tensor = product(tokens, values, mask, core.rows, core.columns, transposed, False)
-    return out.reshape(*x.shape[:-1], out.shape[-1])
+    tokens = tokens.float() if wide else tokens
+    out: Tensor = product(tokens, values, mask, core.rows, core.columns, transposed, path())
+    return out.to(x.dtype).reshape(*x.shape[:-1], out.shape[-1])
 
 
 BACKEND = Backend(runs, apply_core, expand)

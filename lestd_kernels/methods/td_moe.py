@@ -115,7 +115,8 @@ def _by_projection(layout: GroupLayout) -> dict[str, list[ModuleLayout]]:
     if any(len(module.slices) > 1 for module in layout.modules) or min(experts) < 2:
         raise LestdError(
             "method 'td_moe' decomposes the experts of a layer together, but this group has the "
-            f"modules {', '.join(m.name for m in layout.modules)}; use scope experts"
+            f"modules {', '.join(m.name for m in layout.modules)}; use scope experts "
+            "of a model that has experts, or another method"
         )
     return found
 

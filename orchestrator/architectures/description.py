@@ -12,7 +12,7 @@ Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 
 class _Described(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Stored(_Described):

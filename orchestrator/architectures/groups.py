@@ -72,7 +72,7 @@ class Architecture(Description):
         assert isinstance(block, FeedForward)
         # Only GPT-J leaves its width unstated.
         width = getattr(config, block.hidden_width) or 4 * config.hidden_size
-        count = getattr(config, block.count) if isinstance(block, Experts) else 1
+        count = _count(config, block) if isinstance(block, Experts) else 1
         if min(width, count, config.hidden_size) < 1:
             raise LestdError(
                 f"config.json has a hidden size of {config.hidden_size}, and {width} and {count} "
@@ -149,7 +149,8 @@ class Architecture(Description):
             stored_path = (block.stored_path if isinstance(block, Experts) else None) or block.path
             stored_layer = layer_path.removeprefix(prefix)
             stored = _join(stored_layer, stored_path)
-            tensors = _find_weights(index, stored, layout)
+            fused = _join(_join(stored_layer, block.path), layout.guard or "")
+            tensors = _find_weights(index, stored, layout, fused)
             norm = index.tensors.get(f"{stored_layer}.{block.norm}.weight") if before else None
             group = _join(layer_path, block.path)
             inputs = [m.reads for m in layout.modules if m.basis_side == "input"]
@@ -170,7 +171,12 @@ class Architecture(Description):
             return ("attention", "experts")
         dense = layer in (config.mlp_only_layers or ())
         every = config.decoder_sparse_step
-        sparse = getattr(config, self.experts.count) > 0 and (layer + 1) % every == 0
+        if every < 1:
+            raise LestdError(
+                f"config.json has decoder_sparse_step {every}; expected at least 1; use the "
+                "config.json that belongs to the weights"
+            )
+        sparse = _count(config, self.experts) > 0 and (layer + 1) % every == 0
         return ("attention", "experts" if sparse and not dense else "ffn")
 
     def _missing_prefix(self, index: ShardIndex) -> str:
@@ -180,6 +186,16 @@ class Architecture(Description):
         has_full = any(name.startswith(full) for name in index.tensors)
         has_short = any(name.startswith(short) for name in index.tensors)
         return self.base_model_prefix if has_short and not has_full else ""
+
+
+def _count(config: PretrainedConfig, experts: Experts) -> int:
+    count = getattr(config, experts.count)
+    if type(count) is not int:  # Under its other names Transformers lets anything pass.
+        raise LestdError(
+            f"config.json has {experts.count} {count!r}, expected the number of the experts; use "
+            "the config.json that belongs to the weights"
+        )
+    return count
 
 
 def _reads(kind: Kind, from_stream: bool) -> str:
@@ -209,8 +225,12 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if name else path
 
 
-def _find_weights(index: ShardIndex, path: str, layout: GroupLayout) -> dict[str, TensorRef]:
+def _find_weights(
+    index: ShardIndex, path: str, layout: GroupLayout, fused: str
+) -> dict[str, TensorRef]:
     """The weights of one block by their sources, checked; one expert of many is a part of a tensor.
+
+    `fused` is the name of the tensor that has all experts in memory.
 
     Raises:
         LestdError: see `Architecture.groups`.
@@ -224,7 +244,7 @@ def _find_weights(index: ShardIndex, path: str, layout: GroupLayout) -> dict[str
         name = f"{path}.{module.name}.weight" if stored is None else f"{path}.{stored.tensor}"
         expected: tuple[int, ...] = layout.source_shape(module)
         number = None if stored is None else stored.index
-        ref = _find_weight(index, name)
+        ref = _find_weight(index, name, fused)
         _check_weight(ref, expected if number is None else (experts, *expected))
         tensors[module.source] = ref if number is None else _matrix_of(ref, number)
     _check_same_dtype(list(tensors.values()))
@@ -238,7 +258,15 @@ def _matrix_of(ref: TensorRef, number: int) -> TensorRef:
     return replace(ref, shape=ref.shape[1:], byte_range=(start, start + size))
 
 
-def _find_weight(index: ShardIndex, name: str) -> TensorRef:
+def _find_weight(index: ShardIndex, name: str, fused: str) -> TensorRef:
+    if name not in index.tensors and fused in index.tensors:
+        raise LestdError(
+            f"the checkpoint in {index.location} has the experts of a layer in one tensor "
+            f"({fused}), as Transformers saves them with save_original_format=False, and lestd "
+            f"reads them one by one ({name}); start from the checkpoint that the model was loaded "
+            "from, or give these weights to AutoModelForCausalLM.from_config by load_state_dict, "
+            "and call its save_pretrained"
+        )
     if name not in index.tensors:
         raise LestdError(
             f"tensor {name} is absent from the checkpoint in {index.location}, which its "

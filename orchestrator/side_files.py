@@ -1,0 +1,133 @@
+"""Files that belong to a model beside its weights: config, tokenizer, licence, chat templates.
+
+Those in subfolders too, but not what is another model's, a run's or a tool's. The Python files that
+`auto_map` names are copied as texts, so that whoever trusts the source can load its copy likewise;
+lestd itself runs none of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Container, Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from transformers.dynamic_module_utils import get_relative_imports
+
+from orchestrator.manifest import MANIFEST_DIR
+from workers.files import AnyPath, copy_file, list_tree, make_directory, require_content
+from workers.names import is_inside
+
+_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm"}
+_PREFIXES = ("LICENSE", "NOTICE", "README")
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"}
+# Beside a model in a folder of the source, ours.
+_OF_RUNS = (".run", ".eval", ".recover", ".converting")
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a file, by its path in the model, belongs to it beside its weights.
+
+    Nothing that is run or unpickled, and no index of weights, is one.
+    """
+    path = PurePosixPath(name)
+    if not is_inside(name) or name.endswith(".index.json"):
+        return False
+    if not all(is_side_folder(str(folder)) for folder in path.parents if folder.name):
+        return False
+    return path.suffix in _SUFFIXES or path.name.startswith(_PREFIXES)
+
+
+def is_side_folder(name: str) -> bool:
+    """Whether a folder, by its path in the model, may hold files of it: none of a tool or a run."""
+    folder = PurePosixPath(name).name
+    return not folder.startswith(".") and not folder.endswith(_OF_RUNS) and name != MANIFEST_DIR
+
+
+def side_files(names: Iterable[str]) -> set[str]:
+    """Those of a model's files, by their paths, that belong to it beside its weights.
+
+    Of a folder that holds weights, which make it another model, none.
+    """
+    names = set(names)
+    others = {
+        _top(name) for name in names if "/" in name and PurePosixPath(name).suffix in _WEIGHTS
+    }
+    return {name for name in names if is_side_file(name) and _top(name) not in others}
+
+
+def fetch_side_files(names: set[str], fetch: Callable[[set[str]], Path]) -> Path:
+    """Fetch the side files of a model elsewhere, and the code that they name.
+
+    Args:
+        names: paths of all files of the model.
+        fetch: fetches some of them, and returns the local directory that they are in then.
+    """
+    fetched: set[str] = set()
+    wanted = side_files(names)
+    while True:
+        directory = fetch(wanted - fetched)
+        fetched = wanted
+        wanted = fetched | (_named_code(directory) & names)
+        if wanted == fetched:
+            return directory
+
+
+def find_side_files(directory: Path) -> set[str]:
+    """Paths of a local model's side files, and of the code that they name.
+
+    Raises:
+        LestdError: one is a git-LFS pointer.
+    """
+    found = side_files(list_tree(directory, is_side_folder))
+    found |= {name for name in _named_code(directory) if (directory / name).is_file()}
+    require_content(directory, found)
+    return found
+
+
+def _top(name: str) -> str:
+    return name.partition("/")[0]
+
+
+def _named_code(directory: Path) -> set[str]:
+    """Python files that `auto_map` names, and what those that are there import from beside them.
+
+    It names them as ``module.Class``; ``REPOSITORY--module.Class`` stays where it is.
+    """
+    modules: set[str] = set()
+    for path in directory.glob("*config.json"):
+        try:
+            references: list[Any] = [*json.loads(path.read_bytes())["auto_map"].values()]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+        for reference in references:  # Of a tokenizer two: slow and fast.
+            for one in reference if isinstance(reference, list) else [reference]:
+                if isinstance(one, str) and "--" not in one:
+                    modules.add(one.rpartition(".")[0])
+    code: set[str] = set()
+    while new := {file for module in modules if is_inside(file := f"{module}.py")} - code:
+        code |= new
+        modules = {module for file in new for module in _imports(directory / file)}
+    return code
+
+
+def _imports(path: Path) -> list[str]:
+    try:
+        return get_relative_imports(path)
+    except (OSError, ValueError):  # Absent, or no text: Transformers could not load it either.
+        return []
+
+
+def copy_side_files(
+    source_dir: Path, target_dir: AnyPath, but: Container[str] = frozenset()
+) -> None:
+    """Copy the files that belong to a model beside its weights, see `find_side_files`, but some.
+
+    Raises:
+        LestdError: one is a git-LFS pointer.
+        OutOfSpaceError: no space left.
+    """
+    for name in sorted(find_side_files(source_dir)):
+        if name not in but:
+            make_directory((target_dir / name).parent)
+            copy_file(source_dir / name, target_dir / name)

@@ -1,0 +1,81 @@
+"""Which cluster is joined, and what is said where none can be, or none can work."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from ray._private.utils import write_ray_address
+
+from lestd_kernels.errors import LestdError
+from orchestrator.ray_connect import join_or_start
+from orchestrator.ray_words import own_words
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_python_without_our_dependencies() -> None:
+    """As a job's may be, which brings the code of lestd and nothing else."""
+    bare = subprocess.run(
+        [sys.executable, "-S", "-m", "orchestrator", "plan", "x"],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert bare.returncode == 2
+    assert bare.stderr.startswith(f"error: {sys.executable} has no module typer")
+    assert "install lestd in the environment" in bare.stderr
+    assert bare.stderr.count("\n") == 1
+
+
+def test_a_node_without_our_dependencies() -> None:
+    error = RuntimeError("it died\n  File x, line 1\nModuleNotFoundError: No module named 'upath'")
+    assert own_words(error).startswith("ModuleNotFoundError: No module named 'upath'; install")
+
+
+class _Ray:
+    """Ray, but for what connects or starts."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self._private, self.error = ray._private, error
+        self.addresses: list[str] = []
+
+    def init(self, address: str, **options: Any) -> None:
+        self.addresses.append(address)
+        if self.error is not None:
+            raise self.error
+
+    def get_runtime_context(self) -> Any:
+        return SimpleNamespace(gcs_address=self.addresses[-1])
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+def test_the_running_cluster_is_found_where_ray_noted_it(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    (tmp_path / "ray").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        write_ray_address(address)  # As `ray start` does.
+        joined = _Ray()
+        assert join_or_start(joined, None) == f"joined the Ray cluster at {address}"
+        assert joined.addresses == [address]
+    alone = _Ray()
+    assert "started a local Ray cluster" in join_or_start(alone, None)
+    assert alone.addresses == ["local"]
+
+
+def test_a_long_path_of_sockets() -> None:
+    error = OSError("AF_UNIX path length cannot exceed 107 bytes: /tmp/long/plasma_store")
+    with pytest.raises(LestdError, match=r"no local Ray .*set RAY_TMPDIR to a shorter path"):
+        join_or_start(_Ray(error), "local")
