@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check clean
+.PHONY: help demo test test-slow fuzz check clean
 
 help: ## Say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -60,6 +60,11 @@ test: .venv/installed-dev ## Run the test suite
 
 test-slow: .venv/installed-dev ## Run the test suite with the slow tests
 	$(PYTEST)
+
+MINUTES ?= 30
+
+fuzz: .venv/installed-dev ## Damaged inputs for MINUTES=30; findings go to .fuzz-findings/
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/fuzz --minutes $(MINUTES)
 
 check: .venv/installed-dev ## Lint, format and types
 	$(BIN)/ruff check .

@@ -1,0 +1,235 @@
+"""The kinds of input: valid directories, what of them is damaged, and the commands that read it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import yaml
+from cli import digest_tree
+from damage import json_file, tensors
+from driver import Probe, RefusedError, Target, WrongError
+from families import save_tiny
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import lestd_kernels  # noqa: F401  (registers the format)
+from lestd_kernels.errors import LestdError
+from orchestrator.cli import app
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+TOKENS = torch.tensor([[3, 14, 15, 9, 26, 5, 35]])
+WORDS = {"<unk>": 0, "the": 3, "cat": 4, "sat": 5, "on": 6, "mat": 7}
+CARD = {"license": "mit", "language": ["en"], "datasets": ["x/y"], "pipeline_tag": "x"}
+RUN = {
+    "keep": 0.5,
+    "scope": "all",
+    "layer_keep": {"0": 0.6},
+    "rank_step": 4,
+    "include": "0-1",
+    "value_bits": 16,
+    "max_flops": 2.0,
+}
+CLUSTER = {"executor": "ray", "workers": 2, "max_attempts": 3, "task_timeout": 60.0}
+
+
+def lestd(*args: str) -> str:
+    """Run a command; what it printed, if it did its work.
+
+    Raises:
+        RefusedError: it ended with 1 or 2, and one sentence or a list of problems.
+        WrongError: it ended in another way.
+    """
+    result = CliRunner().invoke(app, args, catch_exceptions=False)
+    said = result.stdout + result.stderr
+    if "Traceback" in said:
+        raise WrongError(f"a traceback: {said}")
+    if CONTROL.search(said):
+        raise WrongError(f"control characters: {said!r}")
+    if os.strerror(errno.EFBIG) in said:  # The limit of `driver`.
+        raise WrongError(f"too much: {said}")
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    if result.exit_code == 2 and (len(errors) != 1 or not result.stderr.endswith(errors[0] + "\n")):
+        raise WrongError(f"not one sentence: {result.stderr!r}")
+    if result.exit_code in (1, 2):
+        raise RefusedError(said)
+    if result.exit_code != 0:
+        raise WrongError(f"exit code {result.exit_code}: {said}")
+    return result.stdout
+
+
+def command(name: str, *args: str) -> Probe:
+    """A probe that runs a command; PLACE in its arguments is the directory."""
+
+    def probe(place: Path) -> str:
+        report = place / "report.md"
+        printed = lestd(*(arg.replace("PLACE", str(place)) for arg in args))
+        return printed + (report.read_text() if report.exists() else "")
+
+    probe.__name__ = name
+    return probe
+
+
+def compress(place: Path) -> str:
+    """Compress, or continue; a model that is said to be complete verifies.
+
+    Shards of a run whose payloads are recorded do not depend on the rest of its state.
+    """
+    out = place / "out"
+    if out.exists():
+        shutil.rmtree(out)
+    args = json.loads((place / "args.json").read_text())
+    lestd("compress", str(place / "dense"), "--out", str(out), "--executor", "serial", *args)
+    try:
+        lestd("verify", str(out))
+    except RefusedError as error:
+        raise WrongError(f"verify finds problems in what compress made: {error}") from error
+    return json.dumps({k: v for k, v in digest_tree(out).items() if k.endswith(".safetensors")})
+
+
+def convert(place: Path) -> str:
+    """Convert pickled weights; the tensors are those that torch loads."""
+    lestd("convert", str(place / "pickled"), str(place / "converted"))
+    source, out = place / "pickled" / "pytorch_model.bin", place / "converted"
+    expected = torch.load(source, weights_only=True)
+    actual = {k: v for shard in out.glob("*.safetensors") for k, v in load_file(shard).items()}
+    if expected.keys() != actual.keys():
+        raise WrongError(f"other tensors: {expected.keys() ^ actual.keys()}")
+    for name, tensor in expected.items():
+        if tensor.dtype != actual[name].dtype or not torch.equal(tensor, actual[name]):
+            raise WrongError(f"another value: {name}")
+    return str({name: tensor.shape for name, tensor in actual.items()})
+
+
+def load(place: Path) -> str:
+    """Load a compressed model with Transformers and run it.
+
+    Its logits are the same at every call, and of the first token whatever follows; where they are
+    not those of the sound model, `verify` says what is wrong.
+    """
+    try:
+        logits, again, first = _logits(place / "out")
+    except LestdError as error:
+        if "\n" in str(error):
+            raise WrongError(f"not one sentence: {error}") from error
+        raise RefusedError(str(error)) from error
+    if not torch.equal(logits.nan_to_num(), again.nan_to_num()):
+        raise WrongError("other logits the second time")
+    if not torch.allclose(logits[:, :1], first, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise WrongError("other logits for one token than for many")
+    if torch.equal(logits, load_file(place / "logits.safetensors")["logits"]):
+        return "the same"
+    try:
+        lestd("verify", str(place / "out"))
+    except RefusedError:
+        return "other, as verify says"
+    raise WrongError("other logits, and verify finds no problem")
+
+
+def _logits(out: Path) -> list[torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        return [model(TOKENS[:, :count]).logits for count in (7, 7, 1)]
+
+
+def make_checkpoint(place: Path, family: str, args: tuple[str, ...]) -> None:
+    """A dense model with a tokenizer and a card, and the files of configuration for it."""
+    dense = save_tiny(family, place / "dense")
+    tokenizer = Tokenizer(WordLevel(WORDS, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(dense / "tokenizer.json"))
+    (dense / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (dense / "README.md").write_text(f"---\n{yaml.safe_dump(CARD)}---\n# A model\n")
+    (place / "text.txt").write_text("the cat sat on the mat " * 20)
+    (place / "args.json").write_text(json.dumps(args))
+    (place / "run.yaml").write_text(yaml.safe_dump(RUN))
+    (place / "cluster.yaml").write_text(yaml.safe_dump(CLUSTER))
+
+
+def make_model(place: Path, family: str, args: tuple[str, ...]) -> None:
+    """A dense model, the compressed one, its run and its logits."""
+    make_checkpoint(place, family, args)
+    compress(place)
+    save_file({"logits": _logits(place / "out")[0]}, place / "logits.safetensors")
+
+
+def make_pickle(place: Path) -> None:
+    """A model whose weights are pickled."""
+    dense = save_tiny("llama", place / "pickled", max_shard_size="1GB")
+    torch.save(load_file(dense / "model.safetensors"), dense / "pytorch_model.bin")
+    (dense / "model.safetensors").unlink()
+
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "lestd": ("llama-gqa", "--keep", "0.5"),
+    "sparse": ("llama", "--keep", "0.2", "--type-mode", "learned"),
+    "pruned": ("llama", "--keep", "0.2", "--method", "magnitude", "--scope", "all"),
+    "bits": ("qwen3", "--keep", "0.4", "--value-bits", "4", "--keep-super-weights", "0.01"),
+    "chain": ("opt", "--keep", "0.4", "--method", "tt"),
+    "experts": ("mixtral", "--keep", "0.4", "--method", "td_moe", "--scope", "experts"),
+    "rtn": ("gpt_neox", "--keep", "0.4", "--method", "rtn", "--value-bits", "4", "--scope", "all"),
+}
+"""Family and options of the compressed models, named for what their payloads hold."""
+BASES: dict[str, Callable[[Path], None]] = {
+    "checkpoint": partial(make_checkpoint, family="llama", args=OPTIONS["lestd"][1:]),
+    "pickles": make_pickle,
+    **{name: partial(make_model, family=one[0], args=one[1:]) for name, one in OPTIONS.items()},
+}
+
+plan = command("plan", "plan", "PLACE/dense", "--config", "PLACE/run.yaml", "--json")
+dry_run = command(
+    *("dry_run", "compress", "PLACE/dense", "--out", "PLACE/out", "--keep", "0.5", "--dry-run"),
+    *("--executor", "serial", "--cluster", "PLACE/cluster.yaml"),
+)
+status = command("status", "status", "PLACE/out")
+verify = command("verify", "verify", "PLACE/out")
+report = command("report", "report", "PLACE/out", "--format", "md", "--out", "PLACE/report.md")
+query = command("query", "query", "PLACE/out", "PLACE/out.run", "from groups", "--csv")
+events = command("events", "query", "PLACE/out.run", "from events", "--json")
+diff = command("diff", "diff", "PLACE/out", "PLACE/out.run")
+compact = command("compact", "compact", "PLACE/out")
+clean = command("clean", "clean", "PLACE/out")
+export = command("export", "export", "PLACE/out", "--dense", "PLACE/exported")
+evaluate = command(
+    *("evaluate", "evaluate", "PLACE/out", "--text", "PLACE/text.txt", "--window", "8"),
+    *("--max-windows", "1", "--executor", "serial"),
+)
+
+READERS = (status, verify, report, query, events, diff, compact)
+SHARDS = ("out/lestd-*.safetensors",)
+groups = partial(json_file, part="quantization_config")
+
+TARGETS = [
+    Target("headers", "checkpoint", ("dense/*.safetensors",), (plan, compress)),
+    Target("indices", "checkpoint", ("dense/*.index.json",), (plan, compress)),
+    Target("configs", "checkpoint", ("dense/config.json",), (plan, compress)),
+    Target("side-files", "checkpoint", ("dense/[gt]*.json",), (compress,)),
+    Target("cards", "checkpoint", ("dense/README.md",), (compress,)),
+    Target("run-files", "checkpoint", ("run.yaml",), (plan,)),
+    Target("cluster-files", "checkpoint", ("cluster.yaml",), (dry_run,)),
+    Target("pickles", "pickles", ("pickled/*.bin",), (convert,)),
+    Target("records", "lestd", ("out.run/*.json", "out/manifest/model.json"), (*READERS, compress)),
+    Target("manifests", "lestd", ("out/manifest/*.parquet",), (*READERS, clean, evaluate)),
+    Target("parts", "lestd", ("out.run/manifest/*/*.parquet",), (*READERS, compress)),
+    Target("payloads", "lestd", ("out.run/payloads/*",), (verify, compress)),
+    Target("outputs", "lestd", ("out/*.*",), (verify, export, evaluate)),
+    *(
+        Target(f"{kind}-{base}", base, victims, (load, load, export), damage)
+        for kind, victims, damage in [
+            ("groups", ("out/config.json",), groups),
+            ("tensors", SHARDS, tensors),
+        ]
+        for base in OPTIONS
+    ),
+]
