@@ -11,6 +11,7 @@ from lestd_kernels.errors import LestdError, first_line
 
 # Tensors never go through the object store: the smallest one that Ray accepts will do.
 _OBJECT_STORE_BYTES = 80 * 2**20
+_STARTS = 5
 
 
 def join_or_start(ray: Any, address: str | None) -> str:
@@ -37,7 +38,8 @@ def join_or_start(ray: Any, address: str | None) -> str:
     # it changes what other clusters of this user ask for.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
-        ray.init(
+        _start(
+            ray,
             address="local",
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
@@ -51,6 +53,26 @@ def join_or_start(ray: Any, address: str | None) -> str:
             f"no local Ray cluster can be started ({first_line(error)}); {advice}"
         ) from error
     return "started a local Ray cluster, which ends with this command"
+
+
+def _start(ray: Any, **options: Any) -> None:
+    """``ray.init``, tried again where a node has not started within the 30 s that Ray gives it.
+
+    A busy machine takes longer, and the next attempt finds in memory what this one had to read.
+
+    Raises:
+        OSError, RuntimeError, ValueError: it does not start.
+    """
+    for left in reversed(range(_STARTS)):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            if not left:
+                raise RuntimeError(str(error)) from error
 
 
 def _running_here(ray: Any) -> str | None:

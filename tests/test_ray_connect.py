@@ -79,3 +79,26 @@ def test_a_long_path_of_sockets() -> None:
     error = OSError("AF_UNIX path length cannot exceed 107 bytes: /tmp/long/plasma_store")
     with pytest.raises(LestdError, match=r"no local Ray .*set RAY_TMPDIR to a shorter path"):
         join_or_start(_Ray(error), "local")
+
+
+@pytest.mark.parametrize("slow", [4, 5])
+def test_a_machine_too_busy_to_start_ray_in_time_is_asked_again(slow: int) -> None:
+    late = Exception("The current node timed out during startup. This could happen because ...")
+
+    class Slow(_Ray):
+        def init(self, address: str, **options: Any) -> None:
+            super().init(address)
+            if len(self.addresses) <= slow:
+                raise late
+
+        def shutdown(self) -> None:
+            self.addresses[-1] += " ended"
+
+    one = Slow()
+    if slow == 4:
+        join_or_start(one, "local")
+        assert one.addresses == [*["local ended"] * 4, "local"]
+        return
+    with pytest.raises(LestdError, match=r"no local Ray cluster can be started .*timed out"):
+        join_or_start(one, "local")
+    assert one.addresses == ["local ended"] * 5
