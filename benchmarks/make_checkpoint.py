@@ -39,8 +39,9 @@ from orchestrator import tables
 from orchestrator.json_files import write_json
 from orchestrator.meter import Meter
 from orchestrator.source import CONFIG_FILE
+from workers.building import building_directory, is_free
 from workers.checkpoint import INDEX_FILE
-from workers.files import atomic_write, fsync_directory
+from workers.files import atomic_write, fsync_directory, make_directory
 from workers.headers import DTYPE_NAMES, TensorSpec, build_header, layout_key
 
 _LLAMA: dict[str, Any] = {"model_type": "llama", "rms_norm_eps": 1e-5}
@@ -270,7 +271,7 @@ def _split(specs: list[TensorSpec], shard_bytes: int) -> Iterator[list[TensorSpe
 
 
 def _require_free(out: Path, needed: int) -> None:
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if not is_free(out):
         raise LestdError(f"{out} is there already; choose a new name for --out, or remove it")
     disk = next(p for p in out.parents if p.exists())
     free = shutil.disk_usage(disk).free
@@ -314,9 +315,8 @@ def make_checkpoint(
     specs = [TensorSpec(name, DTYPE_NAMES[kind], shape) for name, shape in shapes.items()]
     done, total = 0, sum(spec.stored_bytes for spec in specs)
     _require_free(out, total)
-    building = out.with_name(f".{out.name}.making")
-    shutil.rmtree(building, ignore_errors=True)  # Of a run that was killed.
-    building.mkdir(parents=True)
+    make_directory(out.parent)
+    busy = f"another process makes {out}; wait for it to end, or choose another --out"
     torch.set_num_threads(1)  # The last bit of a product depends on it.
 
     def write_shard(file: BinaryIO, shard: list[TensorSpec], pool: ThreadPoolExecutor) -> None:
@@ -329,29 +329,27 @@ def make_checkpoint(
             if progress is not None:
                 progress(done, total)
 
-    try:
+    with building_directory(out, "making", busy) as building:
         shards = [sorted(shard, key=layout_key) for shard in _split(specs, shard_bytes)]
         weight_map: dict[str, str] = {}
         with ThreadPoolExecutor(threads) as pool:
             for number, shard in enumerate(shards, 1):
                 file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
                 atomic_write(
-                    building / file_name, lambda file, shard=shard: write_shard(file, shard, pool)
+                    building.new / file_name,
+                    lambda file, shard=shard: write_shard(file, shard, pool),
                 )
                 weight_map |= dict.fromkeys((spec.name for spec in shard), file_name)
         write_json(
-            building / INDEX_FILE,
+            building.new / INDEX_FILE,
             {
                 "metadata": {"total_size": total},
                 "weight_map": dict(sorted(weight_map.items())),
             },
         )
-        _write_configs(config, dtype, building)
-        fsync_directory(building)
-        building.replace(out)
-        fsync_directory(out.parent)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        _write_configs(config, dtype, building.new)
+        fsync_directory(building.new)
+        building.finish()
     return total
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lestd_kernels.codecs import TensorSpec
@@ -29,6 +31,14 @@ def with_stored_path(entry: dict[str, Any], path: str) -> dict[str, Any]:
     by who reads the model.
     """
     return entry if f".{entry['path']}".endswith(f".{path}") else entry | {"stored_path": path}
+
+
+def groups_sha256(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Of all entries of a model, whatever the order of their keys.
+
+    A number that changed may make another model of the same tensors, which nothing else tells.
+    """
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def describe_module(module: ModuleLayout) -> dict[str, Any]:

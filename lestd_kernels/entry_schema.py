@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, get_args
 from lestd_kernels.chain import Chain
 from lestd_kernels.codecs import CODECS, PATTERNS
 from lestd_kernels.decomposition import SharedTucker
+from lestd_kernels.entries import groups_sha256
 from lestd_kernels.errors import LestdError
 from lestd_kernels.ops import Mix, Op, Permute, op_of
 from lestd_kernels.packing import FULL_BITS, QUANTIZED_BITS
@@ -48,7 +49,7 @@ def _one_of(*known: object) -> Field:
 
 
 def _list_of(one: Field) -> Field:
-    expected = f"a list that is not empty, each {one.expected}"
+    expected = f"a list, each {one.expected}"
     return Field(expected, lambda v: isinstance(v, list) and v != [] and all(map(one.holds, v)))
 
 
@@ -66,7 +67,7 @@ def _is_path(value: Any) -> bool:
 _COUNT, _INDEX, _FLAG = _whole(1), _whole(0), _one_of(True, False)
 _WHERE = Field("the path of a module", _is_path)
 _ANY = Field("anything", lambda v: True)
-_LIST = _list_of(_ANY)
+_LIST = Field("a list that is not empty", lambda v: isinstance(v, list) and v != [])
 
 _GROUP: Fields = {
     "kind": _one_of(SharedTucker.kind, Chain.kind),
@@ -107,13 +108,19 @@ _OPS: Mapping[str, tuple[Fields, Fields]] = {
 }
 
 
-def check_groups(groups: Any) -> None:
+def check_groups(groups: Any, sha256: Any = None) -> None:
     """Check the value of ``quantization_config["groups"]``.
 
+    Args:
+        groups: the value.
+        sha256: that of ``groups_sha256`` beside it, where there is one.
+
     Raises:
-        LestdError: it is not what `SharedTucker.describe` and `Chain.describe` write.
+        LestdError: it is not what `SharedTucker.describe` and `Chain.describe` write, or not what
+            was written.
     """
-    _check_fields("quantization_config", {"groups": groups}, {"groups": _LIST})
+    if not _LIST.holds(groups):
+        raise damaged("quantization_config names no groups")
     placed: dict[str, tuple[int, int] | None] = {}
     for number, entry in enumerate(groups):
         where = f"quantization_config.groups[{number}]"
@@ -123,6 +130,8 @@ def check_groups(groups: Any) -> None:
                 raise damaged(f"{where} names {path}, where another matrix is stored")
             if (known := placed.setdefault(path, shape)) != shape:
                 raise damaged(f"groups disagree about the shape of {path}, {known} and {shape}")
+    if sha256 not in (None, groups_sha256(groups)):
+        raise damaged("quantization_config.groups are not those of its groups_sha256")
 
 
 def damaged(what: str) -> LestdError:
@@ -169,7 +178,7 @@ def _check_group(where: str, entry: Any) -> None:
 
 def _check_size(where: str, rows: int, columns: int, nnz: int = 0) -> None:
     if not nnz <= rows * columns <= _MOST_ELEMENTS:
-        raise damaged(f"{where} has {nnz} non-zeros in {rows} x {columns} elements")
+        raise damaged(f"{where} has shape {rows} x {columns} and {nnz} non-zeros")
 
 
 def _check_tucker(where: str, entry: dict[str, Any]) -> None:

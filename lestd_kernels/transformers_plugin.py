@@ -2,7 +2,8 @@
 
 `config.json` of a compressed model has::
 
-    "quantization_config": {"quant_method": "lestd", "format_version": 1, "groups": [...]}
+    "quantization_config": {"quant_method": "lestd", "format_version": 1, "groups": [...],
+                            "groups_sha256": "..."}
 
 with one entry per slice group, as a kind's `describe` writes it. Before the weights are
 loaded, `LestdQuantizer` exchanges the modules that the entries name for compressed ones of exactly
@@ -60,11 +61,13 @@ class LestdConfig(QuantizationConfigMixin):
         groups: one entry per slice group, see `SharedTucker.describe`.
         format_version: version of the entries and of the tensors' names and layout.
         quant_method: always ``"lestd"``.
+        groups_sha256: see `lestd_kernels.entries.groups_sha256`; None where nobody has stated it.
     """
 
     groups: list[dict[str, Any]] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # not in their enum
+    groups_sha256: str | None = None
 
     @classmethod
     def from_dict(
@@ -88,7 +91,7 @@ class LestdConfig(QuantizationConfigMixin):
                 f"config.json: quantization_config has the unknown key {unknown[0]!r}, expected "
                 f"{', '.join(f.name for f in fields(cls))}: remove it."
             )
-        check_groups(config_dict.get("groups"))
+        check_groups(config_dict.get("groups"), config_dict.get("groups_sha256"))
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
 
 

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 def main() -> None:
     """Entry point of the command."""
+    _open_closed_streams()
     try:
         # Imported here: torch and transformers take seconds, in which Ctrl-C is to end it quietly.
         from orchestrator import cli
@@ -36,6 +37,18 @@ def _end_without(error: ModuleNotFoundError) -> NoReturn:
         "the environment of this python (of a Ray job: in that which Ray runs in on the nodes)\n"
     )
     sys.exit(2)
+
+
+def _open_closed_streams() -> None:
+    """Put the null device where the shell has closed a standard stream (``>&-``).
+
+    The next file that is opened would else have its number, and be written to or read.
+    """
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        name, mode = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))[handle]
+        os.set_inheritable(handle, True)  # By the processes that we start.
+        setattr(sys, name, os.fdopen(handle, mode))
+    os.close(handle)
 
 
 if __name__ == "__main__":

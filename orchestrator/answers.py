@@ -1,7 +1,8 @@
 """The answer to a query, for people and for programs.
 
 Values that JSON and CSV lack are written as text: times in ISO 8601, bytes as Python says them.
-Exact decimals become whole numbers or doubles. In tables control characters are shown as escapes.
+Exact decimals become whole numbers or doubles. In tables, and in CSV on a
+terminal, control characters are shown as escapes.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def print_answer(answer: pa.Table) -> None:
         tables.out.print(table)
     if len(cells) < len(answer):
         left_out = f"{len(cells)} of {len(answer)} rows; all: --csv, --json or --parquet FILE"
-        tables.out.print(left_out, markup=False, soft_wrap=True)
+        tables.out.print(left_out, soft_wrap=True)
     else:
         tables.out.print("1 row" if len(answer) == 1 else f"{len(answer)} rows")
 
@@ -73,9 +74,13 @@ def _print_records(names: list[str], rows: list[list[str]]) -> None:
 
 
 def print_csv(answer: pa.Table) -> None:
-    """All rows as CSV with a header; null is empty."""
+    """All rows as CSV with a header; null is empty.
+
+    Texts that a spreadsheet would take for a formula begin with an apostrophe; on a terminal,
+    control characters but line feeds and tabs are escapes.
+    """
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(answer.column_names)
+    writer.writerow(map(_csv_value, answer.column_names))
     for row in _rows(answer):
         writer.writerow([_csv_value(plain(value)) for value in row])
 
@@ -154,6 +159,10 @@ def _rows(answer: pa.Table) -> Iterator[tuple[Any, ...]]:
 def _csv_value(value: Any) -> Any:
     if isinstance(value, dict | list):
         return json.dumps(tables.finite(value))
+    if isinstance(value, str):
+        quoted = value.startswith(("=", "+", "-", "@", "\t", "\r"))
+        shown = tables.visible(value, but="\n\t") if sys.stdout.isatty() else value
+        return "'" * quoted + shown
     return str(value).lower() if isinstance(value, bool) else value
 
 

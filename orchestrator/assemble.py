@@ -28,6 +28,7 @@ from typing import Any
 from upath import UPath
 
 from lestd_kernels.decomposition import FORMAT_VERSION
+from lestd_kernels.entries import groups_sha256
 from lestd_kernels.errors import LestdError
 from orchestrator.binding import require_same
 from orchestrator.card import CARD_FILE, model_card
@@ -294,11 +295,13 @@ def compressed_config(
     config_json: dict[str, Any], rows: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """config.json of the compressed model: the source's, and how each group is stored."""
+    groups = [json.loads(row["format"]) for row in rows]
     return config_json | {
         "quantization_config": {
             "quant_method": "lestd",
             "format_version": FORMAT_VERSION,
-            "groups": [json.loads(row["format"]) for row in rows],
+            "groups": groups,
+            "groups_sha256": groups_sha256(groups),
         }
     }
 

@@ -273,14 +273,12 @@ def print_audit(found: dict[str, Any]) -> None:
     """Print the tables; a sentence for each scope at last."""
     for section in sections(found):
         tables.print_table(section.title, section.columns, section.rows)
-        tables.out.print(section.note, markup=False, soft_wrap=True)
+        tables.out.print(section.note, soft_wrap=True)
         tables.out.print()
     for scope in found["scopes"]:
         sharing = scope["verdict"]["sharing"]
         told = f" (subspace {sharing}, margin {scope['verdict']['margin']:.2f})" if sharing else ""
-        tables.out.print(
-            f"{scope['scope']}: {scope['verdict']['text']}{told}", markup=False, soft_wrap=True
-        )
+        tables.out.print(f"{scope['scope']}: {scope['verdict']['text']}{told}", soft_wrap=True)
 
 
 def markdown(found: dict[str, Any]) -> str:

@@ -243,7 +243,7 @@ def verify(out: Out, run_dir: RunDir = None, json: Json = False) -> None:
         tables.print_json(asdict(result))
     else:
         for problem in result.problems:
-            tables.out.print(problem, style="red", markup=False, soft_wrap=True)
+            tables.out.print(problem, style="red", soft_wrap=True)
         tables.out.print(
             f"{result.checked} payloads and shards checked; problems: {len(result.problems)}"
         )

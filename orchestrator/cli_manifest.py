@@ -83,7 +83,7 @@ def query(
         known = named_queries()
         width = max(map(len, known))
         for one in known.values():
-            tables.out.print(f"{one.name:{width}}  {one.summary}", markup=False, soft_wrap=True)
+            tables.out.print(f"{one.name:{width}}  {one.summary}", soft_wrap=True)
         return
     places, sql = _asked(arguments or [], name)
 
@@ -106,7 +106,7 @@ def query(
             answers.print_json(answer)
         elif parquet is not None:
             answers.write_parquet(answer, parquet)
-            tables.out.print(f"{parquet}: {len(answer)} rows", markup=False, soft_wrap=True)
+            tables.out.print(f"{parquet}: {len(answer)} rows", soft_wrap=True)
         else:
             answers.print_answer(answer)
 
@@ -206,7 +206,7 @@ def compact(out: Out, run_dir: RunDir = None) -> None:
     for bad in damaged:
         logs.damaged(bad.path, bad.reason)
     said = f"{gone} files were put together" if gone else "there was nothing to put together"
-    tables.out.print(f"{place}: {said}", markup=False, soft_wrap=True)
+    tables.out.print(f"{place}: {said}", soft_wrap=True)
     if damaged:
         stay = "file stays where it is" if len(damaged) == 1 else "files stay where they are"
         tables.out.print(f"{len(damaged)} damaged {stay}: {logs.REPAIR}", soft_wrap=True)

@@ -24,7 +24,7 @@ from orchestrator.config import RunConfig
 from orchestrator.contenders import Contender
 from orchestrator.curve import Point
 from orchestrator.executor import Executor
-from orchestrator.grams import CALIBRATION_DIR, Calibration, calibrate_for, remove_calibration
+from orchestrator.grams import CALIBRATION_DIR, CALIBRATION_FILE, Calibration, calibrate_for
 from orchestrator.json_files import read_json, write_json
 from orchestrator.meter import Meter
 from orchestrator.pipeline import Outcome, device_of
@@ -36,7 +36,7 @@ from orchestrator.sweep import compress_keeps, model_dir, sweep_points
 from orchestrator.texts import require_usable
 from orchestrator.weight_errors import WeightErrors, weight_errors
 from workers.bench import BenchSettings
-from workers.building import make_own_directory
+from workers.building import empty_own_directory, make_own_directory
 from workers.checkpoint import ShardIndex
 
 _STAGES = "seconds_"
@@ -132,7 +132,7 @@ def compress_contenders(
     if first.calibrate_on is not None:
         if fresh:
             require_usable(source, first, executor)
-            remove_calibration(out / CALIBRATION_DIR)
+            empty_own_directory(out / CALIBRATION_DIR, CALIBRATION_FILE)
         with Meter("calibrate", "bytes") as meter:
             calibration = calibrate_for(
                 [planned.task for planned in make_plan(source, first).tasks],

@@ -47,7 +47,7 @@ def print_rows(
     columns, body = _cells(rows, "\n")
     tables.print_table(rows[0].point.model, [c.replace(" ", "\n", 1) for c in columns], body)
     for line in (*_NOTES, *_notes(rows, missing)):
-        tables.out.print(line, markup=False, soft_wrap=True)
+        tables.out.print(line, soft_wrap=True)
     for name in ("table", "plot"):
         if asked.get(name) is not None:
             tables.out.print(f"{name} {asked[name]}", soft_wrap=True)

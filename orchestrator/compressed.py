@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from lestd_kernels.codecs import TensorSpec
 from lestd_kernels.decomposition import QUANT_METHOD
 from lestd_kernels.errors import LestdError, first_line
 from lestd_kernels.kinds import KINDS
-from lestd_kernels.tensorize import BasisSide, GroupLayout, dense_tensors
+from lestd_kernels.tensorize import GroupLayout, dense_tensors
 from orchestrator.assemble import about_model
 from orchestrator.manifest import payload_problem
 from orchestrator.source import CONFIG_FILE, check_pointers, read_config_json
@@ -161,34 +161,22 @@ def open_compressed(directory: Path) -> CompressedModel:
             f"{directory} is not a model compressed by lestd: its {CONFIG_FILE} has {found}, "
             f"expected quant_method {QUANT_METHOD!r}; give the directory that lestd compress wrote"
         )
-    entries = LestdConfig.from_dict(dict(quantization or {})).groups
-    if not isinstance(entries, list) or not entries:
-        raise LestdError(
-            f"{directory / CONFIG_FILE}: quantization_config names no groups; {_COPY_AGAIN}"
-        )
+    try:
+        entries = LestdConfig.from_dict(dict(quantization or {})).groups
+    except LestdError as error:  # Which begins with the name of the file.
+        raise LestdError(f"{directory}/{error}") from error
     index = ShardIndex.from_directory(directory)
-    groups = (_open_group(number, entry, index) for number, entry in enumerate(entries))
+    groups = (_open_group(entry, index) for entry in entries)
     return CompressedModel(directory, config_json, index, tuple(groups))
 
 
-def _open_group(number: int, entry: Any, index: ShardIndex) -> CompressedGroup:
-    try:
-        if entry["kind"] not in KINDS:
-            raise ValueError(f"unknown kind {entry['kind']!r}")
-        sides = {module["basis_side"] for module in entry["modules"].values()}
-        if not sides <= set(get_args(BasisSide)):
-            raise ValueError(f"unknown basis_side in {sorted(sides)}")
-        specs_of = KINDS[entry["kind"]].stored_specs
-        if "stored_path" in entry:
-            path, stored = entry["path"], entry["stored_path"]
-            entry = _with_paths(entry, lambda one: stored + one.removeprefix(path))
-        entry = _as_on_disk(entry, next(iter(specs_of(entry))), index.tensors)
-        return _find_tensors(entry, specs_of(entry), index)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise LestdError(
-            f"{index.location}/{CONFIG_FILE}: quantization_config.groups[{number}] cannot be read "
-            f"({type(error).__name__}: {error}); upgrade lestd, or {_COPY_AGAIN}"
-        ) from error
+def _open_group(entry: dict[str, Any], index: ShardIndex) -> CompressedGroup:
+    specs_of = KINDS[entry["kind"]].stored_specs
+    if "stored_path" in entry:
+        path, stored = entry["path"], entry["stored_path"]
+        entry = _with_paths(entry, lambda one: stored + one.removeprefix(path))
+    entry = _as_on_disk(entry, next(iter(specs_of(entry))), index.tensors)
+    return _find_tensors(entry, specs_of(entry), index)
 
 
 def _as_on_disk(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from rich.markup import escape
+from rich.text import Text
 
 from orchestrator import logs, tables
 from orchestrator.diff import WALL_TIME, WORKERS, Row, by_difference
@@ -22,7 +22,7 @@ def print_diff(found: Row, every_layer: bool) -> None:
         for bad in found[side]["damaged"]:
             logs.damaged(bad["path"], bad["reason"])
     for side in ("before", "after"):
-        tables.out.print(f"{side:6}  {_about(found[side])}", markup=False, soft_wrap=True)
+        tables.out.print(f"{side:6}  {_about(found[side])}", soft_wrap=True)
     if found["identical"]:
         stored = next(f["after"] for f in found["bytes"] if f["what"] == "weights in scope, stored")
         tables.out.print(
@@ -52,7 +52,6 @@ def _print_one_sided(found: Row) -> None:
             more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
             tables.out.print(
                 f"only {side}: {', '.join(names[:_SHOWN_NAMES])}{more}",
-                markup=False,
                 soft_wrap=True,
             )
     if found["only_before"] or found["only_after"]:
@@ -64,10 +63,7 @@ def _print_one_sided(found: Row) -> None:
 
 
 def _print_configuration(entries: Sequence[Row]) -> None:
-    rows = [
-        [escape(text) for text in (one["what"], _plain(one["before"]), _plain(one["after"]))]
-        for one in entries
-    ]
+    rows = [[one["what"], _plain(one["before"]), _plain(one["after"])] for one in entries]
     if rows:
         tables.print_table("configuration", ("", "before", "after"), rows)
 
@@ -82,7 +78,7 @@ def _print_figures(title: str, figures: Sequence[Row]) -> None:
     if any(figure["before"] != figure["after"] for figure in figures):
         rows = [
             (
-                escape(figure["what"]),
+                figure["what"],
                 *(_figure(figure[side], figure["unit"]) for side in ("before", "after")),
                 *_change(figure, figure["unit"], None if figure["what"] == WORKERS else False),
             )
@@ -112,17 +108,17 @@ def _figure(value: float | None, unit: str) -> str:
     return f"{value:,}" if unit == "count" else f"{value:.4f}"
 
 
-def _change(pair: Row, unit: str, higher_is_better: bool | None) -> tuple[str, str]:
+def _change(pair: Row, unit: str, higher_is_better: bool | None) -> tuple[Text, Text]:
     """The change with its sign, and in percent, in the color of what it means."""
     change, ratio = pair["change"], pair["ratio"]
     if not change:
-        return ("" if change is None else "=", "")
+        return Text("" if change is None else "="), Text()
     text = ("-" if change < 0 else "+") + _figure(abs(change), unit)
     percent = "" if ratio is None else f"{ratio - 1:+.2%}"
     if higher_is_better is None:
-        return text, percent
+        return Text(text), Text(percent)
     color = _BETTER if (change > 0) == higher_is_better else _WORSE
-    return f"[{color}]{text}[/]", percent and f"[{color}]{percent}[/]"
+    return Text(text, color), Text(percent, color)
 
 
 def _print_quality(metrics: Sequence[Row]) -> None:
@@ -134,7 +130,7 @@ def _print_quality(metrics: Sequence[Row]) -> None:
         name = one["metric"] + (f", {one['filter']}" if one["filter"] not in (None, "none") else "")
         shots = "" if one["fewshot"] is None else str(one["fewshot"])
         sides = (_figure(one[side], "") for side in ("before", "after"))
-        rows.append((escape(one["task"]), escape(name), shots, *sides, change, percent))
+        rows.append((one["task"], name, shots, *sides, change, percent))
     if rows and any(one["change"] for one in metrics):
         columns = ("quality", "metric", "shots", "before", "after", "change", "%")
         tables.print_table("quality, where both were measured alike", columns, rows)
@@ -150,7 +146,7 @@ def _print_layers(layers: Sequence[Row], every_layer: bool) -> None:
     rows = []
     for one in shown:
         stored, error = one["stored_bytes"], one["relative_error"]
-        cells = [
+        cells: list[str | Text] = [
             str(one["layer"]),
             _figure(stored["after"], "bytes"),
             _change(stored, "bytes", higher_is_better=False)[1],
@@ -180,8 +176,8 @@ def _sides(before: str, after: str) -> str:
     return after if before == after else f"{before} → {after}"
 
 
-def _bar(change: float, largest: float) -> str:
+def _bar(change: float, largest: float) -> Text:
     """As much of a bar is full as the change is of the largest one."""
     length = round(_BAR * abs(change) / largest) if largest else 0
     color = _WORSE if change > 0 else _BETTER
-    return f"[{color}]{'█' * length}[/][dim]{'░' * (_BAR - length)}[/]"
+    return Text.assemble(("█" * length, color), ("░" * (_BAR - length), "dim"))

@@ -42,7 +42,7 @@ from orchestrator.rows import TEMPORARY
 from orchestrator.source import Source
 from orchestrator.tables import size
 from orchestrator.texts import Samples, samples_of
-from workers.building import make_own_directory, require_removable
+from workers.building import make_own_directory
 from workers.calibrate import (
     PIECES_DIR,
     Calibrated,
@@ -65,11 +65,12 @@ TaskT = TypeVar("TaskT", bound=Task)
 
 CALIBRATION_DIR = "calibration"
 """Its name in a run directory."""
+CALIBRATION_FILE = "calibration.json"
+"""In it: what it is of. A directory without it is no calibration."""
 
 # A constant: who adds up in which order decides the last bit, and each piece has Gram matrices of
 # its own on disk until its layer is done.
 _PIECES = 8
-_ABOUT_FILE = "calibration.json"
 
 
 @dataclass(frozen=True)
@@ -230,8 +231,8 @@ def calibrate(
 def _begin(directory: AnyPath, about: dict[str, Any]) -> None:
     """Make the directory, or see that it is of the same model, text and software."""
     about = json.loads(json.dumps(about))
-    if is_file(directory / _ABOUT_FILE):
-        recorded = read_json(directory / _ABOUT_FILE)
+    if is_file(directory / CALIBRATION_FILE):
+        recorded = read_json(directory / CALIBRATION_FILE)
         if holds_work(directory, directory / PIECES_DIR):
             if changes := differences(recorded, about):
                 raise LestdError(
@@ -242,31 +243,13 @@ def _begin(directory: AnyPath, about: dict[str, Any]) -> None:
             return
         if not starts_over(recorded, about, f"the calibration that was begun in {directory}"):
             return
-    else:
-        _require_ours(directory)
-    make_directory(directory)
-    write_json(directory / _ABOUT_FILE, about)
-
-
-def _require_ours(directory: AnyPath) -> None:
-    names = [name for name in list_names(directory) if not name.startswith(TEMPORARY)]
-    if names and _ABOUT_FILE not in names:
+    elif names := [name for name in list_names(directory) if not name.startswith(TEMPORARY)]:
         raise LestdError(
-            f"{directory} is not empty and holds {names[0]}, but no {_ABOUT_FILE}; choose another "
-            "directory"
+            f"{directory} is not empty and holds {names[0]}, but no {CALIBRATION_FILE}; choose "
+            "another directory"
         )
-
-
-def remove_calibration(directory: Path) -> None:
-    """Delete what is in the directory of a calibration, calibration.json last.
-
-    Raises:
-        LestdError: it is another's, or write-protected.
-    """
-    _require_ours(directory)
-    require_removable(directory)
-    for name in sorted(list_names(directory), key=lambda name: name == _ABOUT_FILE):
-        remove_tree(directory / name)
+    make_directory(directory)
+    write_json(directory / CALIBRATION_FILE, about)
 
 
 def _items(

@@ -41,7 +41,7 @@ class _TextHandler(logging.Handler):
         prefix = "error: " if event == "error" else ""
         style = "red" if record.levelno >= logging.ERROR else None
         text = prefix + record.getMessage()
-        tables.err.print(text, style=style, markup=False, soft_wrap=True)
+        tables.err.print(text, style=style, soft_wrap=True)
 
 
 class _JsonFormatter(logging.Formatter):

@@ -301,4 +301,4 @@ class _Shown(ProgressColumn):
         self._text = text
 
     def render(self, task: BarTask) -> Text:
-        return Text(self._text(), no_wrap=True, overflow="ellipsis")
+        return Text(tables.visible(self._text()), no_wrap=True, overflow="ellipsis")

@@ -8,6 +8,10 @@ OUT.run/          on a disk or in an object store
     manifest/     see orchestrator.manifest
     untouched/    see orchestrator.untouched; there while a model is put together
     calibration/  see orchestrator.grams; of a run in the metric of activations
+
+The directory, and those above it, may be links, say to a scratch disk: what is deleted lies in it
+and belongs to a run by its run.json. What is in it may not be links. OUT, which is renamed into
+place, may not be one either, but those above it may.
 """
 
 from __future__ import annotations
@@ -325,6 +329,7 @@ def compact(path: AnyPath) -> tuple[int, list[Damaged]]:
     """
     for run in map(RunDirectory, (path, default_run_dir(path))):
         if run.exists:
+            run.check_usable()
             with run.locked() as check:
                 return run.manifest.compact(check), run.manifest.damaged()
     return 0, Manifest(path).damaged()

@@ -308,4 +308,11 @@ def load_config(directory: Path, index: ShardIndex | None = None) -> PretrainedC
             "use the config.json that belongs to the weights"
         ) from error
     assert isinstance(config, PretrainedConfig)
+    quantization = getattr(config, "quantization_config", None)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if quantization is not None and not isinstance(method, str):
+        raise LestdError(
+            f"{directory / CONFIG_FILE} has a quantization_config without the name of a "
+            "quant_method; copy the model again from where it was made"
+        )
     return config

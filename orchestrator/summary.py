@@ -255,7 +255,6 @@ def print_outcome(
         tables.out.print(
             "from_pretrained loads from a disk: copy the directory there first, for example with "
             f"`{_COPY_COMMANDS[out.protocol].format(out)}`",
-            markup=False,
             soft_wrap=True,
         )
     if is_directory(run_dir):

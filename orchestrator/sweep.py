@@ -26,7 +26,7 @@ from orchestrator.curve import Point, Quality, text_qualities
 from orchestrator.evaluated import evaluate_models
 from orchestrator.evaluation import open_model
 from orchestrator.executor import Executor
-from orchestrator.grams import CALIBRATION_DIR, calibrate_for, remove_calibration
+from orchestrator.grams import CALIBRATION_DIR, CALIBRATION_FILE, calibrate_for
 from orchestrator.manifest import MANIFEST_DIR, Manifest, default_run_dir
 from orchestrator.meter import Meter
 from orchestrator.perplexity import read_tokens
@@ -37,6 +37,7 @@ from orchestrator.recording import open_models, record
 from orchestrator.rundir import RunDirectory
 from orchestrator.source import Source
 from orchestrator.texts import require_usable
+from workers.building import empty_own_directory
 from workers.checkpoint import ShardIndex
 
 if TYPE_CHECKING:  # It imports lm_eval.
@@ -100,7 +101,7 @@ def compress_keeps(
         begun = RunDirectory(default_run_dir(model_dir(out, keep)))
         if fresh and not shared:
             require_usable(source, config, executor)
-            remove_calibration(calibration)
+            empty_own_directory(calibration, CALIBRATION_FILE)
         with Meter("calibrate", "bytes") as meter:
             calibrate_for(
                 [planned.task for planned in plans[0].tasks],

@@ -14,12 +14,29 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 # Piped output has no width of its own; a table must not be cut because of that.
 _PIPED_WIDTH = 160
 
-out = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False)
-err = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPED_WIDTH, highlight=False)
+
+class _Console(Console):
+    """Shows every text as it is: without markup, and control characters as escapes.
+
+    Names of tensors, values of a manifest and what libraries say are anybody's: they must not
+    steer the terminal.
+    """
+
+    def __init__(self, is_terminal: bool, *, stderr: bool = False) -> None:
+        width = None if is_terminal else _PIPED_WIDTH
+        super().__init__(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text, but="\n"), **options)
+
+
+out = _Console(sys.stdout.isatty())
+err = _Console(sys.stderr.isatty(), stderr=True)
 
 
 def size(count: float) -> str:
@@ -36,10 +53,11 @@ def print_json(value: Any) -> None:
     print(json.dumps(finite(value), indent=2))
 
 
-def visible(text: str) -> str:
-    """The text with its control characters as escapes: data must not steer the terminal."""
+def visible(text: str, but: str = "") -> str:
+    """The text with its control characters as escapes, but some."""
     return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+        char if char.isprintable() or char in but else char.encode("unicode_escape").decode()
+        for char in text
     )
 
 
@@ -54,7 +72,7 @@ def finite(value: Any) -> Any:
     return value
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
     """Print a title, and a table whose first column stands left and whose others stand right."""
     result = Table()
     for number, column in enumerate(columns):
@@ -62,7 +80,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     for row in rows:
         result.add_row(*row)
     # Not as the table's own title: that would be wrapped to the table's width.
-    out.print(title, style="bold", markup=False, soft_wrap=True)
+    out.print(title, style="bold", soft_wrap=True)
     out.print(result)
 
 

@@ -6,6 +6,7 @@ does not show: aliases, of which a few lines expand to more than any memory, and
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -21,7 +22,7 @@ class _Texts(yaml.BaseLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=mark)
         return super().compose_node(parent, index)
 
@@ -38,6 +39,12 @@ class _Texts(yaml.BaseLoader):
 
 class _Typed(_Texts, yaml.SafeLoader):
     """Numbers, booleans, dates, ... and nothing that runs code."""
+
+
+# PyYAML's numbers with an exponent need a point and a sign.
+_Typed.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), "-+0123456789"
+)
 
 
 def parse_yaml(text: str, *, texts: bool = False) -> Any:

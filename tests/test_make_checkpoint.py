@@ -277,8 +277,10 @@ def test_an_interruption_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         make_checkpoint(make_config("tiny"), tmp_path / "made", progress=interrupt)
     assert not list(tmp_path.iterdir())
-    (tmp_path / ".made.making").mkdir()  # What a killed run leaves.
-    (tmp_path / ".made.making" / "model-00001-of-00009.safetensors").touch()
+    new = tmp_path / ".made.making" / "new"  # What a killed run leaves.
+    new.mkdir(parents=True)
+    (new.parent / ".lestd").touch()
+    (new / "model-00001-of-00009.safetensors").touch()
     make_checkpoint(make_config("tiny"), tmp_path / "made")
     assert len(list((tmp_path / "made").glob("*.safetensors"))) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["made"]

@@ -24,7 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lestd_kernels.errors import LestdError
-from workers.files import AnyPath, fsync_directory, make_directory, remove_tree, try_lock
+from workers.files import (
+    AnyPath,
+    fsync_directory,
+    list_names,
+    make_directory,
+    remove_tree,
+    try_lock,
+)
 
 MARKER = ".lestd"
 # What open(2) says of a link, and of what is no directory or no file.
@@ -67,6 +74,23 @@ def is_same(handle: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(handle), path.lstat())
     except FileNotFoundError:
         return False
+
+
+def empty_own_directory(directory: Path, marker: str) -> None:
+    """Delete what is in a directory of ours, and last the file that says so.
+
+    Raises:
+        LestdError: it has no such file, or is write-protected.
+    """
+    names = list_names(directory)
+    if names and marker not in names:
+        raise LestdError(
+            f"{directory} holds {names[0]}, but no {marker}, and is not lestd's to delete; move it "
+            "away, and run the same command again"
+        )
+    require_removable(directory)
+    for name in sorted(names, key=lambda name: name == marker):
+        remove_tree(directory / name)
 
 
 @contextmanager
@@ -166,8 +190,6 @@ class Building:
                 require_removable(self.out)
                 self.out.rename(self._old)
             self.new.rename(self.out)
-            if self._old.exists():
-                self._old.rename(self._removed)
             fsync_directory(self.out.parent)
         except OSError as error:
             raise self._unchanged(error) from error
@@ -196,7 +218,9 @@ class Building:
         Raises:
             LestdError: it cannot get its name back.
         """
-        if self._old.exists() and is_free(self.out):
+        if self._old.exists() and not is_free(self.out):
+            self._old.rename(self._removed)  # Deleted in part, it is never to be OUT again.
+        if self._old.exists():
             try:
                 self._old.rename(self.out)
             except OSError as error:
