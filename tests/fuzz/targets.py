@@ -211,9 +211,9 @@ SHARDS = ("out/lestd-*.safetensors",)
 groups = partial(json_file, part="quantization_config")
 
 TARGETS = [
-    Target("headers", "checkpoint", ("dense/*.safetensors",), (plan, compress)),
-    Target("indices", "checkpoint", ("dense/*.index.json",), (plan, compress)),
-    Target("configs", "checkpoint", ("dense/config.json",), (plan, compress)),
+    Target("headers", "checkpoint", ("dense/*.safetensors",), (plan, plan, compress)),
+    Target("indices", "checkpoint", ("dense/*.index.json",), (plan, plan, compress)),
+    Target("configs", "checkpoint", ("dense/config.json",), (plan, plan, compress)),
     Target("side-files", "checkpoint", ("dense/[gt]*.json",), (compress,)),
     Target("cards", "checkpoint", ("dense/README.md",), (compress,)),
     Target("run-files", "checkpoint", ("run.yaml",), (plan,)),
