@@ -39,6 +39,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lestd_kernels.building import build_groups
 from lestd_kernels.decomposition import FORMAT_VERSION, QUANT_METHOD
+from lestd_kernels.entries import guard_specs
 from lestd_kernels.entry_schema import check_groups
 from lestd_kernels.errors import LestdError
 from lestd_kernels.experts import GUARD_NAME
@@ -109,7 +110,7 @@ class LestdQuantizer(HfQuantizer):
     ) -> None:
         build_groups(model, self.quantization_config.groups)
         if checkpoint_files is not None:
-            _check_headers(model, checkpoint_files)
+            _check_headers(model, self.quantization_config.groups, checkpoint_files)
             _expect_adapter(Path(checkpoint_files[0]).parent)
 
     def update_weight_conversions(
@@ -168,7 +169,9 @@ def register() -> None:
         register_quantizer(QUANT_METHOD)(LestdQuantizer)
 
 
-def _check_headers(model: PreTrainedModel, checkpoint_files: Sequence[str]) -> None:
+def _check_headers(
+    model: PreTrainedModel, groups: Sequence[dict[str, Any]], checkpoint_files: Sequence[str]
+) -> None:
     """Refuse a checkpoint that lacks a tensor, or has another in its place.
 
     Transformers would only warn of the first, and make one up; and change the dtype of the second.
@@ -183,23 +186,28 @@ def _check_headers(model: PreTrainedModel, checkpoint_files: Sequence[str]) -> N
                 stored = shard.get_slice(name)
                 known = file, stored.get_shape(), stored.get_dtype()
                 present[apply_renamings(name, renamings).removeprefix(prefix)] = known
-    for path, module in model.named_modules():
-        if not isinstance(module, MODULES):
-            continue
-        for name, tensor in module.state_dict().items():
-            found = present.get(f"{path}.{name}".removeprefix(prefix))
-            if found is None:
-                raise LestdError(
-                    f"{checkpoint_files[0]}: neither this file nor the model's other shards hold "
-                    f"the tensor {path}.{name}: {_COPY_AGAIN}."
-                )
-            file, shape, dtype = found
-            expected = _VALUES if tensor.is_floating_point() else (_INDICES[tensor.dtype],)
-            if shape != list(tensor.shape) or dtype not in expected:
-                raise LestdError(
-                    f"{file}: the tensor {path}.{name} is {dtype} {shape}, expected "
-                    f"{' or '.join(expected)} {list(tensor.shape)}: {_COPY_AGAIN}."
-                )
+    wanted = {
+        f"{path}.{name}": (tensor.shape, tensor.dtype)
+        for path, module in model.named_modules()
+        if isinstance(module, MODULES)
+        for name, tensor in module.state_dict().items()
+    }
+    for entry in groups:
+        wanted |= guard_specs(entry)
+    for name, (shape, dtype) in wanted.items():
+        found = present.get(name.removeprefix(prefix))
+        if found is None:
+            raise LestdError(
+                f"{checkpoint_files[0]}: neither this file nor the model's other shards hold "
+                f"the tensor {name}: {_COPY_AGAIN}."
+            )
+        file, found_shape, found_dtype = found
+        expected = _VALUES if dtype.is_floating_point else (_INDICES[dtype],)
+        if found_shape != list(shape) or found_dtype not in expected:
+            raise LestdError(
+                f"{file}: the tensor {name} is {found_dtype} {found_shape}, expected "
+                f"{' or '.join(expected)} {list(shape)}: {_COPY_AGAIN}."
+            )
 
 
 def _expect_adapter(directory: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import conftest  # noqa: F401  (the environment of the tests)
 from driver import ROOT, Figures, Fuzzer, Target
 from regressions import REGRESSIONS
-from targets import BASES, TARGETS
+from targets import BASES, TARGETS, preload
 
 ROUND = 20
 """Inputs of a target, before it is the next one's turn."""
@@ -33,6 +33,7 @@ def main() -> int:
         rounds = _fixed(chosen, options.inputs)
     else:
         rounds = _timed(chosen, time.monotonic() + 60 * options.minutes)
+    preload()
     figures: dict[str, Figures] = defaultdict(Figures)
     with tempfile.TemporaryDirectory(prefix="lestd-fuzz-") as scratch:
         fuzzer = Fuzzer(Path(scratch) / "bases", Path(scratch) / "run", ROOT / ".fuzz-findings")

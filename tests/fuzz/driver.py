@@ -138,27 +138,38 @@ class Fuzzer:
                 self._save(target, seed, key, text)
         return len(results)
 
-    def place(self, target: Target, seed: str) -> tuple[Path, Path, Probe]:
-        """The damaged directory of an input, its damaged file, and what is done with it."""
+    def draw(self, target: Target, seed: str) -> tuple[Path, Path, Probe, str]:
+        """An input: the directory, the damaged file in it, the probe, what a sound one answers."""
         rng = random.Random(f"{target.name} {seed}")
+        probe = rng.choice(target.probes)
+        sound = self._sound(target.base, probe)
+        place = self._copy(target.base)
+        files = sorted({path for victim in target.victims for path in place.glob(victim)})
+        victim = rng.choice(files)
+        target.damage(victim, rng)
+        return place, victim, probe, sound
+
+    def _copy(self, base: str) -> Path:
         place = self.scratch / "place"
         shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(self.bases / target.base, place)
-        files = sorted({path for victim in target.victims for path in place.glob(victim)})
-        victim, probe = rng.choice(files), rng.choice(target.probes)
-        target.damage(victim, rng)
-        return place, victim, probe
+        shutil.copytree(self.bases / base, place)
+        return place
+
+    def _sound(self, base: str, probe: Probe) -> str:
+        """The answer that the valid directory gets."""
+        known = self.bases / f"{base}.{probe.__name__}"
+        if not known.exists():
+            place = self._copy(base)
+            known.write_text(probe(place).replace(str(place), "PLACE"))
+        return known.read_text()
 
     def _one(self, target: Target, seed: str) -> tuple[str, str, str]:
-        place, victim, probe = self.place(target, seed)
+        place, victim, probe, sound = self.draw(target, seed)
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         signal.alarm(BLOCKED_SECONDS)
         try:
             answer = probe(place).replace(str(place), "PLACE")
-            sound = self.bases / f"{target.base}.answer-{probe.__name__}"
-            if not sound.exists():
-                sound.write_text(answer)
-            return ("equal" if answer == sound.read_text() else "other"), "", ""
+            return ("equal" if answer == sound else "other"), "", ""
         except RefusedError:
             return "refused", "", ""
         except BaseException as error:
@@ -179,7 +190,7 @@ class Fuzzer:
             f"{target.name} {seed}\n{key}\n{text}", errors="replace"
         )
         try:
-            _, victim, _ = self.place(target, seed)
+            _, victim, _, _ = self.draw(target, seed)
             if victim.is_file() and not victim.is_symlink():
                 shutil.copy(victim, directory)
         except Exception as error:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
+import pkgutil
+import random
 import re
 import shutil
 from collections.abc import Callable
@@ -16,15 +19,17 @@ import yaml
 from cli import digest_tree
 from damage import json_file, tensors
 from driver import Probe, RefusedError, Target, WrongError
-from families import save_tiny
+from families import CONFIGS, save_tiny
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-import lestd_kernels  # noqa: F401  (registers the format)
+import lestd_kernels
+import orchestrator
+import workers
 from lestd_kernels.errors import LestdError
 from orchestrator.cli import app
 
@@ -42,6 +47,16 @@ RUN = {
     "max_flops": 2.0,
 }
 CLUSTER = {"executor": "ray", "workers": 2, "max_attempts": 3, "task_timeout": 60.0}
+
+
+def preload() -> None:
+    """Import all that the commands import, once for all processes that are forked then."""
+    for package in (orchestrator, workers, lestd_kernels):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not module.name.endswith("__main__"):
+                importlib.import_module(module.name)
+    for config in CONFIGS.values():
+        assert MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def lestd(*args: str) -> str:
@@ -208,7 +223,15 @@ evaluate = command(
 
 READERS = (status, verify, report, query, events, diff, compact)
 SHARDS = ("out/lestd-*.safetensors",)
-groups = partial(json_file, part="quantization_config")
+
+
+def groups(path: Path, rng: random.Random) -> None:
+    """The quantization_config of a model that is still ours."""
+    json_file(path, rng, part="quantization_config")
+    config = json.loads(path.read_text())
+    config["quantization_config"]["quant_method"] = "lestd"
+    path.write_text(json.dumps(config))
+
 
 TARGETS = [
     Target("headers", "checkpoint", ("dense/*.safetensors",), (plan, plan, compress)),
