@@ -230,10 +230,14 @@ def _convert_shard(path: Path, bin_name: str, weight_map: dict[str, str], shard:
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of one pickled shard, memory-mapped where its format allows it."""
+    records: set[int] | None = None
     try:
         # Files older than PyTorch 1.6 are not zip archives and cannot be mapped.
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                records = {info.file_size for info in archive.infolist()}
         content: Any = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            path, map_location="cpu", weights_only=True, mmap=records is not None
         )
     except pickle.UnpicklingError as error:
         raise LestdError(
@@ -255,7 +259,7 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
                 f"{path} holds a {type(tensor).__name__} under {name!r}; expected only tensors "
                 "under their names"
             )
-        if why := _not_plain(name, tensor):
+        if why := _not_plain(name, tensor, records):
             raise LestdError(
                 f"tensor {name!r} in {path} {why}, which safetensors cannot hold; expected a dense "
                 "tensor of a plain dtype with every element in the file"
@@ -263,8 +267,14 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     return {name: tensor.resolve_conj().resolve_neg() for name, tensor in content.items()}
 
 
-def _not_plain(name: str, tensor: Tensor) -> str | None:
-    """Why a tensor has no bytes of its own to be written; None if it has."""
+def _not_plain(name: str, tensor: Tensor, records: set[int] | None) -> str | None:
+    """Why a tensor has no bytes of its own to be written; None if it has.
+
+    Args:
+        name: its name.
+        tensor: the tensor.
+        records: bytes of the records of the archive that it is mapped from, if it is.
+    """
     # A nested tensor is strided by its layout.
     if tensor.is_nested or tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES:
         return f"is {'nested' if tensor.is_nested else tensor.layout} of {tensor.dtype}"
@@ -273,6 +283,9 @@ def _not_plain(name: str, tensor: Tensor) -> str | None:
     # Expanded by strides of 0: a few bytes that would be written as any number.
     if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
         return f"has the shape {list(tensor.shape)}, and fewer elements than that"
+    # PyTorch compares the two where it reads a record, but not where it maps the file.
+    if records is not None and tensor.untyped_storage().nbytes() not in records:
+        return f"claims {tensor.untyped_storage().nbytes()} bytes, as no record of the file has"
     if not name.isprintable() or name == "__metadata__":
         return "has a name that no tensor may have"
     return None

@@ -9,6 +9,7 @@ import os
 import pkgutil
 import random
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -84,15 +85,15 @@ def lestd(*args: str) -> str:
     return result.stdout
 
 
-def command(name: str, *args: str) -> Probe:
-    """A probe that runs a command; PLACE in its arguments is the directory."""
+def command(line: str) -> Probe:
+    """A probe that runs a command; PLACE in its line is the directory."""
 
     def probe(place: Path) -> str:
         report = place / "report.md"
-        printed = lestd(*(arg.replace("PLACE", str(place)) for arg in args))
+        printed = lestd(*(arg.replace("PLACE", str(place)) for arg in shlex.split(line)))
         return printed + (report.read_text() if report.exists() else "")
 
-    probe.__name__ = name
+    probe.__name__ = re.sub(r"\W+", "-", line)
     return probe
 
 
@@ -104,8 +105,8 @@ def compress(place: Path) -> str:
     out = place / "out"
     if out.exists():
         shutil.rmtree(out)
-    args = json.loads((place / "args.json").read_text())
-    lestd("compress", str(place / "dense"), "--out", str(out), "--executor", "serial", *args)
+    options = (place / "options").read_text().split()
+    lestd("compress", str(place / "dense"), "--out", str(out), "--executor", "serial", *options)
     try:
         lestd("verify", str(out))
     except RefusedError as error:
@@ -158,7 +159,7 @@ def _logits(out: Path) -> list[torch.Tensor]:
         return [model(TOKENS[:, :count]).logits for count in (7, 7, 1)]
 
 
-def make_checkpoint(place: Path, family: str, args: tuple[str, ...]) -> None:
+def make_checkpoint(place: Path, family: str, options: str) -> None:
     """A dense model with a tokenizer and a card, and the files of configuration for it."""
     dense = save_tiny(family, place / "dense")
     tokenizer = Tokenizer(WordLevel(WORDS, unk_token="<unk>"))
@@ -167,14 +168,14 @@ def make_checkpoint(place: Path, family: str, args: tuple[str, ...]) -> None:
     (dense / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     (dense / "README.md").write_text(f"---\n{yaml.safe_dump(CARD)}---\n# A model\n")
     (place / "text.txt").write_text("the cat sat on the mat " * 20)
-    (place / "args.json").write_text(json.dumps(args))
+    (place / "options").write_text(options)
     (place / "run.yaml").write_text(yaml.safe_dump(RUN))
     (place / "cluster.yaml").write_text(yaml.safe_dump(CLUSTER))
 
 
-def make_model(place: Path, family: str, args: tuple[str, ...]) -> None:
+def make_model(place: Path, family: str, options: str) -> None:
     """A dense model, the compressed one, its run and its logits."""
-    make_checkpoint(place, family, args)
+    make_checkpoint(place, family, options)
     compress(place)
     save_file({"logits": _logits(place / "out")[0]}, place / "logits.safetensors")
 
@@ -186,43 +187,52 @@ def make_pickle(place: Path) -> None:
     (dense / "model.safetensors").unlink()
 
 
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "lestd": ("llama-gqa", "--keep", "0.5"),
-    "sparse": ("llama", "--keep", "0.2", "--type-mode", "learned"),
-    "pruned": ("llama", "--keep", "0.2", "--method", "magnitude", "--scope", "all"),
-    "bits": ("qwen3", "--keep", "0.4", "--value-bits", "4", "--keep-super-weights", "0.01"),
-    "chain": ("opt", "--keep", "0.4", "--method", "tt"),
-    "experts": ("mixtral", "--keep", "0.4", "--method", "td_moe", "--scope", "experts"),
-    "rtn": ("gpt_neox", "--keep", "0.4", "--method", "rtn", "--value-bits", "4", "--scope", "all"),
+def make_cleaned(place: Path) -> None:
+    """A compressed model without its run."""
+    make_model(place, *MODELS["lestd"])
+    shutil.rmtree(place / "out.run")
+
+
+MODELS = {
+    "lestd": ("llama-gqa", "--keep 0.5"),
+    "sparse": ("llama", "--keep 0.2 --type-mode learned"),
+    "pruned": ("llama", "--keep 0.2 --method magnitude --scope all"),
+    "bits": ("qwen3", "--keep 0.4 --value-bits 4 --keep-super-weights 0.01"),
+    "chain": ("opt", "--keep 0.4 --method tt"),
+    "experts": ("mixtral", "--keep 0.4 --method td_moe --scope experts"),
+    "rtn": ("gpt_neox", "--keep 0.4 --method rtn --value-bits 4 --scope all"),
 }
 """Family and options of the compressed models, named for what their payloads hold."""
 BASES: dict[str, Callable[[Path], None]] = {
-    "checkpoint": partial(make_checkpoint, family="llama", args=OPTIONS["lestd"][1:]),
+    "checkpoint": partial(make_checkpoint, family="llama", options="--keep 0.5"),
     "pickles": make_pickle,
-    **{name: partial(make_model, family=one[0], args=one[1:]) for name, one in OPTIONS.items()},
+    "cleaned": make_cleaned,
+    **{name: partial(make_model, family=one[0], options=one[1]) for name, one in MODELS.items()},
 }
 
-plan = command("plan", "plan", "PLACE/dense", "--config", "PLACE/run.yaml", "--json")
+plan = command("plan PLACE/dense --config PLACE/run.yaml --json")
 dry_run = command(
-    *("dry_run", "compress", "PLACE/dense", "--out", "PLACE/out", "--keep", "0.5", "--dry-run"),
-    *("--executor", "serial", "--cluster", "PLACE/cluster.yaml"),
+    "compress PLACE/dense --out PLACE/out --keep 0.5 --dry-run --executor serial "
+    "--cluster PLACE/cluster.yaml"
 )
-status = command("status", "status", "PLACE/out")
-verify = command("verify", "verify", "PLACE/out")
-report = command("report", "report", "PLACE/out", "--format", "md", "--out", "PLACE/report.md")
-query = command("query", "query", "PLACE/out", "PLACE/out.run", "from groups", "--csv")
-events = command("events", "query", "PLACE/out.run", "from events", "--json")
-diff = command("diff", "diff", "PLACE/out", "PLACE/out.run")
-compact = command("compact", "compact", "PLACE/out")
-clean = command("clean", "clean", "PLACE/out")
-export = command("export", "export", "PLACE/out", "--dense", "PLACE/exported")
+verify = command("verify PLACE/out")
+export = command("export PLACE/out --dense PLACE/exported")
 evaluate = command(
-    *("evaluate", "evaluate", "PLACE/out", "--text", "PLACE/text.txt", "--window", "8"),
-    *("--max-windows", "1", "--executor", "serial"),
+    "evaluate PLACE/out --text PLACE/text.txt --window 8 --max-windows 1 --executor serial"
 )
 
-READERS = (status, verify, report, query, events, diff, compact)
-SHARDS = ("out/lestd-*.safetensors",)
+
+def readers(run: str) -> list[Probe]:
+    """The commands that read the manifest of a run or of a model."""
+    lines = ["status PLACE/out", "verify PLACE/out", "compact PLACE/out", "clean PLACE/out"]
+    lines += [f"query {run} 'from groups' --csv", f"query {run} 'from slices'"]
+    lines += [f"query {run} 'from events' --json", f"diff {run} {run} --all"]
+    lines += [f"report {run} --format md --out PLACE/report.md"]
+    return [command(line) for line in lines]
+
+
+OF_RUN = (*readers("PLACE/out.run"), compress)
+OF_MODEL = (*readers("PLACE/out"), evaluate)
 
 
 def groups(path: Path, rng: random.Random) -> None:
@@ -242,17 +252,17 @@ TARGETS = [
     Target("run-files", "checkpoint", ("run.yaml",), (plan,)),
     Target("cluster-files", "checkpoint", ("cluster.yaml",), (dry_run,)),
     Target("pickles", "pickles", ("pickled/*.bin",), (convert,)),
-    Target("records", "lestd", ("out.run/*.json", "out/manifest/model.json"), (*READERS, compress)),
-    Target("manifests", "lestd", ("out/manifest/*.parquet",), (*READERS, clean, evaluate)),
-    Target("parts", "lestd", ("out.run/manifest/*/*.parquet",), (*READERS, compress)),
+    Target("records", "lestd", ("out.run/*.json",), OF_RUN),
+    Target("parts", "lestd", ("out.run/manifest/*/*.parquet",), OF_RUN),
+    Target("manifests", "cleaned", ("out/manifest/*",), OF_MODEL),
     Target("payloads", "lestd", ("out.run/payloads/*",), (verify, compress)),
     Target("outputs", "lestd", ("out/*.*",), (verify, export, evaluate)),
     *(
         Target(f"{kind}-{base}", base, victims, (load, load, export), damage)
         for kind, victims, damage in [
             ("groups", ("out/config.json",), groups),
-            ("tensors", SHARDS, tensors),
+            ("tensors", ("out/lestd-*.safetensors",), tensors),
         ]
-        for base in OPTIONS
+        for base in MODELS
     ),
 ]
