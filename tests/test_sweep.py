@@ -74,7 +74,7 @@ def test_models_are_those_of_separate_compressions(
 def results(out: Path) -> dict[Path, int]:
     """Rows of tasks and pieces of evaluations, with the inodes that a repetition would change."""
     rows = {p for p in out.rglob("*.parquet") if {p.parent.name, p.stem} & {"groups", "slices"}}
-    return {path: path.stat().st_ino for path in rows | set(out.glob("evaluations/*/pieces/*"))}
+    return {path: path.stat().st_ino for path in rows | set(out.glob("evaluations/*/pieces/*.json"))}
 
 
 def beginning(text: Path, size: int, path: Path) -> Path:
@@ -169,7 +169,7 @@ def test_a_sweep_killed_while_judging_judges_the_rest(
     options = ("--text", wikitext, "--window", 256, "--max-windows", 60, *SERIAL, "--json")
     process = start_lestd(*sweep(tiny_llama, out, *options))
     # The dense model's 15 pieces, and some of the next one's.
-    while len(list(out.glob("evaluations/*/pieces/*"))) < 18:
+    while len(list(out.glob("evaluations/*/pieces/*.json"))) < 18:
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -179,7 +179,7 @@ def test_a_sweep_killed_while_judging_judges_the_rest(
     assert result.code == 0, result.err
     assert kept.items() <= results(out).items()
     assert result.err.count("60 of 60 windows were finished before") == 1
-    assert len(list(out.glob("evaluations/*/pieces/*"))) == 3 * 15
+    assert len(list(out.glob("evaluations/*/pieces/*.json"))) == 3 * 15
 
 
 def committed(out: Path) -> dict[Path, int]:
