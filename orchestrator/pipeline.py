@@ -12,6 +12,7 @@ from what is committed, so a killed run decides the same again.
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import time
@@ -311,7 +312,10 @@ def _run_and_commit(
 
 def _require_apart(source: Source, out: AnyPath, run_dir: AnyPath) -> None:
     """Refuse directories that lie in one another, where replacing one would delete another."""
-    out, run_dir = (path.resolve() if isinstance(path, Path) else path for path in (out, run_dir))
+    # Unlike resolve(), no error of a link to itself, which making the directory meets.
+    out, run_dir = (
+        Path(os.path.realpath(path)) if isinstance(path, Path) else path for path in (out, run_dir)
+    )
     location = source.index.location
     model = location if is_url(location) else source.directory.resolve()
     for inner, outer in ((run_dir, out), (out, run_dir), (model, out), (model, run_dir)):

@@ -32,8 +32,10 @@ from workers.files import (
 PARQUET = ".parquet"
 TEMPORARY = ".tmp-"
 """How names begin of files that are being written, or whose writer was killed."""
-_LAST_TIME = 253_402_300_799_999_999
-"""The end of the year 9999 in microseconds, which Python knows no time after."""
+_LAST_TIME = 221_845_392_000_000_000
+"""The beginning of the year 9000 in microseconds; Python knows no time after 9999."""
+_LONGEST = 1e9
+"""Seconds, 30 years: what a time can be apart from another."""
 _LARGEST = 2**63 - 1
 _FOREIGN = "lestd makes no such file; move it away"
 
@@ -223,6 +225,11 @@ def _problem(table: pa.Table, spec: TableSpec) -> str | None:
             highest = _LAST_TIME if pa.types.is_timestamp(kind) else _LARGEST
             if least is not None and not column.least <= least <= most <= highest:
                 return f"its column {column.name} has values from {least} to {most}"
+        elif column.unit == "seconds":
+            # Nor NaN, which is less than nothing.
+            short = pc.all(pc.less(pc.abs(values), _LONGEST), min_count=0)
+            if not short.as_py():
+                return f"its column {column.name} has {_LONGEST:.0f} seconds or more"
     return None
 
 

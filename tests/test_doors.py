@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,9 @@ def test_counts_are_bounded_by_the_tensors(
         ("groups", {"dense_bytes": 0}),
         ("groups", {"payload": "../../etc/passwd"}),
         ("groups", {"group": "a/../../b"}),
+        ("groups", {"seconds_read": 1e308}),
+        ("groups", {"seconds_read": float("nan")}),
+        ("groups", {"started_at": datetime(9999, 1, 1, tzinfo=UTC)}),
         ("runs", {"config": "{"}),
         ("runs", {"config": "[1]"}),
         ("runs", {"versions": "null"}),

@@ -35,13 +35,16 @@ def value(kind: pa.DataType, number: int) -> Any:
     if pa.types.is_list(kind):
         return [value(kind.value_type, number + i) for i in range(3)]
     if pa.types.is_string(kind):
-        return f"text {number}"
+        return f"text_{number}"
     return number % 2 == 0 if pa.types.is_boolean(kind) else number
 
 
 def row(spec: TableSpec, number: int, **fields: Any) -> dict[str, Any]:
-    """A row with something in every column."""
-    found = {column.name: value(column.type, number) for column in spec.columns}
+    """A row with something in every column, as its check wants it."""
+    found = {column.name: value(column.type, column.least + number) for column in spec.columns}
+    for column in spec.columns:
+        if column.check is not None and not column.check(found[column.name]):
+            found[column.name] = f'{{"modules": {{}}, "number": {number}}}'
     return found | fields
 
 
@@ -271,7 +274,7 @@ def damage(manifest: Path) -> dict[str, str]:
     (folder / "empty.parquet").write_bytes(b"")
     (folder / "text.parquet").write_bytes(b"hello")
     flipped = bytearray(whole)
-    flipped[whole.index(b"text 0") + 2] ^= 1
+    flipped[whole.index(b"text_0") + 2] ^= 1
     (folder / "flipped.parquet").write_bytes(flipped)
     (folder / "directory.parquet").mkdir()
     (folder / "loop.parquet").symlink_to("loop.parquet")

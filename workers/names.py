@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PurePosixPath
 
 
@@ -16,7 +17,8 @@ def is_inside(name: object) -> bool:
 
 def leads_out(path: Path, directory: Path) -> bool:
     """Whether a file in a directory is a link out of it; in the cache of the Hub all are, to it."""
-    found, root = path.resolve(), directory.resolve()
+    # Unlike resolve(), no error of a link to itself, which whoever opens the file will meet.
+    found, root = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
     snapshots = root.parent
     cached = snapshots.name == "snapshots" and found.parent == snapshots.parent / "blobs"
     return not cached and not found.is_relative_to(root)

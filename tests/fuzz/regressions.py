@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from driver import Probe, Target
@@ -47,6 +48,23 @@ def endless(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
 
+def loop(path: Path) -> None:
+    """The file is a link to itself."""
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def cell(name: str, value: Any) -> Change:
+    """A column of a table of figures has this value."""
+
+    def change(path: Path) -> None:
+        table = pq.read_table(path)
+        rows = [row | {name: value} for row in table.to_pylist()]
+        pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+
+    return change
+
+
 def tensor(name: str, value: Callable[[], torch.Tensor]) -> Change:
     """A pickled checkpoint has this tensor besides."""
     return lambda path: torch.save(torch.load(path) | {name: value()}, path)
@@ -81,7 +99,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n"
     for old, new in zip("abcdefgh", "bcdefghi", strict=True)
 )
-BIN, PARTS = "pickled/*.bin", "out.run/manifest/slices/*"
+BIN, PARTS, GROUPS = "pickled/*.bin", "out.run/manifest/slices/*", "out.run/manifest/groups/*"
 
 REGRESSIONS = [
     case("run-files", "run.yaml", plan, text(BOMB)),
@@ -95,6 +113,8 @@ REGRESSIONS = [
     case("parts", PARTS, verify, endless),
     case("parts", PARTS, verify, pipe),
     case("parts", PARTS, command("compact PLACE/out"), column),
+    case("parts", GROUPS, command("diff PLACE/out.run PLACE/out.run"), cell("seconds_read", 1e308)),
+    case("payloads", "out.run/payloads/*", verify, loop),
     case("pickles", BIN, convert, tensor("\ud800", lambda: torch.ones(3))),
     case("pickles", BIN, convert, tensor("x", lambda: torch.zeros(1).expand(2**40))),
     case("pickles", BIN, convert, tensor("x", lambda: torch.ones(3, device="meta"))),
