@@ -140,7 +140,8 @@ def counted(owner, name, before):
     setattr(owner, name, call)
 
 def compact(directory, before):
-    counted(os, "fsync", before)
+    for name in ("open", "fsync"):
+        counted(os, name, before)
     for name in ("open", "replace", "unlink"):
         counted(Path, name, before)
     Manifest(Path(directory)).compact(lambda: None)
@@ -177,9 +178,9 @@ for step in itertools.count(1):
     )
     statuses = [int(line) for line in process.communicate(timeout=PATIENCE)[0].splitlines()]
     assert process.returncode == 0
-    # Of each table three files are looked at; one is opened, synced, renamed, its directory synced;
-    # two are deleted. Of the two that have no rows one file is looked for.
-    assert statuses == [signal.SIGKILL] * (3 * (3 + 4 + 2) + 2) + [0]
+    # Of each table three files are looked at; one is opened, synced, renamed, its directory opened
+    # and synced; two are deleted. Of the two that have no rows one file is looked for.
+    assert statuses == [signal.SIGKILL] * (3 * (3 + 5 + 2) + 2) + [0]
     for step in range(1, len(statuses) + 1):
         manifest = tmp_path / str(step) / "manifest"
         assert rows_of(manifest) == expected, step
@@ -251,7 +252,7 @@ def test_a_run_is_compacted_under_its_lock(tmp_path: Path) -> None:
     with pytest.raises(LestdError, match="does not exist, and neither does a run"):
         compact(out)
     write_parts(run_dir / "manifest", 4)
-    (run_dir / "run.json").write_text("{}")
+    (run_dir / "run.json").write_text('{"fingerprint": {}, "source": {}, "shard_stats": {}}')
     before = rows_of(run_dir / "manifest")
     with RunDirectory(run_dir).locked(), pytest.raises(LestdError, match="another driver"):
         compact(out)
