@@ -7,7 +7,6 @@ lestd itself runs none of them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Container, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,6 +16,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 from orchestrator.manifest import MANIFEST_DIR
 from workers.files import AnyPath, copy_file, list_tree, make_directory, require_content
 from workers.names import is_inside
+from workers.regular import parse_json, read_regular
 
 _SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm"}
 _PREFIXES = ("LICENSE", "NOTICE", "README")
@@ -97,8 +97,8 @@ def _named_code(directory: Path) -> set[str]:
     modules: set[str] = set()
     for path in directory.glob("*config.json"):
         try:
-            references: list[Any] = [*json.loads(path.read_bytes())["auto_map"].values()]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            references: list[Any] = [*parse_json(read_regular(path))["auto_map"].values()]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
         for reference in references:  # Of a tokenizer two: slow and fast.
             for one in reference if isinstance(reference, list) else [reference]:
@@ -113,6 +113,7 @@ def _named_code(directory: Path) -> set[str]:
 
 def _imports(path: Path) -> list[str]:
     try:
+        read_regular(path)
         return get_relative_imports(path)
     except (OSError, ValueError):  # Absent, or no text: Transformers could not load it either.
         return []

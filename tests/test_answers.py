@@ -176,7 +176,7 @@ def test_ctrl_c_does_not_wait_for_what_cannot_be_stopped(
     [
         "with recursive t as (select 1 as n union all select n + 1 from t) select count(*) from t",
         # One row, for ever.
-        "with recursive t(a, n) using key (a) as (select 1, 1 union select a, n + 1 from t) select n from t",
+        "with recursive t(a, n) using key (a) as (select 1, 1 union select a, n + 1 from t) from t",
         "select count(*) from range(100_000_000) a, range(100_000_000) b where a.range = -b.range",
     ],
 )
