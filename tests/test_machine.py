@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 from cli import PATIENCE, digest_tree, lestd, run_lestd, start_lestd
 from families import save_tiny
+
+from orchestrator import __main__, cli
 
 KEEP = ("--keep", 0.6)
 SERIAL = (*KEEP, "--executor", "serial")
@@ -55,6 +58,33 @@ def test_a_clock_that_jumps_changes_no_byte(
     assert lestd("compress", model, "--out", out, *SERIAL).code == 0
     look_at(out)
     assert digest_tree(out) == expected
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+        ValueError("a bug"),  # Is not taken for one.
+    ],
+)
+def test_a_process_that_gets_no_memory_says_so(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "main", run)
+    with pytest.raises((SystemExit, ValueError)) as ended:
+        __main__.main()
+    said = capsys.readouterr().err
+    if isinstance(ended.value, SystemExit):
+        assert ended.value.code == 2
+        assert said.startswith("error: the system gives this process no more memory or threads (")
+        assert said.count("\n") == 1
+    else:
+        assert said == ""
 
 
 @pytest.mark.slow
