@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import NoReturn
+
+# Of Python, of the system, and of the loader of libraries.
+_NO_MEMORY = re.compile("can't start new thread|annot allocate memory|failed to map segment")
 
 
 def main() -> None:
     """Entry point of the command."""
     _open_closed_streams()
+    try:
+        _run()
+    except Exception as error:
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
+        sys.stderr.write(
+            f"error: the system gives this process no more memory or threads ({error!r}); end "
+            "others, or raise its limits (ulimit -a, or those of its container), then run the same "
+            "command again\n"
+        )
+        sys.exit(2)
+
+
+def _run() -> None:
     try:
         # Imported here: torch and transformers take seconds, in which Ctrl-C is to end it quietly.
         from orchestrator import cli

@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import pickle
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -129,7 +130,7 @@ def _open_pickled(model: str, revision: str | None) -> tuple[Path, dict[str, str
     directory = download(model, directory.name, {BIN_INDEX_FILE} & remote)
     weight_map = _bin_weight_map(directory, remote)
     bins = set(weight_map.values()) or {BIN_FILE}
-    return download(model, directory.name, bins), weight_map
+    return download(model, directory.name, bins, limit=sys.maxsize), weight_map
 
 
 def _check_convertible(model: str, names: set[str]) -> None:

@@ -10,12 +10,22 @@ import glob
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    get_hf_file_metadata,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
 from lestd_kernels.errors import LestdError
 from workers import ranges
+from workers.files import in_parallel
 from workers.hub import HUB_SCHEME, TIMEOUT_SECONDS, HubUnreachableError, explain_hub_errors
+from workers.regular import MAX_SMALL_BYTES
 from workers.retries import patiently
 
 _FILE_SCHEME = "file://"
@@ -106,22 +116,61 @@ def list_repository(model: str, revision: str | None) -> set[str] | None:
         return None
 
 
-def download(model: str, revision: str | None, names: Iterable[str]) -> Path:
+def download(
+    model: str, revision: str | None, names: Iterable[str], limit: int = MAX_SMALL_BYTES
+) -> Path:
     """Download files of a Hub model; those in the local cache are not fetched again.
+
+    Args:
+        model: its Hub id.
+        revision: of the model.
+        names: of the files.
+        limit: bytes that each may have.
 
     Returns:
         Directory in the cache of huggingface_hub, named by the commit that `revision` stands for.
 
     Raises:
-        LestdError: the download failed.
+        LestdError: the download failed, or one has more bytes than it may.
     """
-    patterns = [glob.escape(name) for name in sorted(names)]
+    names = sorted(names)
+    patterns = [glob.escape(name) for name in names]
+
+    def size(name: str) -> int:
+        url = hf_hub_url(model, name, revision=revision)
+        found = get_hf_file_metadata(url, timeout=TIMEOUT_SECONDS).size or 0
+        if found > limit:
+            raise LestdError(
+                f"{name} of {model} has {found} bytes, expected at most {limit}; tell its "
+                "publisher, or choose another --revision"
+            )
+        return found
 
     def downloaded() -> Path:
         with explain_hub_errors(model, revision):
-            return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+            # The bar counts files as well, and Xet may fetch more than it needs.
+            bar = _bar_to(2 * sum(in_parallel(size, names)) + len(names))
+            found = snapshot_download(
+                model, revision=revision, allow_patterns=patterns, tqdm_class=bar
+            )
+            return Path(found)
 
     return patiently(downloaded)
+
+
+def _bar_to(end: int) -> type[tqdm]:
+    """A progress bar that ends a download which goes on behind its end."""
+
+    class Bar(tqdm):
+        seen = 0.0
+
+        def update(self, n: float | None = 1) -> Any:
+            self.seen += n or 0
+            if self.seen > end:
+                raise LestdError("the Hub sends more bytes than it said there are; try again later")
+            return super().update(n)
+
+    return Bar
 
 
 def find_cached(model: str, revision: str | None, name: str) -> Path:

@@ -36,6 +36,8 @@ MAX_RESULT_BYTES = 2**30
 """A larger result is refused: a forgotten join condition must not take the machine's memory."""
 MEMORY_BYTES = 6 * 2**30
 """What `bounded_memory` allows: duckdb does not count the lists that it makes, nor the result."""
+MAX_SECONDS = 600.0
+"""A longer query is ended: one that never ends must not hold whoever asks unattended."""
 _LOCKED: dict[str, str | bool | int | float | list[str]] = {
     "enable_external_access": "false",  # No files, no network, no extensions.
     "python_enable_replacements": "false",  # No variables of this process.
@@ -113,7 +115,8 @@ def run_query(
 
     Raises:
         LestdError: there is no manifest; or the query is no single SELECT statement, cannot be
-            understood, reaches out, or has a result over `MAX_RESULT_BYTES`.
+            understood, reaches out, takes longer than `MAX_SECONDS`, or has a result over
+            `MAX_RESULT_BYTES`.
         KeyboardInterrupt: it was stopped by Ctrl-C.
     """
     manifests = [Manifest(place) for place in places]
@@ -210,7 +213,7 @@ def _with_run(rows: pa.Table, name: str) -> pa.Table:
 
 
 def _interruptible(connection: duckdb.DuckDBPyConnection, ask: Callable[[], _Answer]) -> _Answer:
-    """Ask in a thread, so that Ctrl-C is heard at once here, and passed on.
+    """Ask in a thread, so that Ctrl-C and the end of the time are heard at once, and passed on.
 
     The thread is not waited for: duckdb does not look up from within a function of a long list.
     """
@@ -224,10 +227,16 @@ def _interruptible(connection: duckdb.DuckDBPyConnection, ask: Callable[[], _Ans
 
     try:
         threading.Thread(target=work, daemon=True).start()
-        return answer.result()
+        return answer.result(MAX_SECONDS)
     except KeyboardInterrupt:
         connection.interrupt()
         raise
+    except TimeoutError as error:
+        connection.interrupt()
+        raise LestdError(
+            f"the query took longer than {MAX_SECONDS:g} s; aggregate or filter before joining, "
+            "join tables on run and task_id, and bound what is recursive by WHERE"
+        ) from error
 
 
 def _collect(connection: duckdb.DuckDBPyConnection, statement: duckdb.Statement) -> pa.Table:

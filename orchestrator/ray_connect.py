@@ -49,6 +49,8 @@ def join_or_start(ray: Any, address: str | None) -> str:
         advice = "use --executor serial"
         if "AF_UNIX" in str(error):  # Sockets lie there.
             advice = f"set RAY_TMPDIR to a shorter path, such as /tmp, or {advice}"
+        if isinstance(error, PermissionError):  # Or it is another user's.
+            advice = f"set RAY_TMPDIR to a directory of your own, or {advice}"
         raise LestdError(
             f"no local Ray cluster can be started ({first_line(error)}); {advice}"
         ) from error

@@ -44,6 +44,11 @@ class WorkerUnfitError(Exception):
         self.message = failure.message
 
 
+def lacks_memory(text: str) -> bool:
+    """Whether Ray says of a worker that it was ended because its node ran out of memory."""
+    return bool(re.search(r"out of memory|low (on )?memory", text, re.IGNORECASE))
+
+
 def how_it_ended(error: BaseException | None, remains: Remains) -> str:
     """A worker's death as a clause: the exit code or signal as far as anybody knows it."""
     text = str(error)
@@ -54,7 +59,7 @@ def how_it_ended(error: BaseException | None, remains: Remains) -> str:
         return f"its worker ended with exit code {code[1]}{memory}"
     if signal := re.search(r"\*\*\* (SIG[A-Z]+) received", remains.log):
         return f"its worker was ended by {signal[1]}{memory}"
-    if "Out of memory" in text or "OutOfMemory" in type(error).__name__ or "low memory" in text:
+    if lacks_memory(text) or "OutOfMemory" in type(error).__name__:
         return f"Ray ended its worker because the node ran out of memory{memory}"
     if remains.oom_kills:
         return f"its worker was killed when its machine ran out of memory{memory}"

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from lestd_kernels.errors import LestdError, first_line
 from orchestrator import logs
+from orchestrator.ray_deaths import lacks_memory
 from orchestrator.ray_pool import NotStarted
 from orchestrator.retries import Attempt, after_error
 from orchestrator.tables import size
@@ -32,8 +33,9 @@ def own_words(error: BaseException) -> str:
     indented = [number for number, line in enumerate(lines) if line.startswith(" ")]
     own = lines[indented[-1] + 1 :] if indented else []
     said = own[0].removeprefix(_LESTD_ERROR) if own else first_line(error)
-    absent = said.startswith("ModuleNotFoundError: ")
-    return f"{said}; {INSTALL}" if absent else said
+    if said.startswith("ModuleNotFoundError: "):
+        return f"{said}; {INSTALL}"
+    return f"{said}; use fewer workers, or larger machines" if lacks_memory(said) else said
 
 
 def say_that_others_go_on(outcome: NotStarted, pause_seconds: float) -> bool:

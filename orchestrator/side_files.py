@@ -113,7 +113,8 @@ def _named_code(directory: Path) -> set[str]:
 
 def _imports(path: Path) -> list[str]:
     try:
-        return get_relative_imports(path) if path.is_file() else []
+        read_regular(path)
+        return get_relative_imports(path)
     except (OSError, ValueError):  # Absent, or no text: Transformers could not load it either.
         return []
 

@@ -254,7 +254,7 @@ def read_config_json(directory: Path) -> dict[str, Any]:
         ) from error
     except OSError as error:
         raise LestdError(
-            f"{path} cannot be read ({error.strerror}); check its permissions"
+            f"{path} cannot be read ({error.strerror}); check the file and its permissions"
         ) from error
     except ValueError as error:
         raise LestdError(f"{path} is not valid JSON ({error}); download it again") from error

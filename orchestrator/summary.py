@@ -201,7 +201,11 @@ def print_outcome(
             told,
         )
     if not outcome.complete:
+        said: set[str] = set()
         for failure in outcome.failures:
+            if failure.message in said and not logs.in_json():
+                continue  # No worker could be made, for any of them.
+            said.add(failure.message)
             logs.error(failure.message, task_id=failure.task_id, evidence=failure.evidence or None)
             if failure.evidence and not logs.in_json():
                 logs.log("message", failure.evidence)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,7 +30,8 @@ class Hub:
 
     A file named ``.gated`` in a repository makes its files answer 403; ``.broken`` makes its
     description answer 500; ``.no-range`` makes the server ignore Range headers; ``.drop-once``
-    drops the connection of the first request for its description.
+    drops the connection of the first request for its description; ``.endless`` makes the content
+    of its config.json go on for ever, whatever is said of its size.
 
     Attributes:
         sent_bytes: bytes sent of each file.
@@ -140,6 +141,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if self.command == "HEAD":
                 self.answer(status, body, **headers, Content_Length=str(len(body)))
                 return
+            if path.name == "config.json" and (hub.root / model / ".endless").exists():
+                self.send_without_end(headers)
+                return
             request = (key, start, start + len(body))
             if request == hub.hold:
                 hub.held.set()
@@ -158,6 +162,17 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 hub.asked.append(request)
             hub.sent_bytes[key] = hub.sent_bytes.get(key, 0) + len(body)
             self.answer(status, body, **headers)
+
+        def send_without_end(self, headers: dict[str, str]) -> None:
+            self.send_response(200)
+            for name, value in (headers | {"Transfer-Encoding": "chunked"}).items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            self.close_connection = True
+            piece = b"%x\r\n%b\r\n" % (2**16, bytes(2**16))
+            with suppress(OSError):  # Until the reader has had enough.
+                while True:
+                    self.wfile.write(piece)
 
     return Handler
 

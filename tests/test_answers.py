@@ -171,6 +171,23 @@ def test_ctrl_c_does_not_wait_for_what_cannot_be_stopped(
         released.set()
 
 
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "with recursive t as (select 1 as n union all select n + 1 from t) select count(*) from t",
+        # One row, for ever.
+        "with recursive t(a, n) using key (a) as (select 1, 1 union select a, n + 1 from t) from t",
+        "select count(*) from range(100_000_000) a, range(100_000_000) b where a.range = -b.range",
+    ],
+)
+def test_what_never_ends_is_ended(out: Path, sql: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(query, "MAX_SECONDS", 0.3)
+    result = lestd("query", out, sql)
+    assert result.code == 2
+    assert "the query took longer than 0.3 s" in result.err
+    assert result.err.count("\n") == 1
+
+
 def test_pivot_without_its_values_says_what_helps(out: Path) -> None:
     result = lestd("query", out, "pivot slices on projection using avg(density)")
     assert result.code == 2

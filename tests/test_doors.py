@@ -27,6 +27,7 @@ from orchestrator.config import ClusterConfig, RunFile, load_yaml, validated
 from orchestrator.convert import convert
 from orchestrator.manifest import Manifest
 from orchestrator.query import run_query
+from orchestrator.side_files import find_side_files
 from orchestrator.source import read_config_json, resolve_source
 from workers.headers import parse_header
 from workers.regular import parse_json, read_regular
@@ -56,6 +57,15 @@ def test_only_regular_files_are_read(make: Callable[[Path], None], tmp_path: Pat
         ("events.parquet", "not a regular file")
     ]
     assert lestd("verify", tmp_path / "run").code == 1
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_names_code_is_a_regular_file(make: Callable[[Path], None], tmp_path: Path) -> None:
+    auto_map = {"AutoModel": "modeling_mine.Mine"}
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": auto_map}))
+    make(tmp_path / "generation_config.json")
+    make(tmp_path / "modeling_mine.py")
+    assert find_side_files(tmp_path) == {"config.json"}
 
 
 def test_files_are_no_larger_than_they_may_be(tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from ray._private.utils import write_ray_address
 
 from lestd_kernels.errors import LestdError
 from orchestrator.ray_connect import join_or_start
+from orchestrator.ray_deaths import how_it_ended
 from orchestrator.ray_words import own_words
+from workers.watcher import Remains
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,6 +41,12 @@ def test_a_python_without_our_dependencies() -> None:
 def test_a_node_without_our_dependencies() -> None:
     error = RuntimeError("it died\n  File x, line 1\nModuleNotFoundError: No module named 'upath'")
     assert own_words(error).startswith("ModuleNotFoundError: No module named 'upath'; install")
+
+
+def test_a_node_without_memory() -> None:
+    error = RuntimeError("2 worker(s) were killed due to the node running low on memory. 7 of 8 GB")
+    assert own_words(error).endswith("7 of 8 GB; use fewer workers, or larger machines")
+    assert "the node ran out of memory" in how_it_ended(error, Remains())
 
 
 class _Ray:
@@ -102,3 +110,9 @@ def test_a_machine_too_busy_to_start_ray_in_time_is_asked_again(slow: int) -> No
     with pytest.raises(LestdError, match=r"no local Ray cluster can be started .*timed out"):
         join_or_start(one, "local")
     assert one.addresses == ["local ended"] * 5
+
+
+def test_a_directory_of_another_user() -> None:
+    error = PermissionError(13, "Permission denied", "/tmp/ray/session_1")
+    with pytest.raises(LestdError, match=r"no local Ray .*set RAY_TMPDIR to a directory of your"):
+        join_or_start(_Ray(error), "local")

@@ -8,6 +8,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -167,6 +168,35 @@ def test_a_file_is_not_taken_in_for_a_range_of_it(
     ignoring.shutdown()
     ignoring.server_close()
     assert Ignoring.sent < MODEL_BYTES // 2
+
+
+# A web server whose answer to a range goes on without end.
+
+
+class Endless(Ignoring):
+    def do_GET(self) -> None:
+        self.send_response(206)
+        self.send_header("Content-Range", "bytes 5-14/100")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.close_connection = True
+        piece = b"%x\r\n%b\r\n" % (2**16, b"x" * 2**16)
+        with suppress(OSError):  # Until the reader has gone.
+            while True:
+                self.wfile.write(piece)
+
+
+def test_no_more_is_read_than_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
+    with server:  # Waits for what it sends.
+        server.daemon_threads = False
+        threading.Thread(target=server.serve_forever).start()
+        content = bytearray(10)
+        url = f"http://127.0.0.1:{server.server_address[1]}/file"
+        ranges.read_ranges(url, f"{MODEL_BYTES} bytes", [(5, memoryview(content))])
+        server.shutdown()
+    assert bytes(content) == b"x" * 10
 
 
 # A password in an address.

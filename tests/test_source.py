@@ -22,6 +22,7 @@ from orchestrator.source import (
     resolve_source,
 )
 from workers.checkpoint import INDEX_FILE, WEIGHTS_FILE, ShardIndex
+from workers.regular import MAX_SMALL_BYTES
 
 
 def edit_config(directory: Path, **changes: Any) -> None:
@@ -268,13 +269,16 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         (root / "org" / name / f".{name}").touch()
     (root / "org" / "norange" / ".no-range").touch()
     (sharded / ".drop-once").touch()
+    with (save_tiny("gptj", root / "org" / "huge") / "config.json").open("r+b") as file:
+        file.truncate(MAX_SMALL_BYTES + 1)
+    (save_tiny("gptj", root / "org" / "endless") / ".endless").touch()
     content = (root / "org" / "truncated" / WEIGHTS_FILE).read_bytes()
     (root / "org" / "truncated" / WEIGHTS_FILE).write_bytes(content[:-5])
     lacking = save_tiny("gptj", root / "org" / "lacking")
     next(lacking.glob("*.safetensors")).unlink()
 
     names = ("pickled", "quantized", "noconfig", "gated", "broken", "norange", "truncated",
-             "lacking", "nobody", "sharded@v2")  # fmt: skip
+             "lacking", "nobody", "sharded@v2", "huge", "endless")  # fmt: skip
     refusals = [
         ["resolve_source", f"org/{name.partition('@')[0]}", name.partition("@")[2] or None]
         for name in names
@@ -383,6 +387,8 @@ def test_what_is_in_the_cache_is_found_without_the_hub(answers: dict[str, Any]) 
         ("org/lacking", "names it"),
         ("org/nobody", "neither a directory here nor a model on the Hub"),
         ("org/sharded@v2", "has no revision 'v2'"),
+        ("org/huge", f"has {MAX_SMALL_BYTES + 1} bytes, expected at most {MAX_SMALL_BYTES}"),
+        ("org/endless", "sends more bytes than it said there are"),
     ],
 )
 def test_refusals_of_the_hub(answers: dict[str, Any], model: str, words: str) -> None:

@@ -26,7 +26,7 @@ from orchestrator.json_files import read_json, write_json
 from orchestrator.lease import leased
 from orchestrator.manifest import payload_problem
 from orchestrator.rundir import RunDirectory
-from workers import retries, stores
+from workers import ranges, retries, stores
 from workers.building import building_directory
 from workers.checkpoint import read_header, read_weight_map
 from workers.failures import failure_of
@@ -39,6 +39,7 @@ from workers.files import (
     is_file,
     list_files,
     list_names,
+    read_file,
     read_files,
     remove_file,
     remove_tree,
@@ -103,6 +104,28 @@ def outage(requests: set[str], times: int = 10**9) -> tuple[Decide, Counter[str]
 
 def denied(request: str) -> ClientError:
     return ClientError({"Error": {"Code": "AccessDenied", "Message": "Access Denied"}}, request)
+
+
+# -- what is too large -----------------------------------------------------------------------
+
+
+def test_objects_are_no_larger_than_they_may_be(
+    bucket: UPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (stores, ranges):
+        monkeypatch.setattr(module, "MAX_SMALL_BYTES", 10)
+    paths = [bucket / str(size) for size in (10, 0, 11)]
+    for path in paths:
+        atomic_write(path, lambda file, size=int(path.name): file.write(bytes(size)))
+    small, empty, large, absent = read_files([*paths, bucket / "absent"])
+    assert (small, empty) == (bytes(10), b"")
+    assert isinstance(large, OSError)
+    assert large.strerror == "more than 10 bytes"
+    assert isinstance(absent, FileNotFoundError)
+    with pytest.raises(OSError, match="more than 10 bytes"):
+        read_file(paths[2])
+    with pytest.raises(LestdError, match="has 11 bytes, expected at most 10"):
+        ranges.read_file(str(paths[2]))
 
 
 # -- an outage -------------------------------------------------------------------------------

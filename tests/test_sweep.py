@@ -74,7 +74,9 @@ def test_models_are_those_of_separate_compressions(
 def results(out: Path) -> dict[Path, int]:
     """Rows of tasks and pieces of evaluations, with the inodes that a repetition would change."""
     rows = {p for p in out.rglob("*.parquet") if {p.parent.name, p.stem} & {"groups", "slices"}}
-    return {path: path.stat().st_ino for path in rows | set(out.glob("evaluations/*/pieces/*.json"))}
+    return {
+        path: path.stat().st_ino for path in rows | set(out.glob("evaluations/*/pieces/*.json"))
+    }
 
 
 def beginning(text: Path, size: int, path: Path) -> Path:

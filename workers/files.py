@@ -205,16 +205,18 @@ def read_file(path: AnyPath) -> bytes:
     """The content of a small file.
 
     Raises:
-        OSError: a local file cannot be read.
+        OSError: a local file cannot be read, or either is too large.
         LestdError: one in an object store is absent, or cannot be read.
     """
     if not isinstance(path, UPath):
         return read_regular(path)
-    with stores.explain_store_errors(path):
-        content = stores.read_objects([path])[0]
-        if isinstance(content, FileNotFoundError):
+    content = stores.read_objects([path])[0]
+    if isinstance(content, FileNotFoundError):
+        with stores.explain_store_errors(path):
             raise content
-        return content
+    if isinstance(content, OSError):
+        raise content
+    return content
 
 
 def read_files(paths: Sequence[AnyPath]) -> list[bytes | OSError]:
@@ -222,7 +224,7 @@ def read_files(paths: Sequence[AnyPath]) -> list[bytes | OSError]:
 
     Returns:
         As many as `paths`; the error of a local file that cannot be read, of an object that is
-        absent.
+        absent or too large.
 
     Raises:
         LestdError: an object store does not answer.

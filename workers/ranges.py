@@ -17,6 +17,7 @@ from threading import Event
 from typing import Any
 
 from lestd_kernels.errors import LestdError
+from workers.regular import MAX_SMALL_BYTES
 from workers.retries import TransientError, patiently
 
 _PARALLEL = 8
@@ -174,7 +175,10 @@ def _read_http(store: Any, url: str, start: int, end: int) -> bytes:
             given = response.headers.get("Content-Range", "")
             if response.status != 206 or not given.startswith(f"bytes {start}-"):
                 raise _without_ranges(url)  # The body is not read.
-            return bytes(await response.read())
+            answer = bytearray()  # A body may go on without end.
+            while piece := await response.content.read(end - start - len(answer)):
+                answer += piece
+            return bytes(answer)
 
     return bytes(fsspec.asyn.sync(store.loop, fetch))
 
@@ -245,9 +249,13 @@ def read_file(url: str) -> bytes:
     """The content of a small file of a store.
 
     Raises:
-        LestdError: it is missing, or cannot be read.
+        LestdError: it is missing, cannot be read, or has more than `MAX_SMALL_BYTES`.
     """
     size, etag = stat(url)
+    if size > MAX_SMALL_BYTES:
+        raise LestdError(
+            f"{url} has {size} bytes, expected at most {MAX_SMALL_BYTES}; put the right file there"
+        )
     content = bytearray(size)
     read_ranges(url, file_version(size, etag), [(0, memoryview(content))])
     return bytes(content)

@@ -6,6 +6,7 @@ fails, and for longer where it writes, because what is to be written took work.
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from upath import UPath
 
 from lestd_kernels.errors import LestdError, first_line
 from workers.ranges import NO_CREDENTIALS
+from workers.regular import MAX_SMALL_BYTES
 from workers.retries import TransientError, patiently
 
 CHUNK_BYTES = 8 * 2**20
@@ -150,21 +152,30 @@ class _Download(io.RawIOBase):
         return patiently(once)
 
 
-def read_objects(paths: Sequence[UPath]) -> list[bytes | FileNotFoundError]:
-    """Contents of small objects of one store, many at a time; the error of one that is absent.
+def read_objects(paths: Sequence[UPath]) -> list[bytes | OSError]:
+    """Contents of small objects of one store, many at a time; the error of one that is absent, or
+    has more than `MAX_SMALL_BYTES`.
 
     Raises:
         LestdError: one cannot be read.
     """
-    names = [path.path for path in paths]
+    fs, names = paths[0].fs, [path.path for path in paths]
+    stop = MAX_SMALL_BYTES + 1
 
-    def once() -> list[bytes | FileNotFoundError]:
+    def read(name: str, content: bytes | Exception) -> bytes | OSError:
+        if isinstance(content, bytes) and len(content) == stop:
+            said = f"more than {MAX_SMALL_BYTES} bytes"
+            return OSError(errno.EINVAL, said, name)
+        if isinstance(content, bytes | FileNotFoundError):
+            return content
+        if fs.info(name)["size"] == 0:  # It has no range that could be asked for.
+            return b""
+        raise content
+
+    def once() -> list[bytes | OSError]:
         with explain_store_errors(paths[0]):
-            contents = paths[0].fs.cat(names, on_error="return")
-            for content in contents.values():
-                if not isinstance(content, bytes | FileNotFoundError):
-                    raise content
-            return [contents[name] for name in names]
+            contents = fs.cat_ranges(names, 0, stop, on_error="return")
+            return [read(*found) for found in zip(names, contents, strict=True)]
 
     return patiently(once)
 
