@@ -109,6 +109,18 @@ def test_no_calibrated_block_is_far(method: str, calibrated: Task, tmp_path: Pat
         assert not is_far(vars(result))
 
 
+def test_the_fewest_bits_of_the_modules_count(calibrated: Task, tmp_path: Path) -> None:
+    """A byte below the size of 8 bits one module has 4."""
+    sizes = (ref.shape[0] * ref.shape[1] for ref in calibrated.tensors.values())
+    budget = sum(packing.values_bytes(size, 8, 2) for size in sizes) - 1
+    more = {"method_args": {}, "metric_tensors": {}, "byte_budget": budget}
+    result = run(tmp_path, replace(calibrated, method="rtn", **more))
+    assert result is not None
+    assert {one["own"][0]["value_bits"] for one in result.format["modules"].values()} == {4, 8}
+    assert result.value_bits == 4
+    assert not is_far(vars(result))
+
+
 def lost_scales(stored: Any) -> Any:
     """`packing.quantize` as if scales below float16's normal numbers became zeros."""
 
