@@ -113,10 +113,10 @@ class Chain:
 
     @property
     def chosen_bits(self) -> int | None:
-        """Bits of a value where every module is one matrix, whose bits its method may choose."""
+        """The fewest bits of a value where every module is one matrix: its method may choose."""
         bits = {matrix.value_bits for matrix in self.own_matrices}
         whole = not self.shared and all(len(chain.own) == 1 for chain in self.modules.values())
-        return bits.pop() if whole and len(bits) == 1 else None
+        return min(bits) if whole else None
 
     @property
     def codecs(self) -> list[str]:

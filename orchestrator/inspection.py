@@ -26,7 +26,8 @@ _CALIBRATION = ("calibration", re.compile(r"layer-.*\.safetensors"))
 """In a run directory, and its finished files; `orchestrator.grams` imports too much for this."""
 _FIGURES = (
     *("R1", "R2", "R3", "nnz", "density", "codec", "dense_bytes", "stored_bytes"),
-    *("relative_error", "attempt", "worker"),
+    *("relative_error", "metric_squared_error", "most_expected_squared_error"),
+    *("attempt", "worker"),
 )
 
 

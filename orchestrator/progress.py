@@ -15,6 +15,7 @@ from orchestrator.executor import Event
 from orchestrator.meter import Meter
 from orchestrator.metrics import RunMetrics
 from orchestrator.pipeline import Outcome
+from orchestrator.result_rows import is_far
 from workers.calibrate import Calibrated, CalibrationItem, CalibrationPiece
 from workers.contracts import CurveResult, Failure, Result, Task
 
@@ -146,6 +147,7 @@ class CompressionProgress:
         self._meter.say(
             "task_done",
             f"{head}: {_describe(outcome)}, {seconds:.1f} s",
+            _level(outcome),
             done=self._done,
             **known,
             worker=outcome.worker,
@@ -160,6 +162,11 @@ class CompressionProgress:
         known = {"pass": self._pass, "task_id": task_id}
         task = self._tasks.get(task_id)
         return known if task is None else known | {"group": task.group, "layer": task.layer}
+
+
+def _level(outcome: Result | CurveResult | Calibrated) -> int:
+    far = isinstance(outcome, Result) and is_far(vars(outcome))
+    return logging.WARNING if far else logging.INFO
 
 
 def _describe(outcome: Result | CurveResult | Calibrated) -> str:
@@ -182,6 +189,7 @@ def describe_result(result: Result | CurveResult) -> str:
         f"{ranks}density {result.density:.4f} ({result.codec}), "
         f"{tables.size(result.dense_bytes)} -> {tables.size(result.stored_bytes)}, relative error "
         f"{result.relative_error:.4f}"
+        + (", far more than its ranks and bits explain" if is_far(vars(result)) else "")
     )
 
 
@@ -245,6 +253,7 @@ class SweepProgress:
             self._meter.say(
                 "task_done",
                 f"{head}: {_describe(outcome)}, {seconds:.1f} s",
+                _level(outcome),
                 done=sum(self._done.values()),
                 **about,
             )

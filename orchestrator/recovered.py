@@ -41,7 +41,7 @@ from workers.recover import LORA, Trained
 _OF_OTHER_VALUES = {
     GROUPS.name: (
         *("relative_error", "squared_error", "squared_energy_stage1", "squared_energy_stage2"),
-        *("threshold", "metric_error"),
+        *("threshold", "metric_squared_error"),
     ),
     SLICES.name: ("relative_error", "squared_energy"),
 }

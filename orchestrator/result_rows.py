@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +22,12 @@ def _common_fields(result: Result | CurveResult, spec: TableSpec) -> dict[str, A
     row["started_at"] = _microseconds(result.started_at)
     row["versions"] = json.dumps(result.versions, sort_keys=True)
     return row
+
+
+def is_far(group: Mapping[str, Any]) -> bool:
+    """Whether a group's error, of a result or of a row, is far from what was to be expected."""
+    error, most = group["metric_squared_error"], group["most_expected_squared_error"]
+    return error is not None and most is not None and error > most
 
 
 def group_row(result: Result) -> dict[str, Any]:

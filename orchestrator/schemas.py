@@ -192,6 +192,12 @@ GROUPS = TableSpec(
         Column("factor_bits", _INT, "bits of an element of a factor; likewise"),
         Column("metric_squared_norm", _REAL, "||S W||^2, S the metric's root", "metric^2"),
         Column("metric_squared_error", _REAL, "||S (W - W_hat)||^2", "metric^2"),
+        Column(
+            "most_expected_squared_error",
+            _REAL,
+            "beyond it metric_squared_error is far from what ranks and bits say; null: unknown",
+            "metric^2",
+        ),
     ),
     key=("task_id",),
     order=("layer", "group"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from orchestrator.config import RunConfig
 from orchestrator.export import Export
 from orchestrator.pipeline import Outcome
 from orchestrator.plan import Plan
+from orchestrator.result_rows import is_far
 from orchestrator.retries import retries
 from orchestrator.rundir import RunDirectory
 from orchestrator.schemas import COMPUTING_STAGES
@@ -144,6 +146,7 @@ def outcome_figures(
         "model_bytes": plan.model_bytes,
         "model_stored_bytes": plan.untouched_bytes + stored,
         "relative_error": (error / norm) ** 0.5 if norm else 0.0,
+        "far_from_expected": [row["group"] for row in rows if is_far(row)],
         "seconds": outcome.seconds,
         "predicted": {
             "worker_memory_bytes": outcome.planned.worker_memory_bytes,
@@ -255,6 +258,14 @@ def print_outcome(
         f"model {out}",
         soft_wrap=True,
     )
+    if far := figures["far_from_expected"]:
+        logs.log(
+            "message",
+            f"{len(far)} of {figures['tasks']} blocks have an error far beyond what their ranks "
+            f"and bits explain: {', '.join(far)}; judge the model with lestd evaluate before it is "
+            "used",
+            logging.WARNING,
+        )
     if not isinstance(out, Path):
         tables.out.print(
             "from_pretrained loads from a disk: copy the directory there first, for example with "
@@ -288,7 +299,7 @@ def print_status(state: dict[str, Any], json: bool) -> None:
                 tables.ranks(layer),
                 f"{layer['density']:.4f}" if done else "",
                 layer.get("codec", ""),
-                _error(layer["relative_error"]) if done else layer.get("message", ""),
+                _error(layer) if done else layer.get("message", ""),
             )
         )
     columns = ["layer", "block", "state", "target", "stored", "ranks", "density", "codec"]
@@ -321,9 +332,11 @@ def print_status(state: dict[str, Any], json: bool) -> None:
         )
 
 
-def _error(value: float | None) -> str:
+def _error(layer: dict[str, Any]) -> str:
     """A relative error; of values that were trained nobody knows it."""
-    return "" if value is None else f"{value:.4f}"
+    value = layer["relative_error"]
+    far = " (far more than expected)" if is_far(layer) else ""
+    return "" if value is None else f"{value:.4f}{far}"
 
 
 def print_export(export: Export, json: bool) -> None:

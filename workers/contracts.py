@@ -171,7 +171,9 @@ class Result:
     `seconds` has one entry per stage; `started_at` is seconds since the epoch. `slices` is the
     manifest's table of that name. `singular_values_1` and `_2` are those of the mode-1 and mode-2
     unfoldings of the weights, descending. `device` names the hardware: the GPU, or the machine and
-    the vector instructions of its CPU.
+    the vector instructions of its CPU. `most_expected_squared_error` is what
+    `metric_squared_error` is at most where nothing went wrong, see
+    `lestd_kernels.rounding.most_expected`.
     """
 
     task_id: str
@@ -215,6 +217,7 @@ class Result:
     factor_bits: int
     metric_squared_norm: float
     metric_squared_error: float
+    most_expected_squared_error: float | None
     attempt: int = 1
 
 

@@ -38,6 +38,7 @@ from lestd_kernels.kinds import Decomposition
 from lestd_kernels.methods import METHODS, Decomposed, MethodArgs
 from lestd_kernels.methods.base import STATISTICS, add_seconds
 from lestd_kernels.methods.steps import Stopwatch
+from lestd_kernels.rounding import most_expected
 from lestd_kernels.tensorize import unfold_weights
 from workers.checkpoint import digest_safetensors, read_tensor, write_safetensors
 from workers.contracts import (
@@ -230,6 +231,9 @@ class DecomposeWorker:
                 atomic_write(directory / payload, partial(write_safetensors, tensors=tensors))
             del tensors
             decomposition = done.decomposition
+            bits, most = _value_bits(decomposition, args), done.expected_squared_error
+            if most is not None:
+                most = most_expected(most, done.metric_squared_norm, bits, args.factor_bits)
             outcomes.append(
                 Result(
                     payload=payload,
@@ -255,10 +259,11 @@ class DecomposeWorker:
                     singular_values_2=done.singular_values[1],
                     scope=task.scope,
                     metric=args.metric,
-                    value_bits=_value_bits(decomposition, args),
+                    value_bits=bits,
                     factor_bits=args.factor_bits,
                     metric_squared_norm=done.metric_squared_norm,
                     metric_squared_error=done.metric_squared_error,
+                    most_expected_squared_error=most,
                     **known,
                 )
             )

@@ -137,6 +137,8 @@ class Decomposed:
         metric_squared_norm: ``||S W||^2`` with the root S of the metric, ``G = S^T S``, summed over
             the modules; `squared_norm` where there is no metric.
         metric_squared_error: ``||S (W - W_hat)||^2``; likewise.
+        expected_squared_error: what it is to be by what is left out, before anything is rounded;
+            None where the method does not know, or knows it in another metric only.
     """
 
     decomposition: Decomposition
@@ -153,6 +155,7 @@ class Decomposed:
     singular_values: tuple[tuple[float, ...], tuple[float, ...]]
     metric_squared_norm: float
     metric_squared_error: float
+    expected_squared_error: float | None
 
 
 Metrics = Mapping[str, Tensor]

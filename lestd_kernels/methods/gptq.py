@@ -24,7 +24,7 @@ from lestd_kernels.packing import GROUP
 
 def encode_module(
     W: Tensor, metric: Tensor | None, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
-) -> ModuleChain:
+) -> tuple[ModuleChain, float]:
     """Round one module ``(in, out)`` in the metric of its Gram matrix."""
     assert metric is not None, "in the metric 'activation' every module has a Gram matrix"
     bits = fitting_bits(W.numel(), byte_budget, value_dtype.itemsize, args)
@@ -38,7 +38,7 @@ def encode_module(
         back = order.argsort()
         rounded, scales = rounded[back], scales.view(len(W), -1)[back].view(-1)
     stored = EncodedCore.quantized(rounded, bits, value_dtype, scales, codec="dense")
-    return ModuleChain((Multiply(0),), (stored,))
+    return ModuleChain((Multiply(0),), (stored,)), 0.0
 
 
 METHOD = module_method("gptq", encode_module, least_module_bytes, (ACTIVATION,))

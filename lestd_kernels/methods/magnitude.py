@@ -17,9 +17,9 @@ from lestd_kernels.methods.pruning import keep_largest, least_module_bytes
 
 def encode_module(
     W: Tensor, metric: Tensor | None, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
-) -> ModuleChain:
+) -> tuple[ModuleChain, float]:
     """Prune one module ``(in, out)`` by ``|w|``."""
-    return keep_largest(W, W.abs(), byte_budget, value_dtype, args)
+    return keep_largest(W, W.abs(), metric, byte_budget, value_dtype, args)
 
 
 METHOD = module_method("magnitude", encode_module, least_module_bytes)

@@ -94,6 +94,7 @@ def chain_result(
     shared: Mapping[str, EncodedCore] | None = None,
     ranks: dict[str, int] | None = None,
     curve: Sequence[CurvePoint] = (),
+    expected: float | None = None,
 ) -> Decomposed:
     """Put chains together, and measure what was stored against the weights.
 
@@ -104,6 +105,7 @@ def chain_result(
         shared: matrices that several modules use.
         ranks: see `Chain`.
         curve: see `Decomposed`.
+        expected: its `expected_squared_error`.
 
     Raises:
         LestdError: a stored value is not finite in the value dtype.
@@ -143,6 +145,7 @@ def chain_result(
         singular_values=((), ()),
         metric_squared_norm=metric_norm,
         metric_squared_error=metric_error,
+        expected_squared_error=expected,
     )
 
 
@@ -178,9 +181,12 @@ def _slice_squares(X: Tensor, module: ModuleLayout) -> list[float]:
     return [float(one) for one in total.tolist()]
 
 
-EncodeModule = Callable[[Tensor, Tensor | None, int, torch.dtype, MethodArgs], ModuleChain]
-"""``(W (in, out), metric, byte_budget, value_dtype, args)``: the chain of one module. W is not to
-be written to; the metric is that of `Metrics`."""
+EncodeModule = Callable[
+    [Tensor, Tensor | None, int, torch.dtype, MethodArgs], tuple[ModuleChain, float]
+]
+"""``(W (in, out), metric, byte_budget, value_dtype, args)``: the chain of one module, and the
+squared error to expect of it, see `Decomposed`. W is not to be written to; the metric is that of
+`Metrics`."""
 
 ModuleBytes = Callable[[int, int, int, MethodArgs], int]
 """``(in, out, value_bytes, args)``: the fewest bytes in which one module can be stored."""
@@ -253,12 +259,12 @@ def _encode_modules(
     prepared: PreparedGroup, byte_budget: int, encode_module: EncodeModule
 ) -> Decomposed:
     clock = Stopwatch(prepared.unfolding.device)
-    chains = {}
+    chains, expected = {}, 0.0
     with clock("stage2"):
         for module in prepared.layout.modules:
             budget = split_budget(prepared.layout, byte_budget)[module.name]
             try:
-                chains[module.name] = encode_module(
+                chains[module.name], lost = encode_module(
                     prepared.weight(module),
                     prepared.metrics.get(module.name),
                     budget,
@@ -267,7 +273,8 @@ def _encode_modules(
                 )
             except LestdError as error:
                 raise LestdError(f"{module.name}: {error}") from error
-    return chain_result(prepared, chains, clock)
+            expected += lost
+    return chain_result(prepared, chains, clock, expected=expected)
 
 
 def module_workspace_bytes(layout: GroupLayout) -> int:

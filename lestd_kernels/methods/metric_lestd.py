@@ -219,7 +219,13 @@ def encode(
     )
     # Of the weights divided by their projections' norms.
     values = tuple(group.singular_values for group in prepared.groups.values())
-    return replace(done, curve=curve[1:], singular_values=(values[0], ()))
+    bound = None
+    if args.metric != ACTIVATION:  # There what the search knows is too low, see `SidedGroup`.
+        # A sum of relative errors, and none of their norms is larger.
+        bound = expected[0] * max(prepared.scales.values()) ** 2
+    return replace(
+        done, curve=curve[1:], singular_values=(values[0], ()), expected_squared_error=bound
+    )
 
 
 def _search(

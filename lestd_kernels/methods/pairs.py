@@ -223,7 +223,9 @@ def pair_method(
                 for b in curve_budgets
             ]
         chains = _encode_choice(prepared, choice, clock)
-        return chain_result(prepared, chains, clock, ranks=_named_ranks(choice), curve=curve)
+        expected = _left_out(prepared, choice) if metric_of is own_metric else None
+        ranks = _named_ranks(choice)
+        return chain_result(prepared, chains, clock, None, ranks, curve, expected)
 
     def expected_error(prepared: PreparedPairs, choice: Choice) -> float:
         if metric_of is own_metric:

@@ -191,10 +191,13 @@ def encode(
     with clock("rank_search"):
         ranks = _ranks_for(prepared, byte_budget)
         norm = squared_sum(prepared.unfolding)
-        curve = []
-        for budget in curve_budgets:
-            kept = kept_energy(prepared.energies, prepared.grid, _ranks_for(prepared, budget))
-            curve.append(CurvePoint(budget, Ranks(0, 0, 0), max(norm - kept, 0.0)))
+
+        def expected(ranks: StackRanks) -> float:
+            return max(norm - kept_energy(prepared.energies, prepared.grid, ranks), 0.0)
+
+        curve = [
+            CurvePoint(b, Ranks(0, 0, 0), expected(_ranks_for(prepared, b))) for b in curve_budgets
+        ]
     with clock("stage1"):
         factors = [
             refine(prepared.stack(u), bases, ranks, args.hooi_tol, args.hooi_max_iter)
@@ -210,7 +213,7 @@ def encode(
         cores = _fit_cores(prepared, shared)
         modules = {module.name: _chain(prepared, module, cores, ranks) for module in layout.modules}
     named = {"R1": ranks.Ra, "R2": ranks.Rb}
-    return chain_result(prepared, modules, clock, shared, named, curve)
+    return chain_result(prepared, modules, clock, shared, named, curve, expected(ranks))
 
 
 def _fit_cores(prepared: PreparedHeads, shared: dict[str, EncodedCore]) -> dict[int, Tensor]:

@@ -14,6 +14,7 @@ from lestd_kernels.chain import ModuleChain
 from lestd_kernels.codecs import CODECS, Codec
 from lestd_kernels.error_feedback import largest
 from lestd_kernels.methods.base import MethodArgs
+from lestd_kernels.methods.matrices import metric_squares
 from lestd_kernels.ops import Multiply
 from lestd_kernels.packed import EncodedCore
 
@@ -43,11 +44,16 @@ def least_module_bytes(rows: int, columns: int, value_bytes: int, args: MethodAr
 
 
 def keep_largest(
-    W: Tensor, scores: Tensor, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
-) -> ModuleChain:
+    W: Tensor,
+    scores: Tensor,
+    metric: Tensor | None,
+    byte_budget: int,
+    value_dtype: torch.dtype,
+    args: MethodArgs,
+) -> tuple[ModuleChain, float]:
     """One module ``(in, out)``: its weights of the largest scores, as many as fit."""
     rows, columns = W.shape
     count, codec = largest_nnz(rows, columns, byte_budget, value_dtype.itemsize, args.value_bits)
     mask = largest(scores, count) & (W != 0)
     kept = EncodedCore.quantized(W * mask, args.value_bits, value_dtype, codec=codec, mask=mask)
-    return ModuleChain((Multiply(0),), (kept,))
+    return ModuleChain((Multiply(0),), (kept,)), metric_squares(W * ~mask, metric)

@@ -21,12 +21,11 @@ from lestd_kernels.packed import EncodedCore
 
 def encode_module(
     W: Tensor, metric: Tensor | None, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
-) -> ModuleChain:
+) -> tuple[ModuleChain, float]:
     """Round one module ``(in, out)``."""
     bits = fitting_bits(W.numel(), byte_budget, value_dtype.itemsize, args)
-    return ModuleChain(
-        (Multiply(0),), (EncodedCore.quantized(W, bits, value_dtype, codec="dense"),)
-    )
+    stored = EncodedCore.quantized(W, bits, value_dtype, codec="dense")
+    return ModuleChain((Multiply(0),), (stored,)), 0.0
 
 
 METHOD = module_method("rtn", encode_module, least_module_bytes)

@@ -16,7 +16,7 @@ from torch import Tensor
 from lestd_kernels.chain import ModuleChain
 from lestd_kernels.error_feedback import inverse_factor, prune, round_with_feedback
 from lestd_kernels.methods.base import ACTIVATION, MethodArgs
-from lestd_kernels.methods.matrices import module_method
+from lestd_kernels.methods.matrices import metric_squares, module_method
 from lestd_kernels.methods.pruning import largest_nnz, least_module_bytes
 from lestd_kernels.ops import Multiply
 from lestd_kernels.packed import EncodedCore
@@ -24,7 +24,7 @@ from lestd_kernels.packed import EncodedCore
 
 def encode_module(
     W: Tensor, metric: Tensor | None, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
-) -> ModuleChain:
+) -> tuple[ModuleChain, float]:
     """Prune one module ``(in, out)`` in the metric of its Gram matrix, and round what is left."""
     assert metric is not None, "in the metric 'activation' every module has a Gram matrix"
     bits = args.value_bits
@@ -34,7 +34,8 @@ def encode_module(
     mask = prune(W, U, count) if codec != "dense" else None
     rounded, scales = round_with_feedback(W, U, bits, value_dtype, mask)
     stored = EncodedCore.quantized(rounded, bits, value_dtype, scales, codec, mask)
-    return ModuleChain((Multiply(0),), (stored,))
+    lost = 0.0 if mask is None else metric_squares(W * ~mask, metric)
+    return ModuleChain((Multiply(0),), (stored,)), lost
 
 
 METHOD = module_method("sparsegpt", encode_module, least_module_bytes, (ACTIVATION,))

@@ -109,7 +109,8 @@ class SharedBasis:
         squared_energy: ``||G||^2`` of the orthonormal float32 factors, in units of scale^2.
         hooi_iterations: sweeps after the HOSVD.
         scale: what the unfolding was divided by, and the cores are to be multiplied by.
-        curve: what the rank search found at the curve's budgets, in the units of the weights.
+        expected_squared_error: what the rank search found, in the units of the weights.
+        curve: the same at the curve's budgets.
         singular_values: of the mode-1 and mode-2 unfoldings, in the units of the weights.
     """
 
@@ -117,6 +118,7 @@ class SharedBasis:
     squared_energy: float
     hooi_iterations: int
     scale: float
+    expected_squared_error: float
     curve: tuple[CurvePoint, ...]
     singular_values: tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -256,7 +258,10 @@ def shared_basis(
         for core in cores:
             torch.hardshrink(core, rounded_to_zero, out=core)
     points = (replace(point, squared_error=point.squared_error * scale**2) for point in curve)
-    basis = SharedBasis(factors, energy, iterations, scale, tuple(points), singular_values)
+    expected = chosen.squared_error * scale**2
+    basis = SharedBasis(
+        factors, energy, iterations, scale, expected, tuple(points), singular_values
+    )
     return basis, cores
 
 
@@ -308,6 +313,7 @@ def finish(
         singular_values=basis.singular_values,
         metric_squared_norm=squared_norm,
         metric_squared_error=squared_error,
+        expected_squared_error=basis.expected_squared_error,
     )
 
 

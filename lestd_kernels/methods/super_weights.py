@@ -165,7 +165,8 @@ def with_super_weights(method: Method) -> Method:
         clock = Stopwatch(group.unfolding.device)
         clock.seconds.update(rest.seconds)
         done = chain_result(group, modules, clock, chain.shared, chain.ranks, curve)
-        return replace(done, singular_values=rest.singular_values)
+        expected = rest.expected_squared_error
+        return replace(done, singular_values=rest.singular_values, expected_squared_error=expected)
 
     def bounds(
         layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs

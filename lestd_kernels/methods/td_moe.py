@@ -226,8 +226,9 @@ def encode(
     shared: dict[str, EncodedCore] = {}
     modules: dict[str, ModuleChain] = {}
     named: dict[str, int] = {}
+    args = prepared.args
     for name, ranks in chosen.items():
-        one, args = prepared.projections[name], prepared.args
+        one = prepared.projections[name]
         with clock("stage1"):
             tol = max(args.hooi_tol, _TOLERANCE)
             factors = refine(one.stack, one.bases, ranks, tol, args.hooi_max_iter)
@@ -237,7 +238,9 @@ def encode(
         if factors.P is not None:
             named[f"{name}_experts"] = ranks.Rn
     ordered = {module.name: modules[module.name] for module in prepared.layout.modules}
-    return chain_result(prepared, ordered, clock, shared, named, curve)
+    # Whitened, the experts are decomposed in another metric than they are measured in.
+    expected = _expected_error(prepared, chosen) if args.metric == WEIGHT else None
+    return chain_result(prepared, ordered, clock, shared, named, curve, expected)
 
 
 def _expected_error(prepared: PreparedExperts, chosen: Mapping[str, StackRanks]) -> float:

@@ -21,7 +21,7 @@ from lestd_kernels.chain import ModuleChain
 from lestd_kernels.errors import LestdError
 from lestd_kernels.low_rank import Root, matrix_bytes
 from lestd_kernels.methods.base import NORM, WEIGHT, MethodArgs
-from lestd_kernels.methods.matrices import module_method
+from lestd_kernels.methods.matrices import metric_squares, module_method
 from lestd_kernels.ops import Multiply, Op, Permute
 from lestd_kernels.packed import EncodedCore
 from lestd_kernels.packing import FULL_BITS
@@ -31,10 +31,12 @@ from lestd_kernels.stacked import (
     best_ranks,
     fit_core,
     full_bases,
+    kept_energy,
     leading_energies,
     leading_vectors,
     search_grid,
 )
+from lestd_kernels.stage1 import squared_sum
 from lestd_kernels.tensor_train import TrainModes, stack_of, train_modes
 
 
@@ -55,7 +57,7 @@ def _least_bytes(rows: int, columns: int, value_bytes: int, args: MethodArgs) ->
 
 def encode_module(
     W: Tensor, metric: Tensor | None, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
-) -> ModuleChain:
+) -> tuple[ModuleChain, float]:
     """The train of one module ``(in, out)``.
 
     Raises:
@@ -74,14 +76,17 @@ def encode_module(
     def size(ranks: StackRanks) -> int:
         return _train_bytes(modes, ranks, value_dtype.itemsize, args)
 
-    ranks = best_ranks(leading_energies(T, bases, grid), grid, size, left)
+    energies = leading_energies(T, bases, grid)
+    ranks = best_ranks(energies, grid, size, left)
     if ranks is None:
         raise LestdError(f"no tensor train fits into {byte_budget:,} bytes; raise keep")
     # TT-SVD: the second projection sees what the first has left.
     U = bases.U[:, : ranks.Ra]
     V = leading_vectors(U.T @ T, 2)[:, : ranks.Rb]
     cores = _encode_cores(T, StackFactors(U, V, None), modes, value_dtype, args)
-    return ModuleChain(_ops(modes, ranks, len(first)), (*first, *cores))
+    share = 1 - kept_energy(energies, grid, ranks) / max(squared_sum(T), 1e-300)
+    expected = max(share, 0.0) * metric_squares(W, metric)
+    return ModuleChain(_ops(modes, ranks, len(first)), (*first, *cores)), expected
 
 
 def _encode_cores(

@@ -23,11 +23,11 @@ from lestd_kernels.methods.pruning import keep_largest, least_module_bytes
 
 def encode_module(
     W: Tensor, metric: Tensor | None, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
-) -> ModuleChain:
+) -> tuple[ModuleChain, float]:
     """Prune one module ``(in, out)`` by the scores of its Gram matrix' diagonal."""
     assert metric is not None, "in the metric 'activation' every module has a Gram matrix"
     scores = W.abs() * metric.diagonal().sqrt()[:, None]
-    return keep_largest(W, scores, byte_budget, value_dtype, args)
+    return keep_largest(W, scores, metric, byte_budget, value_dtype, args)
 
 
 METHOD = module_method("wanda", encode_module, least_module_bytes, (ACTIVATION,))
