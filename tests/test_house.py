@@ -1,6 +1,7 @@
 """The house's rules: imports run downwards, heavy things are imported where they are needed."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,3 +109,16 @@ def test_the_format_is_registered_whatever_is_imported_first() -> None:
         [sys.executable, "-c", REGISTERED], capture_output=True, text=True, check=True
     )
     assert run.stdout.splitlines() == [f"0 {first}" for first in FIRST], run.stderr
+
+
+def test_the_tests_of_the_promises_exist() -> None:
+    """In docs/security.md ``::test`` is one of the file that was named last."""
+    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    source, named = "", 0
+    for file, test in re.findall(r"((?:fuzz/)?test_\w+\.py)|::(test_\w+)", text):
+        if file:
+            source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        else:
+            assert f"def {test}(" in source, test
+            named += 1
+    assert named > 20

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save, save_file
 from lestd_kernels.errors import LestdError
 from orchestrator import untouched
 from orchestrator.manifest import Manifest
+from orchestrator.source import resolve_source
 from orchestrator.untouched import fetch_shard
 from workers import checkpoint, ranges
 from workers.checkpoint import (
@@ -371,6 +372,18 @@ def test_what_is_wrong_in_a_bucket_is_said_in_a_sentence(s3: Any, name: str, wor
     assert found.err.startswith("error: ")
     assert found.err.count("\n") == 1
     assert time.monotonic() - began < PATIENCE
+
+
+def test_keys_that_climb_are_no_files_of_the_model(s3: Any) -> None:
+    path = "models/org/climber"
+    s3.copy("models/org/tiny", path, recursive=True)
+    for key in ("../evil.json", "a/../../../evil.json", "../../LICENSE", "/etc/evil.json"):
+        s3.pipe_file(f"{path}/{key}", b"{}")
+    s3.pipe_file(f"{path}/templates/tool.jinja", b"T")
+    assert any("/../" in key for key in s3.find("models/org/climber/.."))
+    directory = resolve_source(f"s3://{path}").fetch_side_files()
+    assert (directory / "templates" / "tool.jinja").read_bytes() == b"T"
+    assert not [*directory.parent.rglob("evil.json"), *directory.parent.rglob("LICENSE")]
 
 
 def test_s3_without_credentials(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

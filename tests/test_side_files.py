@@ -20,8 +20,9 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 +
 KEPT = {
     "additional_chat_templates/tool_use.jinja": "T",
     "original/tokenizer.model": "M",
-    "modeling_mine.py": "from .configuration_mine import MineConfig\n",
-    "configuration_mine.py": "import os\n",
+    # Code goes along, and is not run.
+    "modeling_mine.py": "from .configuration_mine import MineConfig\nraise SystemExit(1)\n",
+    "configuration_mine.py": "raise SystemExit(1)\n",
     "tokenization_mine.py": "",
 }
 LEFT = {
