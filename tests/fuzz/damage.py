@@ -29,9 +29,11 @@ STRANGE: list[Any] = [
     *("\ud800", "\0", "é" * 3000, "../../outside", "/dev/zero", ".", [], {}, [[]], {"": None}),
     *([0] * 3, {"a": {"b": [1, {"c": None}]}}, [None] * 2000, "[" * 5000),
 ]
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in pairwise("abcdefghi")
+)
 YAML_TEXTS = [
-    "a: &a [x, x, x, x, x, x, x, x, x]\n"
-    + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghi")),
+    BOMB,
     "license: &a [*a]\n",
     "keep: &a {keep: *a}\n",
     "license: 2024-99-99\n",

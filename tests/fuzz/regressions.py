@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from damage import BOMB
 from driver import Probe, Target
 from safetensors.torch import load_file, save_file
 from targets import TARGETS, command, compress, convert, dry_run, load, plan, verify
@@ -95,10 +96,6 @@ def guard(path: Path) -> None:
     save_file(held | {name: torch.zeros(195, dtype=torch.uint8)}, path, metadata={"format": "pt"})
 
 
-BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n"
-    for old, new in zip("abcdefgh", "bcdefghi", strict=True)
-)
 BIN, PARTS, GROUPS = "pickled/*.bin", "out.run/manifest/slices/*", "out.run/manifest/groups/*"
 
 REGRESSIONS = [
