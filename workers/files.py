@@ -208,15 +208,7 @@ def read_file(path: AnyPath) -> bytes:
         OSError: a local file cannot be read, or either is too large.
         LestdError: one in an object store is absent, or cannot be read.
     """
-    if not isinstance(path, UPath):
-        return read_regular(path)
-    content = stores.read_objects([path])[0]
-    if isinstance(content, FileNotFoundError):
-        with stores.explain_store_errors(path):
-            raise content
-    if isinstance(content, OSError):
-        raise content
-    return content
+    return stores.read_object(path) if isinstance(path, UPath) else read_regular(path)
 
 
 def read_files(paths: Sequence[AnyPath]) -> list[bytes | OSError]:
@@ -230,7 +222,7 @@ def read_files(paths: Sequence[AnyPath]) -> list[bytes | OSError]:
         LestdError: an object store does not answer.
     """
     if paths and isinstance(paths[0], UPath):
-        return [*stores.read_objects([cast(UPath, path) for path in paths])]
+        return stores.read_objects([cast(UPath, path) for path in paths])
     return [_read_local(cast(Path, path)) for path in paths]
 
 

@@ -152,6 +152,22 @@ class _Download(io.RawIOBase):
         return patiently(once)
 
 
+def read_object(path: UPath) -> bytes:
+    """The content of a small object.
+
+    Raises:
+        OSError: it has more than `MAX_SMALL_BYTES`.
+        LestdError: it is absent, or cannot be read.
+    """
+    content = read_objects([path])[0]
+    if isinstance(content, FileNotFoundError):
+        with explain_store_errors(path):
+            raise content
+    if isinstance(content, OSError):
+        raise content
+    return content
+
+
 def read_objects(paths: Sequence[UPath]) -> list[bytes | OSError]:
     """Contents of small objects of one store, many at a time; the error of one that is absent, or
     has more than `MAX_SMALL_BYTES`.
