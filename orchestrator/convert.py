@@ -260,20 +260,22 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
                 f"{path} holds a {type(tensor).__name__} under {name!r}; expected only tensors "
                 "under their names"
             )
-        if why := _not_plain(name, tensor, records):
+        if why := _not_plain(name, tensor, path.stat().st_size, records):
+            shown = name if name.isprintable() else repr(name)
             raise LestdError(
-                f"tensor {name!r} in {path} {why}, which safetensors cannot hold; expected a dense "
+                f"tensor {shown} in {path} {why}, which safetensors cannot hold; expected a dense "
                 "tensor of a plain dtype with every element in the file"
             )
     return {name: tensor.resolve_conj().resolve_neg() for name, tensor in content.items()}
 
 
-def _not_plain(name: str, tensor: Tensor, records: set[int] | None) -> str | None:
+def _not_plain(name: str, tensor: Tensor, file_bytes: int, records: set[int] | None) -> str | None:
     """Why a tensor has no bytes of its own to be written; None if it has.
 
     Args:
         name: its name.
         tensor: the tensor.
+        file_bytes: size of its file.
         records: bytes of the records of the archive that it is mapped from, if it is.
     """
     # A nested tensor is strided by its layout.
@@ -282,7 +284,7 @@ def _not_plain(name: str, tensor: Tensor, records: set[int] | None) -> str | Non
     if tensor.device.type != "cpu":
         return f"is on the device {tensor.device.type}, without data"
     # Expanded by strides of 0: a few bytes that would be written as any number.
-    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+    if tensor.untyped_storage().nbytes() < tensor.nbytes > file_bytes:
         return f"has the shape {list(tensor.shape)}, and fewer elements than that"
     # PyTorch compares the two where it reads a record, but not where it maps the file.
     if records is not None and tensor.untyped_storage().nbytes() not in records:
