@@ -369,7 +369,8 @@ def test_the_layers_that_differ_most_come_first(tmp_path: Path) -> None:
         row = {"task_id": f"t{layer}", "layer": layer, "group": f"layers.{layer}.attn"}
         row |= {"dense_bytes": 1000, "byte_budget": 500, "stored_bytes": stored}
         row |= {"relative_error": error, "squared_norm": 1.0, "squared_error": error**2}
-        row |= {"payload": "p", "payload_bytes": 1, "sha256": digest, "format": "{}"}
+        row |= {"payload": "p", "payload_bytes": 1, "sha256": digest}
+        row["format"] = '{"modules": {}}'
         return row | {"source_sha256": digest, "R1": 8, "R2": 4 + layer % 2}
 
     layers = range(14)
