@@ -136,6 +136,8 @@ class LestdQuantizer(HfQuantizer):
         return [*updated, *renamings]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if all(weight.is_meta for weight in model.parameters()):
+            return  # A model without weights was asked for; it computes nothing.
         present = set(model.modules())
         for path, module in model.named_modules():
             if isinstance(module, MODULES):

@@ -221,8 +221,8 @@ def test_a_spectrum_is_thinned_but_keeps_its_ends_and_its_rank(tmp_path: Path) -
 
 
 def test_names_and_messages_stay_text(tmp_path: Path) -> None:
-    groups = [group(layer, 32, 8, 2, group=f"{EVIL}{layer}", worker=EVIL) for layer in range(6)]
-    events = [event(3, "failed", 5, group=EVIL, error_type=EVIL, message=EVIL, worker=EVIL)]
+    groups = [group(layer, 32, 8, 2, group=f"layers.{layer}", worker=EVIL) for layer in range(6)]
+    events = [event(3, "failed", 5, error_type=EVIL, message=EVIL, worker=EVIL)]
     runs = [call(0, "complete", 6, model=EVIL, family=EVIL)]
     judged = [evaluation(True, EVIL, 1.0, task=EVIL, filter=EVIL)]
     run = run_of(tmp_path / "run", groups=groups, events=events, runs=runs, evaluations=judged)
@@ -232,7 +232,7 @@ def test_names_and_messages_stay_text(tmp_path: Path) -> None:
     assert not [tag for tag, _ in page.tags if tag == "img"]
     assert page.text.count(EVIL) > 5
     assert table(page, "lost")[0]["message"] == EVIL
-    assert table(page, "layers")[0]["group"] == f"{EVIL}0"
+    assert table(page, "layers")[0]["worker"] == EVIL
 
 
 def test_the_policy_allows_these_scripts_and_no_network(tmp_path: Path) -> None:
