@@ -243,11 +243,11 @@ def test_the_module_multiplies_by_the_dense_weight(name: str, bias: bool) -> Non
 
 def _store_whole(
     W: Tensor, metric: Tensor | None, budget: int, dtype: torch.dtype, args: MethodArgs
-) -> ModuleChain:
+) -> tuple[ModuleChain, None]:
     """Magnitude pruning to half of the elements, where they fit."""
     cut = W.abs().median()
     core = EncodedCore.quantized(W * (W.abs() > cut), args.value_bits, dtype)
-    return ModuleChain((Multiply(0),), (core,))
+    return ModuleChain((Multiply(0),), (core,)), None
 
 
 def _least(rows: int, columns: int, value_bytes: int, args: MethodArgs) -> int:
