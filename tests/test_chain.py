@@ -243,11 +243,12 @@ def test_the_module_multiplies_by_the_dense_weight(name: str, bias: bool) -> Non
 
 def _store_whole(
     W: Tensor, metric: Tensor | None, budget: int, dtype: torch.dtype, args: MethodArgs
-) -> tuple[ModuleChain, None]:
+) -> tuple[ModuleChain, float]:
     """Magnitude pruning to half of the elements, where they fit."""
     cut = W.abs().median()
     core = EncodedCore.quantized(W * (W.abs() > cut), args.value_bits, dtype)
-    return ModuleChain((Multiply(0),), (core,)), None
+    lost = float((W * (W.abs() <= cut)).square().sum())
+    return ModuleChain((Multiply(0),), (core,)), lost
 
 
 def _least(rows: int, columns: int, value_bytes: int, args: MethodArgs) -> int:
