@@ -141,8 +141,8 @@ def download(
         found = get_hf_file_metadata(url, timeout=TIMEOUT_SECONDS).size or 0
         if found > limit:
             raise LestdError(
-                f"{name} of {model} has {found} bytes, expected at most {limit}; tell its "
-                "publisher, or choose another --revision"
+                f"{name} of {model} has {found} bytes, expected at most {limit}; "
+                "download the model with `hf download`, and name its directory"
             )
         return found
 

@@ -130,6 +130,7 @@ def compress_model(
             # What can be refused is refused before anything is written, or deleted.
             _require_disk(plan, out, run_dir, _file_bytes(out, run_dir) if fresh else 0)
             _require_memory(plan, executor)
+            _require_shared(source, run, executor)
             require_usable(source, config, executor)
         if fresh:
             if isinstance(run_dir, Path):

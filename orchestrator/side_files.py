@@ -7,6 +7,7 @@ lestd itself runs none of them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Container, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +24,8 @@ _PREFIXES = ("LICENSE", "NOTICE", "README")
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"}
 # Beside a model in a folder of the source, ours.
 _OF_RUNS = (".run", ".eval", ".recover", ".converting")
+# Of trainers, Python and disks: what lies in there was never part of a model.
+_OF_TOOLS = {"wandb", "runs", "logs", "venv", "env", "node_modules", "__pycache__", "lost+found"}
 
 
 def is_side_file(name: str) -> bool:
@@ -41,18 +44,18 @@ def is_side_file(name: str) -> bool:
 def is_side_folder(name: str) -> bool:
     """Whether a folder, by its path in the model, may hold files of it: none of a tool or a run."""
     folder = PurePosixPath(name).name
-    return not folder.startswith(".") and not folder.endswith(_OF_RUNS) and name != MANIFEST_DIR
+    if not folder or folder.startswith(".") or folder in _OF_TOOLS:
+        return False
+    return not folder.endswith(_OF_RUNS) and name != MANIFEST_DIR
 
 
 def side_files(names: Iterable[str]) -> set[str]:
     """Those of a model's files, by their paths, that belong to it beside its weights.
 
-    Of a folder that holds weights, which make it another model, none.
+    Of a folder that holds weights or a configuration, which make it another model, none.
     """
     names = set(names)
-    others = {
-        _top(name) for name in names if "/" in name and PurePosixPath(name).suffix in _WEIGHTS
-    }
+    others = {_top(name) for name in names if "/" in name and _is_of_a_model(PurePosixPath(name))}
     return {name for name in names if is_side_file(name) and _top(name) not in others}
 
 
@@ -79,10 +82,18 @@ def find_side_files(directory: Path) -> set[str]:
     Raises:
         LestdError: one is a git-LFS pointer.
     """
-    found = side_files(list_tree(directory, is_side_folder))
+
+    def is_read(folder: str) -> bool:
+        return is_side_folder(folder) and os.access(directory / folder, os.R_OK | os.X_OK)
+
+    found = side_files(list_tree(directory, is_read))
     found |= {name for name in _named_code(directory) if (directory / name).is_file()}
     require_content(directory, found)
     return found
+
+
+def _is_of_a_model(path: PurePosixPath) -> bool:
+    return path.suffix in _WEIGHTS or path.name == "config.json"
 
 
 def _top(name: str) -> str:

@@ -83,10 +83,11 @@ def empty_own_directory(directory: Path, marker: str) -> None:
         LestdError: it has no such file, or is write-protected.
     """
     names = list_names(directory)
-    if names and marker not in names:
+    others = [name for name in names if not name.startswith(".tmp-")]
+    if others and marker not in names:
         raise LestdError(
-            f"{directory} holds {names[0]}, but no {marker}, and is not lestd's to delete; move it "
-            "away, and run the same command again"
+            f"{directory} holds {others[0]}, but no {marker}, and is not lestd's to delete; move "
+            "it away, and run the same command again"
         )
     require_removable(directory)
     for name in sorted(names, key=lambda name: name == marker):
