@@ -33,9 +33,14 @@ from torch import Tensor, nn
 
 from lestd_kernels import set_backend
 from lestd_kernels.backends import bitmask
-from lestd_kernels.codecs import CODECS, TWO_OF_FOUR, UNSTRUCTURED
-from lestd_kernels.linear import CompressedLinear, CoreSpec, Factor, share_products
-from lestd_kernels.pattern import two_of_four
+from lestd_kernels.modules.shared_tucker_linear import (
+    CompressedLinear,
+    CoreSpec,
+    Factor,
+    share_products,
+)
+from lestd_kernels.search.two_of_four import two_of_four
+from lestd_kernels.storage.codecs import CODECS, TWO_OF_FOUR, UNSTRUCTURED
 
 WIDTH, HEADS, HEAD_DIM = 5120, 40, 128
 PROJECTIONS = ("q", "k", "v", "o")

@@ -35,14 +35,14 @@ from torch import Generator, Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from lestd_kernels.errors import LestdError
-from orchestrator import tables
-from orchestrator.json_files import write_json
-from orchestrator.meter import Meter
-from orchestrator.source import CONFIG_FILE
-from workers.building import building_directory, is_free
-from workers.checkpoint import INDEX_FILE
-from workers.files import atomic_write, fsync_directory, make_directory
-from workers.headers import DTYPE_NAMES, TensorSpec, build_header, layout_key
+from orchestrator.console import output
+from orchestrator.console.progress_bar import Meter
+from orchestrator.source.checkpoint import CONFIG_FILE
+from workers.checkpoint.headers import DTYPE_NAMES, TensorSpec, build_header, layout_key
+from workers.checkpoint.tensors import INDEX_FILE
+from workers.storage.building import building_directory, is_free
+from workers.storage.files import atomic_write, fsync_directory, make_directory
+from workers.storage.json_files import write_json
 
 _LLAMA: dict[str, Any] = {"model_type": "llama", "rms_norm_eps": 1e-5}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -277,8 +277,8 @@ def _require_free(out: Path, needed: int) -> None:
     free = shutil.disk_usage(disk).free
     if free < needed + _MARGIN_BYTES:
         raise LestdError(
-            f"the disk of {disk} has {tables.size(free)} free, but the checkpoint needs "
-            f"{tables.size(needed)} there; free some, or use fewer --layers or another --out"
+            f"the disk of {disk} has {output.size(free)} free, but the checkpoint needs "
+            f"{output.size(needed)} there; free some, or use fewer --layers or another --out"
         )
 
 
@@ -391,8 +391,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; nothing was left behind")
-    tables.out.print(
-        f"{options.out}: {tables.size(total)} of made-up weights, and no tokenizer: plan, compress "
+    output.out.print(
+        f"{options.out}: {output.size(total)} of made-up weights, and no tokenizer: plan, compress "
         "and bench take it, evaluate does not",
         soft_wrap=True,
     )

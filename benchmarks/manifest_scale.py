@@ -27,17 +27,25 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.manifest import Manifest
-from orchestrator.query import named_queries
-from orchestrator.rows import part_path, write_part
-from orchestrator.schemas import CURVES, EVALUATIONS, EVENTS, GROUPS, RUNS, SLICES, TableSpec
+from orchestrator.manifest.manifest import Manifest
+from orchestrator.manifest.part_files import part_path, write_part
+from orchestrator.manifest.schemas import (
+    CURVES,
+    EVALUATIONS,
+    EVENTS,
+    GROUPS,
+    RUNS,
+    SLICES,
+    TableSpec,
+)
+from orchestrator.query.sql import named_queries
 
 START = 1_700_000_000_000_000  # Microseconds.
 SECONDS = ("read", "stage1", "rank_search", "stage2", "error", "write")
 ALONE = """
 import sys, time
-from orchestrator.query import named_query, run_query
-from workers.files import as_path
+from orchestrator.query.sql import named_query, run_query
+from workers.storage.files import as_path
 start = time.perf_counter()
 run_query([as_path(sys.argv[1])], named_query(sys.argv[2]).sql, print)
 print(time.perf_counter() - start)

@@ -33,9 +33,9 @@ from make_checkpoint import make_config, make_tensor
 from tensorly.decomposition import partial_tucker
 from torch import Tensor
 
+from lestd_kernels.linalg.stage1 import project_rows
 from lestd_kernels.methods import METHODS, MethodArgs
-from lestd_kernels.methods.base import Decomposed
-from lestd_kernels.stage1 import project_rows
+from lestd_kernels.methods.common.base import Decomposed
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout, unfold_weights
 
 HEAD_DIM = 128

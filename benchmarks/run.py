@@ -34,7 +34,7 @@ from typing import Any
 
 import psutil
 
-from orchestrator.manifest import Manifest
+from orchestrator.manifest.manifest import Manifest
 
 MAKE_CHECKPOINT = Path(__file__).with_name("make_checkpoint.py")
 DECOMPOSING = ("seconds_stage1", "seconds_rank_search", "seconds_stage2", "seconds_error")
@@ -68,7 +68,7 @@ def library_bytes() -> int:
     """Resident set of a process that has loaded what a worker loads, and done nothing."""
     code = (
         "import ray, torch, workers.decompose\n"
-        "from workers.devices import peak_memory_bytes\n"
+        "from workers.host.devices import peak_memory_bytes\n"
         "print(peak_memory_bytes(torch.device('cpu')))"
     )
     return int(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE).stdout)

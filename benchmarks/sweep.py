@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from make_checkpoint import make_checkpoint, make_config
 
-from orchestrator.config import RunConfig
-from orchestrator.executor import SerialExecutor
-from orchestrator.manifest import Manifest, default_run_dir
-from orchestrator.pipeline import compress_model
-from orchestrator.schemas import STAGES
-from orchestrator.source import resolve_source
-from orchestrator.sweep import compress_keeps, model_dir
+from orchestrator.compression.pipeline import compress_model
+from orchestrator.config.run import RunConfig
+from orchestrator.execution.serial import SerialExecutor
+from orchestrator.experiments.sweep import compress_keeps, model_dir
+from orchestrator.manifest.manifest import Manifest, default_run_dir
+from orchestrator.manifest.schemas import STAGES
+from orchestrator.source.checkpoint import resolve_source
 
 HEAD_DIM = 128
 

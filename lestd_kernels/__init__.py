@@ -14,7 +14,7 @@ from lestd_kernels import registration
 from lestd_kernels.errors import LestdError
 
 if TYPE_CHECKING:
-    from lestd_kernels.modules import set_backend
+    from lestd_kernels.modules.registry import set_backend
     from lestd_kernels.transformers_plugin import LestdConfig
 
 __all__ = ["LestdConfig", "LestdError", "set_backend"]
@@ -24,7 +24,7 @@ registration.register_when_imported()
 
 def __getattr__(name: str) -> Any:
     if name == "set_backend":
-        from lestd_kernels.modules import set_backend
+        from lestd_kernels.modules.registry import set_backend
 
         return set_backend
     if name == "LestdConfig":

@@ -23,9 +23,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from lestd_kernels.chain_linear import ChainLinear
 from lestd_kernels.errors import LestdError
-from lestd_kernels.linear import CompressedLinear
+from lestd_kernels.modules.chain_linear import ChainLinear
+from lestd_kernels.modules.shared_tucker_linear import CompressedLinear
 
 _INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 """Values of ``init_lora_weights`` that need neither the base weight nor other data."""

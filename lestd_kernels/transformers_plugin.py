@@ -7,7 +7,7 @@
 
 with one entry per slice group, as a kind's `describe` writes it. Before the weights are
 loaded, `LestdQuantizer` exchanges the modules that the entries name for compressed ones of exactly
-the stored shapes (lestd_kernels.building); the rest is ordinary loading.
+the stored shapes (lestd_kernels.modules.build); the rest is ordinary loading.
 
 Transformers without the plug-in finds a 1-D ``weight`` where it expects a matrix, and raises. Where
 it would fuse the matrices of a layer's experts while loading, which are absent, it finds an empty
@@ -37,13 +37,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lestd_kernels.building import build_groups
-from lestd_kernels.decomposition import FORMAT_VERSION, QUANT_METHOD
-from lestd_kernels.entries import guard_specs
-from lestd_kernels.entry_schema import check_groups
 from lestd_kernels.errors import LestdError
-from lestd_kernels.experts import GUARD_NAME
-from lestd_kernels.modules import MODULES, check_module
+from lestd_kernels.formats.entries import guard_specs
+from lestd_kernels.formats.entry_schema import check_groups
+from lestd_kernels.formats.shared_tucker import FORMAT_VERSION, QUANT_METHOD
+from lestd_kernels.modules.build import build_groups
+from lestd_kernels.modules.experts import GUARD_NAME
+from lestd_kernels.modules.registry import MODULES, check_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +62,8 @@ class LestdConfig(QuantizationConfigMixin):
         groups: one entry per slice group, see `SharedTucker.describe`.
         format_version: version of the entries and of the tensors' names and layout.
         quant_method: always ``"lestd"``.
-        groups_sha256: see `lestd_kernels.entries.groups_sha256`; None where nobody has stated it.
+        groups_sha256: see `lestd_kernels.formats.entries.groups_sha256`; None where nobody has
+            stated it.
     """
 
     groups: list[dict[str, Any]] = field(default_factory=list)

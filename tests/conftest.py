@@ -20,7 +20,7 @@ import torch
 # Without a GPU, kernels run in Triton's interpreter; it asks once, when transformers imports it.
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
-from cli import STARTED, digest_tree, lestd
+from support.cli import STARTED, digest_tree, lestd
 from transformers import LlamaConfig, LlamaForCausalLM
 
 # A shell starts what it runs in the background deaf to SIGINT; tests interrupt what they start.

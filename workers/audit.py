@@ -1,6 +1,6 @@
 """The work of an actor on an audit: read one block, say what it is like, keep no weight.
 
-Shapes: see lestd_kernels.diagnostics. A worker holds one block at a time, and of the bases of
+Shapes: see lestd_kernels.audit.diagnostics. A worker holds one block at a time, and of the bases of
 other layers one file: those of a reference layer are ``layer`` (d, d / 4), the leading left
 singular vectors of its whole unfolding, and ``unit_0`` ... (d, R), those of a few of its units.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lestd_kernels.diagnostics import (
+from lestd_kernels.audit.diagnostics import (
     MOST_UNITS,
     Explained,
     Unit,
@@ -33,17 +33,17 @@ from lestd_kernels.diagnostics import (
     unit_gram,
     units,
 )
+from lestd_kernels.audit.prediction import predict
+from lestd_kernels.audit.rotation import Rotated, rotate
 from lestd_kernels.errors import LestdError
-from lestd_kernels.prediction import predict
-from lestd_kernels.rotation import Rotated, rotate
-from lestd_kernels.stage1 import FLOAT64_ORDER, squared_sum
+from lestd_kernels.linalg.stage1 import FLOAT64_ORDER, squared_sum
 from lestd_kernels.tensorize import GroupLayout, unfold_weights
-from workers.checkpoint import read_header, read_tensor, write_safetensors
+from workers.checkpoint.tensors import read_header, read_tensor, write_safetensors
 from workers.contracts import Failure, TensorRef
 from workers.decompose import check_finite
-from workers.devices import peak_memory_bytes, reset_peak_memory, return_freed_memory
-from workers.failures import failure_of
-from workers.files import as_path, atomic_write, is_file, not_shared
+from workers.host.devices import peak_memory_bytes, reset_peak_memory, return_freed_memory
+from workers.host.failures import failure_of
+from workers.storage.files import as_path, atomic_write, is_file, not_shared
 
 REFERENCE_UNITS = 4
 """Units of a reference layer whose bases are kept."""

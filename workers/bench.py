@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from lestd_kernels.errors import LestdError, first_line
-from workers.devices import device_name, peak_memory_bytes, reset_peak_memory
-from workers.evaluate import EvalWorker
+from workers.evaluation.perplexity import EvalWorker
+from workers.host.devices import device_name, peak_memory_bytes, reset_peak_memory
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # They import torch, which readers of a manifest need not wait for.
-    from lestd_kernels.budget import CurvePoint
     from lestd_kernels.methods import SliceStats
+    from lestd_kernels.search.budget import CurvePoint
     from lestd_kernels.tensorize import GroupLayout
 
 
@@ -45,7 +45,8 @@ class Task:
     """One slice group of one layer, to be decomposed within a byte budget.
 
     Attributes:
-        task_id: hash of everything that decides the payload's bytes (see `orchestrator.plan`).
+        task_id: hash of everything that decides the payload's bytes (see
+            `orchestrator.planning.plan`).
         layer: index of the decoder layer.
         group: path of the block in the loaded model, ``"model.layers.0.self_attn"``.
         tensor_prefix: path of the block in the checkpoint's tensor names; differs from `group`
@@ -60,7 +61,7 @@ class Task:
         predicted_memory_bytes: what the plan expects the worker to need.
         scope: what the block is: ``"attention"``, ``"ffn"`` or ``"experts"``.
         metric_tensors: ``ModuleLayout.reads``, or that with a dot and one of
-            `lestd_kernels.methods.base.STATISTICS` -> where it lies; none in the metric
+            `lestd_kernels.methods.common.base.STATISTICS` -> where it lies; none in the metric
             ``"weight"``. In the metric ``"norm"`` it is the weight of the preceding norm.
         metric_digest: names what they were computed from.
     """
@@ -173,7 +174,7 @@ class Result:
     unfoldings of the weights, descending. `device` names the hardware: the GPU, or the machine and
     the vector instructions of its CPU. `most_expected_squared_error` is what
     `metric_squared_error` is at most where nothing went wrong, see
-    `lestd_kernels.rounding.most_expected`.
+    `lestd_kernels.audit.rounding.most_expected`.
     """
 
     task_id: str

@@ -9,8 +9,8 @@ while another is decomposed and a third is written. So its memory holds at most
     one group in the source's dtype (the next one), one group that is decomposed (its float32
     unfolding and the method's work space), and one payload (the last one's tensors)
 
-however long the run is, and `orchestrator.plan` asks for that much. A bundle of tasks keeps the
-group's rotation beside it until its last budget (`Bounds.reuse_bytes`).
+however long the run is, and `orchestrator.planning.plan` asks for that much. A bundle of tasks
+keeps the group's rotation beside it until its last budget (`Bounds.reuse_bytes`).
 """
 
 from __future__ import annotations
@@ -24,23 +24,22 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lestd_kernels.chain import Chain
-from lestd_kernels.entries import with_stored_path
+from lestd_kernels.audit.rounding import most_expected
 from lestd_kernels.errors import LestdError
-from lestd_kernels.kinds import Decomposition
+from lestd_kernels.formats.chain import Chain
+from lestd_kernels.formats.entries import with_stored_path
+from lestd_kernels.formats.kinds import Decomposition
 from lestd_kernels.methods import METHODS, Decomposed, MethodArgs
-from lestd_kernels.methods.base import STATISTICS, add_seconds
-from lestd_kernels.methods.steps import Stopwatch
-from lestd_kernels.rounding import most_expected
+from lestd_kernels.methods.common.base import STATISTICS, add_seconds
+from lestd_kernels.methods.common.stopwatch import Stopwatch
 from lestd_kernels.tensorize import unfold_weights
-from workers.checkpoint import digest_safetensors, read_tensor, write_safetensors
+from workers.checkpoint.tensors import digest_safetensors, read_tensor, write_safetensors
 from workers.contracts import (
     Bundle,
     BundleResult,
@@ -51,24 +50,20 @@ from workers.contracts import (
     Task,
     TensorRef,
 )
-from workers.devices import (
+from workers.host.devices import (
     device_name,
     peak_memory_bytes,
     reset_peak_memory,
     return_freed_memory,
+    software_versions,
 )
-from workers.failures import failure_of
-from workers.files import AnyPath, as_path, atomic_write, not_shared
+from workers.host.failures import failure_of
+from workers.storage.files import AnyPath, as_path, atomic_write, not_shared
 
 
 def payload_name(task_id: str, sha256: str) -> str:
     """File name of a payload; it carries the content's hash, so a name is never reused."""
     return f"{task_id}-{sha256}.safetensors"
-
-
-def software_versions() -> dict[str, str]:
-    """Versions of what decides a payload's bytes."""
-    return {"lestd": version("lestd"), "torch": torch.__version__}
 
 
 STATIONS = 3

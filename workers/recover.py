@@ -34,13 +34,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lestd_kernels.errors import LestdError
-from lestd_kernels.modules import MODULES
-from workers.checkpoint import ShardIndex, read_header, read_tensor, write_safetensors
-from workers.evaluate import load_model
-from workers.files import atomic_write, file_sha256
-from workers.headers import DTYPES
-from workers.names import is_inside
-from workers.regular import parse_json, read_regular
+from lestd_kernels.modules.registry import MODULES
+from workers.checkpoint.headers import DTYPES
+from workers.checkpoint.tensors import ShardIndex, read_header, read_tensor, write_safetensors
+from workers.host.loading import load_model
+from workers.storage.files import atomic_write, file_sha256
+from workers.storage.names import is_inside
+from workers.storage.regular import parse_json, read_regular
 
 LORA, FACTORS = "lora", "factors"
 STATE_FILE = "state.json"

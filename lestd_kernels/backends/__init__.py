@@ -26,7 +26,7 @@ from lestd_kernels.backends import (
     triton_bitmask,
 )
 from lestd_kernels.backends.base import Backend, token_count
-from lestd_kernels.packed import EncodedCore
+from lestd_kernels.storage.matrix import EncodedCore
 
 BACKENDS: dict[str, Backend] = {
     "eager": eager.BACKEND,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.amp import is_autocast_available
 from torch.autograd import forward_ad
 
-from lestd_kernels.packed import EncodedCore
+from lestd_kernels.storage.matrix import EncodedCore
 
 
 @dataclass(frozen=True)

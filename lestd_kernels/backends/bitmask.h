@@ -1,7 +1,7 @@
 // Products with a core that stays packed: a bitmask and the non-zero values, both row-major.
 //
 // Element (r, c) of M (rows x columns) is a value where bit r * columns + c of the mask is set,
-// lowest bit first (lestd_kernels/codecs.py). Where the values of each row start is counted from
+// lowest bit first (lestd_kernels/storage/codecs.py). Where the values of each row start is counted from
 // the mask in every call: one popcount per 64 elements, and no state that could become stale.
 //
 // Here: the core, and what one thread does over a range of rows on any CPU. bitmask_paths.h has the

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.backends.base import Backend, is_plain, token_count
-from lestd_kernels.cpu import emulated
-from lestd_kernels.packed import EncodedCore
+from lestd_kernels.backends.cpu import emulated
+from lestd_kernels.storage.matrix import EncodedCore
 
 _NAME = "lestd_bitmask"
 _SOURCE = Path(__file__).with_suffix(".cpp")

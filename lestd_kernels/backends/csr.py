@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.backends.base import Backend, is_plain
-from lestd_kernels.codecs import csr_rows
-from lestd_kernels.packed import EncodedCore
+from lestd_kernels.storage.codecs import csr_rows
+from lestd_kernels.storage.matrix import EncodedCore
 
 # For x M, MKL first transposes M, which costs as much as adding up the rows for this many tokens.
 _FEW_TOKENS = 8

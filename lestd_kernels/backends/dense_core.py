@@ -11,7 +11,7 @@ from torch import Tensor
 from lestd_kernels.backends import bitmask, triton_bitmask
 from lestd_kernels.backends.base import Backend, is_plain
 from lestd_kernels.backends.kept import Kept
-from lestd_kernels.packed import EncodedCore
+from lestd_kernels.storage.matrix import EncodedCore
 
 
 def _expand(core: EncodedCore) -> Tensor:

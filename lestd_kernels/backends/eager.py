@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lestd_kernels.backends.base import Backend
-from lestd_kernels.packed import EncodedCore
+from lestd_kernels.storage.matrix import EncodedCore
 
 
 def apply_core(x: Tensor, core: EncodedCore, transposed: bool) -> Tensor:

@@ -18,9 +18,9 @@ from torch.nn import functional
 
 from lestd_kernels.backends.base import Backend, is_plain
 from lestd_kernels.backends.kept import Kept
-from lestd_kernels.codecs import TWO_OF_FOUR
 from lestd_kernels.errors import LestdError
-from lestd_kernels.packed import EncodedCore
+from lestd_kernels.storage.codecs import TWO_OF_FOUR
+from lestd_kernels.storage.matrix import EncodedCore
 
 _VALUE_TYPES = (torch.float16, torch.bfloat16)
 # What PyTorch's formats want rows and columns to be multiples of (the stricter one, CUTLASS).

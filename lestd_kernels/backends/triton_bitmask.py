@@ -31,7 +31,7 @@ from torch import Tensor
 from lestd_kernels.backends.base import Backend, is_plain, token_count
 from lestd_kernels.backends.kept import Kept
 from lestd_kernels.errors import LestdError
-from lestd_kernels.packed import EncodedCore
+from lestd_kernels.storage.matrix import EncodedCore
 
 DEVICE = "cuda"
 _VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -19,7 +19,7 @@ from lestd_kernels.methods import (
     tucker,
     wanda,
 )
-from lestd_kernels.methods.base import (
+from lestd_kernels.methods.common.base import (
     ACTIVATION,
     METRICS,
     NORM,
@@ -30,7 +30,7 @@ from lestd_kernels.methods.base import (
     MethodArgs,
     SliceStats,
 )
-from lestd_kernels.methods.super_weights import with_super_weights
+from lestd_kernels.methods.common.super_weights import with_super_weights
 
 METHODS: dict[str, Method] = {
     method.name: with_super_weights(method)

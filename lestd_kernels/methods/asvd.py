@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lestd_kernels.methods.base import ACTIVATION, MethodArgs, Metrics
-from lestd_kernels.methods.pairs import pair_method
+from lestd_kernels.methods.common.base import ACTIVATION, MethodArgs, Metrics
+from lestd_kernels.methods.common.low_rank_pairs import pair_method
 
 _ALPHA = 0.5
 

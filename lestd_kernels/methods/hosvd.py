@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.methods import tucker
-from lestd_kernels.methods.base import MethodArgs, Metrics
-from lestd_kernels.methods.steps import Prepared
+from lestd_kernels.methods.common.base import MethodArgs, Metrics
+from lestd_kernels.methods.common.shared_basis import Prepared
 from lestd_kernels.tensorize import GroupLayout
 
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from lestd_kernels.low_rank import largest_rank
-from lestd_kernels.methods.base import NORM, WEIGHT
-from lestd_kernels.methods.pairs import (
+from lestd_kernels.linalg.low_rank import largest_rank
+from lestd_kernels.methods.common.base import NORM, WEIGHT
+from lestd_kernels.methods.common.low_rank_pairs import (
     Choice,
     PreparedPairs,
     choose_ranks,

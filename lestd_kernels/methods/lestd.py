@@ -1,7 +1,7 @@
 """LeSTD: a shared Tucker basis (Stage I) with ultra-sparse cores (Stage II).
 
 Attention in the weights' own norm, 16 bits to a value, is stored here; everything else by
-lestd_kernels.methods.metric_lestd.
+lestd_kernels.methods.lestd_in_metric.
 
 Reference: "LeSTD: LLM Compression via Learning-based Sparse Tensor Decomposition", ICLR 2026.
 """
@@ -17,16 +17,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lestd_kernels.budget import (
-    GroupShape,
-    Limits,
-    rank_grid,
-    require_feasible,
-)
-from lestd_kernels.codecs import TWO_OF_FOUR, UNSTRUCTURED
 from lestd_kernels.errors import LestdError
-from lestd_kernels.methods import metric_lestd
-from lestd_kernels.methods.base import (
+from lestd_kernels.linalg.stage1 import Ranks
+from lestd_kernels.linalg.stage2 import gram_factors, one_shot, prune_refit, refit_targets
+from lestd_kernels.methods import lestd_in_metric
+from lestd_kernels.methods.common.base import (
     METRICS,
     Bounds,
     Decomposed,
@@ -35,9 +30,8 @@ from lestd_kernels.methods.base import (
     Metrics,
     require_plain,
 )
-from lestd_kernels.methods.steps import (
+from lestd_kernels.methods.common.shared_basis import (
     Prepared,
-    Stopwatch,
     finish,
     group_shape,
     limits_of,
@@ -46,16 +40,17 @@ from lestd_kernels.methods.steps import (
     shared_basis,
     workspace_bytes,
 )
-from lestd_kernels.pattern import (
+from lestd_kernels.methods.common.stopwatch import Stopwatch
+from lestd_kernels.search.budget import GroupShape, Limits, rank_grid, require_feasible
+from lestd_kernels.search.tucker_ranks import search_sparse
+from lestd_kernels.search.two_of_four import (
     fitting_ranks,
     pattern_bytes,
     pattern_nonzeros,
     search_two_of_four,
     select_two_of_four,
 )
-from lestd_kernels.rank_search import search_sparse
-from lestd_kernels.stage1 import Ranks
-from lestd_kernels.stage2 import gram_factors, one_shot, prune_refit, refit_targets
+from lestd_kernels.storage.codecs import TWO_OF_FOUR, UNSTRUCTURED
 from lestd_kernels.tensorize import GroupLayout
 
 
@@ -229,13 +224,13 @@ def _prepare_any(
     value_dtype: torch.dtype,
     args: MethodArgs,
     metrics: Metrics,
-) -> Prepared | metric_lestd.PreparedSides:
-    chosen = metric_lestd.prepare if metric_lestd.serves(layout, args) else prepare
+) -> Prepared | lestd_in_metric.PreparedSides:
+    chosen = lestd_in_metric.prepare if lestd_in_metric.serves(layout, args) else prepare
     return chosen(unfolding, layout, value_dtype, args, metrics)
 
 
 def _encode_any(
-    prepared: Prepared | metric_lestd.PreparedSides,
+    prepared: Prepared | lestd_in_metric.PreparedSides,
     byte_budget: int,
     curve_budgets: Sequence[int] = (),
     *,
@@ -243,18 +238,18 @@ def _encode_any(
 ) -> Decomposed:
     if isinstance(prepared, Prepared):
         return encode(prepared, byte_budget, curve_budgets, reuse=reuse)
-    return metric_lestd.encode(prepared, byte_budget, curve_budgets, reuse=reuse)
+    return lestd_in_metric.encode(prepared, byte_budget, curve_budgets, reuse=reuse)
 
 
 def _bounds_any(
     layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
 ) -> Bounds:
-    chosen = metric_lestd.bounds if metric_lestd.serves(layout, args) else bounds
+    chosen = lestd_in_metric.bounds if lestd_in_metric.serves(layout, args) else bounds
     return chosen(layout, byte_budget, value_dtype, args)
 
 
 def _least_bytes_any(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
-    chosen = metric_lestd.least_bytes if metric_lestd.serves(layout, args) else least_bytes
+    chosen = lestd_in_metric.least_bytes if lestd_in_metric.serves(layout, args) else least_bytes
     return chosen(layout, value_dtype, args)
 
 

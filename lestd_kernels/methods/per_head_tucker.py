@@ -21,11 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lestd_kernels.budget import CurvePoint
-from lestd_kernels.chain import ModuleChain
 from lestd_kernels.errors import LestdError
-from lestd_kernels.low_rank import matrix_bytes
-from lestd_kernels.methods.base import (
+from lestd_kernels.formats.chain import ModuleChain
+from lestd_kernels.formats.ops import Multiply, Op, Permute
+from lestd_kernels.linalg.low_rank import matrix_bytes
+from lestd_kernels.linalg.stage1 import Ranks, squared_sum
+from lestd_kernels.methods.common.base import (
     WEIGHT,
     Bounds,
     Decomposed,
@@ -35,11 +36,14 @@ from lestd_kernels.methods.base import (
     require_budget,
     require_no_core,
 )
-from lestd_kernels.methods.matrices import PreparedGroup, chain_result, module_workspace_bytes
-from lestd_kernels.methods.steps import Stopwatch
-from lestd_kernels.ops import Multiply, Op, Permute
-from lestd_kernels.packed import EncodedCore
-from lestd_kernels.stacked import (
+from lestd_kernels.methods.common.per_module import (
+    PreparedGroup,
+    chain_result,
+    module_workspace_bytes,
+)
+from lestd_kernels.methods.common.stopwatch import Stopwatch
+from lestd_kernels.search.budget import CurvePoint
+from lestd_kernels.search.tucker_stack import (
     RankGrid,
     StackFactors,
     StackRanks,
@@ -51,7 +55,7 @@ from lestd_kernels.stacked import (
     refine,
     search_grid,
 )
-from lestd_kernels.stage1 import Ranks, squared_sum
+from lestd_kernels.storage.matrix import EncodedCore
 from lestd_kernels.tensorize import PROJECTIONS, GroupLayout, ModuleLayout
 
 _U1, _U2 = "lestd_u1", "lestd_u2"

@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lestd_kernels.chain import ModuleChain
-from lestd_kernels.methods.base import MethodArgs
-from lestd_kernels.methods.matrices import module_method
-from lestd_kernels.methods.quantizing import fitting_bits, least_module_bytes
-from lestd_kernels.ops import Multiply
-from lestd_kernels.packed import EncodedCore
+from lestd_kernels.formats.chain import ModuleChain
+from lestd_kernels.formats.ops import Multiply
+from lestd_kernels.methods.common.base import MethodArgs
+from lestd_kernels.methods.common.per_module import module_method
+from lestd_kernels.methods.common.quantizing import fitting_bits, least_module_bytes
+from lestd_kernels.storage.matrix import EncodedCore
 
 
 def encode_module(

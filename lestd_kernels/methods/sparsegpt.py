@@ -13,13 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lestd_kernels.chain import ModuleChain
-from lestd_kernels.error_feedback import inverse_factor, prune, round_with_feedback
-from lestd_kernels.methods.base import ACTIVATION, MethodArgs
-from lestd_kernels.methods.matrices import metric_squares, module_method
-from lestd_kernels.methods.pruning import largest_nnz, least_module_bytes
-from lestd_kernels.ops import Multiply
-from lestd_kernels.packed import EncodedCore
+from lestd_kernels.formats.chain import ModuleChain
+from lestd_kernels.formats.ops import Multiply
+from lestd_kernels.linalg.error_feedback import inverse_factor, prune, round_with_feedback
+from lestd_kernels.methods.common.base import ACTIVATION, MethodArgs
+from lestd_kernels.methods.common.per_module import metric_squares, module_method
+from lestd_kernels.methods.common.pruning import largest_nnz, least_module_bytes
+from lestd_kernels.storage.matrix import EncodedCore
 
 
 def encode_module(

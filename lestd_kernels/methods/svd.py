@@ -8,7 +8,7 @@ Reference: Eckart, Young, "The approximation of one matrix by another of lower r
 
 from __future__ import annotations
 
-from lestd_kernels.methods.base import NORM, WEIGHT
-from lestd_kernels.methods.pairs import pair_method
+from lestd_kernels.methods.common.base import NORM, WEIGHT
+from lestd_kernels.methods.common.low_rank_pairs import pair_method
 
 METHOD = pair_method("svd", (WEIGHT, NORM))

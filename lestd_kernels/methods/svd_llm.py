@@ -5,12 +5,12 @@ truncated energy is the error of the outputs.
 
 Reference: Wang, Zheng, Wan, Zhang, "SVD-LLM: Truncation-aware singular value decomposition for
 large language model compression", ICLR 2025, section 3.1. The paper gives every matrix the same
-ratio; here they share the bytes, see lestd_kernels.methods.pairs.
+ratio; here they share the bytes, see lestd_kernels.methods.common.low_rank_pairs.
 """
 
 from __future__ import annotations
 
-from lestd_kernels.methods.base import ACTIVATION
-from lestd_kernels.methods.pairs import pair_method
+from lestd_kernels.methods.common.base import ACTIVATION
+from lestd_kernels.methods.common.low_rank_pairs import pair_method
 
 METHOD = pair_method("svd_llm", (ACTIVATION,))

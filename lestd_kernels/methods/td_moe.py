@@ -26,11 +26,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lestd_kernels.budget import CurvePoint
-from lestd_kernels.chain import ModuleChain
 from lestd_kernels.errors import LestdError
-from lestd_kernels.low_rank import Root, matrix_bytes
-from lestd_kernels.methods.base import (
+from lestd_kernels.formats.chain import ModuleChain
+from lestd_kernels.formats.ops import Mix, Multiply, Op
+from lestd_kernels.linalg.low_rank import matrix_bytes
+from lestd_kernels.linalg.metric import Root
+from lestd_kernels.linalg.stage1 import Ranks
+from lestd_kernels.methods.common.base import (
     ACTIVATION,
     WEIGHT,
     Bounds,
@@ -41,17 +43,16 @@ from lestd_kernels.methods.base import (
     require_budget,
     require_no_core,
 )
-from lestd_kernels.methods.matrices import (
+from lestd_kernels.methods.common.low_rank_pairs import traffic
+from lestd_kernels.methods.common.per_module import (
     PreparedGroup,
     chain_result,
     metric_squares,
     module_workspace_bytes,
 )
-from lestd_kernels.methods.pairs import traffic
-from lestd_kernels.methods.steps import Stopwatch
-from lestd_kernels.ops import Mix, Multiply, Op
-from lestd_kernels.packed import EncodedCore
-from lestd_kernels.stacked import (
+from lestd_kernels.methods.common.stopwatch import Stopwatch
+from lestd_kernels.search.budget import CurvePoint
+from lestd_kernels.search.tucker_stack import (
     RankGrid,
     StackFactors,
     StackRanks,
@@ -63,7 +64,7 @@ from lestd_kernels.stacked import (
     refine,
     search_grid,
 )
-from lestd_kernels.stage1 import Ranks
+from lestd_kernels.storage.matrix import EncodedCore
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout
 
 # A sweep over the experts of a large layer takes minutes; what further ones gain is not seen.

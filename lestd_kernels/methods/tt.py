@@ -14,18 +14,20 @@ Decompositions in Post-Training LLM Compression", arXiv 2606.03465 (trains for F
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from lestd_kernels.chain import ModuleChain
 from lestd_kernels.errors import LestdError
-from lestd_kernels.low_rank import Root, matrix_bytes
-from lestd_kernels.methods.base import NORM, WEIGHT, MethodArgs
-from lestd_kernels.methods.matrices import metric_squares, module_method
-from lestd_kernels.ops import Multiply, Op, Permute
-from lestd_kernels.packed import EncodedCore
-from lestd_kernels.packing import FULL_BITS
-from lestd_kernels.stacked import (
+from lestd_kernels.formats.chain import ModuleChain
+from lestd_kernels.formats.ops import Multiply, Op, Permute
+from lestd_kernels.linalg.low_rank import matrix_bytes
+from lestd_kernels.linalg.metric import Root
+from lestd_kernels.linalg.stage1 import squared_sum
+from lestd_kernels.methods.common.base import NORM, WEIGHT, MethodArgs
+from lestd_kernels.methods.common.per_module import metric_squares, module_method
+from lestd_kernels.search.tucker_stack import (
     StackFactors,
     StackRanks,
     best_ranks,
@@ -36,8 +38,51 @@ from lestd_kernels.stacked import (
     leading_vectors,
     search_grid,
 )
-from lestd_kernels.stage1 import squared_sum
-from lestd_kernels.tensor_train import TrainModes, stack_of, train_modes
+from lestd_kernels.storage.few_bits import FULL_BITS
+from lestd_kernels.storage.matrix import EncodedCore
+
+_CORES = 3
+
+
+class TrainModes(NamedTuple):
+    """Factors of the input and of the output dimension, one each per core."""
+
+    rows: tuple[int, int, int]
+    columns: tuple[int, int, int]
+
+
+def balanced_modes(dimension: int) -> tuple[int, int, int]:
+    """Three factors of a dimension, as equal as its primes allow, ascending.
+
+    The primes, largest first, each go to the smallest factor so far: 704 = 8 * 8 * 11.
+    """
+    modes, rest, prime, primes = [1] * _CORES, dimension, 2, []
+    while prime * prime <= rest:
+        if rest % prime:
+            prime += 1
+        else:
+            primes.append(prime)
+            rest //= prime
+    for factor in [rest, *reversed(primes)]:
+        smallest = modes.index(min(modes))
+        modes[smallest] *= factor
+    first, second, third = sorted(modes)
+    return first, second, third
+
+
+def train_modes(rows: int, columns: int) -> TrainModes:
+    """The modes of a matrix ``(rows, columns)``."""
+    return TrainModes(balanced_modes(rows), balanced_modes(columns))
+
+
+def stack_of(W: Tensor, modes: TrainModes) -> Tensor:
+    """W ``(in, out)`` as the stack ``(a2 b2, a1 b1, a3 b3)``, contiguous."""
+    (a1, a2, a3), (b1, b2, b3) = modes
+    T = W.reshape(a1, a2, a3, b1, b2, b3).permute(1, 4, 0, 3, 2, 5)
+    return T.reshape(a2 * b2, a1 * b1, a3 * b3)
+
+
+pass
 
 
 def _train_bytes(modes: TrainModes, ranks: StackRanks, value_bytes: int, args: MethodArgs) -> int:

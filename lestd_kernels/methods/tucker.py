@@ -11,20 +11,11 @@ from functools import cache
 
 import torch
 
-from lestd_kernels.budget import (
-    GroupShape,
-    Limits,
-    dense_bytes,
-    largest_dense_rank,
-    rank_grid,
-    require_feasible,
-)
-from lestd_kernels.codecs import UNSTRUCTURED
 from lestd_kernels.errors import LestdError
-from lestd_kernels.methods.base import Bounds, Decomposed, Method, MethodArgs, require_plain
-from lestd_kernels.methods.steps import (
+from lestd_kernels.linalg.stage1 import Ranks
+from lestd_kernels.methods.common.base import Bounds, Decomposed, Method, MethodArgs, require_plain
+from lestd_kernels.methods.common.shared_basis import (
     Prepared,
-    Stopwatch,
     finish,
     group_shape,
     limits_of,
@@ -33,8 +24,17 @@ from lestd_kernels.methods.steps import (
     shared_basis,
     workspace_bytes,
 )
-from lestd_kernels.rank_search import search_dense
-from lestd_kernels.stage1 import Ranks
+from lestd_kernels.methods.common.stopwatch import Stopwatch
+from lestd_kernels.search.budget import (
+    GroupShape,
+    Limits,
+    dense_bytes,
+    largest_dense_rank,
+    rank_grid,
+    require_feasible,
+)
+from lestd_kernels.search.tucker_ranks import search_dense
+from lestd_kernels.storage.codecs import UNSTRUCTURED
 from lestd_kernels.tensorize import GroupLayout
 
 

@@ -15,10 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lestd_kernels.chain import ModuleChain
-from lestd_kernels.methods.base import ACTIVATION, MethodArgs
-from lestd_kernels.methods.matrices import module_method
-from lestd_kernels.methods.pruning import keep_largest, least_module_bytes
+from lestd_kernels.formats.chain import ModuleChain
+from lestd_kernels.methods.common.base import ACTIVATION, MethodArgs
+from lestd_kernels.methods.common.per_module import module_method
+from lestd_kernels.methods.common.pruning import keep_largest, least_module_bytes
 
 
 def encode_module(

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from lestd_kernels.errors import LestdError
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout, StoredWeight
 from orchestrator.architectures.description import Block, Description, Experts, FeedForward
-from workers.checkpoint import ShardIndex
+from workers.checkpoint.tensors import ShardIndex
 from workers.contracts import TensorRef
 
 COMPRESSIBLE_DTYPES = ("BF16", "F16", "F32")

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 import yaml
-from cli import digest_tree
 from damage import json_file, tensors
 from driver import Probe, RefusedError, Target, WrongError
-from families import CONFIGS, save_tiny
 from safetensors.torch import load_file, save_file
+from support.cli import digest_tree
+from support.families import CONFIGS, save_tiny
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace

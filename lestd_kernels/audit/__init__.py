@@ -1,0 +1,1 @@
+"""Diagnostics and predictions, without compressing."""

@@ -1,0 +1,1 @@
+"""What a decomposition is: its tensors, its description, how it is applied."""

@@ -1,0 +1,1 @@
+"""Stage I, Stage II, metrics and factorizations of matrices."""

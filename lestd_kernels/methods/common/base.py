@@ -1,0 +1,284 @@
+"""What every method takes and gives.
+
+Shapes: see lestd_kernels.tensorize and decomposition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lestd_kernels.errors import LestdError
+from lestd_kernels.formats.kinds import Decomposition
+from lestd_kernels.search.budget import CurvePoint
+from lestd_kernels.storage.codecs import UNSTRUCTURED
+from lestd_kernels.storage.few_bits import FULL_BITS
+from lestd_kernels.tensorize import GroupLayout
+
+WEIGHT, NORM, ACTIVATION = METRICS = ("weight", "norm", "activation")
+"""In which norm an error is made small: Frobenius, with inputs scaled by the preceding norm, or
+with the inputs of a calibration text."""
+
+
+@dataclass(frozen=True)
+class MethodArgs:
+    """Arguments of a method: plain values, part of a task's identity.
+
+    Attributes:
+        type_mode: ``"identity"`` (U3 = I, every projection its own cores) or ``"learned"`` (U3 is
+            fitted; MHA only).
+        stage2: ``"one-shot"`` or ``"prune-refit"``.
+        pattern: where core elements may be kept: ``"unstructured"`` or ``"2:4"`` (see
+            lestd_kernels.search.two_of_four).
+        alpha: prune-refit: share of the survivors pruned per step, in (0, 1].
+        rank_step: R1 and R2 are multiples of it, or the full dimension.
+        max_flops: upper bound of multiply-adds per token relative to the dense projections.
+        hooi_tol: HOOI stops when the fit changes by less than this, relatively.
+        hooi_max_iter: HOOI sweeps at most.
+        metric: one of `METRICS`.
+        value_bits: bits of a stored core value: 16 (the value dtype), 8, 4, 3 or 2.
+        factor_bits: bits of a stored element of a factor: the same.
+        super_weights: share of the weights that is kept exactly in a sparse side matrix.
+        td_moe_mode: method td_moe: ``"preserve"`` (a core per expert) or ``"compress"`` (the cores
+            of the experts are mixtures of fewer ones).
+        whitening: method td_moe in the metric activation: which sides are whitened, ``"none"``,
+            ``"input"``, ``"output"`` or ``"both"``.
+    """
+
+    type_mode: str = "identity"
+    stage2: str = "one-shot"
+    pattern: str = UNSTRUCTURED
+    alpha: float = 0.1
+    rank_step: int = 8
+    max_flops: float | None = None
+    hooi_tol: float = 1e-6
+    hooi_max_iter: int = 25
+    metric: str = WEIGHT
+    value_bits: int = FULL_BITS
+    factor_bits: int = FULL_BITS
+    super_weights: float = 0.0
+    td_moe_mode: str = "preserve"
+    whitening: str = "input"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What is known of a decomposition from shapes alone.
+
+    Attributes:
+        max_R1: the largest R1 that fits, beside the smallest other ranks; None where there is none.
+        max_R2: the largest R2 that fits, beside the smallest other ranks; None likewise.
+        max_nnz: the most non-zeros that fit at any ranks, however they spread over the cores; None
+            where the method does not say.
+        max_bytes: upper bound of the stored bytes: the budget, or less where the pattern leaves
+            some of it unused even at full rank.
+        workspace_bytes: peak memory of `Method.decompose` beside the unfolding.
+        reuse_bytes: how much more it is where a group is prepared for several budgets.
+    """
+
+    max_R1: int | None  # noqa: N815
+    max_R2: int | None  # noqa: N815
+    max_nnz: int | None
+    max_bytes: int
+    workspace_bytes: int
+    reuse_bytes: int
+
+
+@dataclass(frozen=True)
+class SliceStats:
+    """One slice of a decomposed group.
+
+    Attributes:
+        projection: ``"q" "k" "v" "o"``, ``"gate" "up" "down"``.
+        head: index of the head, or of the expert.
+        nnz: non-zeros of the slice's M_s (mixed, with a learned type mode); of a chain, the slice's
+            share of the module's own matrices.
+        density: nnz / elements that it could have had.
+        core_bytes: the slice's share of its core's bytes, in proportion to nnz; with a learned
+            type mode a fourth of its head's share.
+        relative_error: ``||W_s - W_hat_s|| / ||W_s||``.
+        squared_norm: ``||W_s||^2``.
+        squared_energy: ``||M_s||^2``.
+    """
+
+    projection: str
+    head: int
+    nnz: int
+    density: float
+    core_bytes: float
+    relative_error: float
+    squared_norm: float
+    squared_energy: float
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """A decomposition and what it cost. Sums over elements are accumulated in float64.
+
+    Attributes:
+        decomposition: as stored.
+        squared_norm: ``||W||^2``.
+        squared_error: ``||W - W_hat||^2``, the residual of the tensors as stored.
+        relative_error: ``||W - W_hat|| / ||W||``.
+        squared_energy_stage1: ``||G||^2`` after HOOI, for orthonormal float32 factors; None for
+            methods without that stage, like the next three.
+        squared_energy_stage2: sum of the squares of the stored core values.
+        threshold: smallest stored |g|; 0 where nothing is stored.
+        hooi_iterations: sweeps after the HOSVD.
+        seconds: wall time of ``"stage1"``, ``"rank_search"``, ``"stage2"``, ``"error"``.
+        slices: statistics of every slice, in unfolding order.
+        curve: the error to expect at other byte budgets, where asked for.
+        singular_values: of the mode-1 unfolding (d) and of the mode-2 unfolding (p), descending;
+            empty where the method does not need them.
+        metric_squared_norm: ``||S W||^2`` with the root S of the metric, ``G = S^T S``, summed over
+            the modules; `squared_norm` where there is no metric.
+        metric_squared_error: ``||S (W - W_hat)||^2``; likewise.
+        expected_squared_error: what it is to be by what is left out, before anything is rounded;
+            None where the method does not know, or knows it in another metric only.
+    """
+
+    decomposition: Decomposition
+    squared_norm: float
+    squared_error: float
+    relative_error: float
+    squared_energy_stage1: float | None
+    squared_energy_stage2: float | None
+    threshold: float | None
+    hooi_iterations: int | None
+    seconds: dict[str, float]
+    slices: tuple[SliceStats, ...]
+    curve: tuple[CurvePoint, ...]
+    singular_values: tuple[tuple[float, ...], tuple[float, ...]]
+    metric_squared_norm: float
+    metric_squared_error: float
+    expected_squared_error: float | None
+
+
+Metrics = Mapping[str, Tensor]
+"""Of modules the metric of their input, float32: a Gram matrix ``(in, in)`` or its diagonal
+``(in,)``. A module that is absent is measured as it is. Where calibration has recorded them there
+are also ``<module>.mean_abs`` ``(in,)``, ``<module>.max_abs`` ``(in,)`` and
+``<module>.out_max_abs`` ``(out,)``: the mean and the largest magnitude of each channel."""
+
+STATISTICS = ("mean_abs", "max_abs", "out_max_abs")
+"""What calibration records of an input beside its Gram matrix."""
+
+
+class Encode(Protocol):
+    """See `Method.encode`."""
+
+    def __call__(
+        self,
+        prepared: Any,
+        byte_budget: int,
+        curve_budgets: Sequence[int] = (),
+        *,
+        reuse: bool = False,
+    ) -> Decomposed:
+        """Decompose a prepared slice group."""
+
+
+def require_plain(name: str, args: MethodArgs) -> None:
+    """Refuse what a method of shared bases in the weights' own norm does not know.
+
+    Raises:
+        LestdError: another metric, few-bit values, or super weights.
+    """
+    require_default(name, args, "metric", "value_bits", "factor_bits", "super_weights")
+
+
+def require_no_core(name: str, args: MethodArgs) -> None:
+    """Refuse what is of sparse cores in a shared basis only.
+
+    Raises:
+        LestdError: a type mode, a kind of Stage II, a pattern or a limit of arithmetic is asked
+            for.
+    """
+    require_default(name, args, "type_mode", "stage2", "pattern", "max_flops")
+
+
+def require_default(name: str, args: MethodArgs, *options: str) -> None:
+    """Refuse other values of options than their defaults, which are all that a method knows.
+
+    Raises:
+        LestdError: there is one.
+    """
+    plain = MethodArgs()
+    for option in options:
+        if (found := getattr(args, option)) != (known := getattr(plain, option)):
+            takes = f"no {option}" if known is None else f"{option} {known!r} only"
+            raise LestdError(
+                f"method {name!r} knows {takes}, found {found!r}; change one of the two"
+            )
+
+
+def require_budget(name: str, byte_budget: int, least: int) -> None:
+    """Refuse a byte budget below the least that a method needs.
+
+    Raises:
+        LestdError: says both.
+    """
+    if byte_budget < least:
+        raise LestdError(
+            f"the byte budget of a slice group is {byte_budget:,} bytes, but method {name!r} needs "
+            f"at least {least:,} bytes; raise keep"
+        )
+
+
+def add_seconds(*parts: dict[str, float]) -> dict[str, float]:
+    """Seconds per stage, summed over parts of the work."""
+    names = {name: None for part in parts for name in part}
+    return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to decompose a slice group.
+
+    Attributes:
+        name: how configuration and manifest call it.
+        prepare: ``(unfolding (d, S p) float32, layout, value_dtype, args, metrics)``; what no byte
+            budget decides, done once for all of them. What it returns has its cost as `seconds`.
+            The unfolding is used up: it is scaled in place, since a copy would double the memory.
+            Raises LestdError where the type mode does not go with the layout or the pattern.
+        encode: ``(prepared, byte_budget, curve_budgets, reuse=...)``; the result stores at most
+            `byte_budget` bytes, and has the error to expect at each of the curve's budgets
+            (feasible ones). What was prepared is used up unless it is to be reused, for another
+            budget: neither order nor number of the budgets changes a bit of a result.
+            Deterministic for a fixed device and number of threads. Raises LestdError as `bounds`
+            does, and where a core value does not fit the value dtype.
+        bounds: ``(layout, byte_budget, value_dtype, args)``; reads no weights. Raises LestdError
+            where the smallest ranks exceed the budget or `max_flops`, where a learned type
+            mode meets projections with different numbers of heads, or where the method, the type
+            mode or the kind of Stage II does not go with the pattern.
+        least_bytes: ``(layout, value_dtype, args)``; the smallest feasible byte budget. Raises
+            LestdError as `bounds` does, but for the budget and `max_flops`.
+        metrics: the metrics that it knows; the first is the one that it takes without calibration,
+            or where that is ``"activation"`` it cannot do without.
+    """
+
+    name: str
+    prepare: Callable[[Tensor, GroupLayout, torch.dtype, MethodArgs, Metrics], Any]
+    encode: Encode
+    bounds: Callable[[GroupLayout, int, torch.dtype, MethodArgs], Bounds]
+    least_bytes: Callable[[GroupLayout, torch.dtype, MethodArgs], int]
+    metrics: tuple[str, ...] = (WEIGHT,)
+
+    def decompose(
+        self,
+        unfolding: Tensor,
+        layout: GroupLayout,
+        byte_budget: int,
+        value_dtype: torch.dtype,
+        args: MethodArgs,
+        curve_budgets: Sequence[int] = (),
+        metrics: Metrics | None = None,
+    ) -> Decomposed:
+        """Decompose a slice group for one byte budget: `prepare`, then `encode`."""
+        prepared = self.prepare(unfolding, layout, value_dtype, args, metrics or {})
+        done = self.encode(prepared, byte_budget, curve_budgets)
+        return replace(done, seconds=add_seconds(prepared.seconds, done.seconds))

@@ -1,0 +1,276 @@
+"""The steps that the methods of low-rank pairs have in common: from weights to pairs of a budget.
+
+Shapes: W (in, out) of a module, y = x W; see lestd_kernels.linalg.low_rank.
+
+The bytes of a group are shared between its modules by one common slope of error against bytes. The
+errors are relative, those of each module to its own norm in the metric: q and k, whose norms are
+large, do not matter more than v and o. On trained models that is ahead of equal shares and far
+ahead of absolute errors. An expert's errors count as often as tokens came to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lestd_kernels.formats.chain import ModuleChain
+from lestd_kernels.formats.ops import Multiply
+from lestd_kernels.linalg.low_rank import (
+    Bits,
+    Spectrum,
+    common_slope,
+    fit_pair,
+    matrix_bytes,
+    pair_bytes,
+    spectrum,
+)
+from lestd_kernels.linalg.metric import Root
+from lestd_kernels.linalg.stage1 import Ranks
+from lestd_kernels.methods.common.base import (
+    Bounds,
+    Decomposed,
+    Method,
+    MethodArgs,
+    Metrics,
+    require_budget,
+    require_no_core,
+)
+from lestd_kernels.methods.common.per_module import (
+    PreparedGroup,
+    chain_result,
+    metric_squares,
+    module_workspace_bytes,
+)
+from lestd_kernels.methods.common.stopwatch import Stopwatch
+from lestd_kernels.search.budget import CurvePoint
+from lestd_kernels.storage.matrix import EncodedCore
+from lestd_kernels.tensorize import GroupLayout, ModuleLayout
+
+# An expert that no token came to counts as if it had this share of the mean.
+_LEAST_TRAFFIC = 0.01
+
+
+@dataclass
+class PreparedPairs(PreparedGroup):
+    """A group with the spectrum of every module.
+
+    Attributes:
+        roots: of the modules' metrics; modules with the same input share one.
+        spectra: of the modules.
+    """
+
+    roots: dict[str, Root]
+    spectra: dict[str, Spectrum]
+
+
+MetricOf = Callable[[Metrics, str, MethodArgs], Tensor | None]
+"""The metric that a method decomposes a module in."""
+
+
+def own_metric(metrics: Metrics, module: str, args: MethodArgs) -> Tensor | None:
+    """The module's metric as it is."""
+    return metrics.get(module)
+
+
+def traffic(prepared: PreparedGroup) -> dict[str, float]:
+    """How much each module's relative error counts: the energy that its block has read.
+
+    Modules of one expert, and of one block without experts, count the same; by the trace of the
+    Gram matrix of what the block reads, which grows with the tokens that came. The mean is 1.
+    """
+    read: dict[int, float] = {}
+    for module in prepared.layout.modules:
+        metric, (_, head) = prepared.metrics.get(module.name), module.slices[0]
+        if module.basis_side == "input" and metric is not None:
+            diagonal = metric.diagonal() if metric.dim() == 2 else metric
+            read.setdefault(head, float(diagonal.sum()))
+    counts = [read.get(module.slices[0][1], 0.0) for module in prepared.layout.modules]
+    mean = sum(counts) / len(counts)
+    return {
+        module.name: (count / mean if mean else 1.0) + _LEAST_TRAFFIC
+        for module, count in zip(prepared.layout.modules, counts, strict=True)
+    }
+
+
+def bits_of(args: MethodArgs) -> Bits:
+    """Bits of the two matrices of a pair."""
+    return Bits(args.factor_bits, args.value_bits)
+
+
+def module_bytes(
+    layout: GroupLayout, module: ModuleLayout, rank: int, *, value_bytes: int, args: MethodArgs
+) -> int:
+    """Stored bytes of a module's pair."""
+    columns, rows = layout.weight_shape(module)
+    return pair_bytes(rows, columns, rank, value_bytes, bits_of(args))
+
+
+def dense_module_bytes(
+    layout: GroupLayout, module: ModuleLayout, value_bytes: int, args: MethodArgs
+) -> int:
+    """Stored bytes of a module that is left whole."""
+    columns, rows = layout.weight_shape(module)
+    return matrix_bytes(rows, columns, value_bytes, args.value_bits)
+
+
+Choice = Mapping[str, int | None]
+"""Rank of every module; None leaves it whole."""
+
+Choose = Callable[[PreparedPairs, int], Choice]
+"""``(prepared, byte_budget)``: what to store within the budget."""
+
+
+def choose_ranks(prepared: PreparedPairs, byte_budget: int) -> Choice:
+    """The ranks of least summed relative error, see `common_slope`."""
+    layout, weights = prepared.layout, traffic(prepared)
+    modules, value_bytes = layout.modules, prepared.value_dtype.itemsize
+    sizes = [
+        partial(module_bytes, layout, module, value_bytes=value_bytes, args=prepared.args)
+        for module in modules
+    ]
+    energies = [
+        (prepared.spectra[module.name].energies * weights[module.name]).tolist()
+        for module in modules
+    ]
+    ranks = common_slope(energies, sizes, byte_budget)
+    return {module.name: rank for module, rank in zip(modules, ranks, strict=True)}
+
+
+def _encode_choice(
+    prepared: PreparedPairs, choice: Choice, clock: Stopwatch
+) -> dict[str, ModuleChain]:
+    chains = {}
+    dtype, bits = prepared.value_dtype, bits_of(prepared.args)
+    with clock("stage2"):
+        for module in prepared.layout.modules:
+            name, W = module.name, prepared.weight(module)
+            rank = choice[name]
+            if rank is None:
+                whole = EncodedCore.quantized(W, bits.value, dtype)
+                chains[name] = ModuleChain((Multiply(0),), (whole,))
+                continue
+            pair = fit_pair(W, prepared.roots[name], prepared.spectra[name], rank, dtype, bits)
+            ops = (Multiply(0, transposed=True), Multiply(1))
+            chains[name] = ModuleChain(ops, (pair.left, pair.right))
+    return chains
+
+
+def _left_out(prepared: PreparedPairs, choice: Choice) -> float:
+    """What the choice leaves of the weights in their metric, before anything is rounded."""
+    total = 0.0
+    for module in prepared.layout.modules:
+        rank, energies = choice[module.name], prepared.spectra[module.name].energies
+        if rank is not None and rank < len(energies):
+            norm = metric_squares(prepared.weight(module), prepared.metrics.get(module.name))
+            total += float(energies[rank:].sum()) * norm
+    return total
+
+
+def pair_method(
+    name: str,
+    metrics: tuple[str, ...],
+    metric_of: MetricOf = own_metric,
+    choose: Choose = choose_ranks,
+) -> Method:
+    """A method whose modules are low-rank pairs, or whole.
+
+    Args:
+        name: of the method.
+        metrics: see `Method`.
+        metric_of: the metric that a module is decomposed in.
+        choose: ranks for a byte budget.
+    """
+
+    def prepare(
+        unfolding: Tensor,
+        layout: GroupLayout,
+        value_dtype: torch.dtype,
+        args: MethodArgs,
+        metrics: Metrics,
+    ) -> PreparedPairs:
+        clock = Stopwatch(unfolding.device)
+        roots: dict[str, Root] = {}
+        spectra: dict[str, Spectrum] = {}
+        prepared = PreparedPairs(
+            unfolding, layout, value_dtype, args, metrics, clock.seconds, roots, spectra
+        )
+        inputs: dict[str, Root] = {}
+        with clock("stage1"):
+            for module in layout.modules:
+                if module.reads not in inputs:
+                    inputs[module.reads] = Root.of(metric_of(metrics, module.name, args))
+                roots[module.name] = inputs[module.reads]
+                spectra[module.name] = spectrum(prepared.weight(module), roots[module.name])
+        return prepared
+
+    def encode(
+        prepared: PreparedPairs,
+        byte_budget: int,
+        curve_budgets: Sequence[int] = (),
+        *,
+        reuse: bool = False,
+    ) -> Decomposed:
+        bounds(prepared.layout, byte_budget, prepared.value_dtype, prepared.args)
+        clock = Stopwatch(prepared.unfolding.device)
+        with clock("rank_search"):
+            choice = choose(prepared, byte_budget)
+            curve = [
+                CurvePoint(b, Ranks(0, 0, 0), expected_error(prepared, choose(prepared, b)))
+                for b in curve_budgets
+            ]
+        chains = _encode_choice(prepared, choice, clock)
+        expected = _left_out(prepared, choice) if metric_of is own_metric else None
+        ranks = _named_ranks(choice)
+        return chain_result(prepared, chains, clock, None, ranks, curve, expected)
+
+    def expected_error(prepared: PreparedPairs, choice: Choice) -> float:
+        if metric_of is own_metric:
+            return _left_out(prepared, choice)
+        # Truncated in one metric and measured in another: only the pairs themselves tell.
+        clock = Stopwatch(prepared.unfolding.device)
+        pairs = _encode_choice(prepared, choice, clock)
+        return chain_result(prepared, pairs, clock).metric_squared_error
+
+    def bounds(
+        layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
+    ) -> Bounds:
+        least = least_bytes(layout, value_dtype, args)
+        require_budget(name, byte_budget, least)
+        # The vectors of every module, and the roots of their inputs' metrics.
+        shapes = [layout.weight_shape(module) for module in layout.modules]
+        inputs = {
+            module.reads: shape[1] for module, shape in zip(layout.modules, shapes, strict=True)
+        }
+        kept = sum(4 * min(shape) ** 2 for shape in shapes) + sum(4 * n**2 for n in inputs.values())
+        most = _most_bytes(layout, value_dtype, args)
+        workspace = module_workspace_bytes(layout) + kept
+        return Bounds(None, None, None, min(byte_budget, most), workspace, 0)
+
+    def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
+        require_no_core(name, args)
+        return sum(
+            module_bytes(layout, module, 1, value_bytes=value_dtype.itemsize, args=args)
+            for module in layout.modules
+        )
+
+    return Method(name, prepare, encode, bounds, least_bytes, metrics)
+
+
+def _most_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
+    """Bytes at full rank, or of the whole matrix where that takes more."""
+    value_bytes, total = value_dtype.itemsize, 0
+    for module in layout.modules:
+        full = min(layout.weight_shape(module))
+        pair = module_bytes(layout, module, full, value_bytes=value_bytes, args=args)
+        total += max(pair, dense_module_bytes(layout, module, value_bytes, args))
+    return total
+
+
+def _named_ranks(choice: Choice) -> dict[str, int]:
+    """The smallest and the largest rank of a group's pairs."""
+    ranks = [rank for rank in choice.values() if rank is not None]
+    return {"least": min(ranks), "most": max(ranks)} if ranks else {}

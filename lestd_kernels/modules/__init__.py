@@ -1,0 +1,1 @@
+"""What lives inside a loaded model in place of its linear layers."""

@@ -1,0 +1,1 @@
+"""Ranks and non-zeros of least error inside a byte budget."""

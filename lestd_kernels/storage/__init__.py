@@ -1,0 +1,1 @@
+"""Codecs: how matrices and few-bit values are stored, byte by byte."""

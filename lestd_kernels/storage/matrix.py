@@ -1,0 +1,215 @@
+"""A matrix as it is stored: where its values stand (codec), and in how many bits (packing).
+
+Names on disk, below the path of what holds it: ``weight`` (1-D: the values, or with few-bit values
+their scales), ``codes`` (few-bit values), and ``mask`` and so on as the codec says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lestd_kernels.storage.bits import count_bits, count_nonzeros
+from lestd_kernels.storage.codecs import CODECS, UNSTRUCTURED, TensorSpec, cheapest_codec, csr_rows
+from lestd_kernels.storage.few_bits import (
+    FULL_BITS,
+    code_bytes,
+    dequantize,
+    grid_has_zero,
+    quantize,
+    scale_count,
+)
+
+
+@dataclass(frozen=True)
+class EncodedCore:
+    """A matrix (rows x columns) as it is stored: a core, a factor, or a whole weight.
+
+    ``tensors`` has the codec's tensor names; ``tensors["values"]`` has the value dtype. With
+    `value_bits` below 16 there are ``tensors["codes"]`` (uint8) and ``tensors["scales"]`` (value
+    dtype) in its place, see lestd_kernels.storage.few_bits, and ``exponent`` is that of the power
+    of two by which the scales are divided. ``pattern`` says where non-zeros may stand
+    (`codecs.PATTERNS`); every codec stores every one.
+    """
+
+    codec: str
+    rows: int
+    columns: int
+    nnz: int
+    tensors: Mapping[str, Tensor]
+    pattern: str = UNSTRUCTURED
+    value_bits: int = FULL_BITS
+    exponent: int = 0
+
+    @classmethod
+    def encode(cls, matrix: Tensor, pattern: str = UNSTRUCTURED) -> EncodedCore:
+        """Store `matrix`, already in its value dtype, in the codec with the fewest bytes."""
+        rows, columns = matrix.shape
+        nnz = count_nonzeros(matrix)
+        codec = cheapest_codec(rows, columns, nnz, matrix.element_size())
+        return cls(codec.name, rows, columns, nnz, codec.encode(matrix), pattern)
+
+    @classmethod
+    def quantized(
+        cls,
+        matrix: Tensor,
+        value_bits: int,
+        value_dtype: torch.dtype,
+        scales: Tensor | None = None,
+        codec: str | None = None,
+        mask: Tensor | None = None,
+    ) -> EncodedCore:
+        """Store the non-zeros of `matrix` in few bits, or rounded to the value dtype.
+
+        Args:
+            matrix: ``(rows, columns)``, any floating dtype.
+            value_bits: 16 for the value dtype itself, or 8, 4, 3, 2.
+            value_dtype: of values or scales.
+            scales: one per group of the stored values, in their order, where they are chosen
+                already.
+            codec: default: the one with the fewest bytes. A dense codec stores zeros, too.
+            mask: bool ``(rows, columns)``, which elements a sparse codec stores; default: those
+                that are not zero.
+        """
+        if value_bits == FULL_BITS:
+            matrix = matrix.to(value_dtype)
+        mask = matrix != 0 if mask is None else mask
+        rows, columns = matrix.shape
+        nnz, exponent = int(mask.sum()), 0
+        best = cheapest_codec(rows, columns, nnz, value_dtype.itemsize, value_bits)
+        chosen = CODECS[codec or best.name]
+        tensors = dict(chosen.encode(mask.to(torch.uint8)))
+        tensors["values"] = matrix.reshape(-1) if chosen.name == "dense" else matrix[mask]
+        if value_bits != FULL_BITS:
+            has_zero = grid_has_zero(chosen.name == "dense", value_bits)
+            codes, stored, exponent = quantize(
+                tensors.pop("values"), value_bits, value_dtype, scales, has_zero
+            )
+            tensors = {"scales": stored, "codes": codes} | tensors
+        return cls(
+            chosen.name, rows, columns, nnz, tensors, value_bits=value_bits, exponent=exponent
+        )
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """Dtype of the values or of the scales."""
+        return self.tensors["values" if self.value_bits == FULL_BITS else "scales"].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(iter(self.tensors.values())).device
+
+    def unpacked(self) -> EncodedCore:
+        """The same matrix with its values in the value dtype."""
+        if self.value_bits == FULL_BITS:
+            return self
+        tensors = dict(self.tensors)
+        codes, scales = tensors.pop("codes"), tensors.pop("scales")
+        count = self.rows * self.columns if self.codec == "dense" else self.nnz
+        has_zero = grid_has_zero(self.codec == "dense", self.value_bits)
+        values = dequantize(codes, scales, count, self.value_bits, has_zero, self.exponent)
+        return replace(self, tensors={"values": values} | tensors, value_bits=FULL_BITS, exponent=0)
+
+    def decode(self) -> Tensor:
+        """The matrix (rows x columns), dense, in the value dtype."""
+        return CODECS[self.codec].decode(self.unpacked().tensors, self.rows, self.columns)
+
+    def check(self) -> None:
+        """Compare the index tensors with each other and with the number of values.
+
+        Decoding would notice an index that leads too far, but not every one that leads elsewhere;
+        and what order or repetition of column indices mean, each backend would decide for itself.
+
+        Raises:
+            ValueError: they disagree, or a scale is not finite: the tensors are damaged.
+        """
+        if self.value_bits != FULL_BITS and not bool(self.tensors["scales"].isfinite().all()):
+            raise ValueError("a scale is not finite")
+        if self.codec == "bitmask":
+            marked = count_bits(self.tensors["mask"], self.rows * self.columns)
+            if marked != self.nnz:
+                raise ValueError(f"the mask marks {marked} elements, expected {self.nnz}")
+        if self.codec == "csr":
+            ends = self.tensors["row_pointers"].to(torch.int64)
+            columns = self.tensors["columns"].to(torch.int64)
+            rises = (
+                int(ends[0]) == 0 and int(ends[-1]) == self.nnz and bool((ends.diff() >= 0).all())
+            )
+            if not rises:
+                raise ValueError(f"the row pointers do not rise from 0 to {self.nnz}")
+            if bool(((columns < 0) | (columns >= self.columns)).any()):
+                raise ValueError(f"a column index is outside of the core's {self.columns} columns")
+            positions = csr_rows(ends, self.nnz).mul_(self.columns).add_(columns)
+            before = positions.roll(1)
+            before[:1] = -1
+            if not bool((positions > before).all()):
+                raise ValueError("the column indices of a row do not rise")
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the matrix' tensors, indices and scales included."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def named_tensors(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors under their names on disk."""
+        return {f"{prefix}.{disk_name(name)}": tensor for name, tensor in self.tensors.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """What a loader must know before it sees the tensors, beside rows and columns."""
+        entry: dict[str, Any] = {"codec": self.codec, "nnz": self.nnz}
+        if self.pattern != UNSTRUCTURED:
+            entry["pattern"] = self.pattern
+        if self.value_bits != FULL_BITS:
+            entry["value_bits"] = self.value_bits
+        if self.exponent:
+            entry["exponent"] = self.exponent
+        return entry
+
+
+def packed_specs(
+    codec: str, rows: int, columns: int, nnz: int, value_bits: int = FULL_BITS
+) -> dict[str, TensorSpec]:
+    """Name, shape and dtype of each tensor of an `EncodedCore`, without data.
+
+    Raises:
+        KeyError: there is no such codec.
+    """
+    specs = dict(CODECS[codec].tensor_specs(rows, columns, nnz))
+    if value_bits != FULL_BITS:
+        (count,), _ = specs.pop("values")
+        packed: dict[str, TensorSpec] = {
+            "scales": ((scale_count(count),), None),
+            "codes": ((code_bytes(count, value_bits),), torch.uint8),
+        }
+        specs = packed | specs
+    return specs
+
+
+def core_specs(
+    path: str, entry: Mapping[str, Any], rows: int, columns: int
+) -> dict[str, TensorSpec]:
+    """`packed_specs` by names on disk, from what `EncodedCore.describe` wrote."""
+    bits = entry.get("value_bits", FULL_BITS)
+    specs = packed_specs(entry["codec"], rows, columns, entry["nnz"], bits)
+    return {f"{path}.{disk_name(name)}": spec for name, spec in specs.items()}
+
+
+def stored_core(
+    path: str, entry: Mapping[str, Any], rows: int, columns: int, tensors: Mapping[str, Tensor]
+) -> EncodedCore:
+    """The matrix at `path`, from what `EncodedCore.describe` and `named_tensors` wrote."""
+    bits = entry.get("value_bits", FULL_BITS)
+    names = packed_specs(entry["codec"], rows, columns, entry["nnz"], bits)
+    parts = {name: tensors[f"{path}.{disk_name(name)}"] for name in names}
+    pattern, exponent = entry.get("pattern", UNSTRUCTURED), entry.get("exponent", 0)
+    return EncodedCore(entry["codec"], rows, columns, entry["nnz"], parts, pattern, bits, exponent)
+
+
+def disk_name(name: str) -> str:
+    """What a tensor of a packed matrix is called below its module."""
+    return "weight" if name in ("values", "scales") else name

@@ -1,0 +1,1 @@
+"""A look at a checkpoint before it is compressed."""

@@ -1,0 +1,140 @@
+"""The command that looks at a model before it is compressed: audit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lestd_kernels.errors import LestdError
+from orchestrator.cli.application import app, require_folder
+from orchestrator.cli.options import (
+    Address,
+    ClusterFile,
+    DeviceOption,
+    Exclude,
+    ExecutorOption,
+    Include,
+    Json,
+    LogFormatOption,
+    Revision,
+    ScopeOption,
+    Threads,
+    Workers,
+)
+from orchestrator.console import logs, output
+from orchestrator.console.logs import LogFormat
+from workers.storage.files import as_path, atomic_write
+
+
+@app.command(rich_help_panel="Compress a model")
+def audit(
+    model: Annotated[
+        str,
+        typer.Argument(help="Directory of a dense checkpoint, Hub id, or URL (s3://, gs://)."),
+    ],
+    keep: Annotated[
+        str, typer.Option(help="Keeps to predict errors at, with commas between them.")
+    ] = "0.8,0.6,0.4,0.2",
+    revision: Revision = None,
+    scope: ScopeOption = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write a page with figures too; needs lestd[report].", parser=as_path),
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the tables as Markdown too.", parser=as_path)
+    ] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where finished blocks are kept.",
+            show_default="MODEL.audit, beside a local MODEL",
+            parser=as_path,
+        ),
+    ] = None,
+    device: DeviceOption = None,
+    threads: Threads = None,
+    executor: ExecutorOption = None,
+    workers: Workers = None,
+    address: Address = None,
+    cluster: ClusterFile = None,
+    log_format: LogFormatOption = LogFormat.text,
+    json: Json = False,
+) -> None:
+    """Look at a model before compressing it: is a subspace shared, and what would each method do?
+
+    Explained energies of heads on each other and across layers, spectra, outliers, and predicted
+    errors of every method at the same bytes, with a verdict for each layer. The model is read block
+    by block; the same command again continues what was interrupted.
+    """
+    given = dict(locals())
+    from orchestrator.audit.audit import audit as audit_blocks
+    from orchestrator.audit.audit import check_keeps, default_audit_dir
+    from orchestrator.audit.tables import describe, print_audit
+    from orchestrator.audit.tables import markdown as audit_markdown
+    from orchestrator.config.cluster import cluster_options
+    from orchestrator.config.layers import parse_keeps
+    from orchestrator.config.run import RunFile, run_options
+    from orchestrator.evaluation.progress import PieceProgress
+    from orchestrator.execution.open import open_executor
+    from orchestrator.execution.ray.jobs import jobs_address, run_as_job
+    from orchestrator.source.checkpoint import resolve_source
+
+    logs.use(log_format)
+    for option, file in (("--html", html), ("--markdown", markdown)):
+        if file is not None:
+            require_folder(option, file)
+    if html is not None:
+        from orchestrator.report.page import require_plotly
+
+        require_plotly()
+    keeps = check_keeps(parse_keeps(keep))
+    options = {k: v for k, v in given.items() if k in RunFile.model_fields and k != "model"}
+    _, _, config = run_options(model, None, options | {"keep": keeps[0]})
+    cluster_config = cluster_options(cluster, executor=executor, workers=workers, address=address)
+    if jobs := jobs_address(cluster_config):
+        raise typer.Exit(run_as_job(jobs, "audit", given, cluster_config))
+    kept_in = run_dir or default_audit_dir(model)
+    source = resolve_source(model, revision)
+    try:
+        with (
+            open_executor(cluster_config) as runner,
+            PieceProgress(f"audit {source.directory.name}", "blocks") as shown,
+        ):
+            done = audit_blocks(
+                source,
+                config,
+                keeps,
+                runner,
+                kept_in,
+                progress=shown.update,
+                on_event=shown.on_event,
+            )
+    except KeyboardInterrupt:
+        logs.log(
+            "message",
+            f"interrupted; what was finished is kept in {kept_in}: run the same command again to "
+            "continue",
+        )
+        raise typer.Exit(130) from None
+    found = describe(done)
+    if markdown is not None:
+        text = audit_markdown(found).encode()
+        atomic_write(markdown, lambda file: file.write(text))
+    if html is not None:
+        from orchestrator.audit.page import render
+
+        page = render(found).encode()
+        atomic_write(html, lambda file: file.write(page))
+    if json:
+        output.print_json(found)
+    else:
+        print_audit(found)
+    for failure in done.failures:
+        logs.error(LestdError(failure.message))
+    if not done.complete:
+        raise typer.Exit(1)

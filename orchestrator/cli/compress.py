@@ -1,0 +1,256 @@
+"""The commands of a run: plan, compress, status, verify, clean."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lestd_kernels.errors import LestdError
+from orchestrator.cli.application import app
+from orchestrator.cli.options import (
+    Address,
+    AllocationOption,
+    Calibrate,
+    CalibrateOn,
+    CalibrationDir,
+    ClusterFile,
+    ConfigFile,
+    DeviceOption,
+    Exclude,
+    ExecutorOption,
+    FactorBits,
+    Include,
+    Json,
+    Keep,
+    KeepModel,
+    LogFormatOption,
+    MaxFlops,
+    MethodOption,
+    MetricOption,
+    Model,
+    Out,
+    PatternOption,
+    Revision,
+    RunDir,
+    Samples,
+    SampleTokens,
+    ScopeOption,
+    SuperWeights,
+    TdMoeModeOption,
+    Threads,
+    TypeModeOption,
+    ValueBits,
+    WhiteningOption,
+    Workers,
+)
+from orchestrator.console import logs, output
+from orchestrator.console.logs import LogFormat
+from workers.storage.files import as_path
+
+
+@app.command(rich_help_panel="Compress a model")
+def plan(
+    model: Model = None,
+    keep: Keep = None,
+    keep_model: KeepModel = None,
+    revision: Revision = None,
+    scope: ScopeOption = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    allocation: AllocationOption = None,
+    method: MethodOption = None,
+    type_mode: TypeModeOption = None,
+    pattern: PatternOption = None,
+    max_flops: MaxFlops = None,
+    metric: MetricOption = None,
+    calibrate_on: CalibrateOn = None,
+    samples: Samples = None,
+    sample_tokens: SampleTokens = None,
+    value_bits: ValueBits = None,
+    factor_bits: FactorBits = None,
+    keep_super_weights: SuperWeights = None,
+    td_moe_mode: TdMoeModeOption = None,
+    whitening: WhiteningOption = None,
+    config: ConfigFile = None,
+    calibrate: Calibrate = False,
+    json: Json = False,
+) -> None:
+    """Show what a compression would do: reads headers only, writes nothing."""
+    from orchestrator.cli.summary import describe_plan, print_plan
+    from orchestrator.config.run import RunFile, run_options
+    from orchestrator.planning.plan import make_plan
+    from orchestrator.source.checkpoint import resolve_source
+
+    options = {k: v for k, v in locals().items() if k in RunFile.model_fields and k != "model"}
+    name, revision, run_config = run_options(model, config, options)
+    planned = make_plan(resolve_source(name, revision), run_config)
+    print_plan(name, describe_plan(planned, run_config, calibrate), json)
+
+
+@app.command(rich_help_panel="Compress a model")
+def compress(
+    out: Annotated[
+        Path, typer.Option(help="Directory of the compressed model, or URL.", parser=as_path)
+    ],
+    model: Model = None,
+    keep: Keep = None,
+    keep_model: KeepModel = None,
+    revision: Revision = None,
+    scope: ScopeOption = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    allocation: AllocationOption = None,
+    method: MethodOption = None,
+    type_mode: TypeModeOption = None,
+    pattern: PatternOption = None,
+    max_flops: MaxFlops = None,
+    metric: MetricOption = None,
+    calibrate_on: CalibrateOn = None,
+    samples: Samples = None,
+    sample_tokens: SampleTokens = None,
+    calibration: CalibrationDir = None,
+    value_bits: ValueBits = None,
+    factor_bits: FactorBits = None,
+    keep_super_weights: SuperWeights = None,
+    td_moe_mode: TdMoeModeOption = None,
+    whitening: WhiteningOption = None,
+    device: DeviceOption = None,
+    threads: Threads = None,
+    config: ConfigFile = None,
+    executor: ExecutorOption = None,
+    workers: Workers = None,
+    address: Address = None,
+    cluster: ClusterFile = None,
+    run_dir: RunDir = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Forget what an earlier run left at OUT and start over.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and stop before any work.")
+    ] = False,
+    calibrate: Calibrate = False,
+    log_format: LogFormatOption = LogFormat.text,
+    json: Json = False,
+) -> None:
+    """Compress a checkpoint. Run the same command again to continue after a crash."""
+    given = dict(locals())
+    from orchestrator.cli.summary import describe_plan, predicted_seconds, print_outcome, print_plan
+    from orchestrator.compression.pipeline import compress_model
+    from orchestrator.compression.progress import CompressionProgress
+    from orchestrator.config.cluster import cluster_options
+    from orchestrator.config.run import RunFile, run_options
+    from orchestrator.execution.open import open_executor
+    from orchestrator.execution.ray.jobs import jobs_address, run_as_job
+    from orchestrator.execution.ray.metrics import RunMetrics
+    from orchestrator.manifest.manifest import default_run_dir
+    from orchestrator.planning.plan import make_plan
+    from orchestrator.run.directory import RunDirectory
+    from orchestrator.source.checkpoint import resolve_source
+
+    options = {k: v for k, v in locals().items() if k in RunFile.model_fields and k != "model"}
+    logs.use(log_format)
+    name, revision, run_config = run_options(model, config, options)
+    cluster_config = cluster_options(cluster, executor=executor, workers=workers, address=address)
+    if jobs := jobs_address(cluster_config):
+        raise typer.Exit(run_as_job(jobs, "compress", given | {"model": name}, cluster_config))
+    if dry_run:
+        planned = make_plan(resolve_source(name, revision), run_config)
+        print_plan(name, describe_plan(planned, run_config, calibrate), json)
+        return
+
+    run_dir = run_dir or default_run_dir(out)
+    source = resolve_source(name, revision)
+    planned = make_plan(source, run_config)  # Refuse what is impossible before Ray is started.
+    seconds = predicted_seconds(planned, run_config) if calibrate else None
+    metrics = RunMetrics(out.name) if cluster_config.executor == "ray" else None
+    try:
+        with (
+            open_executor(cluster_config) as runner,
+            CompressionProgress(out.name, metrics) as shown,
+        ):
+            outcome = compress_model(
+                source,
+                run_config,
+                runner,
+                out,
+                run_dir,
+                calibration=calibration,
+                fresh=fresh,
+                on_start=shown.on_start,
+                on_event=shown.on_event,
+                on_progress=shown.on_progress,
+                planned_seconds=None if seconds is None else sum(seconds.values()),
+            )
+            shown.ended(outcome)
+    except KeyboardInterrupt:
+        run = RunDirectory(run_dir)
+        kept = f"{run.manifest.finished_tasks()} tasks are done and kept in {run_dir}"
+        logs.log(
+            "message",
+            f"interrupted; {kept if run.exists else 'no task was done yet'}: "
+            "run the same command again to continue",
+        )
+        raise typer.Exit(130) from None
+    print_outcome(outcome, out, run_dir, json, seconds)
+    if not outcome.complete:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel="Compress a model")
+def status(out: Out, run_dir: RunDir = None, json: Json = False) -> None:
+    """Show what is done, running, failed and remaining; works during a run and after it."""
+    from orchestrator.cli.summary import print_status
+    from orchestrator.model.verify import run_status
+    from orchestrator.run.directory import run_dir_of
+
+    state = run_status(run_dir or run_dir_of(out), out)
+    print_status(state, json)
+
+
+@app.command(rich_help_panel="Compress a model")
+def verify(out: Out, run_dir: RunDir = None, json: Json = False) -> None:
+    """Check every payload and shard against the manifest: sizes, sha256, tensors, budget."""
+    from orchestrator.model.verify import verify as verify_files
+    from orchestrator.run.directory import run_dir_of
+
+    result = verify_files(out, run_dir or run_dir_of(out))
+    if json:
+        output.print_json(asdict(result))
+    else:
+        for problem in result.problems:
+            output.out.print(problem, style="red", soft_wrap=True)
+        output.out.print(
+            f"{result.checked} payloads and shards checked; problems: {len(result.problems)}"
+        )
+    if result.problems:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel="Compress a model")
+def clean(
+    out: Out,
+    run_dir: RunDir = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also when the model is not complete: work is lost.")
+    ] = False,
+) -> None:
+    """Delete the run directory of a finished compression; the model stays."""
+    from orchestrator.model.verify import run_status
+    from orchestrator.run.directory import RunDirectory, run_dir_of
+
+    run_dir = run_dir or run_dir_of(out)
+    if not force:
+        state = run_status(run_dir, out)
+        if state["cleaned"]:
+            output.out.print(f"{out} is complete; its run directory was cleaned", soft_wrap=True)
+            return
+        if state["state"] != "complete":
+            raise LestdError(
+                f"{out} is not complete ({state['done']} of {len(state['layers'])} tasks done); "
+                "finish it with the same lestd compress, or delete the work with --force"
+            )
+    RunDirectory(run_dir).remove()
+    output.out.print(f"removed {run_dir}", soft_wrap=True)

@@ -1,0 +1,132 @@
+"""The commands that work on models, compressed or not: convert, export, bench, push."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.application import app
+from orchestrator.cli.options import (
+    Batch,
+    BenchThreads,
+    ComputeDtype,
+    DeviceOption,
+    ExportDtype,
+    Json,
+    NewTokens,
+    Plot,
+    PromptTokens,
+    Repeats,
+    Revision,
+    absolute,
+)
+from orchestrator.console import output
+from orchestrator.console.progress_bar import Meter
+
+
+@app.command(rich_help_panel="Compress a model")
+def convert(
+    model: Annotated[str, typer.Argument(help="Directory or Hub id of pickled .bin weights.")],
+    out: Annotated[Path, typer.Argument(help="Directory of the safetensors checkpoint to write.")],
+    revision: Revision = None,
+) -> None:
+    """Rewrite pickled .bin weights as safetensors, shard by shard, without running their code."""
+    from orchestrator.source.convert import convert as convert_checkpoint
+
+    with Meter("convert", "shards") as meter:
+        index = convert_checkpoint(model, out, revision, meter.update)
+    output.out.print(
+        f"{out}: {len(index.tensors)} tensors, {output.size(index.stored_bytes)} in "
+        f"{len(index.shards)} shards",
+        soft_wrap=True,
+    )
+
+
+@app.command(rich_help_panel="Use the result")
+def export(
+    model: Annotated[
+        Path, typer.Argument(help="The compressed model's directory.", callback=absolute)
+    ],
+    dense: Annotated[
+        Path,
+        typer.Option(
+            help="Directory of the dense checkpoint to write; must not exist, or be empty.",
+            callback=absolute,
+        ),
+    ],
+    dtype: Annotated[
+        ExportDtype,
+        typer.Option(help="Of the reconstructed weights; auto: as the values are stored."),
+    ] = ExportDtype.auto,
+    json: Json = False,
+) -> None:
+    """Write a compressed model as an ordinary dense checkpoint, for tools without the format."""
+    import torch
+
+    from orchestrator.cli.summary import print_export
+    from orchestrator.model.export import export_dense
+
+    chosen = torch.float32 if dtype is ExportDtype.float32 else None
+    with Meter("export", "bytes") as meter:
+        exported = export_dense(model, dense, chosen, meter.update)
+    print_export(exported, json)
+
+
+@app.command(rich_help_panel="Judge and compare")
+def bench(
+    dense: Annotated[Path, typer.Argument(help="Directory of the dense model.")],
+    compressed: Annotated[Path, typer.Argument(help="Directory of the compressed model.")],
+    prompt_tokens: PromptTokens = 128,
+    new_tokens: NewTokens = 64,
+    batch: Batch = 1,
+    repeats: Repeats = 5,
+    dtype: ComputeDtype = "auto",
+    device: DeviceOption = None,
+    threads: BenchThreads = None,
+    plot: Plot = None,
+    json: Json = False,
+) -> None:
+    """Time two models in turn: prefill, decoding, time to first token, peak memory."""
+    from orchestrator.console.plots import check_plot
+    from orchestrator.experiments.speed import compare, print_comparison, save_plot
+    from workers.bench import BenchSettings
+
+    if plot is not None:
+        check_plot(plot)
+    settings = BenchSettings(prompt_tokens, new_tokens, batch, dtype, device or "auto", threads)
+    with Meter("bench", "repetitions") as meter:
+        comparison = compare(dense, compressed, settings, repeats, meter.update)
+    if plot is not None:
+        save_plot(comparison, plot)
+    print_comparison(comparison, json)
+
+
+@app.command(rich_help_panel="Use the result")
+def push(
+    model: Annotated[
+        Path, typer.Argument(help="The compressed model's directory.", callback=absolute)
+    ],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; made if it is not there.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a private repository; refuse a public one.")
+    ] = False,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Branch; made if it is not there.", show_default="the main one"),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Upload a compressed model to the Hub. Run the same command again to continue."""
+    from orchestrator.model.push import push as push_model
+
+    pushed = push_model(model, repo, private, revision)
+    if json:
+        output.print_json(asdict(pushed))
+        return
+    output.out.print(
+        f"{pushed.url}: {pushed.files} files, {output.size(pushed.bytes)}, commit {pushed.commit}",
+        soft_wrap=True,
+    )

@@ -1,0 +1,353 @@
+"""What commands show when they are done."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from orchestrator.compression.pipeline import Outcome
+from orchestrator.config.run import RunConfig
+from orchestrator.console import logs, output
+from orchestrator.execution.retries import retries
+from orchestrator.manifest.result_rows import is_far
+from orchestrator.manifest.schemas import COMPUTING_STAGES
+from orchestrator.model.export import Export
+from orchestrator.planning.plan import Plan
+from orchestrator.run.directory import RunDirectory
+from workers.storage.files import AnyPath, is_directory
+
+_COPY_COMMANDS = {
+    "s3": "aws s3 sync {} DIRECTORY",
+    "gs": "gcloud storage rsync --recursive {} DIRECTORY",
+}
+
+
+def _bound(layer: dict[str, Any], name: str, words: str) -> str:
+    """A bound in words; nothing where the method has none."""
+    return "" if layer[name] is None else words.format(layer[name])
+
+
+def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
+    """Print what a compression would do: the plan of `Plan.to_dict`."""
+    if json:
+        output.print_json(planned)
+        return
+    decided = planned["budgets_decided"]
+    rows = [
+        [
+            str(layer["layer"]),
+            layer["scope"],
+            str(len(layer["tensors"])),
+            output.size(layer["dense_bytes"]),
+            f"{layer['keep']:.3f}" if decided or not layer["curve_task_id"] else "",
+            " to ".join(map(output.size, layer["budget_range"] or [layer["byte_budget"]])),
+            _bound(layer, "max_R1", "R1 ≤ {}") + _bound(layer, "max_R2", ", R2 ≤ {}"),
+            _bound(layer, "max_nnz", "≤ {:,}"),
+            output.size(layer["predicted_memory_bytes"]),
+        ]
+        for layer in planned["layers"]
+    ]
+    columns = [
+        "layer",
+        "block",
+        "tensors",
+        "dense",
+        "keep",
+        "target",
+        "ranks",
+        "nnz",
+        "worker memory",
+    ]
+    total = planned["total"]
+    if "predicted_seconds" in total:
+        columns.append("seconds")
+        for row, layer in zip(rows, planned["layers"], strict=True):
+            row.append(f"{layer['predicted_seconds']:.1f}")
+    output.print_table(f"{name} ({planned['family']})", columns, rows)
+    if not decided:
+        output.out.print(
+            "allocation global: the targets are decided after a first pass over the layers, which "
+            f"finds their error against bytes; together at most {output.size(total['byte_budget'])}"
+        )
+    output.out.print(
+        f"{total['tasks']} tasks; weights in scope {output.size(total['dense_bytes'])} -> at most "
+        f"{output.size(total['max_bytes'])}; whole model {output.size(total['model_bytes'])} -> "
+        f"{output.size(total['untouched_bytes'] + total['max_bytes'])} "
+        f"(keep {total['keep_of_model']:.3f})\n"
+        f"a worker needs about {output.size(total['worker_memory_bytes'])} of memory; of disk the "
+        f"run directory takes at most {output.size(total['run_disk_bytes'])}, the model "
+        f"{output.size(total['out_disk_bytes'])} more"
+    )
+    if "predicted_seconds" in total:
+        output.out.print(
+            f"decomposing takes about {total['predicted_seconds']:.1f} s in all on a machine like "
+            "this; workers share it"
+        )
+
+
+def describe_plan(plan: Plan, config: RunConfig, calibrate: bool) -> dict[str, Any]:
+    """The plan as plain values; with `calibrate` predicted seconds for each layer and in total."""
+    described = plan.to_dict()
+    if calibrate:
+        seconds = predicted_seconds(plan, config)
+        for layer in described["layers"]:
+            layer["predicted_seconds"] = seconds[layer["group"]]
+        described["total"]["predicted_seconds"] = sum(seconds.values())
+    return described
+
+
+def predicted_seconds(plan: Plan, config: RunConfig) -> dict[str, float]:
+    """Seconds of each group on this machine, see `calibration.predict_seconds`."""
+    import torch
+
+    from orchestrator.planning.timing import predict_seconds
+
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return predict_seconds(plan, device, config.threads)
+
+
+def outcome_figures(
+    outcome: Outcome, out: AnyPath, run_dir: AnyPath, seconds: dict[str, float] | None
+) -> dict[str, Any]:
+    """Figures of a compression, as plain values; `seconds` are the predicted ones, by group."""
+    plan, rows = outcome.plan, outcome.rows
+    stored = sum(row["stored_bytes"] for row in rows)
+    dense = sum(row["dense_bytes"] for row in rows)
+    norm = sum(row["squared_norm"] for row in rows)
+    error = sum(row["squared_error"] for row in rows)
+    return {
+        "out": str(out),
+        "run_dir": str(run_dir),
+        "complete": outcome.complete,
+        "allocation": plan.allocation,
+        "curves": len(outcome.curves),
+        "tasks": len(plan.tasks),
+        "finished": len(rows),
+        "finished_before": outcome.skipped,
+        "failed": [
+            {
+                "task_id": f.task_id,
+                "kind": f.kind,
+                "message": f.message,
+                "attempt": f.attempt,
+                "evidence": f.evidence,
+            }
+            for f in outcome.failures
+        ],
+        "retries": told_retries(plan, run_dir),
+        "dense_bytes": dense,
+        "byte_budget": sum(row["byte_budget"] for row in rows),
+        "stored_bytes": stored,
+        "keep": stored / dense if dense else None,
+        "model_bytes": plan.model_bytes,
+        "model_stored_bytes": plan.untouched_bytes + stored,
+        "relative_error": (error / norm) ** 0.5 if norm else 0.0,
+        "far_from_expected": [row["group"] for row in rows if is_far(row)],
+        "seconds": outcome.seconds,
+        "predicted": {
+            "worker_memory_bytes": outcome.planned.worker_memory_bytes,
+            "run_disk_bytes": outcome.planned.run_disk_bytes,
+            "decomposition_seconds": seconds and sum(seconds[row["group"]] for row in rows),
+        },
+        "actual": {
+            "worker_memory_bytes": max(
+                (row["peak_memory_bytes"] for row in (*rows, *outcome.curves)), default=0
+            ),
+            "run_disk_bytes": sum(row["payload_bytes"] for row in rows),
+            "decomposition_seconds": sum(
+                row[f"seconds_{stage}"]
+                for row in (*rows, *outcome.curves)
+                for stage in COMPUTING_STAGES
+            ),
+        },
+    }
+
+
+def told_retries(plan: Plan, run_dir: AnyPath) -> list[dict[str, Any]]:
+    """Every attempt of a run that another followed, in order, by the names of the groups.
+
+    None once the run is cleaned up.
+    """
+    groups = {planned.task.task_id: planned.task.group for planned in plan.tasks}
+    groups |= {task.task_id: task.group for task in plan.curve_tasks}
+    events = RunDirectory(run_dir).manifest.events().to_pylist()
+    return [
+        {"group": groups.get(retry.task_id, retry.task_id)} | asdict(retry)
+        for retry in retries(events)
+    ]
+
+
+def print_outcome(
+    outcome: Outcome,
+    out: AnyPath,
+    run_dir: AnyPath,
+    json: bool,
+    seconds: dict[str, float] | None = None,
+) -> None:
+    """Print how a compression ended, beside what was predicted."""
+    figures = outcome_figures(outcome, out, run_dir, seconds)
+    if json:
+        output.print_json(figures)
+        return
+    if figures["retries"]:
+        told = [
+            (retry["group"], str(retry["attempt"]), retry["cause"], retry["message"])
+            for retry in figures["retries"]
+        ]
+        output.print_table(
+            f"attempts that another followed: {len(told)}",
+            ("group", "attempt", "cause", "what happened"),
+            told,
+        )
+    if not outcome.complete:
+        said: set[str] = set()
+        for failure in outcome.failures:
+            if failure.message in said and not logs.in_json():
+                continue  # No worker could be made, for any of them.
+            said.add(failure.message)
+            logs.error(failure.message, task_id=failure.task_id, evidence=failure.evidence or None)
+            if failure.evidence and not logs.in_json():
+                logs.log("message", failure.evidence)
+        plan = outcome.plan
+        tasks, finished = len(plan.tasks), len(outcome.rows)
+        if not plan.decided:
+            tasks, finished = len(plan.curve_tasks), len(outcome.curves)
+        logs.log(
+            "message",
+            f"{len(outcome.failures)} of {tasks} tasks failed; the other "
+            f"{finished} are kept in {run_dir}: mend the cause, then run the same "
+            "command again",
+        )
+        return
+    model_keep = figures["model_stored_bytes"] / figures["model_bytes"]
+    rows = [
+        (
+            "weights in scope",
+            output.size(figures["dense_bytes"]),
+            output.size(figures["stored_bytes"]),
+            f"{figures['keep']:.4f}",
+        ),
+        (
+            "whole model",
+            output.size(figures["model_bytes"]),
+            output.size(figures["model_stored_bytes"]),
+            f"{model_keep:.4f}",
+        ),
+    ]
+    done = "already complete" if figures["finished_before"] == figures["tasks"] else "complete"
+    output.print_table(f"{done}: {out}", ("", "dense", "stored", "keep"), rows)
+    predicted, actual = figures["predicted"], figures["actual"]
+    kept = [
+        (title, output.size(predicted[key]), output.size(actual[key]))
+        for title, key in (
+            ("memory of a worker, at most", "worker_memory_bytes"),
+            ("disk of the run, at most", "run_disk_bytes"),
+        )
+    ]
+    if seconds is not None:
+        before, after = (each["decomposition_seconds"] for each in (predicted, actual))
+        kept.append(("decomposing, all workers", f"{before:.1f} s", f"{after:.1f} s"))
+    output.print_table("the plan", ("", "predicted", "actual"), kept)
+    output.out.print(
+        f"relative error {figures['relative_error']:.4f} over {figures['tasks']} blocks, "
+        f"{figures['finished_before']} of them finished before; {figures['seconds']:.1f} s\n"
+        f"model {out}",
+        soft_wrap=True,
+    )
+    if far := figures["far_from_expected"]:
+        logs.log(
+            "message",
+            f"{len(far)} of {figures['tasks']} blocks have an error far beyond what their ranks "
+            f"and bits explain: {', '.join(far)}; judge the model with lestd evaluate before it is "
+            "used",
+            logging.WARNING,
+        )
+    if not isinstance(out, Path):
+        output.out.print(
+            "from_pretrained loads from a disk: copy the directory there first, for example with "
+            f"`{_COPY_COMMANDS[out.protocol].format(out)}`",
+            soft_wrap=True,
+        )
+    if is_directory(run_dir):
+        output.out.print(
+            f"run   {run_dir} (payloads and manifest; lestd clean drops it)", soft_wrap=True
+        )
+
+
+def print_status(state: dict[str, Any], json: bool) -> None:
+    """Print how a run stands: what `run_status` found."""
+    for bad in state["damaged"]:
+        logs.damaged(bad["path"], bad["reason"])
+    if json:
+        output.print_json(state)
+        return
+    decided = state.get("budgets_decided", True)
+    rows = []
+    for layer in state["layers"]:
+        done = layer["state"] == "done"
+        rows.append(
+            (
+                str(layer["layer"]),
+                layer["scope"],
+                layer["state"],
+                output.size(layer["byte_budget"]) if decided or "curve" not in layer else "",
+                output.size(layer["stored_bytes"]) if done else "",
+                output.ranks(layer),
+                f"{layer['density']:.4f}" if done else "",
+                layer.get("codec", ""),
+                _error(layer) if done else layer.get("message", ""),
+            )
+        )
+    columns = ["layer", "block", "state", "target", "stored", "ranks", "density", "codec"]
+    columns.append("relative error")
+    output.print_table(state["out" if state["cleaned"] else "run_dir"], columns, rows)
+
+    def counts(of: dict[str, Any]) -> str:
+        return ", ".join(f"{of[k]} {k}" for k in ("done", "running", "failed", "remaining"))
+
+    if "calibrating" in state:
+        output.out.print(
+            "the activations of the calibration text come first; the run directory has those of "
+            f"{state['calibrating']} of {len(state['layers'])} blocks"
+        )
+    if "curves" in state:
+        output.out.print(f"pass one, the layers' curves: {counts(state['curves'])}")
+        if not decided:
+            output.out.print("targets are decided when it is done")
+    output.out.print(f"{state['state']}: {counts(state)}")
+    if state["cleaned"]:
+        output.out.print("its run directory was cleaned; this is what its own manifest says")
+    if state["damaged"]:
+        count = len(state["damaged"])
+        remedy = logs.REPAIR
+        if state["cleaned"]:
+            remedy = "restore what is damaged, or start over with lestd compress --fresh"
+        output.out.print(
+            f"{count} {'file' if count == 1 else 'files'} of the manifest cannot be read: {remedy}",
+            soft_wrap=True,
+        )
+
+
+def _error(layer: dict[str, Any]) -> str:
+    """A relative error; of values that were trained nobody knows it."""
+    value = layer["relative_error"]
+    far = " (far more than expected)" if is_far(layer) else ""
+    return "" if value is None else f"{value:.4f}{far}"
+
+
+def print_export(export: Export, json: bool) -> None:
+    """Print what an export wrote."""
+    if json:
+        output.print_json(asdict(export))
+        return
+    output.out.print(
+        f"{export.out}: {export.tensors} tensors in {export.shards} shards, "
+        f"{output.size(export.untouched_bytes + export.dense_bytes)}; {export.groups} groups "
+        f"{output.size(export.stored_bytes)} -> {output.size(export.dense_bytes)} in "
+        f"{' and '.join(export.dtypes)}; {export.seconds:.1f} s",
+        soft_wrap=True,
+    )

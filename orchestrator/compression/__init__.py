@@ -1,0 +1,1 @@
+"""Calibration and compression: from a plan to committed payloads."""

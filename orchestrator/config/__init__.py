@@ -1,0 +1,1 @@
+"""What to compute and where: options and YAML files, validated."""

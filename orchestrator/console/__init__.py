@@ -1,0 +1,1 @@
+"""What people see while they wait: progress, logs, tables, plots."""

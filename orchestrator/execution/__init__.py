@@ -1,0 +1,1 @@
+"""Who runs the items: this process, or actors."""

@@ -1,0 +1,1 @@
+"""Actors on a Ray cluster; the only place that imports Ray."""

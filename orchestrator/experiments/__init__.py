@@ -1,0 +1,1 @@
+"""Several sizes and several methods, compared; speed."""

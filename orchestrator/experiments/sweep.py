@@ -1,0 +1,239 @@
+"""A checkpoint at several sizes: compressed and judged, with the dense model as what to beat.
+
+    DIR/keep-0.80           the model, DIR/keep-0.80.run its run: as `lestd compress` makes them
+    DIR/calibration         the activations of the dense model, where its metric is made of them
+    DIR/evaluations         finished pieces of the evaluations, of the dense model too
+    DIR/manifest            their rows; DIR/keep-0.80/manifest has those of its model and the dense
+
+The compressions share what no byte budget decides (see `orchestrator.compression.together`).
+Whatever is finished, a task or a piece of an evaluation, is kept and found again by the same call.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lestd_kernels.errors import LestdError
+from lestd_kernels.methods import ACTIVATION
+from orchestrator.compression.calibration import CALIBRATION_DIR, CALIBRATION_FILE, calibrate_for
+from orchestrator.compression.pipeline import Outcome, compress_model, device_of
+from orchestrator.compression.refusals import require_usable
+from orchestrator.compression.together import compress_together
+from orchestrator.config.run import RunConfig
+from orchestrator.console import logs, output
+from orchestrator.console.progress_bar import Meter
+from orchestrator.evaluation.model import open_model
+from orchestrator.evaluation.perplexity import read_tokens
+from orchestrator.evaluation.perplexity_table import evaluate_models
+from orchestrator.evaluation.records import open_models, record
+from orchestrator.execution.executor import Executor
+from orchestrator.experiments.progress import SweepProgress
+from orchestrator.experiments.sweep_table import Point, Quality, text_qualities
+from orchestrator.manifest.manifest import Manifest, default_run_dir
+from orchestrator.planning.plan import make_plan
+from orchestrator.run.directory import RunDirectory
+from orchestrator.source.checkpoint import Source
+from workers.checkpoint.tensors import ShardIndex
+from workers.storage.building import empty_own_directory
+from workers.storage.names import MANIFEST_DIR
+
+if TYPE_CHECKING:  # It imports lm_eval.
+    from orchestrator.evaluation.lm_eval_tasks import Examination
+
+
+def model_dir(out: Path, keep: float) -> Path:
+    """Where the model of a keep is put."""
+    short = f"{keep:.2f}"
+    return out / f"keep-{short if float(short) == keep else repr(keep)}"
+
+
+def compress_keeps(
+    source: Source,
+    configs: Mapping[float, RunConfig],
+    executor: Executor,
+    out: Path,
+    *,
+    calibration: Path | None = None,
+    fresh: bool = False,
+) -> dict[float, Outcome]:
+    """Compress a checkpoint to each of several sizes; continue where an earlier call stopped.
+
+    Args:
+        source: the checkpoint.
+        configs: what to compute, by keep; alike but for the keep.
+        executor: who computes.
+        out: directory of the sweep.
+        calibration: directory of one that several sweeps share; None for one in `out`.
+        fresh: forget what an earlier call left there, but for a calibration that is shared.
+
+    Returns:
+        The outcomes, by keep.
+
+    Raises:
+        LestdError: as `compress_model`, or the disk cannot hold all of the models.
+    """
+    plans = [make_plan(source, config) for config in configs.values()]
+    _require_disk(out, sum(plan.disk_bytes for plan in plans))
+    reuse_bytes = max(planned.bounds.reuse_bytes for plan in plans for planned in plan.tasks)
+    logs.log("sweep_started", f"{out.name}: {', '.join(map(str, configs))}", out=str(out))
+    shared, calibration = calibration is not None, calibration or out / CALIBRATION_DIR
+    keep, config = next(iter(configs.items()))
+    if config.used_metric == ACTIVATION:
+        # Once, before the compressions find that each wants it.
+        begun = RunDirectory(default_run_dir(model_dir(out, keep)))
+        if fresh and not shared:
+            require_usable(source, config, executor)
+            empty_own_directory(calibration, CALIBRATION_FILE)
+        with Meter("calibrate", "bytes") as meter:
+            calibrate_for(
+                [planned.task for planned in plans[0].tasks],
+                source,
+                config,
+                device_of(config, None if fresh else begun.binding(), executor),
+                executor,
+                calibration,
+                **SweepProgress(meter).listeners(out.name),
+            )
+    with Meter("compress", "bytes") as meter:
+        progress = SweepProgress(meter)
+        compressions = [
+            partial(
+                compress_model,
+                source,
+                config,
+                out=model_dir(out, keep),
+                run_dir=default_run_dir(model_dir(out, keep)),
+                calibration=calibration,
+                fresh=fresh,
+                **progress.listeners(model_dir(out, keep).name),
+            )
+            for keep, config in configs.items()
+        ]
+        outcomes = compress_together(compressions, executor, reuse_bytes)
+    return dict(zip(configs, outcomes, strict=True))
+
+
+def _require_disk(out: Path, needed: int) -> None:
+    """Refuse a sweep that its disk cannot hold, beside what is there of it."""
+    stats = [path.lstat() for path in out.rglob("*") if path.is_file()]
+    present = sum({stat.st_ino: stat.st_size for stat in stats}.values())
+    free = shutil.disk_usage(out).free
+    if free < needed - present:
+        raise LestdError(
+            f"the disk of {out} has {output.size(free)} free, but the models need "
+            f"{output.size(needed - present)} there; free some, or choose another --out or fewer "
+            "keeps"
+        )
+
+
+def check_judgeable(source: Source, text: Path | None, window: int | None) -> None:
+    """Refuse, before anything is compressed, what could not be judged afterwards.
+
+    Raises:
+        LestdError: the checkpoint is not in a local directory or has no usable tokenizer, or the
+            text cannot be predicted.
+    """
+    if not Path(source.index.location).is_dir():
+        raise LestdError(
+            f"--text and --tasks need the dense model in a local directory, but {source.model} "
+            "lies elsewhere; download it first, or leave them out"
+        )
+    model = open_model(source.directory, window)
+    if text is not None:
+        read_tokens(model, text)
+
+
+def judge_keeps(
+    dense: Path,
+    compressed: Sequence[Path],
+    out: Path,
+    executor: Executor,
+    *,
+    text: Path | None,
+    window: int | None,
+    settings: dict[str, Any],
+    examination: Examination | None,
+) -> list[tuple[Quality, ...]]:
+    """Judge the dense model and those of the keeps; continue where an earlier call stopped.
+
+    Args:
+        dense: directory of the dense model.
+        compressed: directories of those of the keeps.
+        out: directory of the sweep.
+        executor: who computes.
+        text: what to predict, or None.
+        window: see `open_model`.
+        settings: what `evaluate` takes by keyword.
+        examination: what to ask, or None.
+
+    Returns:
+        The qualities of the dense model, then those of the keeps.
+
+    Raises:
+        LestdError: see `evaluate` and `judge`.
+    """
+    models = [dense, *compressed]
+    opened = open_models(models, window)
+
+    def keep_rows(rows: Sequence[dict[str, Any]]) -> None:
+        record(rows, Manifest(out / MANIFEST_DIR))
+        for model in models[1:]:
+            if rows[0]["model"] in (str(dense), str(model)):
+                record(rows, Manifest(model / MANIFEST_DIR))
+
+    pieces = out / "evaluations"
+    qualities: list[tuple[Quality, ...]] = [() for _ in models]
+    if text is not None:
+        evaluations = evaluate_models(opened, text, executor, pieces, keep_rows, settings)
+        qualities = text_qualities(evaluations)
+    if examination is not None:
+        # It imports lm_eval, which a text does not need.
+        from orchestrator.evaluation.lm_eval_table import judge_models
+        from orchestrator.experiments.sweep_tasks import task_qualities
+
+        judged = judge_models(opened, examination, executor, pieces, keep_rows)
+        more = task_qualities(judged, examination)
+        qualities = [a + b for a, b in zip(qualities, more, strict=True)]
+    return qualities
+
+
+def sweep_points(
+    source: Source,
+    outcomes: Mapping[float, Outcome],
+    out: Path,
+    qualities: Sequence[tuple[Quality, ...]],
+) -> list[Point]:
+    """The dense model, then those of the keeps.
+
+    Args:
+        source: the dense model.
+        outcomes: complete ones, by keep.
+        out: directory of the sweep.
+        qualities: see `judge_keeps`.
+    """
+    plan = next(iter(outcomes.values())).plan
+    location = source.index.location
+    on_disk = 0
+    if Path(location).is_dir():
+        on_disk = sum((Path(location) / shard).stat().st_size for shard in source.index.shards)
+    points = [Point(None, source.model, plan.dense_bytes, on_disk, 0.0, qualities[0])]
+    for (keep, outcome), quality in zip(outcomes.items(), qualities[1:], strict=True):
+        model = model_dir(out, keep)
+        shards = ShardIndex.from_directory(model).shards
+        norm = sum(row["squared_norm"] for row in outcome.rows)
+        error = sum(row["squared_error"] for row in outcome.rows)
+        points.append(
+            Point(
+                keep,
+                str(model),
+                sum(row["stored_bytes"] for row in outcome.rows),
+                sum((model / shard).stat().st_size for shard in shards),
+                (error / norm) ** 0.5 if norm else 0.0,
+                quality,
+            )
+        )
+    return points

@@ -1,0 +1,389 @@
+"""The manifest: what is known of a run, in Parquet files that appear whole or not at all.
+
+    manifest/groups/<task_id>.parquet       one row: the group is done     (written last)
+    manifest/slices/<task_id>.parquet       one row per slice of the group (written before it)
+    manifest/curves/<task_id>.parquet       one row per byte budget of a group's curve
+    manifest/events/<time>.parquet          one row: started, retried, failed
+    manifest/runs/<invocation>.parquet      one row: a call of `lestd compress`
+    manifest/evaluations/<id>.parquet       one row per metric
+    manifest/<table>.parquet                rows of many such files, once compacted
+
+Their columns are in `orchestrator.manifest.schemas`, for people in docs/manifest.md.
+
+The group row is the commit. It is written after the payload is on disk, or in an object store,
+under a name that carries its sha256, so a crash at any moment leaves either a finished task or no
+trace of it. A curve has no payload: its file is its commit. Every file is readable on its own by
+anything that reads Parquet; a damaged one costs its own task only.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lestd_kernels.errors import LestdError
+from orchestrator.manifest.part_files import (
+    PARQUET,
+    TEMPORARY,
+    Damaged,
+    TableRead,
+    compact_table,
+    compacted_path,
+    part_path,
+    read_table,
+    write_part,
+    write_table,
+)
+from orchestrator.manifest.result_rows import curve_rows, group_row, slice_rows
+from orchestrator.manifest.schemas import (
+    CURVES,
+    EVALUATIONS,
+    EVENTS,
+    GROUPS,
+    RUNS,
+    SLICES,
+    TABLES,
+    TableSpec,
+    format_slices,
+)
+from workers.contracts import CurveResult, CurveTask, Failure, Result, Task
+from workers.storage.files import (
+    AnyPath,
+    as_path,
+    copy_file,
+    file_sha256,
+    file_size,
+    in_parallel,
+    is_lfs_pointer,
+    lfs_pointer,
+    list_files,
+    list_names,
+    make_directory,
+    open_binary,
+)
+from workers.storage.names import MANIFEST_DIR, is_inside, leads_out
+
+if TYPE_CHECKING:  # It imports torch, which readers of a manifest need not wait for.
+    from orchestrator.execution.executor import Event
+
+ABOUT_FILE = "model.json"
+"""In the manifest of a model: see `orchestrator.model.assemble`."""
+MANY_PARTS = 1000
+"""A run that has more part files, which take a second to read, is compacted by its driver."""
+TableType = Literal["arrow", "pandas", "polars"]
+"""What a table is given as; the libraries are imported when they are asked for."""
+_RUN = ".run"
+_AnyPathT = TypeVar("_AnyPathT", bound=AnyPath)
+
+
+def default_run_dir(out: _AnyPathT) -> _AnyPathT:
+    """``OUT.run``, beside the output.
+
+    Raises:
+        LestdError: `out` is the root directory.
+    """
+    if not out.name:
+        raise LestdError(f"{out} cannot be the directory of a model; name one inside it")
+    return cast(_AnyPathT, out.with_name(out.name + _RUN))
+
+
+def default_evaluation_dir(model: _AnyPathT) -> _AnyPathT:
+    """``MODEL.eval``, beside the model.
+
+    Raises:
+        LestdError: `model` is the root directory.
+    """
+    directory: AnyPath = model
+    if isinstance(model, Path):  # Not `resolve`: a link's target has other neighbors.
+        directory = Path(os.path.abspath(model))  # noqa: PTH100
+    if not directory.name:
+        raise LestdError(f"{model} cannot be the directory of a model; name one inside it")
+    return cast(_AnyPathT, directory.with_name(directory.name + ".eval"))
+
+
+def manifest_directory(path: AnyPath) -> AnyPath:
+    """The manifest directory of what a person names.
+
+    Args:
+        path: a compressed model, a run directory, a model in the making, a dense model that was
+            evaluated, or a manifest directory.
+
+    Raises:
+        LestdError: there is none; or the object store does not answer.
+    """
+    candidates = [path / MANIFEST_DIR]
+    if path.name == MANIFEST_DIR:
+        candidates.append(path)
+    if path.name:
+        candidates += [
+            beside / MANIFEST_DIR
+            for beside in (default_run_dir(path), default_evaluation_dir(path))
+        ]
+    for directory in candidates:
+        if list_names(directory):
+            return directory
+    absent = isinstance(path, Path) and not path.exists()
+    found = "does not exist, and neither does" if absent else "has no manifest, and neither has"
+    raise LestdError(
+        f"{path} {found} a run or an evaluation beside it; name the directory of a compressed "
+        "model or of a run, as given to --out or --run-dir"
+    )
+
+
+class Manifest:
+    """The manifest of a run or of a compressed model.
+
+        Manifest("OUT").slices()            # a pyarrow.Table
+        Manifest("OUT").groups("pandas")    # a pandas.DataFrame
+
+    Readers may look while a run goes on, and see what was committed when they looked.
+
+    Args:
+        path: path or URL of a compressed model, of a run directory, of an output whose run is not
+            finished, or of a ``manifest`` directory, which is made on the first write.
+
+    Raises:
+        LestdError: there is no manifest at a path that is not itself called ``manifest``.
+    """
+
+    def __init__(self, path: str | AnyPath) -> None:
+        path = as_path(path) if isinstance(path, str) else path
+        if path.name != MANIFEST_DIR or list_names(path / MANIFEST_DIR):
+            path = manifest_directory(path)
+        self.directory = path
+
+    # -- writing: the driver only ------------------------------------------------------------
+
+    def commit(self, result: Result | CurveResult) -> None:
+        """Record a finished task: slice rows first, then the group row, which means done."""
+        name = f"{result.task_id}.parquet"
+        if isinstance(result, CurveResult):
+            write_part(part_path(self.directory, CURVES, name), curve_rows(result), CURVES)
+            return
+        write_part(part_path(self.directory, SLICES, name), slice_rows(result), SLICES)
+        write_part(part_path(self.directory, GROUPS, name), [group_row(result)], GROUPS)
+
+    def record_event(self, event: Event, task: Task) -> None:
+        """Record that a task was started or retried."""
+        self._write_event(asdict(event), task)
+
+    def record_failure(self, failure: Failure, task: Task) -> None:
+        """Record that a task failed for good."""
+        self._write_event(asdict(failure) | {"kind": "failed"}, task)
+
+    def _write_event(self, row: dict[str, Any], task: Task) -> None:
+        at = time.time_ns()
+        name = f"{at:020d}-{task.task_id[:16]}.parquet"
+        worker = row["worker"] or None
+        row |= {"at": at // 1000, "layer": task.layer, "group": task.group, "worker": worker}
+        row["node"] = worker and worker.rpartition(":")[0]
+        write_part(part_path(self.directory, EVENTS, name), [row], EVENTS)
+
+    def record_run(self, row: dict[str, Any]) -> None:
+        """Record a call of compress, as it begins and again as it ends; a row of `runs`."""
+        name = f"{row['invocation']}.parquet"
+        write_part(part_path(self.directory, RUNS, name), [row], RUNS)
+
+    def record_evaluation(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Record the metrics of one evaluation: rows of `evaluations` with one evaluation_id."""
+        name = f"{rows[0]['evaluation_id']}.parquet"
+        write_part(part_path(self.directory, EVALUATIONS, name), rows, EVALUATIONS)
+
+    def compact(self, check: Callable[[], None]) -> int:
+        """Put the part files of every table together; see
+        `orchestrator.manifest.part_files.compact_table`.
+
+        Not those of `evaluations`, which several processes may write at a time.
+
+        Args:
+            check: raises where the run is another driver's.
+
+        Returns:
+            Number of part files that are gone.
+        """
+        return sum(compact_table(self.directory, spec, check) for spec in _OF_A_DRIVER)
+
+    def compact_many(self, check: Callable[[], None]) -> int:
+        """`compact`, where there are more than `MANY_PARTS` part files."""
+        parts = sum(len(list_names(self.directory / spec.name)) for spec in _OF_A_DRIVER)
+        return self.compact(check) if parts > MANY_PARTS else 0
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def groups(self, to: TableType = "arrow") -> Any:
+        """All group rows, by layer."""
+        return self.table("groups", to)
+
+    def slices(self, to: TableType = "arrow") -> Any:
+        """All slice rows, by layer; those of one group in the order of its slices."""
+        return self.table("slices", to)
+
+    def curves(self, to: TableType = "arrow") -> Any:
+        """All rows of curves, by layer and budget."""
+        return self.table("curves", to)
+
+    def events(self, to: TableType = "arrow") -> Any:
+        """All events, oldest first."""
+        return self.table("events", to)
+
+    def runs(self, to: TableType = "arrow") -> Any:
+        """All calls of compress, oldest first."""
+        return self.table("runs", to)
+
+    def evaluations(self, to: TableType = "arrow") -> Any:
+        """All metrics of all evaluations, oldest first."""
+        return self.table("evaluations", to)
+
+    def table(self, name: str, to: TableType = "arrow") -> Any:
+        """A table by its name.
+
+        Returns:
+            ``pyarrow.Table``, ``pandas.DataFrame`` or ``polars.DataFrame``.
+
+        Raises:
+            ImportError: pandas or polars is asked for and not installed.
+            LestdError: the object store does not answer.
+        """
+        rows = self.read(name).rows
+        if to == "pandas":
+            return rows.to_pandas()
+        if to == "polars":
+            import polars
+
+            return polars.from_arrow(rows)
+        return rows
+
+    def read(self, name: str) -> TableRead:
+        """A table by its name, with the files that could not be read.
+
+        What a run lacks of evaluations is with the model beside it: that is read instead.
+        """
+        found = read_table(self.directory, TABLES[name])
+        run = self.directory.parent
+        if name != EVALUATIONS.name or not run.name.endswith(_RUN):
+            return found
+        if found.damaged or len(found.rows):
+            return found
+        model = run.with_name(run.name.removesuffix(_RUN))
+        return read_table(model / MANIFEST_DIR, EVALUATIONS)
+
+    def damaged(self) -> list[Damaged]:
+        """Files that cannot be read as rows of their table."""
+        return [bad for name in TABLES for bad in self.read(name).damaged]
+
+    def completed(self, task_ids: Iterable[str], payload_dir: AnyPath) -> dict[str, dict[str, Any]]:
+        """Group rows of those tasks that are done, by task id.
+
+        A row is trusted only if its payload is there with the size and sha256 that it states, and
+        so are the rows of its slices. The payload is read to know its sha256, from an object store
+        too: what a store says of an object is what its writer said, and a resumed run reads less
+        than it would compute again.
+        """
+        wanted = set(task_ids)
+        slices = self.slice_counts()
+        rows = [
+            row
+            for row in self.groups().to_pylist()
+            if row["task_id"] in wanted and slices[row["task_id"]] == slice_count(row)
+        ]
+        problems = in_parallel(lambda row: payload_problem(row, payload_dir), rows)
+        return {row["task_id"]: row for row, bad in zip(rows, problems, strict=True) if bad is None}
+
+    def completed_curves(self, tasks: Iterable[CurveTask]) -> dict[str, list[dict[str, Any]]]:
+        """Rows of those curves that are whole, by budget, by task id."""
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for row in self.curves().to_pylist():
+            rows.setdefault(row["task_id"], []).append(row)
+        return {
+            task.task_id: rows[task.task_id]
+            for task in tasks
+            if tuple(row["byte_budget"] for row in rows.get(task.task_id, ())) == task.curve_budgets
+        }
+
+    def finished_tasks(self) -> int:
+        """Number of tasks that have rows, encoded groups and curves."""
+        return len(self.groups()) + len(set(self.curves()["task_id"].to_pylist()))
+
+    def slice_counts(self) -> Counter[str]:
+        """Number of rows in `slices` of each task."""
+        return Counter(self.slices()["task_id"].to_pylist())
+
+    def export(self, target: AnyPath, task_ids: Iterable[str], run: dict[str, Any]) -> None:
+        """Write what a model's own manifest has, ``groups.parquet`` and the others.
+
+        Args:
+            target: its directory.
+            task_ids: of the groups and curves that the model is made of; their rows go there.
+            run: the row of the call that makes it, which is not recorded as ended yet. Those of
+                earlier calls go there too, and all events.
+        """
+        make_directory(target)
+        wanted = pa.array([*task_ids], pa.string())
+        for spec in (GROUPS, SLICES, CURVES):
+            rows = self.table(spec.name)
+            _write_if_any(target, spec, rows.filter(pc.is_in(rows["task_id"], wanted)))
+        earlier = [r for r in self.runs().to_pylist() if r["invocation"] != run["invocation"]]
+        _write_if_any(target, RUNS, pa.Table.from_pylist([*earlier, run], schema=RUNS.schema))
+        _write_if_any(target, EVENTS, self.events())
+
+
+# Written by the one driver of a run.
+_OF_A_DRIVER = [spec for spec in TABLES.values() if spec is not EVALUATIONS]
+
+
+def _write_if_any(target: AnyPath, spec: TableSpec, rows: pa.Table) -> None:
+    if len(rows):
+        write_table(compacted_path(target, spec), rows)
+
+
+def keep_evaluations(model: AnyPath, again: AnyPath) -> None:
+    """Copy the evaluations of a model to where the same model is made again."""
+    folders = [directory / MANIFEST_DIR / EVALUATIONS.name for directory in (model, again)]
+    for name in list_files(folders[0]):
+        if not name.startswith(TEMPORARY):
+            make_directory(folders[1])
+            copy_file(folders[0] / name, folders[1] / name)
+
+
+def foreign_files(directory: AnyPath) -> list[AnyPath]:
+    """What lies in a model's manifest directory and was not made by lestd, by its name."""
+    ours = {ABOUT_FILE, EVALUATIONS.name, *(name + PARQUET for name in TABLES)}
+    parts = directory / EVALUATIONS.name
+    evaluations = [name for name in list_names(parts) if not name.startswith(TEMPORARY)]
+    return [
+        *(directory / name for name in list_names(directory) if name not in ours),
+        *(parts / name for name in evaluations if not name.endswith(PARQUET)),
+    ]
+
+
+def slice_count(row: dict[str, Any]) -> int:
+    """Number of slices of a group, by its row's format, which was checked as it was read."""
+    return format_slices(row["format"]) or 0
+
+
+def payload_problem(row: dict[str, Any], payload_dir: AnyPath) -> str | None:
+    """Why a group row's payload cannot be trusted; None if it can."""
+    if not is_inside(row["payload"]):
+        return f"the manifest names the file {row['payload']!r}, which is not inside {payload_dir}"
+    path = payload_dir / row["payload"]
+    if isinstance(path, Path) and leads_out(path, cast(Path, payload_dir)):
+        return f"{path} is a link out of {payload_dir}"
+    found = file_size(path)
+    if found is None:
+        return f"{path} is missing"
+    if found != row["payload_bytes"]:
+        with open_binary(path) as file:
+            if is_lfs_pointer(file.read(64)):
+                return lfs_pointer(str(path))
+        return f"{path} has {found} bytes, the manifest says {row['payload_bytes']}"
+    if file_sha256(path) != row["sha256"]:
+        return f"{path} does not have the sha256 that the manifest states"
+    return None

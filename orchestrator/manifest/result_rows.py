@@ -1,0 +1,55 @@
+"""What workers return, as rows of the manifest's tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from orchestrator.manifest.schemas import CURVES, GROUPS, STAGES, TableSpec
+from workers.contracts import CurveResult, Result
+
+
+def _microseconds(seconds: float) -> int:
+    return round(seconds * 1_000_000)
+
+
+def _common_fields(result: Result | CurveResult, spec: TableSpec) -> dict[str, Any]:
+    fields = asdict(result)
+    row = {name: fields[name] for name in spec.schema.names if name in fields}
+    row |= {f"seconds_{stage}": result.seconds.get(stage, 0.0) for stage in STAGES}
+    row["started_at"] = _microseconds(result.started_at)
+    row["versions"] = json.dumps(result.versions, sort_keys=True)
+    return row
+
+
+def is_far(group: Mapping[str, Any]) -> bool:
+    """Whether a group's error, of a result or of a row, is far from what was to be expected."""
+    error, most = group["metric_squared_error"], group["most_expected_squared_error"]
+    return error is not None and most is not None and error > most
+
+
+def group_row(result: Result) -> dict[str, Any]:
+    """The row of `groups` for a result."""
+    row = _common_fields(result, GROUPS)
+    row |= {rank: result.ranks.get(rank) for rank in ("R1", "R2", "R3")}
+    row["format"] = json.dumps(result.format, sort_keys=True)
+    return row
+
+
+def curve_rows(result: CurveResult) -> list[dict[str, Any]]:
+    """The rows of `curves` for a result."""
+    common = _common_fields(result, CURVES)
+    return [
+        common
+        | point.ranks._asdict()
+        | {"byte_budget": point.byte_budget, "predicted_squared_error": point.squared_error}
+        for point in result.points
+    ]
+
+
+def slice_rows(result: Result) -> list[dict[str, Any]]:
+    """The rows of `slices` for a result."""
+    key = {"task_id": result.task_id, "layer": result.layer, "group": result.group}
+    return [key | asdict(one) for one in result.slices]

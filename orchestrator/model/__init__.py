@@ -1,0 +1,1 @@
+"""Directories that are models: assembled, read, verified, exported, pushed."""

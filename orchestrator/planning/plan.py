@@ -1,0 +1,368 @@
+"""From shard headers to a plan: which tasks there are, what each may cost, what the run needs.
+
+Nothing here reads a weight. The plan is data: the executor only schedules it, and the run keeps
+to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from lestd_kernels.errors import LestdError
+from lestd_kernels.formats.shared_tucker import FORMAT_VERSION
+from lestd_kernels.methods import ACTIVATION, METHODS, NORM, Bounds, MethodArgs
+from orchestrator.architectures import SliceGroup, find_architecture
+from orchestrator.config.run import RunConfig, scope_keep
+from orchestrator.planning.allocation import better_than_uniform, curve_budgets
+from orchestrator.source.checkpoint import Source
+from orchestrator.source.texts import read_calibration
+from workers.checkpoint.headers import DTYPES
+from workers.contracts import CurveTask, Task, TensorRef
+
+# A payload's header, its rows with the singular values, its events; the small files of a model.
+_FILES_OF_A_TASK_BYTES = 128 * 2**10
+_SIDE_FILES_BYTES = 2**20
+
+WORKER_BASE_BYTES = 600 * 2**20
+"""Resident memory of a worker before its first task: the interpreter, torch and Ray."""
+
+
+@dataclass(frozen=True)
+class PlannedTask:
+    """A task and what is known of its outcome before any weight is read.
+
+    Attributes:
+        task: the task. While its budget is undecided it has that of uniform allocation.
+        keep: its budget's share of its dense bytes.
+        bounds: for its budget, or where that is undecided for any that it may get.
+        curve: what finds its curve; None where its budget was never in question.
+    """
+
+    task: Task
+    keep: float
+    bounds: Bounds
+    curve: CurveTask | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do.
+
+    Attributes:
+        family: name of the model's architecture.
+        tasks: by layer.
+        untouched: tensors that are copied byte for byte, by name.
+        model_bytes: dense bytes of all tensors.
+        allocation: how bytes are divided among the tasks.
+        decided: whether the budgets are known; those of global allocation are after pass one.
+    """
+
+    family: str
+    tasks: tuple[PlannedTask, ...]
+    untouched: tuple[TensorRef, ...]
+    model_bytes: int
+    allocation: str
+    decided: bool
+
+    @property
+    def curve_tasks(self) -> list[CurveTask]:
+        """The tasks of pass one; none under uniform allocation."""
+        return [planned.curve for planned in self.tasks if planned.curve is not None]
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every budget is the one that uniform allocation gives."""
+        return all(p.curve is None or p.curve.byte_budget == p.task.byte_budget for p in self.tasks)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Dense bytes of the weights in scope."""
+        return sum(planned.task.dense_bytes for planned in self.tasks)
+
+    @property
+    def budget_bytes(self) -> int:
+        """Bytes that the weights in scope may take when stored."""
+        return sum(planned.task.byte_budget for planned in self.tasks)
+
+    @property
+    def max_bytes(self) -> int:
+        """Bytes that the weights in scope take at most; below the budget where a pattern is."""
+        bound = sum(planned.bounds.max_bytes for planned in self.tasks)
+        return min(bound, self.budget_bytes)
+
+    @property
+    def untouched_bytes(self) -> int:
+        """Bytes of the tensors out of scope."""
+        return self.model_bytes - self.dense_bytes
+
+    @property
+    def worker_memory_bytes(self) -> int:
+        """Predicted peak memory of one worker: of any tasks that meet in it."""
+        tasks = [planned.task for planned in self.tasks]
+        dense = max(task.dense_bytes for task in tasks)
+        budget = max(task.byte_budget for task in tasks)
+        decomposing = max(t.predicted_memory_bytes - t.dense_bytes - t.byte_budget for t in tasks)
+        return decomposing + dense + budget
+
+    @property
+    def run_disk_bytes(self) -> int:
+        """Predicted disk use of the run directory."""
+        return self.budget_bytes + (len(self.tasks) + 1) * _FILES_OF_A_TASK_BYTES
+
+    @property
+    def out_disk_bytes(self) -> int:
+        """Predicted disk use of the result, whose payloads are links into the run directory."""
+        return self.untouched_bytes + _SIDE_FILES_BYTES
+
+    @property
+    def disk_bytes(self) -> int:
+        """Predicted disk use of both, on one disk."""
+        return self.run_disk_bytes + self.out_disk_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for ``plan --json`` and ``plan.json``."""
+        layers = [
+            {
+                "task_id": planned.task.task_id,
+                "layer": planned.task.layer,
+                "group": planned.task.group,
+                "tensors": list(dict.fromkeys(r.name for r in planned.task.tensors.values())),
+                "method": planned.task.method,
+                "pattern": planned.task.method_args["pattern"],
+                "keep": planned.keep,
+                "dense_bytes": planned.task.dense_bytes,
+                "byte_budget": planned.task.byte_budget,
+                "budget_range": None if self.decided else _budget_range(planned),
+                "curve_task_id": planned.curve and planned.curve.task_id,
+                "scope": planned.task.scope,
+                "metric": planned.task.method_args["metric"],
+                "value_bits": planned.task.method_args["value_bits"],
+                "factor_bits": planned.task.method_args["factor_bits"],
+                "max_R1": planned.bounds.max_R1,
+                "max_R2": planned.bounds.max_R2,
+                "max_nnz": planned.bounds.max_nnz,
+                "max_bytes": planned.bounds.max_bytes,
+                "predicted_memory_bytes": planned.task.predicted_memory_bytes,
+            }
+            for planned in self.tasks
+        ]
+        totals = {
+            "tasks": len(self.tasks),
+            "dense_bytes": self.dense_bytes,
+            "byte_budget": self.budget_bytes,
+            "max_bytes": self.max_bytes,
+            "untouched_bytes": self.untouched_bytes,
+            "model_bytes": self.model_bytes,
+            "keep_of_model": (self.untouched_bytes + self.max_bytes) / self.model_bytes,
+            "worker_memory_bytes": self.worker_memory_bytes,
+            "run_disk_bytes": self.run_disk_bytes,
+            "out_disk_bytes": self.out_disk_bytes,
+            "disk_bytes": self.disk_bytes,
+        }
+        how = {"allocation": self.allocation, "budgets_decided": self.decided}
+        return {"family": self.family} | how | {"layers": layers, "total": totals}
+
+
+def _budget_range(planned: PlannedTask) -> list[int]:
+    """The least and the most bytes that a task may get."""
+    budgets = planned.curve.curve_budgets if planned.curve else (planned.task.byte_budget,)
+    return [budgets[0], budgets[-1]]
+
+
+def make_plan(source: Source, config: RunConfig) -> Plan:
+    """Plan the compression of a checkpoint.
+
+    Raises:
+        LestdError: unknown architecture; a tensor missing or of a shape that config.json does not
+            give; a layer list that names no layer; a budget that no rank fits.
+    """
+    architecture = find_architecture(source.config)
+    groups = architecture.groups(source.config, source.index, config.scope)
+    chosen = set(config.select_layers(group.layer for group in groups))
+    groups = [group for group in groups if group.layer in chosen]
+
+    refs = source.index.tensors
+    model_bytes = sum(ref.stored_bytes for ref in refs.values())
+    in_scope = {ref.name for group in groups for ref in group.tensors.values()}
+    scope_bytes = sum(refs[name].stored_bytes for name in in_scope)
+    keep = scope_keep(config, scope_bytes, model_bytes)
+
+    digest = calibration_digest(config) if config.used_metric == ACTIVATION else ""
+    tasks = tuple(
+        _plan_task(group, config, config.keep_of(group.layer, keep), digest) for group in groups
+    )
+    decided = config.allocation == "uniform"
+    if not decided:
+        own = config.layers_with_own_keep()
+        tasks = tuple(p if p.task.layer in own else _undecided(p) for p in tasks)
+    untouched = tuple(ref for name, ref in sorted(refs.items()) if name not in in_scope)
+    return Plan(architecture.family, tasks, untouched, model_bytes, config.allocation, decided)
+
+
+def _plan_task(
+    group: SliceGroup, config: RunConfig, keep: float, metric_digest: str
+) -> PlannedTask:
+    dense_bytes = sum(ref.stored_bytes for ref in group.tensors.values())
+    dtype = DTYPES[next(iter(group.tensors.values())).dtype]
+    task = Task(
+        task_id="",
+        layer=group.layer,
+        group=group.group,
+        tensor_prefix=group.tensor_prefix,
+        tensors=group.tensors,
+        layout=group.layout,
+        method=config.method,
+        method_args=asdict(config.method_args()),
+        byte_budget=0,
+        value_dtype=str(dtype).removeprefix("torch."),
+        predicted_memory_bytes=0,
+        scope=group.scope,
+        metric_tensors=group.norms if config.used_metric == NORM else {},
+        metric_digest=metric_digest,
+    )
+    try:
+        return replace(_with_budget(task, int(keep * dense_bytes)), keep=keep)
+    except LestdError as error:
+        raise LestdError(f"layer {group.layer} at keep {keep:g}: {error}") from error
+
+
+def _with_budget(task: Task, budget: int) -> PlannedTask:
+    """The task with another byte budget, and so with another id."""
+    bounds = METHODS[task.method].bounds(
+        task.layout, budget, getattr(torch, task.value_dtype), MethodArgs(**task.method_args)
+    )
+    # One group is decomposed, another read, a third written (workers.decompose): as if all were
+    # of this size.
+    memory = WORKER_BASE_BYTES + 4 * task.layout.elements + bounds.workspace_bytes
+    memory += task.dense_bytes + budget + _metric_bytes(task)
+    task = replace(task, byte_budget=budget, predicted_memory_bytes=memory)
+    return PlannedTask(replace(task, task_id=_task_id(task)), budget / task.dense_bytes, bounds)
+
+
+def _metric_bytes(task: Task) -> int:
+    """Bytes of the Gram matrices that a task reads, once for it and once for the next one."""
+    if task.method_args["metric"] != ACTIVATION:
+        return 0
+    widths = {m.reads: task.layout.weight_shape(m)[1] for m in task.layout.modules}
+    return 2 * sum(4 * width**2 for width in widths.values())
+
+
+def calibration_digest(config: RunConfig) -> str:
+    """Hash of the text and the settings that decide the activations of a model.
+
+    Raises:
+        LestdError: the text cannot be read.
+    """
+    assert config.calibrate_on is not None
+    text = read_calibration(config.calibrate_on)
+    settings = [hashlib.sha256(text).hexdigest(), config.samples, config.sample_tokens]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+
+def _undecided(planned: PlannedTask) -> PlannedTask:
+    """A task whose budget its curve shall decide: it may get any from the least to all bytes."""
+    task = planned.task
+    least = METHODS[task.method].least_bytes(
+        task.layout, getattr(torch, task.value_dtype), MethodArgs(**task.method_args)
+    )
+    budgets = curve_budgets(least, task.byte_budget, task.dense_bytes)
+    curve = CurveTask(**vars(task), curve_budgets=budgets)
+    curve = replace(curve, task_id=_task_id(curve, {"curve_budgets": budgets}))
+    largest = _with_budget(task, budgets[-1])
+    task = replace(task, predicted_memory_bytes=largest.task.predicted_memory_bytes)
+    return PlannedTask(task, planned.keep, largest.bounds, curve)
+
+
+def _with_budgets(plan: Plan, budgets: Mapping[str, int]) -> Plan:
+    """The plan with the byte budget of each group that has a curve decided."""
+    tasks = tuple(
+        replace(_with_budget(p.task, budgets[p.task.group]), curve=p.curve) if p.curve else p
+        for p in plan.tasks
+    )
+    return replace(plan, tasks=tasks, decided=True)
+
+
+def decide(plan: Plan, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Plan]:
+    """Byte budgets from the curves that pass one has found.
+
+    Args:
+        plan: an undecided plan.
+        curves: for each of its curve tasks the rows of the manifest, by budget.
+
+    Returns:
+        The plan with the budgets of `better_than_uniform`, followed by the one with the budgets of
+        uniform allocation, for the case that the prediction fails; that one alone, where no
+        budgets are predicted to be better.
+    """
+    tasks = plan.curve_tasks
+    rows = [curves[task.task_id] for task in tasks]
+    points = [[(row["byte_budget"], row["predicted_squared_error"]) for row in c] for c in rows]
+    norms = [curve[0]["squared_norm"] for curve in rows]
+    uniform = [task.byte_budget for task in tasks]
+    better = better_than_uniform(points, norms, uniform)
+    groups = [task.group for task in tasks]
+    return [
+        _with_budgets(plan, dict(zip(groups, budgets, strict=True)))
+        for budgets in (better, uniform)
+        if budgets is not None
+    ]
+
+
+def no_worse_than_uniform(
+    rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> bool:
+    """Whether relative and absolute squared errors sum up to at most what uniform budgets give.
+
+    Both sides are measured from tensors as they are stored.
+
+    Args:
+        rows: group rows of all tasks.
+        curves: see `decide`.
+    """
+    measured = {curve[0]["group"]: curve[0] for curve in curves.values()}
+    pairs = [
+        (
+            row["metric_squared_error"],
+            measured[row["group"]]["uniform_squared_error"],
+            row["metric_squared_norm"],
+        )
+        for row in rows
+        if row["group"] in measured
+    ]
+
+    def holds(weights: Sequence[float]) -> bool:
+        found, uniform = (
+            math.fsum(pair[side] * weight for pair, weight in zip(pairs, weights, strict=True))
+            for side in (0, 1)
+        )
+        return found <= uniform
+
+    return holds([1.0] * len(pairs)) and holds([1 / norm if norm else 0.0 for *_, norm in pairs])
+
+
+def _task_id(task: Task, more: Mapping[str, Any] | None = None) -> str:
+    """Hash of what decides a payload's bytes, or a curve, apart from the weights' contents.
+
+    Those are identified by the run's fingerprint; their sha256 stands in the result.
+    """
+    work = {
+        "format_version": FORMAT_VERSION,
+        "tensors": [(m, r.name, r.dtype, r.shape) for m, r in task.tensors.items()],
+        "layout": asdict(task.layout),
+        "prefix": task.tensor_prefix,
+        "group": task.group,
+        "method": task.method,
+        "method_args": task.method_args,
+        "byte_budget": task.byte_budget,
+        "value_dtype": task.value_dtype,
+        "metric_digest": task.metric_digest,
+    }
+    text = json.dumps(work | dict(more or {}), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

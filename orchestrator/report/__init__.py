@@ -1,0 +1,1 @@
+"""A run as one page, as Markdown, and beside another run."""

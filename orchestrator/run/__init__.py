@@ -1,0 +1,1 @@
+"""The run directory: lease, record, fingerprint."""

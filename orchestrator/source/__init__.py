@@ -1,0 +1,1 @@
+"""A checkpoint wherever it lies, its tokenizer, and texts."""

@@ -1,0 +1,148 @@
+"""Machines that are not as they should be: clock, home, shared memory, memory; and who looks on."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.cli import PATIENCE, digest_tree, lestd, run_lestd, start_lestd
+from support.families import save_tiny
+
+from orchestrator import __main__, cli
+
+KEEP = ("--keep", 0.6)
+SERIAL = (*KEEP, "--executor", "serial")
+SMALL = "mount -t tmpfs -o size=64k{} tmpfs /dev/shm"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("expected") / "out"
+    assert lestd("compress", model, "--out", out, *SERIAL).code == 0
+    return digest_tree(out)
+
+
+def look_at(out: Path) -> None:
+    """Whatever tells of a run tells of this one."""
+    commands: list[tuple[object, ...]] = [("status", out), ("query", out, "--name", "retries")]
+    commands += [("query", out, "--name", name) for name in ("runs", "workers", "time-by-stage")]
+    commands.append(("report", out, "--format", "md", "--out", out.with_name("report.md")))
+    for command in commands:
+        result = lestd(*command)
+        assert result.code == 0, result.err
+
+
+def test_a_clock_that_jumps_changes_no_byte(
+    model: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jumps = itertools.cycle([0.0, 3e9, 1e9, 2e9, 1.0])
+    monkeypatch.setattr(time, "time", lambda: next(jumps))
+    monkeypatch.setattr(time, "time_ns", lambda: int(next(jumps) * 1e9))
+    out = tmp_path / "out"
+    assert lestd("compress", model, "--out", out, *SERIAL).code == 0
+    look_at(out)
+    assert lestd("verify", out).code == 0
+    next((out.with_name("out.run") / "payloads").iterdir()).unlink()
+    (out / "config.json").unlink()  # So that the model is made again too.
+    assert lestd("compress", model, "--out", out, *SERIAL).code == 0
+    look_at(out)
+    assert digest_tree(out) == expected
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+        ValueError("a bug"),  # Is not taken for one.
+    ],
+)
+def test_a_process_that_gets_no_memory_says_so(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "main", run)
+    with pytest.raises((SystemExit, ValueError)) as ended:
+        __main__.main()
+    said = capsys.readouterr().err
+    if isinstance(ended.value, SystemExit):
+        assert ended.value.code == 2
+        assert said.startswith("error: the system gives this process no more memory or threads (")
+        assert said.count("\n") == 1
+    else:
+        assert said == ""
+
+
+@pytest.mark.slow
+def test_a_run_is_looked_at_as_long_as_it_goes_on(
+    model: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = start_lestd("compress", model, "--out", out, *SERIAL)
+    while process.poll() is None:
+        if (tmp_path / "out.run" / "manifest" / "groups").is_dir():
+            look_at(out)
+    look_at(out)
+    assert process.returncode == 0
+    assert digest_tree(out) == expected
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_home_is_not_needed(model: Path, expected: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    environment = os.environ | {"HOME": "/dev/null", "RAY_ADDRESS": "local"}
+    done = run_lestd("compress", model, "--out", out, *KEEP, env=environment)
+    assert done.code == 0, done.err
+    assert digest_tree(out) == expected
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("mount", [SMALL.format(""), SMALL.format(",ro")])
+def test_shared_memory_is_not_needed(
+    model: Path, expected: dict[str, str], tmp_path: Path, mount: str
+) -> None:
+    within = ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh"]
+    try:
+        subprocess.run([*within, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("nothing can be mounted here")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "orchestrator", "compress", model, "--out", out, *KEEP]
+    environment = os.environ | {"RAY_ADDRESS": "local"}
+    subprocess.run([*within, *map(str, command)], check=True, timeout=PATIENCE, env=environment)
+    assert digest_tree(out) == expected
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_node_that_is_out_of_memory_is_said_once(
+    model: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    """Ray ends every worker, whose node is never well."""
+    out = tmp_path / "out"
+    environment = os.environ | {"RAY_ADDRESS": "local", "RAY_memory_monitor_refresh_ms": "100"}
+    failing = environment | {"RAY_memory_usage_threshold": "0.001"}
+    failed = run_lestd("compress", model, "--out", out, *KEEP, env=failing)
+    assert failed.code == 1
+    errors = [line for line in failed.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, errors
+    assert "use fewer workers, or larger machines" in errors[0]
+    resumed = run_lestd("compress", model, "--out", out, *SERIAL)
+    assert resumed.code == 0, resumed.err
+    assert digest_tree(out) == expected

@@ -1,0 +1,101 @@
+"""What commands have in common: their options, what they pass on, what they say of blocks."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.cli import lestd
+
+from lestd_kernels.methods import METHODS
+from orchestrator.cli import compress, sweep
+from orchestrator.cli.options import MethodOption
+from orchestrator.config.run import RunConfig
+from orchestrator.manifest.manifest import Manifest
+from orchestrator.run.directory import RunDirectory
+from orchestrator.run.fingerprint import fingerprint
+from orchestrator.source.checkpoint import resolve_source
+
+
+def test_help_names_every_method() -> None:
+    [option] = MethodOption.__metadata__
+    words = option.help.replace(",", " ").replace(":", " ").replace(".", " ").split()
+    assert not METHODS.keys() - set(words)
+
+
+@pytest.mark.parametrize("command", [compress.plan, sweep.sweep])
+def test_what_decides_the_bytes_are_options_of_every_command(command: Any) -> None:
+    decisive = (
+        inspect.signature(compress.compress).parameters.keys() & RunConfig.model_fields.keys()
+    )
+    assert decisive - inspect.signature(command).parameters.keys() <= {
+        "keep_model",
+        "device",
+        "threads",
+    }
+
+
+def test_a_text_that_is_not_used_is_no_part_of_a_run(tiny_llama: Path, tmp_path: Path) -> None:
+    source = resolve_source(str(tiny_llama))
+    plain = fingerprint(source, RunConfig(keep=0.5, method="svd"), "cpu")
+    text = str(tmp_path / "text.txt")
+    unused = RunConfig(keep=0.5, method="svd", calibrate_on=text, samples=3, sample_tokens=9)
+    assert fingerprint(source, unused, "cpu") == plain
+
+
+def test_status_names_the_block_and_tells_of_the_calibration(
+    tiny_llama: Path, wikitext: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command: list[object] = ["compress", tiny_llama, "--keep", 0.5, "--scope", "all", "--out", out]
+    command += ["--method", "svd_llm", "--calibrate-on", wikitext, "--samples", 2]
+    command += ["--sample-tokens", 16, "--executor", "serial"]
+    assert lestd(*command).code == 0
+    state = json.loads(lestd("status", out, "--json").out)
+    assert [layer["scope"] for layer in state["layers"][:2]] == ["attention", "ffn"]
+    assert "calibrating" not in state
+    card = (out / "README.md").read_text()
+    assert "(attention, ffn)" in card
+    assert "| 0 | ffn |" in card
+
+    # As it stands while a driver has found the activations of some blocks, and begun no task.
+    run = RunDirectory(tmp_path / "out.run")
+    for table in ("groups", "slices", "events"):
+        for part in (run.path / "manifest" / table).glob("*.parquet"):
+            part.unlink()
+    with run.locked():
+        state = json.loads(lestd("status", out, "--json").out)
+        assert state["calibrating"] == len(state["layers"])
+        shown = " ".join(lestd("status", out).out.split())
+        assert "the activations of the calibration text come first" in shown
+
+
+def test_a_job_is_told_not_to_measure_speed(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def run_as_job(address: str, command: str, options: dict[str, Any], cluster: Any) -> int:
+        asked.append(options)
+        return 0
+
+    monkeypatch.setattr("orchestrator.execution.ray.jobs.run_as_job", run_as_job)
+    common: list[object] = ["compare", tiny_llama, "--methods", "svd", "--keep", 0.5]
+    common += ["--out", tmp_path, "--address", "http://localhost:1"]
+    for option in ([], ["--no-speed"]):
+        assert lestd(*common, *option).code == 0
+    assert [options["no_speed"] for options in asked] == [False, True]
+    assert all("speed" not in options for options in asked)
+
+
+@pytest.mark.parametrize(("keep", "bits"), [(0.55, 8), (0.3, 4), (0.15, 2)])
+def test_the_manifest_has_the_bits_that_a_quantizer_chose(
+    tiny_llama: Path, tmp_path: Path, keep: float, bits: int
+) -> None:
+    out = tmp_path / "out"
+    options = ("--method", "rtn", "--keep", keep, "--executor", "serial")
+    assert lestd("compress", tiny_llama, "--out", out, *options).code == 0
+    assert {row["value_bits"] for row in Manifest(out).groups().to_pylist()} == {bits}

@@ -1,0 +1,210 @@
+"""Compressions in the metric of activations: when these are found, and who gets them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.activations import oracle
+from support.cli import digest_tree, lestd, run_lestd, start_lestd
+from torch import Tensor
+
+from lestd_kernels.errors import LestdError
+from lestd_kernels.methods import METHODS, MethodArgs
+from lestd_kernels.tensorize import GroupLayout
+from orchestrator.compression.calibration import blocks_of
+from orchestrator.compression.pipeline import compress_model
+from orchestrator.config.run import RunConfig
+from orchestrator.execution.executor import Listener, WorkerSpec
+from orchestrator.execution.serial import SerialExecutor
+from orchestrator.experiments.sweep import compress_keeps
+from orchestrator.source.checkpoint import resolve_source
+from orchestrator.source.texts import read_samples
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
+    """The metrics that a method was given, which takes no notice of them."""
+    plain = METHODS["lestd"]
+    given: list[dict[str, Tensor]] = []
+
+    def unaware(args: MethodArgs) -> MethodArgs:
+        return replace(args, metric="weight")
+
+    def look(
+        unfolding: Tensor, layout: GroupLayout, dtype: torch.dtype, args: MethodArgs, metrics: Any
+    ) -> Any:
+        given.append(dict(metrics))
+        return plain.prepare(unfolding, layout, dtype, unaware(args), {})
+
+    def without_metric(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: function(*arguments[:-1], unaware(arguments[-1]))
+
+    monkeypatch.setitem(
+        METHODS,
+        "lestd",
+        replace(
+            plain,
+            prepare=look,
+            bounds=without_metric(plain.bounds),
+            least_bytes=without_metric(plain.least_bytes),
+            metrics=("weight", "activation"),
+        ),
+    )
+    return given
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_a_method_gets_the_activations_of_its_modules(
+    allocation: str,
+    tiny_llama: Path,
+    wikitext: Path,
+    tmp_path: Path,
+    seen: list[dict[str, Tensor]],
+) -> None:
+    config = RunConfig(
+        keep=0.5, calibrate_on=str(wikitext), samples=3, sample_tokens=20, allocation=allocation
+    )
+    source, out, run_dir = resolve_source(str(tiny_llama)), tmp_path / "out", tmp_path / "run"
+    passes: list[str] = []
+    arguments: Any = (source, config, SerialExecutor(), out, run_dir)
+    outcome = compress_model(*arguments, on_start=lambda name, *_: passes.append(name))
+    assert outcome.complete
+    middle = ["curves"] if allocation == "global" else []
+    assert passes == ["calibrate", *middle, "compress", "assemble"]
+
+    blocks = blocks_of(planned.task for planned in outcome.plan.tasks)
+    assert [block.widths for block in blocks] == [{"in": 256, "heads": 256}] * 4
+    samples = read_samples(source, str(wikitext), 3, 20)
+    expected = oracle(source, blocks, samples)
+    modules = {"q_proj": "in", "k_proj": "in", "v_proj": "in", "o_proj": "heads"}
+    assert len(seen) == 4 * (1 + len(middle))
+    for layer, metrics in enumerate(seen[:4]):
+        wanted = {
+            module + suffix: expected[f"model.layers.{layer}.self_attn.{reads}{suffix}"]
+            for module, reads in modules.items()
+            for suffix in ("", ".mean_abs", ".max_abs")
+        }
+        assert metrics.keys() == wanted.keys()
+        for name, metric in metrics.items():
+            torch.testing.assert_close(metric.double(), wanted[name].double(), rtol=1e-3, atol=1e-3)
+
+    assert compress_model(*arguments).skipped == 4
+    assert len(seen) == 4 * (1 + len(middle))
+    wikitext_of_another = tmp_path / "other.txt"
+    wikitext_of_another.write_text(wikitext.read_text(encoding="utf-8")[1:], encoding="utf-8")
+    other = config.model_copy(update={"calibrate_on": str(wikitext_of_another)})
+    with pytest.raises(LestdError, match=r"differs in: config\.calibrate_on"):
+        compress_model(source, other, SerialExecutor(), out, run_dir)
+    with pytest.raises(LestdError, match=r"calibration .*differs in: text_sha256"):
+        compress_model(
+            source,
+            other,
+            SerialExecutor(),
+            tmp_path / "out2",
+            tmp_path / "run2",
+            calibration=run_dir / "calibration",
+        )
+
+
+@pytest.mark.usefixtures("seen")
+def test_runs_share_a_calibration(tiny_llama: Path, wikitext: Path, tmp_path: Path) -> None:
+    source, passes = resolve_source(str(tiny_llama)), []
+    for keep in (0.5, 0.6):
+        config = RunConfig(keep=keep, calibrate_on=str(wikitext), samples=2, sample_tokens=20)
+        compress_model(
+            source,
+            config,
+            SerialExecutor(),
+            tmp_path / f"{keep}",
+            tmp_path / f"{keep}.run",
+            calibration=tmp_path / "calibration",
+            on_start=lambda name, *_: passes.append(name),
+        )
+    assert passes == ["calibrate", "compress", "assemble", "compress", "assemble"]
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_sweep_calibrates_once(
+    fresh: bool,
+    tiny_llama: Path,
+    wikitext: Path,
+    tmp_path: Path,
+    seen: list[dict[str, Tensor]],
+) -> None:
+    source = resolve_source(str(tiny_llama))
+    common: dict[str, Any] = {"calibrate_on": str(wikitext), "samples": 2, "sample_tokens": 20}
+    configs = {keep: RunConfig(keep=keep, **common) for keep in (0.5, 0.6)}
+    executor = CountingExecutor()
+    compress_keeps(source, configs, executor, tmp_path)
+    assert executor.workers == ["CalibrationWorker", "DecomposeWorker"]
+    assert len(seen) == 4
+    assert all("q_proj" in metrics for metrics in seen)
+    assert not [*tmp_path.glob("keep-*.run/calibration")]
+
+    compress_keeps(source, configs, executor, tmp_path, fresh=fresh)
+    assert executor.workers[2:] == executor.workers[:2] * fresh
+
+
+class CountingExecutor(SerialExecutor):
+    """Remembers which workers it was asked for."""
+
+    def __init__(self) -> None:
+        self.workers: list[str] = []
+
+    def map(
+        self, spec: WorkerSpec, items: Sequence[Any], on_event: Listener | None = None
+    ) -> Iterator[Any]:
+        self.workers.append(spec.cls.__name__)
+        return super().map(spec, items, on_event)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_changes_no_byte(tiny_llama: Path, wikitext: Path, tmp_path: Path) -> None:
+    command: list[object] = ["compress", tiny_llama, "--keep", 0.5, "--method", "svd_llm"]
+    command += ["--calibrate-on", wikitext, "--scope", "all", "--executor", "serial"]
+    assert run_lestd(*command, "--out", tmp_path / "whole").code == 0
+    out = tmp_path / "killed"
+    pieces = tmp_path / "killed.run" / "calibration" / "pieces"
+    for layer in (1, 3):
+        process = start_lestd(*command, "--out", out)
+        while process.poll() is None and not [*pieces.glob(f"layer-{layer:05d}*.grams")]:
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        assert [*pieces.iterdir()]
+    finished = run_lestd(*command, "--out", out)
+    assert finished.code == 0, finished.err
+    assert digest_tree(out) == digest_tree(tmp_path / "whole")
+    calibrations = [
+        digest_tree(tmp_path / f"{name}.run/calibration") for name in ("killed", "whole")
+    ]
+    assert calibrations[0] == calibrations[1]
+    assert len(calibrations[0]) == 1 + 2 * 4
+
+
+def test_calibration_on_the_command_line(tiny_llama: Path, wikitext: Path, tmp_path: Path) -> None:
+    command: list[object] = ["compress", tiny_llama, "--keep", 0.5, "--method", "svd_llm"]
+    command += ["--samples", 2, "--sample-tokens", 16, "--executor", "serial"]
+    command += ["--calibration", tmp_path / "calibration", "--out"]
+    refused = lestd(*command, tmp_path / "none")
+    assert refused.code == 2
+    assert "give it with calibrate_on (--calibrate-on TEXT)" in " ".join(refused.err.split())
+    first = lestd(*command, tmp_path / "one", "--calibrate-on", wikitext)
+    assert first.code == 0, first.err
+    assert "layer 3, sums" in first.err
+    assert "layer 3, samples" not in first.err
+    second = lestd(*command, tmp_path / "two", "--calibrate-on", wikitext)
+    assert "calibrate" not in second.err
+    assert digest_tree(tmp_path / "one") == digest_tree(tmp_path / "two")
+    assert not (tmp_path / "one.run" / "calibration").exists()
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    refused = lestd(*command, tmp_path / "three", "--calibrate-on", short, "--fresh")
+    assert refused.code == 2
+    assert "2 samples of 16 take 32; give a longer text" in " ".join(refused.err.split())

@@ -1,0 +1,148 @@
+"""Configuration: what is accepted, and how a mistake is answered."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from support.paths import ROOT
+
+from lestd_kernels.errors import LestdError
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.config.files import load_yaml, validated
+from orchestrator.config.layers import parse_layers
+from orchestrator.config.run import RunConfig, RunFile, scope_keep
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"), [("3", {3}), ("0-2", {0, 1, 2}), ("0-1,5,7-8", {0, 1, 5, 7, 8})]
+)
+def test_layer_lists(text: str, layers: set[int]) -> None:
+    assert parse_layers(text) == layers
+
+
+@pytest.mark.parametrize("key", ["include", "exclude", "layer_keep"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0-9999999999", "layer 9999999999 is too high; expected layers below 10,000"),
+        ("10000", "layer 10000 is too high"),
+        ("0,7-3", 'the range 7-3 runs backwards; write "3-7"'),
+        ("9" * 5000, 'expected layers like "0-3,7"'),
+        ("0-", 'expected layers like "0-3,7"'),
+        ("-1", 'expected layers like "0-3,7"'),
+        ("", 'expected layers like "0-3,7"'),
+    ],
+)
+def test_layer_lists_that_are_none(key: str, text: str, message: str) -> None:
+    value = {text: 0.5} if key == "layer_keep" else text
+    with pytest.raises(LestdError) as caught:
+        validated(RunFile, {"keep": 0.4, key: value}, "run.yaml")
+    assert str(caught.value).startswith(f"run.yaml: {key}")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_layer_lists_end_where_they_should() -> None:
+    assert parse_layers("0-9999") == set(range(10_000))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"keep": 0.4, "inclde": "0"}, ["inclde", "include"]),
+        ({"keep": 0.4, "zzz": 1}, ["zzz", "known"]),
+        ({"keep": 0}, ["keep", "0"]),
+        ({"keep": 1.0}, ["keep", "1"]),
+        ({"keep": float("nan")}, ["keep"]),
+        ({}, ["exactly one of keep and keep_model"]),
+        ({"keep": 0.4, "keep_model": 0.8}, ["exactly one of keep and keep_model"]),
+        ({"keep": 0.4, "method": "svdd"}, ["svdd", "lestd", "tucker"]),
+        ({"keep": 0.4, "include": "a-b"}, ["include", "a-b"]),
+        ({"keep": 0.4, "layer_keep": {"0": 1.5}}, ["layer_keep", "1.5"]),
+        ({"keep": 0.4, "max_flops": 0}, ["max_flops"]),
+        ({"keep": 0.4, "threads": 0}, ["threads"]),
+    ],
+)
+def test_a_wrong_value_is_named(values: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(LestdError) as caught:
+        validated(RunFile, values, "run.yaml")
+    message = str(caught.value)
+    assert message.startswith("run.yaml: ")
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_misspelt_cluster_key_is_named() -> None:
+    with pytest.raises(LestdError, match=r"wokers.*workers"):
+        validated(ClusterConfig, {"wokers": 2}, "cluster.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- a\n- b\n", "must hold keys and values, found a list"),
+        ("a: 1\nb: [1\n", r"expected ',' or '\]'.* in line 3, column 1"),
+        ("a: b: c\n", "mapping values are not allowed here in line 1, column 5"),
+        ("a: !!python/object:os.system {}\n", "could not determine a constructor .* in line 1"),
+        ("a: 2024-99-99\n", "month must be in 1..12"),
+        ("[" * 5000, "cannot be read as YAML"),
+        ("\xff", "cannot be read as YAML"),
+        ("a: \x00", "cannot be read as YAML"),
+        (None, "cannot be read as YAML .*No such file"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_named(
+    tmp_path: Path, content: str | None, message: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    if content is not None:
+        path.write_text(content, encoding="latin-1")
+    with pytest.raises(LestdError, match=message) as caught:
+        load_yaml(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_readmes_examples_are_valid() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    run, cluster = (
+        yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", readme, re.S)
+    )
+    assert validated(RunFile, run, "README.md").keep == 0.4
+    assert validated(ClusterConfig, cluster, "README.md").workers == 4
+
+
+def test_layers_are_selected_and_checked() -> None:
+    config = RunConfig(keep=0.5, include="0-5", exclude="2")
+    assert config.select_layers(range(8)) == [0, 1, 3, 4, 5]
+    with pytest.raises(LestdError, match=r"include names layer 4.*layers 0 to 3"):
+        config.select_layers(range(4))
+    with pytest.raises(LestdError, match="no layer"):
+        RunConfig(keep=0.5, include="1", exclude="1").select_layers(range(4))
+    with pytest.raises(LestdError, match="layer_keep '9' names layer 9"):
+        RunConfig(keep=0.5, layer_keep={"9": 0.5}).select_layers(range(4))
+
+
+def test_a_layer_can_have_a_keep_of_its_own() -> None:
+    config = RunConfig(keep=0.5, layer_keep={"0,2": 0.8, "1": 0.9})
+    assert [config.keep_of(layer, 0.5) for layer in range(4)] == [0.8, 0.9, 0.8, 0.5]
+
+
+@pytest.mark.parametrize("keys", [("0-2", "2-3"), ("2-3", "0-2"), ("2", "0,2")])
+def test_a_layer_cannot_have_two(keys: tuple[str, str]) -> None:
+    values = {"keep": 0.5, "layer_keep": {keys[0]: 0.8, keys[1]: 0.9}}
+    with pytest.raises(LestdError) as caught:
+        validated(RunFile, values, "run.yaml")
+    assert (
+        str(caught.value)
+        == f"run.yaml: layer_keep: {keys[0]!r} and {keys[1]!r} both name layer 2; name it in one"
+    )
+
+
+def test_keep_model_gives_the_scope_what_the_rest_leaves() -> None:
+    keep = scope_keep(RunConfig(keep_model=0.8), scope_bytes=300, model_bytes=1000)
+    assert (700 + keep * 300) / 1000 == pytest.approx(0.8)
+    with pytest.raises(LestdError, match=r"0\.700 of the model"):
+        scope_keep(RunConfig(keep_model=0.7), scope_bytes=300, model_bytes=1000)

@@ -1,0 +1,1 @@
+"""Statistics of a layer's inputs on one actor."""

@@ -1,0 +1,1 @@
+"""Headers, tensors and digests of safetensors files."""

@@ -1,0 +1,271 @@
+"""Objects of a store, for `workers.storage.files`: read, written, listed and deleted.
+
+A request that another try may mend is made again: for some seconds where nothing is lost if it
+fails, and for longer where it writes, because what is to be written took work.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, BinaryIO, cast
+
+from upath import UPath
+
+from lestd_kernels.errors import LestdError, first_line
+from workers.storage.ranges import NO_CREDENTIALS
+from workers.storage.regular import MAX_SMALL_BYTES
+from workers.storage.retries import TransientError, patiently
+
+CHUNK_BYTES = 8 * 2**20
+# About two minutes, as `workers.storage.ranges` bears a store that sends nothing.
+_WRITE_TRIES = 9
+# What the next try would meet again.
+_LASTING = (FileNotFoundError, FileExistsError, PermissionError, ValueError)
+
+
+@contextmanager
+def explain_store_errors(path: UPath) -> Iterator[None]:
+    """Turn whatever an object store says into a sentence.
+
+    Raises:
+        LestdError: `TransientError` where another try may help.
+    """
+    try:
+        yield
+    except LestdError:
+        raise
+    except Exception as error:
+        # Every store's client has errors of its own for a dead connection or absent credentials.
+        lasting = isinstance(error, _LASTING) or type(error).__name__ in NO_CREDENTIALS
+        raise (LestdError if lasting else TransientError)(
+            f"{path} cannot be read or written ({type(error).__name__}: {first_line(error)}); "
+            "check the address, the credentials and the network, then run the same command again"
+        ) from error
+
+
+def ask(path: UPath, request: Callable[[], Any]) -> Any:
+    """The answer to a request about `path`, which is made again if need be; None if it is absent.
+
+    Raises:
+        LestdError: the store refuses, or does not answer.
+    """
+
+    def once() -> Any:
+        with explain_store_errors(path), suppress(FileNotFoundError):
+            return request()
+        return None
+
+    return patiently(once)
+
+
+def upload(path: UPath, write: Callable[[BinaryIO], object]) -> None:
+    """Put an object that `write` fills; it is called anew for every try.
+
+    Raises:
+        LestdError: the store refuses, or does not answer; or what `write` raises.
+    """
+    patiently(partial(_upload, path, write), _WRITE_TRIES)
+
+
+def _upload(path: UPath, write: Callable[[BinaryIO], object]) -> None:
+    with explain_store_errors(path):
+        file = path.fs.open(path.path, "wb")
+    target = _Upload(path, file)
+    try:
+        try:
+            write(cast(BinaryIO, target))
+        except TransientError as error:
+            # What `write` reads from has been tried for long by those who read.
+            error.worth_a_try = target.failed
+            raise
+        with explain_store_errors(path):
+            file.close()
+    except BaseException:
+        # To close the file would be to publish what there is of it.
+        file.closed = True
+        with suppress(Exception):
+            file.discard()
+        raise
+
+
+class _Upload(io.RawIOBase):
+    """Feeds an object's upload in small chunks: fsspec keeps a second copy of what it is given.
+
+    Attributes:
+        failed: whether the store did not take what it was given.
+    """
+
+    def __init__(self, path: UPath, file: Any) -> None:
+        self._path = path
+        self._file = file
+        self.failed = False
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.failed = True
+        with explain_store_errors(self._path):
+            for start in range(0, len(view), CHUNK_BYTES):
+                self._file.write(view[start : start + CHUNK_BYTES])
+        self.failed = False
+        return len(view)
+
+
+def open_object(path: UPath) -> BinaryIO:
+    """Open an object to be read from its start, without fetching much more than is asked for.
+
+    Raises:
+        LestdError: it is absent, or cannot be read; so does every read.
+    """
+
+    def once() -> Any:
+        with explain_store_errors(path):
+            return path.fs.open(path.path, "rb", block_size=CHUNK_BYTES, cache_type="readahead")
+
+    return cast(BinaryIO, _Download(path, patiently(once)))
+
+
+class _Download(io.RawIOBase):
+    """Reads an object with patience."""
+
+    def __init__(self, path: UPath, file: Any) -> None:
+        self._path = path
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        def once() -> int:
+            with explain_store_errors(self._path):
+                return int(self._file.readinto(buffer))
+
+        return patiently(once)
+
+
+def read_object(path: UPath) -> bytes:
+    """The content of a small object.
+
+    Raises:
+        OSError: it has more than `MAX_SMALL_BYTES`.
+        LestdError: it is absent, or cannot be read.
+    """
+    content = read_objects([path])[0]
+    if isinstance(content, FileNotFoundError):
+        with explain_store_errors(path):
+            raise content
+    if isinstance(content, OSError):
+        raise content
+    return content
+
+
+def read_objects(paths: Sequence[UPath]) -> list[bytes | OSError]:
+    """Contents of small objects of one store, many at a time; the error of one that is absent, or
+    has more than `MAX_SMALL_BYTES`.
+
+    Raises:
+        LestdError: one cannot be read.
+    """
+    fs, names = paths[0].fs, [path.path for path in paths]
+    stop = MAX_SMALL_BYTES + 1
+
+    def read(name: str, content: bytes | Exception) -> bytes | OSError:
+        if isinstance(content, bytes) and len(content) == stop:
+            said = f"more than {MAX_SMALL_BYTES} bytes"
+            return OSError(errno.EINVAL, said, name)
+        if isinstance(content, bytes | FileNotFoundError):
+            return content
+        if fs.info(name)["size"] == 0:  # It has no range that could be asked for.
+            return b""
+        raise content
+
+    def once() -> list[bytes | OSError]:
+        with explain_store_errors(paths[0]):
+            contents = fs.cat_ranges(names, 0, stop, on_error="return")
+            return [read(*found) for found in zip(names, contents, strict=True)]
+
+    return patiently(once)
+
+
+def look_up(path: UPath) -> dict[str, Any] | None:
+    """What the store says of an object or a directory; None if it has neither.
+
+    Raises:
+        LestdError: the store does not say.
+    """
+    return cast("dict[str, Any] | None", ask(path, lambda: path.fs.info(path.path)))
+
+
+def entries(directory: UPath) -> list[dict[str, Any]]:
+    """What lies in a directory, not below it; nothing where there is none.
+
+    Raises:
+        LestdError: the store does not say.
+    """
+    found = ask(directory, lambda: directory.fs.ls(directory.path, detail=True)) or []
+    # An object of the directory's own name would be in the list.
+    return [entry for entry in found if entry["name"].rstrip("/") != directory.path.rstrip("/")]
+
+
+def copy_object(source: UPath, target: UPath) -> None:
+    """Copy an object within one store.
+
+    Raises:
+        LestdError: the store refuses, or does not answer.
+    """
+
+    def once() -> None:
+        with explain_store_errors(target):
+            source.fs.cp_file(source.path, target.path)
+
+    patiently(once, _WRITE_TRIES)
+
+
+def delete(path: UPath) -> None:
+    """Delete an object, if it is there.
+
+    Raises:
+        LestdError: it is still there, or the store does not answer.
+    """
+    _ask_to_delete(path, lambda: path.fs.rm_file(path.path))
+    # A store may refuse without a word.
+    found = look_up(path)
+    if found is not None and found["type"] == "file":
+        raise undeletable(path)
+
+
+def delete_tree(path: UPath) -> None:
+    """Delete all objects below a directory.
+
+    Raises:
+        LestdError: one is still there, or the store does not answer.
+    """
+    _ask_to_delete(path, lambda: path.fs.rm(path.path, recursive=True))
+    if left := ask(path, lambda: path.fs.find(path.path)):
+        raise undeletable(f"{path.protocol}://{left[0]}")
+
+
+def _ask_to_delete(path: UPath, request: Callable[[], Any]) -> None:
+    try:
+        ask(path, request)
+    except LestdError as error:
+        if isinstance(error.__cause__, PermissionError):
+            raise undeletable(path) from error
+        raise
+
+
+def undeletable(path: UPath | str) -> LestdError:
+    """The error for an object that stays whatever is done."""
+    return LestdError(
+        f"{path} cannot be deleted; grant permission to delete (s3:DeleteObject in S3, "
+        "storage.objects.delete in GCS), then run the same command again"
+    )
