@@ -64,7 +64,7 @@ test-slow: .venv/installed-dev ## Run the test suite with the slow tests
 MINUTES ?= 30
 
 fuzz: .venv/installed-dev ## Damaged inputs for MINUTES=30; findings go to .fuzz-findings/
-	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/fuzz --minutes $(MINUTES)
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python tests/fuzz --minutes $(MINUTES)
 
 check: .venv/installed-dev ## Lint, format and types
 	$(BIN)/ruff check .

@@ -9,9 +9,10 @@ os.environ["RAY_ADDRESS"] = "local"
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Ray's workers import the worker classes that tests define.
+# Ray's workers import the worker classes of tests/support. The packages come first, for folders of
+# tests have their names.
 os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    [*map(str, Path(__file__).parents[1::-1]), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 
 import pytest

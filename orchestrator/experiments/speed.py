@@ -26,7 +26,7 @@ from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.shared_tucker import QUANT_METHOD
 from orchestrator.console import output
 from orchestrator.console.plots import write_figure
-from orchestrator.evaluation.model import DTYPES
+from orchestrator.evaluation.model import DTYPES, resolve_dtype
 from orchestrator.model.adapter import adapter_stored_bytes
 from orchestrator.source.checkpoint import load_config
 from workers.bench import BenchModel, BenchSettings, Repetition, serve
@@ -135,6 +135,11 @@ def compare(
         raise LestdError(f"dtype must be one of {', '.join(DTYPES)}, got {settings.dtype!r}")
     models = (dense.absolute(), compressed.absolute())
     _check_models(models, settings)
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    for model in models:
+        resolve_dtype(model, settings.dtype, device)  # Says where it is not the checkpoint's.
     stored = [
         ShardIndex.from_directory(model).stored_bytes + adapter_stored_bytes(model)
         for model in models

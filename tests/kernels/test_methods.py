@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from support.groups import fused, gqa, mha, unfolding
 from support.methods import BF16, FP16, FP32, budget_of, decompose
-from support.paths import TESTS
+from support.paths import ROOT, TESTS
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.shared_tucker import CORE_NAME
@@ -341,7 +341,7 @@ print(resident("VmHWM") - before)
 )
 def test_the_predicted_memory_bounds_the_measured(method, type_mode, layout):
     code = MEASURE.format(method=method, type_mode=type_mode, layout=layout, keep=0.8)
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{TESTS}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )

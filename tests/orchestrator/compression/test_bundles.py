@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.groups import fused, gqa, mha, unfolding
-from support.paths import TESTS
+from support.paths import ROOT, TESTS
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import METHODS, MethodArgs
@@ -85,7 +85,7 @@ print(resident("VmHWM") - before)
 )
 def test_the_predicted_memory_bounds_that_of_several_budgets(method, type_mode, layout):
     code = MEASURE.format(method=method, type_mode=type_mode, layout=layout)
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{TESTS}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
