@@ -160,7 +160,7 @@ def test_models_that_cannot_be_judged(broken: str, tmp_path: Path) -> None:
         del weights["model.norm.weight"]
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     options = ("--tasks", "mathqa", "--data", DATA, "--limit", 1, "--executor", "serial")
-    result = lestd("evaluate", model, *options)
+    result = lestd("evaluate", model, "--dtype", "bfloat16", *options)
     assert (result.code, result.out) == (2, "")
     assert message in result.err
     assert str(model) in result.err
