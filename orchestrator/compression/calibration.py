@@ -38,7 +38,6 @@ from lestd_kernels.methods.common.base import STATISTICS
 from orchestrator.config.run import RunConfig
 from orchestrator.console.output import size
 from orchestrator.execution.executor import Executor, Listener, WorkerSpec
-from orchestrator.manifest.part_files import TEMPORARY
 from orchestrator.planning.plan import WORKER_BASE_BYTES
 from orchestrator.run.fingerprint import differences, holds_work, starts_over
 from orchestrator.source.checkpoint import Source
@@ -62,6 +61,7 @@ from workers.host.devices import software_versions
 from workers.storage.building import make_own_directory
 from workers.storage.files import AnyPath, is_file, list_names, make_directory, remove_tree
 from workers.storage.json_files import read_json, write_json
+from workers.storage.names import TEMPORARY
 
 TaskT = TypeVar("TaskT", bound=Task)
 

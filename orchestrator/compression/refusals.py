@@ -18,6 +18,7 @@ from orchestrator.run.directory import RunDirectory
 from orchestrator.source.checkpoint import Source
 from orchestrator.source.texts import samples_of
 from workers.storage.files import AnyPath, list_files, not_shared, unseen
+from workers.storage.names import TEMPORARY
 from workers.storage.ranges import is_url
 
 
@@ -86,7 +87,7 @@ def require_shared(source: Source, run: RunDirectory, executor: Executor) -> Non
     """Refuse nodes that do not see the disks of the run and of the source."""
     shard = next(iter(source.index.tensors.values())).shard
     paths = [] if "://" in shard else [shard]
-    probe = run.path / f".tmp-probe-{secrets.token_hex(8)}"
+    probe = run.path / f"{TEMPORARY}probe-{secrets.token_hex(8)}"
     if isinstance(probe, Path):
         # A fresh file: a directory of the same name may be there on a node of its own disk.
         probe.touch(exist_ok=False)

@@ -32,7 +32,6 @@ import pyarrow.compute as pc
 from lestd_kernels.errors import LestdError
 from orchestrator.manifest.part_files import (
     PARQUET,
-    TEMPORARY,
     Damaged,
     TableRead,
     compact_table,
@@ -69,7 +68,7 @@ from workers.storage.files import (
     make_directory,
     open_binary,
 )
-from workers.storage.names import MANIFEST_DIR, is_inside, leads_out
+from workers.storage.names import MANIFEST_DIR, TEMPORARY, is_inside, leads_out
 
 if TYPE_CHECKING:  # It imports torch, which readers of a manifest need not wait for.
     from orchestrator.execution.executor import Event

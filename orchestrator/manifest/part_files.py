@@ -28,10 +28,9 @@ from workers.storage.files import (
     read_files,
     remove_file,
 )
+from workers.storage.names import TEMPORARY
 
 PARQUET = ".parquet"
-TEMPORARY = ".tmp-"
-"""How names begin of files that are being written, or whose writer was killed."""
 _LAST_TIME = 221_845_392_000_000_000
 """The beginning of the year 9000 in microseconds; Python knows no time after 9999."""
 _LONGEST = 1e9

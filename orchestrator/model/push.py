@@ -22,10 +22,9 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 from lestd_kernels.errors import LestdError, first_line
 from orchestrator.console import logs, output
 from orchestrator.manifest.manifest import foreign_files
-from orchestrator.manifest.part_files import TEMPORARY
 from orchestrator.model.directory import about_model
 from orchestrator.model.verify import verify
-from workers.storage.names import MANIFEST_DIR
+from workers.storage.names import MANIFEST_DIR, TEMPORARY
 
 _OUR_SHARDS = ("lestd-*.safetensors", "dense-*.safetensors")
 _WEIGHT_SUFFIXES = {".safetensors", ".bin"}

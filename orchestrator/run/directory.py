@@ -29,7 +29,7 @@ from upath import UPath
 
 from lestd_kernels.errors import LestdError
 from orchestrator.manifest.manifest import Manifest, default_run_dir
-from orchestrator.manifest.part_files import TEMPORARY, Damaged
+from orchestrator.manifest.part_files import Damaged
 from orchestrator.planning.plan import Plan
 from orchestrator.run.fingerprint import holds_work, require_same, starts_over
 from orchestrator.run.lease import is_held, leased
@@ -49,7 +49,7 @@ from workers.storage.files import (
     try_lock,
 )
 from workers.storage.json_files import read_json, write_json
-from workers.storage.names import MANIFEST_DIR
+from workers.storage.names import MANIFEST_DIR, TEMPORARY
 
 _AnyPathT = TypeVar("_AnyPathT", bound=AnyPath)
 _OURS = {"lock", "run.json", "plan.json", "payloads", "manifest", "untouched", "calibration"}

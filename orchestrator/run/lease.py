@@ -24,6 +24,7 @@ from typing import cast
 from upath import UPath
 
 from lestd_kernels.errors import LestdError
+from workers.storage.names import TEMPORARY
 from workers.storage.objects import ask, delete, explain_store_errors, undeletable
 from workers.storage.retries import patiently
 
@@ -156,7 +157,7 @@ def _look(lease: UPath) -> _Seen | None:
 
 def _store_time(lease: UPath) -> datetime:
     """What time it is for the store: when it says that a new object was written."""
-    probe = lease.with_name(f".tmp-clock-{secrets.token_hex(8)}")
+    probe = lease.with_name(f"{TEMPORARY}clock-{secrets.token_hex(8)}")
     probe.fs.pipe_file(probe.path, b"-")
     try:
         return _written(probe)

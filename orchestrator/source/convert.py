@@ -45,6 +45,7 @@ from workers.checkpoint.tensors import (
 )
 from workers.storage.building import is_free, open_own_file
 from workers.storage.files import atomic_write, explain_os_errors, fsync_directory, require_content
+from workers.storage.names import TEMPORARY
 from workers.storage.regular import read_regular
 
 _MARKER = "lestd-convert.json"
@@ -215,7 +216,7 @@ def _claimed(building: Path, marker: bytes, out: Path) -> Iterator[None]:
             file.flush()
             os.fsync(file.fileno())
             fsync_directory(building)
-        for temp in building.glob(".tmp-*"):
+        for temp in building.glob(f"{TEMPORARY}*"):
             temp.unlink()
         yield
 

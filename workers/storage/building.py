@@ -32,6 +32,7 @@ from workers.storage.files import (
     remove_tree,
     try_lock,
 )
+from workers.storage.names import TEMPORARY
 
 MARKER = ".lestd"
 # What open(2) says of a link, and of what is no directory or no file.
@@ -83,7 +84,7 @@ def empty_own_directory(directory: Path, marker: str) -> None:
         LestdError: it has no such file, or is write-protected.
     """
     names = list_names(directory)
-    others = [name for name in names if not name.startswith(".tmp-")]
+    others = [name for name in names if not name.startswith(TEMPORARY)]
     if others and marker not in names:
         raise LestdError(
             f"{directory} holds {others[0]}, but no {marker}, and is not lestd's to delete; move "

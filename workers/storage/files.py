@@ -27,6 +27,7 @@ from upath import UPath
 
 from lestd_kernels.errors import LestdError, OutOfSpaceError, first_line
 from workers.storage import objects
+from workers.storage.names import TEMPORARY
 from workers.storage.regular import open_regular, read_regular
 
 AnyPath = Path | UPath
@@ -98,7 +99,7 @@ def atomic_write(path: AnyPath, write: Callable[[BinaryIO], object]) -> None:
     if isinstance(path, UPath):
         objects.upload(path, write)
         return
-    temp = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(8)}")
+    temp = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}")
     with explain_os_errors(path):
         try:
             with temp.open("xb") as file:

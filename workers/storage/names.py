@@ -7,6 +7,8 @@ from pathlib import Path, PurePosixPath
 
 MANIFEST_DIR = "manifest"
 """Of a run and of a model: the directory of its tables."""
+TEMPORARY = ".tmp-"
+"""How names begin of files that are being written, or whose writer was killed."""
 
 
 def is_inside(name: object) -> bool:

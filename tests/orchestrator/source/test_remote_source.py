@@ -366,7 +366,7 @@ def test_what_is_wrong_in_a_bucket_is_said_in_a_sentence(s3: Any, name: str, wor
     assert words in found.err
     assert found.err.startswith("error: ")
     assert found.err.count("\n") == 1
-    assert time.monotonic() - began < PATIENCE
+    assert time.monotonic() - began < 120
 
 
 def test_keys_that_climb_are_no_files_of_the_model(s3: Any) -> None:
