@@ -54,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with all that a run may have: shared heads, losses, two calls, hostile names."""
     directory = tmp_path_factory.mktemp("made-up")
-    names = {"group": EVIL, "worker": EVIL, "node": EVIL}
+    names = {"worker": EVIL, "node": EVIL}
     layers = [layer for layer in range(20) if layer != 3]
     rows = [group(layer, 64, 16, 3, **(names if layer == 7 else {})) for layer in layers]
     lost = {"error_type": "WorkerDied", "message": EVIL}
