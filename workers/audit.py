@@ -38,9 +38,9 @@ from lestd_kernels.audit.rotation import Rotated, rotate
 from lestd_kernels.errors import LestdError
 from lestd_kernels.linalg.stage1 import FLOAT64_ORDER, squared_sum
 from lestd_kernels.tensorize import GroupLayout, unfold_weights
+from workers.checkpoint.checks import check_finite
 from workers.checkpoint.tensors import read_header, read_tensor, write_safetensors
 from workers.contracts import Failure, TensorRef
-from workers.decompose import check_finite
 from workers.host.devices import peak_memory_bytes, reset_peak_memory, return_freed_memory
 from workers.host.failures import failure_of
 from workers.storage.files import as_path, atomic_write, is_file, not_shared

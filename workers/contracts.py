@@ -62,7 +62,8 @@ class Task:
         scope: what the block is: ``"attention"``, ``"ffn"`` or ``"experts"``.
         metric_tensors: ``ModuleLayout.reads``, or that with a dot and one of
             `lestd_kernels.methods.common.base.STATISTICS` -> where it lies; none in the metric
-            ``"weight"``. In the metric ``"norm"`` it is the weight of the preceding norm.
+            ``"weight"``. In the metric ``"norm"`` it is the weight of the preceding norm. In the
+            metric ``"loss"`` there are ``<reads>.tokens`` and ``<module>.output`` as well.
         metric_digest: names what they were computed from.
     """
 

@@ -35,10 +35,11 @@ from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.chain import Chain
 from lestd_kernels.formats.entries import with_stored_path
 from lestd_kernels.formats.kinds import Decomposition
-from lestd_kernels.methods import METHODS, Decomposed, MethodArgs
+from lestd_kernels.methods import METHODS, NORM, Decomposed, MethodArgs
 from lestd_kernels.methods.common.base import STATISTICS, add_seconds
 from lestd_kernels.methods.common.stopwatch import Stopwatch
 from lestd_kernels.tensorize import unfold_weights
+from workers.checkpoint.checks import check_finite, check_metric
 from workers.checkpoint.tensors import digest_safetensors, read_tensor, write_safetensors
 from workers.contracts import (
     Bundle,
@@ -48,7 +49,6 @@ from workers.contracts import (
     Failure,
     Result,
     Task,
-    TensorRef,
 )
 from workers.host.devices import (
     device_name,
@@ -339,33 +339,25 @@ def _value_bits(decomposition: Decomposition, args: MethodArgs) -> int:
 
 def _read_metrics(task: Task) -> dict[str, Tensor]:
     """The metric of each module's input that has one, float32, see `Metrics`."""
+    widths = {m.reads: task.layout.weight_shape(m)[1] for m in task.layout.modules}
+    widths |= {f"{m.name}.output": task.layout.weight_shape(m)[0] for m in task.layout.modules}
     read: dict[str, Tensor] = {}
     for name, ref in task.metric_tensors.items():
-        tensor = read_tensor(ref).float()
-        check_finite(tensor, ref)
-        # The inputs of the modules are normalized ones, each channel times the norm's weight.
-        read[name] = tensor.square() if task.method_args["metric"] == "norm" else tensor
+        read[name] = read_tensor(ref).float()
+        check_finite(read[name], ref)
+        if task.method_args["metric"] == NORM:
+            # The inputs of the modules are normalized ones, each channel times the norm's weight.
+            read[name].square_()
+        elif name in widths:
+            check_metric(read[name], ref, widths[name])
+        tokens = f"{name}.tokens"  # In the metric loss: the mean is asked for, not the sum.
+        if tokens in task.metric_tensors:
+            read[name] /= read_tensor(task.metric_tensors[tokens]).clamp(min=1)
     metrics = {}
     for module in task.layout.modules:
         for suffix in ("", *(f".{one}" for one in STATISTICS)):
             if module.reads + suffix in read:
                 metrics[module.name + suffix] = read[module.reads + suffix]
+        if f"{module.name}.output" in read:
+            metrics[f"{module.name}.output"] = read[f"{module.name}.output"]
     return metrics
-
-
-def check_finite(tensor: Tensor, ref: TensorRef) -> None:
-    """Refuse a weight with NaN or Inf.
-
-    Raises:
-        LestdError: names the tensor, its file and the first index that is not finite.
-    """
-    finite = torch.isfinite(tensor).reshape(-1)
-    if bool(finite.all()):
-        return
-    first = int(finite.to(torch.uint8).argmin())
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), tensor.shape))
-    raise LestdError(
-        f"tensor {ref.name} in {ref.shard} has {float(tensor.reshape(-1)[first])} at index "
-        f"{list(index)}, and every weight must be finite; download the shard again, or repair "
-        "the checkpoint (compress then starts over with --fresh)"
-    )

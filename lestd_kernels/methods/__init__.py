@@ -21,6 +21,8 @@ from lestd_kernels.methods import (
 )
 from lestd_kernels.methods.common.base import (
     ACTIVATION,
+    CALIBRATED,
+    LOSS,
     METRICS,
     NORM,
     WEIGHT,
@@ -55,6 +57,8 @@ METHODS: dict[str, Method] = {
 
 __all__ = [
     "ACTIVATION",
+    "CALIBRATED",
+    "LOSS",
     "METHODS",
     "METRICS",
     "NORM",

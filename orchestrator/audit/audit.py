@@ -24,7 +24,7 @@ from orchestrator.architectures import SliceGroup, find_architecture
 from orchestrator.config.run import RunConfig
 from orchestrator.evaluation.pieces import EvaluationDirectory
 from orchestrator.execution.executor import Executor, Listener, WorkerSpec
-from orchestrator.planning.plan import WORKER_BASE_BYTES
+from orchestrator.planning.calibration_costs import WORKER_BASE_BYTES
 from orchestrator.source.checkpoint import Source
 from workers.audit import AuditResult, AuditTask, AuditWorker, memory_bytes, reference_bytes
 from workers.checkpoint.digests import sample_digests

@@ -70,6 +70,7 @@ class Metric(StrEnum):
     weight = "weight"
     norm = "norm"
     activation = "activation"
+    loss = "loss"
 
 
 class Allocation(StrEnum):

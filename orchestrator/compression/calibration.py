@@ -1,12 +1,12 @@
-"""Calibration: Gram matrices of what a model's modules read, on samples of a text.
+"""Calibration: what a model's modules read, and what its loss makes of what they write.
 
     RUN_DIR/calibration/
-        calibration.json                    of what: the model, the tokens, the software
-        layer-00007-self_attn.safetensors   per block; appears whole or not at all
-        pieces/                             what `workers.calibration.worker` keeps while it is at
-        work
+        calibration.json                            of what: the model, the tokens, the software
+        layer-00007-self_attn.safetensors           per block; appears whole or not at all
+        layer-00007-self_attn.outputs.safetensors   likewise, for the metric loss
+        pieces/                                     see `workers.calibration.contracts`
 
-A file has, for each input of its block (see `workers.calibration.statistics`), under the name
+The first has, for each input of its block (see `workers.calibration.statistics`), under the name
 `<group>.<input>`:
 
     <name>               X^T X, summed over the tokens, ``(n, n)``, float32
@@ -15,10 +15,13 @@ A file has, for each input of its block (see `workers.calibration.statistics`), 
     <name>.out_max_abs   of a down projection: maximum of |y| of each output channel, float32
     <name>.tokens        how many tokens, ``(1,)``, int64; an expert has those routed to it
 
+The second has for each module, under ``<group>.<module>.output``, B of
+`lestd_kernels.methods.common.base.Metrics`: float32, ``(m, m)``, ``(heads, p, p)`` or ``(m,)``.
+
 The first `samples` windows of the text are divided into pieces, and each piece goes through the
-layers one after the other, in float32. Windows and pieces do not depend on the pool, and are added
-up in their order: any number of workers gives the same bytes. (Timing a machine for a plan's
-prediction is another thing: `orchestrator.planning.timing`.)
+layers one after the other, in float32, and where B is wanted from the loss back. Windows and pieces
+do not depend on the pool, and are added up in their order: any number of workers gives the same
+bytes. (Timing a machine for a plan's prediction is another thing: `orchestrator.planning.timing`.)
 """
 
 from __future__ import annotations
@@ -34,27 +37,29 @@ from typing import Any, TypeVar
 import transformers
 
 from lestd_kernels.errors import LestdError
-from lestd_kernels.methods.common.base import STATISTICS
+from lestd_kernels.methods.common.base import LOSS, STATISTICS
+from orchestrator.compression.calibration_items import items_left
 from orchestrator.config.run import RunConfig
 from orchestrator.console.output import size
 from orchestrator.execution.executor import Executor, Listener, WorkerSpec
-from orchestrator.planning.plan import WORKER_BASE_BYTES
+from orchestrator.planning.calibration_costs import (
+    CalibrationCosts,
+    blocks_of,
+    calibration_costs,
+    input_bytes,
+    output_bytes,
+)
 from orchestrator.run.fingerprint import differences, holds_work, starts_over
 from orchestrator.source.checkpoint import Source
 from orchestrator.source.texts import Samples, samples_of
-from workers.calibration.worker import (
+from workers.calibration.contracts import (
     PIECES_DIR,
     Calibrated,
     CalibratedBlock,
     CalibrationItem,
-    CalibrationPiece,
-    CalibrationSum,
-    CalibrationWorker,
-    grams_path,
-    hidden_path,
 )
+from workers.calibration.worker import CalibrationWorker
 from workers.checkpoint.digests import sample_digests
-from workers.checkpoint.headers import DTYPES
 from workers.checkpoint.tensors import read_header
 from workers.contracts import Failure, Task, TensorRef
 from workers.host.devices import software_versions
@@ -69,10 +74,6 @@ CALIBRATION_DIR = "calibration"
 """Its name in a run directory."""
 CALIBRATION_FILE = "calibration.json"
 """In it: what it is of. A directory without it is no calibration."""
-
-# A constant: who adds up in which order decides the last bit, and each piece has Gram matrices of
-# its own on disk until its layer is done.
-_PIECES = 8
 
 
 @dataclass(frozen=True)
@@ -90,27 +91,19 @@ class Calibration:
     refs: dict[str, TensorRef]
 
 
-def blocks_of(tasks: Iterable[Task]) -> list[CalibratedBlock]:
-    """What the decomposition of these slice groups wants to know."""
-    return [
-        CalibratedBlock(
-            task.layer,
-            task.group,
-            {module.name: module.reads for module in task.layout.modules},
-            {m.reads: task.layout.weight_shape(m)[1] for m in task.layout.modules},
-        )
-        for task in tasks
-    ]
-
-
 def with_metrics(task: TaskT, calibration: Calibration) -> TaskT:
-    """The task with the place of the activations of its modules' inputs."""
-    metrics = {}
-    for reads in {module.reads: None for module in task.layout.modules}:
-        for suffix in ("", *(f".{one}" for one in STATISTICS)):
-            if (ref := calibration.refs.get(f"{task.group}.{reads}{suffix}")) is not None:
-                metrics[reads + suffix] = ref
-    return replace(task, metric_tensors=metrics)
+    """The task with the place of what its metric is made of."""
+    wanted = {
+        reads + suffix: f"{task.group}.{reads}{suffix}"
+        for reads in {module.reads: None for module in task.layout.modules}
+        for suffix in ("", *(f".{one}" for one in STATISTICS))
+    }
+    if task.method_args["metric"] == LOSS:
+        for module in task.layout.modules:
+            wanted[f"{module.reads}.tokens"] = f"{task.group}.{module.reads}.tokens"
+            wanted[f"{module.name}.output"] = f"{task.group}.{module.name}.output"
+    refs = calibration.refs
+    return replace(task, metric_tensors={k: refs[n] for k, n in wanted.items() if n in refs})
 
 
 def calibrate_for(
@@ -190,12 +183,12 @@ def calibrate(
     if isinstance(directory, Path):
         directory = directory.absolute()  # Workers have directories of their own.
     _begin(directory, about)
-    layer_bytes = _layer_bytes(source, blocks[0].layers)
-    items = _items(blocks, samples.token_ids, directory, layer_bytes)
+    items = items_left(source, blocks, samples.token_ids, directory)
     if items:
         make_own_directory(directory / PIECES_DIR)
-        _require_disk(source, blocks, samples, directory)
-        memory_bytes = _worker_memory_bytes(source, blocks, samples, max(layer_bytes.values()))
+        window = int(samples.about["sample_tokens"])
+        costs = calibration_costs(source, blocks, len(samples.token_ids), window)
+        _require_disk(blocks, costs, directory)
         spec = WorkerSpec(
             CalibrationWorker,
             {
@@ -207,9 +200,9 @@ def calibrate(
                 "threads": threads,
             },
             threads=threads,
-            memory_bytes=memory_bytes,
+            memory_bytes=costs.memory_bytes,
             device=device,
-            device_memory_bytes=memory_bytes,
+            device_memory_bytes=costs.memory_bytes,
         )
         if on_start is not None:
             on_start("calibrate", items, set())
@@ -224,7 +217,9 @@ def calibrate(
                 )
     remove_tree(directory / PIECES_DIR)
     refs: dict[str, TensorRef] = {}
-    for file in sorted({block.file for block in blocks}):
+    files = {block.file for block in blocks}
+    files |= {block.outputs_file for block in blocks if block.outputs}
+    for file in sorted(files):
         path = directory / file
         refs |= read_header(path if isinstance(path, Path) else str(path))
     return Calibration(directory, _digest(about), refs)
@@ -254,137 +249,15 @@ def _begin(directory: AnyPath, about: dict[str, Any]) -> None:
     write_json(directory / CALIBRATION_FILE, about)
 
 
-def _items(
-    blocks: Sequence[CalibratedBlock],
-    windows: Sequence[tuple[int, ...]],
-    directory: AnyPath,
-    layer_bytes: dict[int, int],
-) -> list[CalibrationItem]:
-    """What is left to do, in an order in which each item comes after those that it waits for."""
-    present = set(list_names(directory))
-    wanted: dict[int, list[CalibratedBlock]] = {}
-    for block in blocks:
-        if block.file not in present:
-            wanted.setdefault(block.layer, []).append(block)
-    if not wanted:
-        return []
-    kept = set(list_names(directory / PIECES_DIR))
-    last = max(wanted)
-    length = -(-len(windows) // _PIECES)
-    pieces = [windows[start : start + length] for start in range(0, len(windows), length)]
-    begin = [_first_layer(wanted, piece, kept, directory) for piece in range(len(pieces))]
-    items: list[CalibrationItem] = []
-    # A layer's sums come behind the next layer's pieces: nobody waits for the slowest piece.
-    due: list[CalibrationItem] = []
-    for layer in range(last + 1):
-        here = tuple(wanted.get(layer, ()))
-        items += [
-            CalibrationPiece(
-                task_id=_piece_id(layer, piece),
-                group=f"layer {layer}, samples from {piece * length}",
-                layer=layer,
-                piece=piece,
-                blocks=here,
-                token_ids=tuple(samples) if layer == 0 else (),
-                last=layer == last,
-                after=(_piece_id(layer - 1, piece),),
-                dense_bytes=layer_bytes[layer] * len(samples) // len(windows),
-            )
-            for piece, samples in enumerate(pieces)
-            if layer >= begin[piece]
-        ]
-        items += due
-        due = []
-        if here:
-            due.append(
-                CalibrationSum(
-                    task_id=f"{layer:04d}-sum",
-                    group=f"layer {layer}, sums",
-                    layer=layer,
-                    pieces=len(pieces),
-                    blocks=here,
-                    after=tuple(_piece_id(layer, piece) for piece in range(len(pieces))),
-                    dense_bytes=_gram_bytes(here),
-                )
-            )
-    return items + due
-
-
-def _piece_id(layer: int, piece: int) -> str:
-    return f"{layer:04d}-{piece}"
-
-
-def _first_layer(
-    wanted: dict[int, list[CalibratedBlock]], piece: int, kept: set[str], directory: AnyPath
-) -> int:
-    """The first layer that a piece has yet to go through.
-
-    It goes on from the last of its hidden states that are kept, or begins anew, if a layer before
-    those lacks what it should have left there.
-    """
-    last = max(wanted)
-    lacking = [
-        layer
-        for layer, blocks in wanted.items()
-        if any(grams_path(directory, block, piece).name not in kept for block in blocks)
-    ]
-    first = min(lacking, default=last + 1)
-    reached = (i for i in range(first + 1) if hidden_path(directory, i, piece).name in kept)
-    return max(reached, default=0) if lacking else first
-
-
-def _layer_bytes(source: Source, layers: str) -> dict[int, int]:
-    """Stored bytes of each decoder layer; its index follows the name of their list."""
-    name = layers.rpartition(".")[2]
-    found: dict[int, int] = {}
-    for ref in source.index.tensors.values():
-        _, _, rest = f".{ref.name}".partition(f".{name}.")
-        index = rest.partition(".")[0]
-        if index.isdecimal():
-            found[int(index)] = found.get(int(index), 0) + ref.stored_bytes
-    return found
-
-
-def _gram_bytes(blocks: Iterable[CalibratedBlock]) -> int:
-    return sum(4 * width**2 for block in blocks for width in block.widths.values())
-
-
-def _gram_bytes_of_a_layer(blocks: Sequence[CalibratedBlock]) -> int:
-    layers = {block.layer for block in blocks}
-    return max(_gram_bytes(b for b in blocks if b.layer == layer) for layer in layers)
-
-
-def _hidden_bytes_of_a_window(source: Source, samples: Samples) -> int:
-    width: int = source.config.get_text_config().hidden_size
-    return 4 * width * int(samples.about["sample_tokens"])
-
-
-def _worker_memory_bytes(
-    source: Source, blocks: Sequence[CalibratedBlock], samples: Samples, layer_bytes: int
-) -> int:
-    """Memory that a worker is expected to need.
-
-    A layer in float32, of which stacked experts are there twice while they are put together; the
-    largest tensor outside of the layers, an embedding; the Gram matrices, twice while they are
-    written; and some dozens of activations as large as the hidden states.
-    """
-    in_float32 = max(4 // DTYPES[ref.dtype].itemsize for ref in source.index.tensors.values())
-    outside = max(ref.stored_bytes for ref in source.index.tensors.values())
-    weights = (2 * layer_bytes + outside) * in_float32
-    activations = 48 * _hidden_bytes_of_a_window(source, samples)
-    return WORKER_BASE_BYTES + weights + 2 * _gram_bytes_of_a_layer(blocks) + activations
-
-
 def _require_disk(
-    source: Source, blocks: Sequence[CalibratedBlock], samples: Samples, directory: AnyPath
+    blocks: Sequence[CalibratedBlock], costs: CalibrationCosts, directory: AnyPath
 ) -> None:
-    """Refuse a disk that cannot hold the sums, two layers of pieces and the hidden states."""
+    """Refuse a disk that cannot hold what is missing, and what lies beside it meanwhile."""
     if not isinstance(directory, Path):
         return
-    pieces = 2 * _PIECES * _gram_bytes_of_a_layer(blocks)
-    hidden = 2 * len(samples.token_ids) * _hidden_bytes_of_a_window(source, samples)
-    missing = (block for block in blocks if not (directory / block.file).exists())
-    needed = _gram_bytes(missing) + pieces + hidden
+    kept = input_bytes(block for block in blocks if not (directory / block.file).exists())
+    kept += output_bytes(block for block in blocks if not (directory / block.outputs_file).exists())
+    needed = kept + costs.working_bytes
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise LestdError(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lestd_kernels.errors import OutOfSpaceError
-from lestd_kernels.methods import ACTIVATION
+from lestd_kernels.methods import CALIBRATED
 from orchestrator.compression.calibration import CALIBRATION_DIR, calibrate_for, with_metrics
 from orchestrator.compression.refusals import (
     file_bytes,
@@ -41,7 +41,7 @@ from orchestrator.run.directory import RunDirectory
 from orchestrator.run.fingerprint import fingerprint, require_same
 from orchestrator.run.record import RunRecord, on_record
 from orchestrator.source.checkpoint import Source
-from workers.calibration.worker import Calibrated, CalibrationItem
+from workers.calibration.contracts import Calibrated, CalibrationItem
 from workers.contracts import CurveResult, CurveTask, Failure, Result, Task
 from workers.decompose import STATIONS, DecomposeWorker
 from workers.storage.building import require_removable
@@ -183,7 +183,7 @@ def compress_model(
                 require_disk(plan, out, run_dir, reclaimed=0)
                 require_memory(plan, executor)
                 require_shared(source, run, executor)
-                if config.used_metric == ACTIVATION:
+                if config.used_metric in CALIBRATED:
                     todo = with_activations(todo)
             if on_start is not None:
                 on_start(name, tasks, set(done))

@@ -16,7 +16,7 @@ from orchestrator.console.progress_bar import Meter
 from orchestrator.execution.executor import Event
 from orchestrator.execution.ray.metrics import RunMetrics
 from orchestrator.manifest.result_rows import is_far
-from workers.calibration.worker import Calibrated, CalibrationItem, CalibrationPiece
+from workers.calibration.contracts import Calibrated, CalibrationItem, CalibrationPiece
 from workers.contracts import CurveResult, Failure, Result, Task
 
 # How a line goes on after "attempt 2"; other kinds speak for themselves.

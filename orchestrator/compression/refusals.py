@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from lestd_kernels.errors import LestdError
-from lestd_kernels.methods import ACTIVATION
+from lestd_kernels.methods import CALIBRATED
 from orchestrator.config.run import RunConfig
 from orchestrator.console.output import size
 from orchestrator.execution.executor import Executor
@@ -30,7 +30,7 @@ def require_usable(source: Source, config: RunConfig, executor: Executor) -> Non
     """
     if config.device == "cuda":
         executor.require_cuda()
-    if config.used_metric == ACTIVATION:
+    if config.used_metric in CALIBRATED:
         samples_of(source, config)
 
 

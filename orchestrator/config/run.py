@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from lestd_kernels.errors import LestdError
-from lestd_kernels.methods import ACTIVATION, METHODS, MethodArgs
+from lestd_kernels.methods import ACTIVATION, CALIBRATED, METHODS, MethodArgs
 from orchestrator.config.files import Strict, load_yaml, validated
 from orchestrator.config.layers import check_layers, parse_layers
 
@@ -68,10 +68,11 @@ class RunConfig(Strict):
         MethodArgs.hooi_tol, gt=0, description="stop HOOI when the fit changes by less (relative)"
     )
     hooi_max_iter: int = Field(MethodArgs.hooi_max_iter, ge=1, description="HOOI sweeps at most")
-    metric: Literal["weight", "norm", "activation"] | None = Field(
+    metric: Literal["weight", "norm", "activation", "loss"] | None = Field(
         None,
-        description="norm of the error: Frobenius, scaled by the preceding norm, or of the "
-        "calibration text's activations; default: activation where there is such a text",
+        description="norm of the error: Frobenius, scaled by the preceding norm, of the "
+        "calibration text's activations (default where there is such a text), or what it costs in "
+        "the loss there",
     )
     value_bits: Literal[16, 8, 4, 3, 2] = Field(
         16, description="bits of a core value; below 16 in groups of 64 with a scale"
@@ -133,10 +134,10 @@ class RunConfig(Strict):
                 f"method {self.method!r} works in the metric {' or '.join(known)}, "
                 f"not in {self.metric!r}; change one of the two"
             )
-        if self.used_metric == ACTIVATION and self.calibrate_on is None:
+        if self.used_metric in CALIBRATED and self.calibrate_on is None:
             raise ValueError(
-                f"method {self.method!r} in the metric 'activation' needs a text; give it with "
-                "calibrate_on (--calibrate-on TEXT)"
+                f"method {self.method!r} in the metric {self.used_metric!r} needs a text; give it "
+                "with calibrate_on (--calibrate-on TEXT)"
             )
         return self
 

@@ -9,7 +9,7 @@ from typing import Any
 from orchestrator.compression.progress import _describe, _level
 from orchestrator.console.progress_bar import Meter
 from orchestrator.execution.executor import Event
-from workers.calibration.worker import Calibrated, CalibrationItem, CalibrationPiece
+from workers.calibration.contracts import Calibrated, CalibrationItem, CalibrationPiece
 from workers.contracts import CurveResult, Failure, Result, Task
 
 

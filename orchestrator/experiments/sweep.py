@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lestd_kernels.errors import LestdError
-from lestd_kernels.methods import ACTIVATION
+from lestd_kernels.methods import CALIBRATED
 from orchestrator.compression.calibration import CALIBRATION_DIR, CALIBRATION_FILE, calibrate_for
 from orchestrator.compression.pipeline import Outcome, compress_model, device_of
 from orchestrator.compression.refusals import require_usable
@@ -82,7 +82,7 @@ def compress_keeps(
     logs.log("sweep_started", f"{out.name}: {', '.join(map(str, configs))}", out=str(out))
     shared, calibration = calibration is not None, calibration or out / CALIBRATION_DIR
     keep, config = next(iter(configs.items()))
-    if config.used_metric == ACTIVATION:
+    if config.used_metric in CALIBRATED:
         # Once, before the compressions find that each wants it.
         begun = RunDirectory(default_run_dir(model_dir(out, keep)))
         if fresh and not shared:

@@ -24,8 +24,13 @@ from workers.storage.json_files import read_json
 from workers.storage.names import MANIFEST_DIR
 
 _PLANNED = {"task_id": str, "layer": int, "group": str, "byte_budget": int}
-_CALIBRATION = ("calibration", re.compile(r"layer-.*\.safetensors"))
-"""In a run directory, and its finished files; see `orchestrator.compression.calibration`."""
+_CALIBRATION = "calibration"
+_CALIBRATED = {
+    "activation": re.compile(r"layer-.*\.safetensors"),
+    "loss": re.compile(r"layer-.*\.outputs\.safetensors"),
+}
+"""In a run directory, by metric the last files of each block; see
+`orchestrator.compression.calibration`."""
 _FIGURES = (
     *("R1", "R2", "R3", "nnz", "density", "codec", "dense_bytes", "stored_bytes"),
     *("relative_error", "metric_squared_error", "most_expected_squared_error"),
@@ -93,9 +98,9 @@ def run_status(run_dir: AnyPath, out: AnyPath) -> dict[str, Any]:
         passes = {"budgets_decided": decided, "curves": _counts(pass_one)}
     about = {"state": state, "cleaned": False, "damaged": _damaged(run.manifest)}
     waiting = locked and not done and not curves and not last_event
-    if waiting and any(planned.get("metric") == "activation" for planned in planned_layers):
-        folder, finished = _CALIBRATION
-        names = list_names(run_dir / folder)
+    finished = _CALIBRATED.get(next((one.get("metric") for one in planned_layers), None))
+    if waiting and finished is not None:
+        names = list_names(run_dir / _CALIBRATION)
         passes["calibrating"] = sum(finished.fullmatch(name) is not None for name in names)
     return where | about | counts | passes | {"layers": layers}
 

@@ -17,10 +17,16 @@ import torch
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.shared_tucker import FORMAT_VERSION
-from lestd_kernels.methods import ACTIVATION, METHODS, NORM, Bounds, MethodArgs
+from lestd_kernels.methods import CALIBRATED, METHODS, NORM, Bounds, MethodArgs
 from orchestrator.architectures import SliceGroup, find_architecture
 from orchestrator.config.run import RunConfig, scope_keep
 from orchestrator.planning.allocation import better_than_uniform, curve_budgets
+from orchestrator.planning.calibration_costs import (
+    WORKER_BASE_BYTES,
+    blocks_of,
+    input_bytes,
+    output_bytes,
+)
 from orchestrator.source.checkpoint import Source
 from orchestrator.source.texts import read_calibration
 from workers.checkpoint.headers import DTYPES
@@ -29,9 +35,6 @@ from workers.contracts import CurveTask, Task, TensorRef
 # A payload's header, its rows with the singular values, its events; the small files of a model.
 _FILES_OF_A_TASK_BYTES = 128 * 2**10
 _SIDE_FILES_BYTES = 2**20
-
-WORKER_BASE_BYTES = 600 * 2**20
-"""Resident memory of a worker before its first task: the interpreter, torch and Ray."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,7 @@ def make_plan(source: Source, config: RunConfig) -> Plan:
     scope_bytes = sum(refs[name].stored_bytes for name in in_scope)
     keep = scope_keep(config, scope_bytes, model_bytes)
 
-    digest = calibration_digest(config) if config.used_metric == ACTIVATION else ""
+    digest = calibration_digest(config) if config.used_metric in CALIBRATED else ""
     tasks = tuple(
         _plan_task(group, config, config.keep_of(group.layer, keep), digest) for group in groups
     )
@@ -247,11 +250,11 @@ def _with_budget(task: Task, budget: int) -> PlannedTask:
 
 
 def _metric_bytes(task: Task) -> int:
-    """Bytes of the Gram matrices that a task reads, once for it and once for the next one."""
-    if task.method_args["metric"] != ACTIVATION:
+    """Bytes of what calibration tells a task, once for it and once for the next one."""
+    if task.method_args["metric"] not in CALIBRATED:
         return 0
-    widths = {m.reads: task.layout.weight_shape(m)[1] for m in task.layout.modules}
-    return 2 * sum(4 * width**2 for width in widths.values())
+    blocks = blocks_of([task])
+    return 2 * (input_bytes(blocks) + output_bytes(blocks))
 
 
 def calibration_digest(config: RunConfig) -> str:

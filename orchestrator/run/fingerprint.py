@@ -11,7 +11,7 @@ from typing import Any
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.shared_tucker import FORMAT_VERSION
-from lestd_kernels.methods import ACTIVATION
+from lestd_kernels.methods import CALIBRATED
 from orchestrator.config.run import RunConfig
 from orchestrator.console import logs
 from orchestrator.planning.plan import calibration_digest
@@ -92,7 +92,7 @@ def fingerprint(source: Source, config: RunConfig, device: str) -> dict[str, Any
     came to mean.
     """
     chosen = config.model_dump(mode="json") | {"device": device}
-    if config.used_metric == ACTIVATION:
+    if config.used_metric in CALIBRATED:
         chosen["calibrate_on"] = calibration_digest(config)
     else:  # A text that nothing is computed with, as a comparison gives to all of its methods.
         unused = ("calibrate_on", "samples", "sample_tokens")

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from orchestrator.compression.calibration import Calibration, blocks_of
+from orchestrator.compression.calibration import Calibration
 from orchestrator.config.run import RunConfig
+from orchestrator.planning.calibration_costs import blocks_of
 from orchestrator.planning.plan import make_plan
 from orchestrator.source.checkpoint import Source, load_config, read_config_json
 from orchestrator.source.texts import Samples
 from support.families import VOCABULARY, save_tiny
-from workers.calibration.worker import CalibratedBlock
+from workers.calibration.contracts import CalibratedBlock
 from workers.checkpoint.tensors import ShardIndex, read_tensor
 
 
@@ -33,10 +35,11 @@ def some_samples(windows: int = 11, length: int = 13) -> Samples:
     return Samples(tuple(map(tuple, ids)), about)
 
 
-def all_blocks(source: Source) -> list[CalibratedBlock]:
+def all_blocks(source: Source, metric: str = "activation") -> list[CalibratedBlock]:
     """Attention and FFN or experts of every layer."""
     planned = make_plan(source, RunConfig(keep=0.6, scope="all", method="svd"))
-    return blocks_of(task.task for task in planned.tasks)
+    tasks = [one.task for one in planned.tasks]
+    return blocks_of(replace(t, method_args=t.method_args | {"metric": metric}) for t in tasks)
 
 
 # -- the oracle: one float64 forward of the whole model, with hooks -------------------------------

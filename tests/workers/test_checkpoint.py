@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load, save, save_file
 
 from lestd_kernels.errors import LestdError
+from workers.checkpoint.checks import check_finite
 from workers.checkpoint.digests import sample_digests
 from workers.checkpoint.headers import DTYPES
 from workers.checkpoint.tensors import (
@@ -38,7 +39,6 @@ from workers.checkpoint.tensors import (
     write_safetensors_stream,
 )
 from workers.contracts import TensorRef
-from workers.decompose import check_finite
 from workers.storage.files import atomic_write, explain_os_errors, file_sha256
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)

@@ -6,7 +6,11 @@ the layer gets the mask, positions and rotary angles that the model gives it, wh
 the layers before it hand on what they are given, and the pass ends when it has answered. The same
 is done, with other means, by the calibration of GPTQ (arXiv 2210.17323, section 3).
 
-Shapes: L tokens of a window, d model width.
+A gradient goes the other way: through the layer, once more computed, to what it was given. What
+comes behind the last layer counts as one more, the final norm and the head, and begins that way
+with the gradient of the loss.
+
+Shapes: L tokens of a window, d model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -25,6 +30,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lestd_kernels.errors import LestdError
+from workers.calibration.gradients import logit_gradient
 from workers.checkpoint.tensors import read_tensor
 from workers.contracts import TensorRef
 from workers.host.loading import quiet_transformers
@@ -67,9 +73,14 @@ class LayerwiseModel:
         self._layers: Any = self.model.get_submodule(layers)
         self._own_forwards = [layer.forward for layer in self._layers]
         self._embedding = self.model.get_input_embeddings()
-        self.model.set_output_embeddings(nn.Identity())
+        self._head = self.model.get_output_embeddings()
         self._conversions: list[Any] = [*get_model_conversion_mapping(self.model)]
         self._loaded: int | None = None
+
+    @property
+    def layers(self) -> int:
+        """How many decoder layers there are; as a layer, what comes behind the last of them."""
+        return len(self._layers)
 
     def load(self, layer: int) -> None:
         """Read the parameters of a layer, in place of those that were there.
@@ -84,7 +95,11 @@ class LayerwiseModel:
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[name] = _on_meta(parameter)
-        self.model.set_input_embeddings(self._embedding if layer == 0 else nn.Identity())
+        is_head = layer == self.layers
+        tied = is_head and bool(self.model.all_tied_weights_keys)
+        embedded = layer == 0 or tied
+        self.model.set_input_embeddings(self._embedding if embedded else nn.Identity())
+        self.model.set_output_embeddings(self._head if is_head else nn.Identity())
         wanted = {
             name: _Lazy(ref) for name, ref in self._tensors.items() if self._is_of(name, layer)
         }
@@ -98,7 +113,10 @@ class LayerwiseModel:
                     weight_mapping=self._conversions,
                 ),
             )
-        others = tuple(f"{self._path}.{i}." for i in range(len(self._layers)) if i != layer)
+        if tied:
+            self.model.tie_weights(missing_keys=loading.missing_keys, recompute_mapping=False)
+        self.model.requires_grad_(False)
+        others = tuple(f"{self._path}.{i}." for i in range(self.layers) if i != layer)
         for name, parameter in self.model.named_parameters():
             if parameter.is_meta and not name.startswith(others):
                 found = {key: shape for key, shape, _ in loading.mismatched_keys}
@@ -128,36 +146,108 @@ class LayerwiseModel:
         Returns:
             Hidden states after it, ``(L, d)``, float32.
         """
+        _, after = self._through_layer(given)
+        return after
+
+    def pull_back(self, given: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient of a window's loss by what the loaded layer is given.
+
+        Args:
+            given: see `run`.
+            gradient: that by the hidden states after it, ``(L, d)``, float32.
+
+        Returns:
+            That by the hidden states before it, ``(L, d)``, float32; of the first layer, by the
+            embedded tokens.
+        """
+        # Other kernels of attention add up a gradient in an order of their own each time.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            before, after = self._through_layer(given)
+            [found] = torch.autograd.grad(after, before, gradient)
+        return found
+
+    def loss_gradient(self, given: Tensor, window: int) -> Tensor:
+        """The gradient of a window's loss by the hidden states after the last layer.
+
+        Args:
+            given: these, ``(L, d)``, float32.
+            window: index of the window, see `workers.calibration.gradients.sampled_labels`.
+
+        Returns:
+            ``(L, d)``, float32.
+
+        Raises:
+            LestdError: a prediction is not finite.
+        """
+        with torch.enable_grad():
+            before = given.detach().requires_grad_()
+            logits = self._logits(before)
+            [found] = torch.autograd.grad(logits, before, logit_gradient(logits.detach(), window))
+        return found
+
+    def _through_layer(self, given: Tensor) -> tuple[Tensor, Tensor]:
+        """What the loaded layer is given, a leaf where gradients are on, and its answer."""
         assert self._loaded is not None
         layer = self._layers[self._loaded]
-        if self._loaded == 0:
-            inputs = {"input_ids": given[None]}
-        else:
-            # Only their shape, dtype and device matter.
-            width = self._embedding.embedding_dim
-            inputs = {"inputs_embeds": given.new_zeros(1, len(given), width)}
+        inputs = {"input_ids": given[None]} if self._loaded == 0 else self._like_embedded(given)
+        met: list[Tensor] = []
 
         def put_in(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            own = args[0] if args else kwargs["hidden_states"]
+            before = (own[0] if self._loaded == 0 else given).detach()
+            met.append(before.requires_grad_(torch.is_grad_enabled()))
             if args:
-                return (given[None], *args[1:]), kwargs
-            return args, kwargs | {"hidden_states": given[None]}
-
-        answer: list[Tensor] = []
+                return (before[None], *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": before[None]}
 
         def stop(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            answer.append(output[0] if isinstance(output, tuple) else output)
+            met.append((output[0] if isinstance(output, tuple) else output)[0])
             raise _Answered
 
-        handles = [layer.register_forward_hook(stop)]
-        if self._loaded > 0:
-            handles.append(layer.register_forward_pre_hook(put_in, with_kwargs=True))
+        handles = [
+            layer.register_forward_pre_hook(put_in, with_kwargs=True),
+            layer.register_forward_hook(stop),
+        ]
         try:
             with suppress(_Answered):
                 self.model.base_model(**inputs, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
-        return answer[0][0]
+        before, after = met
+        return before, after
+
+    def _logits(self, given: Tensor) -> Tensor:
+        """Predictions ``(L, V)`` from the hidden states after the last layer."""
+        assert self._loaded == self.layers
+        reached: list[bool] = []
+
+        def reach(*args: Any, **kwargs: Any) -> Any:
+            reached.append(True)
+            return _hand_on(*args, **kwargs)
+
+        def put_in(_: nn.Module, args: tuple[Any, ...]) -> Any:
+            if reached == [True]:  # The first module behind the layers.
+                reached.append(False)
+                return (given[None], *args[1:])
+            return None
+
+        self._layers[-1].forward = reach
+        handles = [
+            module.register_forward_pre_hook(put_in)
+            for name, module in self.model.named_modules()
+            if not name.startswith(f"{self._path}.") and not any(module.children())
+        ]
+        try:
+            logits: Tensor = self.model(**self._like_embedded(given), use_cache=False).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        return logits[0]
+
+    def _like_embedded(self, given: Tensor) -> dict[str, Tensor]:
+        """Arguments of a forward whose layers hand on: only shape, dtype and device matter."""
+        return {"inputs_embeds": given.new_zeros(1, len(given), self._embedding.embedding_dim)}
 
 
 class _Answered(Exception):  # noqa: N818 - no error

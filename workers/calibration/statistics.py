@@ -13,8 +13,9 @@ repeated here. Shapes: T rows (tokens), n channels of the input, m of the output
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,24 +116,25 @@ class InputStatistics:
         return tensors
 
 
+Take = Callable[[int, Tensor, Tensor], None]
+"""``(which, inputs (.., n), outputs (.., m))`` of a product with a weight; of a stacked one `which`
+of them, else 0."""
+
+
 class Watch(TorchFunctionMode):
-    """While the context lasts, takes in what is multiplied with the watched weights.
+    """While the context lasts, hands on what is multiplied with some weights.
 
     Args:
-        model: its watched weights are loaded.
-        watched: what to look at.
-
-    Attributes:
-        found: name of the input -> its statistics. An expert that got no token has none.
+        model: these weights of it are loaded.
+        takers: path of a weight -> who takes in its products.
     """
 
-    def __init__(self, model: nn.Module, watched: list[Watched]) -> None:
+    def __init__(self, model: nn.Module, takers: Mapping[str, Take]) -> None:
         super().__init__()
-        self.found: dict[str, InputStatistics] = {}
-        self._watched: dict[int, tuple[Watched, Tensor]] = {}
-        for one in watched:
-            weight = model.get_parameter(one.weight)
-            self._watched[weight.untyped_storage().data_ptr()] = one, weight
+        self._takers: dict[int, tuple[Tensor, Take]] = {}
+        for path, take in takers.items():
+            weight = model.get_parameter(path)
+            self._takers[weight.untyped_storage().data_ptr()] = weight, take
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -140,13 +142,29 @@ class Watch(TorchFunctionMode):
         outputs = func(*args, **(kwargs or {}))
         if func in _PRODUCTS:
             inputs, factor = args[:2]
-            one, weight = self._watched.get(factor.untyped_storage().data_ptr(), (None, None))
-            if one is not None and weight is not None and inputs.numel():
-                name = one.name
-                if one.stacked:  # A view of the expert's own matrix.
+            found = self._takers.get(factor.untyped_storage().data_ptr())
+            if found is not None and inputs.numel():
+                weight, take = found
+                which = 0
+                if weight.dim() == 3:  # The factor is a view of one expert's own matrix.
                     offset = factor.storage_offset() - weight.storage_offset()
-                    name += str(offset // weight.stride(0))
-                if name not in self.found:
-                    self.found[name] = InputStatistics(inputs.shape[-1], inputs.device)
-                self.found[name].add(inputs, outputs if one.outputs else None)
+                    which = offset // weight.stride(0)
+                take(which, inputs, outputs)
         return outputs
+
+
+def input_takers(watched: Iterable[Watched], found: dict[str, InputStatistics]) -> dict[str, Take]:
+    """For `Watch`: who adds to the statistics of inputs.
+
+    Args:
+        watched: what to look at.
+        found: gets the statistics by the inputs' names; none of an expert that gets no token.
+    """
+
+    def take(one: Watched, which: int, inputs: Tensor, outputs: Tensor) -> None:
+        name = f"{one.name}{which}" if one.stacked else one.name
+        if name not in found:
+            found[name] = InputStatistics(inputs.shape[-1], inputs.device)
+        found[name].add(inputs, outputs if one.outputs else None)
+
+    return {one.weight: partial(take, one) for one in watched}

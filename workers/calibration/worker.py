@@ -1,16 +1,13 @@
-"""The work of one actor at a calibration: a piece of the samples through one layer.
+"""The work of one actor at a calibration: a piece of the samples through one layer, or back.
 
 Gram matrices are taken of a dense model on samples of a text. The samples are divided into pieces,
-which do not depend on the pool, and each piece goes through the layers in turn:
-
-    CALIBRATION/                                        see `orchestrator.compression.calibration`
-        layer-00007-self_attn.safetensors               done: the sums over all pieces
-        pieces/layer-00007-00003.hidden                 a piece's hidden states before that layer
-        pieces/layer-00007-self_attn-00003.grams        what the modules of a block read of it
+which do not depend on the pool, and each piece goes through the layers in turn; where the
+gradients of outputs are wanted, too, its hidden states are kept, and the gradient of its loss goes
+the whole way back. `workers.calibration.contracts` says where everything lies.
 
 Everything is written atomically and depends on the samples alone, so what is done twice is the
-same. A worker's memory holds one layer in float32, the Gram matrices of its inputs, and the
-activations of one window.
+same. A worker's memory holds one layer in float32, the matrices that it finds there, and the
+activations of one window; on the way back those that its gradient needs.
 """
 
 from __future__ import annotations
@@ -19,7 +16,6 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -29,8 +25,24 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.errors import LestdError
+from workers.calibration.contracts import (
+    Calibrated,
+    CalibrationItem,
+    CalibrationPiece,
+    CalibrationSum,
+    gradient_path,
+    hidden_path,
+    part_path,
+)
+from workers.calibration.gradients import gradient_takers
 from workers.calibration.layerwise import LayerwiseModel
-from workers.calibration.statistics import Watch, watched_inputs
+from workers.calibration.statistics import (
+    InputStatistics,
+    Take,
+    Watch,
+    input_takers,
+    watched_inputs,
+)
 from workers.checkpoint.tensors import read_header, read_tensor, write_safetensors
 from workers.contracts import Failure, TensorRef
 from workers.host.devices import return_freed_memory
@@ -44,109 +56,6 @@ from workers.storage.files import (
     not_shared,
     remove_file,
 )
-
-PIECES_DIR = "pieces"
-
-
-@dataclass(frozen=True)
-class CalibratedBlock:
-    """A block of one layer, the inputs of whose modules are wanted.
-
-    Attributes:
-        layer: index of the decoder layer.
-        group: path of the block in the loaded model, ``"model.layers.7.self_attn"``.
-        modules: module of the block -> name of the input that it reads.
-        widths: name of the input -> its channels.
-    """
-
-    layer: int
-    group: str
-    modules: dict[str, str]
-    widths: dict[str, int]
-
-    @property
-    def layers(self) -> str:
-        """Path of the list of decoder layers, ``"model.layers"``."""
-        return f"{self.group}.".partition(f".{self.layer}.")[0]
-
-    @property
-    def file(self) -> str:
-        """Name of the file of its Gram matrices."""
-        block = f"{self.group}.".partition(f".{self.layer}.")[2].rstrip(".")
-        return f"layer-{self.layer:05d}-{block or 'layer'}.safetensors"
-
-
-@dataclass(frozen=True)
-class CalibrationPiece:
-    """One piece of the samples, to go through one layer.
-
-    Attributes:
-        task_id: its id among those of the calibration.
-        group: names it in messages.
-        layer: index of the layer.
-        piece: index of the piece.
-        blocks: whose inputs are wanted, of this layer.
-        token_ids: the samples; for the first layer only.
-        last: whether nobody wants to know what comes after this layer.
-        after: items that must have ended before.
-        dense_bytes: how much work it is: its share of the layer's weights.
-    """
-
-    task_id: str
-    group: str
-    layer: int
-    piece: int
-    blocks: tuple[CalibratedBlock, ...]
-    token_ids: tuple[tuple[int, ...], ...]
-    last: bool
-    after: tuple[str, ...]
-    dense_bytes: int
-
-
-@dataclass(frozen=True)
-class CalibrationSum:
-    """The Gram matrices of one layer, to be added up over all pieces, in their order."""
-
-    task_id: str
-    group: str
-    layer: int
-    pieces: int
-    blocks: tuple[CalibratedBlock, ...]
-    after: tuple[str, ...]
-    dense_bytes: int
-
-
-CalibrationItem = CalibrationPiece | CalibrationSum
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """An item is done: its files are written.
-
-    Attributes:
-        task_id: the item's.
-        dense_bytes: the item's.
-        seconds: what it took, by stage.
-        worker: who did it, ``host:pid``.
-        attempt: 1 for the first.
-    """
-
-    task_id: str
-    dense_bytes: int
-    seconds: dict[str, float]
-    worker: str
-    attempt: int = 1
-
-
-def hidden_path(directory: AnyPath, layer: int, piece: int) -> AnyPath:
-    """The hidden states of a piece before a layer."""
-    return directory / PIECES_DIR / f"layer-{layer:05d}-{piece:05d}.hidden"
-
-
-def grams_path(directory: AnyPath, block: CalibratedBlock, piece: int) -> AnyPath:
-    """What the modules of a block read of a piece."""
-    stem = block.file.removesuffix(".safetensors")
-    return directory / PIECES_DIR / f"{stem}-{piece:05d}.grams"
 
 
 class CalibrationWorker:
@@ -194,29 +103,30 @@ class CalibrationWorker:
         try:
             start = time.perf_counter()
             torch.set_num_threads(self._threads)  # Of this thread, which need not be the first.
-            with torch.inference_mode():
-                if isinstance(item, CalibrationPiece):
-                    self._pass_through(item)
-                else:
+            with torch.no_grad():
+                if isinstance(item, CalibrationSum):
                     self._add_up(item)
+                elif item.back:
+                    self._go_back(item)
+                else:
+                    self._go_on(item)
             seconds = {"calibrate": time.perf_counter() - start}
             return Calibrated(item.task_id, item.dense_bytes, seconds, self._name)
         except Exception as error:
             return failure_of(item.task_id, item.group, error)
 
-    def _pass_through(self, item: CalibrationPiece) -> None:
-        given: list[Tensor] | Tensor
+    def _go_on(self, item: CalibrationPiece) -> None:
+        """Take a piece through a layer, and see what its modules read."""
         before = hidden_path(self._directory, item.layer, item.piece)
-        if item.layer == 0:
-            given = [torch.tensor(ids, dtype=torch.int64) for ids in item.token_ids]
-        elif not is_file(before) and self._is_done(item):
+        after = hidden_path(self._directory, item.layer + 1, item.piece)
+        if item.layer > 0 and not is_file(before) and self._is_done(item, after):
             return  # By another worker, who was thought to be lost.
-        else:
-            given = read_tensor(read_header(_readable(before))["hidden"])
+        given = self._given(item)
         self._model.load(item.layer)
         model = self._model.model
         watched = [watched_inputs(model, block.group, block.modules) for block in item.blocks]
-        watch = Watch(model, list(chain.from_iterable(watched)))
+        found: dict[str, InputStatistics] = {}
+        watch = Watch(model, input_takers(chain.from_iterable(watched), found))
         hidden = []
         for window in given:
             with watch:
@@ -231,55 +141,125 @@ class CalibrationWorker:
             tensors: dict[str, Tensor] = {}
             for reads in block.widths:
                 name = f"{block.group}.{reads}"
-                if name in watch.found:
-                    found = watch.found.pop(name).named_tensors(name)
-                    tensors |= {name: tensor.cpu() for name, tensor in found.items()}
-            _write(grams_path(self._directory, block, item.piece), tensors)
+                if name in found:
+                    known = found.pop(name).named_tensors(name)
+                    tensors |= {name: tensor.cpu() for name, tensor in known.items()}
+            _write(part_path(self._directory, block, item.piece, back=False), tensors)
         if not item.last:
-            after = hidden_path(self._directory, item.layer + 1, item.piece)
             _write(after, {"hidden": torch.stack(hidden)})
-        remove_file(before)
+        if not item.keeps:
+            remove_file(before)
 
-    def _is_done(self, item: CalibrationPiece) -> bool:
-        """Whether there is what this item leaves behind."""
-        left = [grams_path(self._directory, block, item.piece) for block in item.blocks]
+    def _go_back(self, item: CalibrationPiece) -> None:
+        """Take the gradient of a piece back through a layer, and see that of its outputs."""
+        hidden = hidden_path(self._directory, item.layer, item.piece)
+        behind = gradient_path(self._directory, item.layer + 1, item.piece)
+        before = gradient_path(self._directory, item.layer, item.piece)
+        self._model.load(item.layer)
+        is_head = item.layer == self._model.layers
+        used = hidden if is_head else behind
+        if not is_file(used) and self._is_done(item, before):
+            return  # By another worker, who was thought to be lost.
+        given = self._given(item)
+        gradients = None if is_head else _read(behind, "gradient")
+        found: dict[str, Tensor] = {}
+        takers: dict[str, Take] = {}
+        for block in item.blocks:
+            takers |= gradient_takers(block, found)
+        watch = Watch(self._model.model, takers)
+        gradient = []
+        for number, window in enumerate(given):
+            states = window.to(self._device)
+            if gradients is None:
+                found_here = self._model.loss_gradient(states, item.first_window + number)
+            else:
+                with watch:
+                    found_here = self._model.pull_back(states, gradients[number].to(self._device))
+            if not bool(torch.isfinite(found_here).all()):
+                raise LestdError(
+                    f"the gradients before layer {item.layer} are not finite, computed in "
+                    "float32; use --metric activation, which needs none"
+                )
+            gradient.append(found_here.cpu())
+        for block in item.blocks:
+            tensors: dict[str, Tensor] = {}
+            for one in block.outputs:
+                name = f"{block.group}.{one.module}.output"
+                if name in found:
+                    tensors[name] = found.pop(name).cpu()
+                elif one.expert is None:
+                    raise LestdError(
+                        f"the loss of {type(self._model.model).__name__} does not come through "
+                        f"{block.group}.{one.module}; use --metric activation"
+                    )
+            _write(part_path(self._directory, block, item.piece, back=True), tensors)
         if not item.last:
-            left.append(hidden_path(self._directory, item.layer + 1, item.piece))
+            _write(before, {"gradient": torch.stack(gradient)})
+        remove_file(hidden)
+        remove_file(behind)
+
+    def _given(self, item: CalibrationPiece) -> list[Tensor] | Tensor:
+        """What a piece's windows are before a layer: token ids ``(L,)``, or ``(.., L, d)``."""
+        if item.layer == 0:
+            return [torch.tensor(ids, dtype=torch.int64) for ids in item.token_ids]
+        return _read(hidden_path(self._directory, item.layer, item.piece), "hidden")
+
+    def _is_done(self, item: CalibrationPiece, handed_on: AnyPath) -> bool:
+        """Whether there is what this item leaves behind."""
+        left = [part_path(self._directory, one, item.piece, item.back) for one in item.blocks]
+        if not item.last:
+            left.append(handed_on)
         return all(map(is_file, left))
 
     def _add_up(self, item: CalibrationSum) -> None:
         for block in item.blocks:
-            if is_file(self._directory / block.file):
+            path = self._directory / (block.outputs_file if item.back else block.file)
+            if is_file(path):
                 continue  # By another worker, who was thought to be lost.
-            paths = [grams_path(self._directory, block, piece) for piece in range(item.pieces)]
-            headers = [read_header(_readable(path)) for path in paths]
+            parts = [part_path(self._directory, block, i, item.back) for i in range(item.pieces)]
+            headers = [read_header(_readable(part)) for part in parts]
             tensors: dict[str, Tensor] = {}
-            for reads, width in block.widths.items():
-                tensors |= _sum(f"{block.group}.{reads}", width, headers)
-            _write(self._directory / block.file, tensors)
+            if item.back:
+                for one in block.outputs:
+                    name = f"{block.group}.{one.module}.output"
+                    tensors[name] = _total(name, torch.zeros(one.shape), headers) / item.tokens
+            else:
+                for reads, width in block.widths.items():
+                    tensors |= _sum(f"{block.group}.{reads}", width, headers)
+            _write(path, tensors)
             del tensors
-            for path in paths:
-                remove_file(path)
+            for part in parts:
+                remove_file(part)
+
+
+def _total(name: str, total: Tensor, headers: list[dict[str, TensorRef]]) -> Tensor:
+    """Add up a tensor over the pieces that have it."""
+    for header in headers:
+        if name in header:
+            total += read_tensor(header[name])
+    return total
 
 
 def _sum(name: str, width: int, headers: list[dict[str, TensorRef]]) -> dict[str, Tensor]:
     """The statistics of one input over all pieces; an expert may have got no token of some."""
+    tokens = torch.zeros(1, dtype=torch.int64)
     total = {
-        name: torch.zeros(width, width),
-        f"{name}.sum_abs": torch.zeros(width),
+        name: _total(name, torch.zeros(width, width), headers),
+        f"{name}.sum_abs": _total(f"{name}.sum_abs", torch.zeros(width), headers),
         f"{name}.max_abs": torch.zeros(width),
-        f"{name}.tokens": torch.zeros(1, dtype=torch.int64),
+        f"{name}.tokens": _total(f"{name}.tokens", tokens, headers),
     }
     for header in headers:
-        for part in (name, *(f"{name}.{what}" for what in ("sum_abs", "tokens"))):
-            if part in header:
-                total[part] += read_tensor(header[part])
         for part in (f"{name}.max_abs", f"{name}.out_max_abs"):
             if part in header:
                 found = read_tensor(header[part])
                 total[part] = torch.maximum(total.get(part, found), found)
     total[f"{name}.mean_abs"] = total.pop(f"{name}.sum_abs") / total[f"{name}.tokens"].clamp(min=1)
     return total
+
+
+def _read(path: AnyPath, name: str) -> Tensor:
+    return read_tensor(read_header(_readable(path))[name])
 
 
 def _readable(path: AnyPath) -> AnyPath | str:

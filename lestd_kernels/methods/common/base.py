@@ -19,9 +19,12 @@ from lestd_kernels.storage.codecs import UNSTRUCTURED
 from lestd_kernels.storage.few_bits import FULL_BITS
 from lestd_kernels.tensorize import GroupLayout
 
-WEIGHT, NORM, ACTIVATION = METRICS = ("weight", "norm", "activation")
-"""In which norm an error is made small: Frobenius, with inputs scaled by the preceding norm, or
-with the inputs of a calibration text."""
+WEIGHT, NORM, ACTIVATION, LOSS = METRICS = ("weight", "norm", "activation", "loss")
+"""In which norm an error is made small: Frobenius, with inputs scaled by the preceding norm, with
+the inputs of a calibration text, or with these and what outputs do to the model's predictions."""
+
+CALIBRATED = (ACTIVATION, LOSS)
+"""The metrics that a calibration text makes."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,16 @@ Metrics = Mapping[str, Tensor]
 """Of modules the metric of their input, float32: a Gram matrix ``(in, in)`` or its diagonal
 ``(in,)``. A module that is absent is measured as it is. Where calibration has recorded them there
 are also ``<module>.mean_abs`` ``(in,)``, ``<module>.max_abs`` ``(in,)`` and
-``<module>.out_max_abs`` ``(out,)``: the mean and the largest magnitude of each channel."""
+``<module>.out_max_abs`` ``(out,)``: the mean and the largest magnitude of each channel.
+
+In the metric ``"loss"`` the metric of an input is A, the *mean* of ``x^T x`` over the tokens that
+the module sees, and there is ``<module>.output``, B: the sum of ``g^T g`` over those tokens,
+divided by the number of all; g is the gradient of a window's loss by an output ``y = x W`` of one
+token, the loss the sum of the cross entropies with labels drawn from the model's own distribution.
+``(out, out)``, or of its blocks on the diagonal ``(heads, p, p)`` in the order of the module's
+slices, or the diagonal ``(out,)``; a module without has the identity. An error D of W is then
+expected to cost ``1/2 tr(A D B D^T)`` nats per token: the divergence of the model's predictions
+from the dense one's."""
 
 STATISTICS = ("mean_abs", "max_abs", "out_max_abs")
 """What calibration records of an input beside its Gram matrix."""

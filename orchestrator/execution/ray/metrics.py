@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from orchestrator.execution.executor import Event
-from workers.calibration.worker import Calibrated, CalibrationItem
+from workers.calibration.contracts import Calibrated, CalibrationItem
 from workers.contracts import CurveResult, Failure, Result, Task
 
 Kind = Literal["Counter", "Gauge", "Histogram"]

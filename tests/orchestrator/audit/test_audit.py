@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lestd_kernels.tensorize import GroupLayout, fold_weights
 from orchestrator.audit.verdict import margin_of, verdict
-from orchestrator.planning.plan import WORKER_BASE_BYTES
+from orchestrator.planning.calibration_costs import WORKER_BASE_BYTES
 from workers.audit import AuditResult, AuditTask, AuditWorker, memory_bytes, reference_bytes
 from workers.checkpoint.tensors import ShardIndex
 from workers.contracts import Failure

@@ -17,12 +17,12 @@ from torch import Tensor
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import METHODS, MethodArgs
 from lestd_kernels.tensorize import GroupLayout
-from orchestrator.compression.calibration import blocks_of
 from orchestrator.compression.pipeline import compress_model
 from orchestrator.config.run import RunConfig
 from orchestrator.execution.executor import Listener, WorkerSpec
 from orchestrator.execution.serial import SerialExecutor
 from orchestrator.experiments.sweep import compress_keeps
+from orchestrator.planning.calibration_costs import blocks_of
 from orchestrator.source.checkpoint import resolve_source
 from orchestrator.source.texts import read_samples
 
