@@ -105,13 +105,13 @@ def test_a_file_that_is_no_mapping_is_named(
     assert "\n" not in str(caught.value)
 
 
-def test_the_readmes_examples_are_valid() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_examples_in_the_docs_are_valid() -> None:
+    page = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
     run, cluster = (
-        yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", readme, re.S)
+        yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.S)
     )
-    assert validated(RunFile, run, "README.md").keep == 0.4
-    assert validated(ClusterConfig, cluster, "README.md").workers == 4
+    assert validated(RunFile, run, "running.md").keep == 0.4
+    assert validated(ClusterConfig, cluster, "running.md").workers == 4
 
 
 def test_layers_are_selected_and_checked() -> None:
