@@ -107,9 +107,7 @@ def test_a_file_that_is_no_mapping_is_named(
 
 def test_the_examples_in_the_docs_are_valid() -> None:
     page = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
-    run, cluster = (
-        yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.S)
-    )
+    run, cluster = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.S))
     assert validated(RunFile, run, "running.md").keep == 0.4
     assert validated(ClusterConfig, cluster, "running.md").workers == 4
 
