@@ -30,10 +30,10 @@ from lestd_kernels.methods.common.base import (
     MethodArgs,
     SliceStats,
 )
-from lestd_kernels.methods.common.super_weights import with_super_weights
+from lestd_kernels.methods.common.outliers import with_outliers
 
 METHODS: dict[str, Method] = {
-    method.name: with_super_weights(method)
+    method.name: with_outliers(method)
     for method in (
         lestd.METHOD,
         tucker.METHOD,

@@ -88,7 +88,7 @@ def side_shape(
 def _shapes(
     layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs
 ) -> dict[BasisSide, SidedShape]:
-    for option in ("type_mode", "stage2", "pattern", "super_weights"):
+    for option in ("type_mode", "stage2", "pattern", "keep_outliers"):
         expected, found = getattr(MethodArgs(), option), getattr(args, option)
         if found != expected:
             raise LestdError(

@@ -13,7 +13,6 @@ from orchestrator.cli.application import app
 from orchestrator.cli.options import (
     Address,
     AllocationOption,
-    Calibrate,
     CalibrateOn,
     CalibrationDir,
     ClusterFile,
@@ -26,6 +25,7 @@ from orchestrator.cli.options import (
     Json,
     Keep,
     KeepModel,
+    KeepOutliers,
     LogFormatOption,
     MaxFlops,
     MethodOption,
@@ -38,9 +38,9 @@ from orchestrator.cli.options import (
     Samples,
     SampleTokens,
     ScopeOption,
-    SuperWeights,
     TdMoeModeOption,
     Threads,
+    Time,
     TypeModeOption,
     ValueBits,
     WhiteningOption,
@@ -71,11 +71,11 @@ def plan(
     sample_tokens: SampleTokens = None,
     value_bits: ValueBits = None,
     factor_bits: FactorBits = None,
-    keep_super_weights: SuperWeights = None,
+    keep_outliers: KeepOutliers = None,
     td_moe_mode: TdMoeModeOption = None,
     whitening: WhiteningOption = None,
     config: ConfigFile = None,
-    calibrate: Calibrate = False,
+    time: Time = False,
     json: Json = False,
 ) -> None:
     """Show what a compression would do: reads headers only, writes nothing."""
@@ -87,7 +87,7 @@ def plan(
     options = {k: v for k, v in locals().items() if k in RunFile.model_fields and k != "model"}
     name, revision, run_config = run_options(model, config, options)
     planned = make_plan(resolve_source(name, revision), run_config)
-    print_plan(name, describe_plan(planned, run_config, calibrate), json)
+    print_plan(name, describe_plan(planned, run_config, time), json)
 
 
 @app.command(rich_help_panel="Compress a model")
@@ -114,7 +114,7 @@ def compress(
     calibration: CalibrationDir = None,
     value_bits: ValueBits = None,
     factor_bits: FactorBits = None,
-    keep_super_weights: SuperWeights = None,
+    keep_outliers: KeepOutliers = None,
     td_moe_mode: TdMoeModeOption = None,
     whitening: WhiteningOption = None,
     device: DeviceOption = None,
@@ -131,7 +131,7 @@ def compress(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and stop before any work.")
     ] = False,
-    calibrate: Calibrate = False,
+    time: Time = False,
     log_format: LogFormatOption = LogFormat.text,
     json: Json = False,
 ) -> None:
@@ -158,13 +158,13 @@ def compress(
         raise typer.Exit(run_as_job(jobs, "compress", given | {"model": name}, cluster_config))
     if dry_run:
         planned = make_plan(resolve_source(name, revision), run_config)
-        print_plan(name, describe_plan(planned, run_config, calibrate), json)
+        print_plan(name, describe_plan(planned, run_config, time), json)
         return
 
     run_dir = run_dir or default_run_dir(out)
     source = resolve_source(name, revision)
     planned = make_plan(source, run_config)  # Refuse what is impossible before Ray is started.
-    seconds = predicted_seconds(planned, run_config) if calibrate else None
+    seconds = predicted_seconds(planned, run_config) if time else None
     metrics = RunMetrics(out.name) if cluster_config.executor == "ray" else None
     try:
         with (

@@ -211,7 +211,7 @@ WhiteningOption = Annotated[
         show_default="input",
     ),
 ]
-SuperWeights = Annotated[
+KeepOutliers = Annotated[
     float | None,
     _how(
         help="Share of the weights, the outliers, that is kept exactly.",
@@ -311,9 +311,9 @@ Plot = Annotated[
     Path | None,
     _output(help="Draw the figures too: FILE.png or FILE.svg; needs lestd[report]."),
 ]
-Calibrate = Annotated[
+Time = Annotated[
     bool,
-    typer.Option("--calibrate", help="Predict the time as well: measures this machine briefly."),
+    typer.Option("--time", help="Predict the time as well: measures this machine briefly."),
 ]
 Json = Annotated[bool, _output("--json", help="Print one JSON object instead of tables.")]
 LogFormatOption = Annotated[

@@ -87,10 +87,10 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
         )
 
 
-def describe_plan(plan: Plan, config: RunConfig, calibrate: bool) -> dict[str, Any]:
-    """The plan as plain values; with `calibrate` predicted seconds for each layer and in total."""
+def describe_plan(plan: Plan, config: RunConfig, time: bool) -> dict[str, Any]:
+    """The plan as plain values; with `time` predicted seconds for each layer and in total."""
     described = plan.to_dict()
-    if calibrate:
+    if time:
         seconds = predicted_seconds(plan, config)
         for layer in described["layers"]:
             layer["predicted_seconds"] = seconds[layer["group"]]
@@ -99,7 +99,7 @@ def describe_plan(plan: Plan, config: RunConfig, calibrate: bool) -> dict[str, A
 
 
 def predicted_seconds(plan: Plan, config: RunConfig) -> dict[str, float]:
-    """Seconds of each group on this machine, see `calibration.predict_seconds`."""
+    """Seconds of each group on this machine, see `predict_seconds` of planning."""
     import torch
 
     from orchestrator.planning.timing import predict_seconds

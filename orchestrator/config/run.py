@@ -77,7 +77,7 @@ class RunConfig(Strict):
         16, description="bits of a core value; below 16 in groups of 64 with a scale"
     )
     factor_bits: Literal[16, 8, 4] = Field(16, description="bits of an element of a factor")
-    keep_super_weights: float = Field(
+    keep_outliers: float = Field(
         0.0, ge=0, lt=1, description="share of the weights kept exactly, the outliers"
     )
     td_moe_mode: Literal["preserve", "compress"] = Field(
@@ -169,7 +169,7 @@ class RunConfig(Strict):
             metric=self.used_metric,
             value_bits=self.value_bits,
             factor_bits=self.factor_bits,
-            super_weights=self.keep_super_weights,
+            keep_outliers=self.keep_outliers,
             td_moe_mode=self.td_moe_mode,
             whitening=self.whitening,
         )

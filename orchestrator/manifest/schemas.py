@@ -305,7 +305,7 @@ RUNS = TableSpec(
         Column("untouched_bytes", _LONG, "weights out of scope", "bytes"),
         Column("planned_worker_memory_bytes", _LONG, "a worker's memory, at most", "bytes"),
         Column("planned_disk_bytes", _LONG, "disk of the run directory, at most", "bytes"),
-        Column("planned_seconds", _REAL, "decomposing, if --calibrate was asked for", "seconds"),
+        Column("planned_seconds", _REAL, "decomposing, if --time was asked for", "seconds"),
         Column("seconds", _REAL, "wall time of the call", "seconds"),
         Column("seconds_assemble", _REAL, "of these, putting the model together", "seconds"),
         Column("versions", _TEXT, "JSON: versions of what ran", check=_is_object),

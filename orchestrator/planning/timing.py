@@ -40,7 +40,7 @@ def predict_seconds(plan: Plan, device: str, threads: int) -> dict[str, float]:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise LestdError(
-            "--calibrate measures on this machine, which has no GPU, but the workers use one; "
+            "--time measures on this machine, which has no GPU, but the workers use one; "
             "call it where PyTorch sees the GPU, or use --device cpu"
         )
     before = torch.get_num_threads()

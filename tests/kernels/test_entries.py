@@ -44,7 +44,7 @@ def chain_entries() -> list[dict[str, Any]]:
     layout = attention_groups("llama")[paths[0]]
     found = []
     for path, method in zip(paths, ("tt", "per_head_tucker"), strict=True):
-        more = {"value_bits": 4, "super_weights": 0.01}
+        more = {"value_bits": 4, "keep_outliers": 0.01}
         done = decompose(method, layout, 0.6, torch.float16, **more)
         assert isinstance(done.decomposition, Chain)
         found.append(done.decomposition.describe(path))

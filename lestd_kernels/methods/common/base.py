@@ -42,7 +42,7 @@ class MethodArgs:
         metric: one of `METRICS`.
         value_bits: bits of a stored core value: 16 (the value dtype), 8, 4, 3 or 2.
         factor_bits: bits of a stored element of a factor: the same.
-        super_weights: share of the weights that is kept exactly in a sparse side matrix.
+        keep_outliers: share of the weights that is kept exactly in a sparse side matrix.
         td_moe_mode: method td_moe: ``"preserve"`` (a core per expert) or ``"compress"`` (the cores
             of the experts are mixtures of fewer ones).
         whitening: method td_moe in the metric activation: which sides are whitened, ``"none"``,
@@ -60,7 +60,7 @@ class MethodArgs:
     metric: str = WEIGHT
     value_bits: int = FULL_BITS
     factor_bits: int = FULL_BITS
-    super_weights: float = 0.0
+    keep_outliers: float = 0.0
     td_moe_mode: str = "preserve"
     whitening: str = "input"
 
@@ -186,9 +186,9 @@ def require_plain(name: str, args: MethodArgs) -> None:
     """Refuse what a method of shared bases in the weights' own norm does not know.
 
     Raises:
-        LestdError: another metric, few-bit values, or super weights.
+        LestdError: another metric, few-bit values, or outliers.
     """
-    require_default(name, args, "metric", "value_bits", "factor_bits", "super_weights")
+    require_default(name, args, "metric", "value_bits", "factor_bits", "keep_outliers")
 
 
 def require_no_core(name: str, args: MethodArgs) -> None:
