@@ -249,6 +249,7 @@ class BundleResult:
 
     task_id: str
     outcomes: tuple[Result | CurveResult | Failure, ...]
+    attempt: int = 1
 
 
 @dataclass(frozen=True)
