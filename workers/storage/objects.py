@@ -10,6 +10,7 @@ import errno
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, BinaryIO, cast
 
@@ -29,6 +30,8 @@ _NO_CREDENTIALS = {
     "ProfileNotFound",
     "DefaultCredentialsError",
 }
+# Of S3, where a condition does not hold.
+_NOT_THAT_VERSION = ("PreconditionFailed", "ConditionalRequestConflict")
 _EXTRAS = {"s3": "lestd[s3]", "s3a": "lestd[s3]", "gs": "lestd[gcs]", "gcs": "lestd[gcs]"}
 
 
@@ -153,6 +156,57 @@ class _Upload(io.RawIOBase):
                 self._file.write(view[start : start + CHUNK_BYTES])
         self.failed = False
         return len(view)
+
+
+def put_if(path: UPath, content: bytes, version: str | None) -> bool:
+    """Put a small object where the store has this version of it; whether it was put.
+
+    Of several who ask at once the store lets one.
+
+    Args:
+        path: the object.
+        content: what to put.
+        version: see `version_of`; None where there must be no object.
+
+    Raises:
+        LestdError: the store refuses, or does not answer.
+    """
+    fs = path.fs
+
+    def put() -> bool:
+        with explain_store_errors(path):
+            try:
+                if version is None:
+                    fs.pipe_file(path.path, content, mode="create")
+                elif path.protocol == "gs":  # gcsfs has no word for it.
+                    bucket, key, _ = fs.split_path(path.path)
+                    condition = {"uploadType": "media", "ifGenerationMatch": version}
+                    where = f"{fs._location}/upload/storage/v1/b/{{}}/o"
+                    fs.call("POST", where, bucket, name=key, data=content, **condition)
+                else:
+                    fs.pipe_file(path.path, content, IfMatch=version)
+            except FileExistsError:
+                return False
+            except FileNotFoundError:
+                if version is None:
+                    raise
+                return False
+            except OSError as error:
+                answer = getattr(error.__cause__, "response", None) or {}
+                if answer.get("Error", {}).get("Code") in _NOT_THAT_VERSION:
+                    return False
+                raise
+        return True
+
+    return patiently(put)
+
+
+def version_of(entry: dict[str, Any]) -> tuple[str, datetime]:
+    """Of an object that `look_up` has found: its version, which another content has not, and when
+    it was written, by the store's clock."""
+    written: datetime = entry.get("LastModified") or entry["mtime"]
+    version = str(entry.get("generation") or entry["ETag"])
+    return version, written if written.tzinfo else written.replace(tzinfo=UTC)
 
 
 def open_object(path: UPath) -> BinaryIO:
