@@ -29,6 +29,7 @@ from orchestrator.evaluation.model import DTYPES, EvaluationModel, resolve_dtype
 from orchestrator.evaluation.pieces import EvaluationDirectory, run_pieces
 from orchestrator.evaluation.records import ModelFacts, evaluation_id, evaluation_versions
 from orchestrator.execution.executor import Executor, Listener, WorkerSpec
+from orchestrator.planning.plan import WORKER_BASE_BYTES
 from workers.contracts import Failure, JudgeRequest, JudgeResult
 from workers.evaluation.lm_eval import JudgeWorker
 from workers.evaluation.lm_eval_tasks import BuiltTask, TaskSource, load_tasks
@@ -38,8 +39,8 @@ from workers.storage.files import AnyPath
 # small model on a CPU, or for a large one on a GPU.
 _DOCUMENTS = {"loglikelihood_rolling": 1, "generate_until": 4}
 _DOCUMENTS_OF_CHOICE = 16
-# Python with torch, transformers and lm_eval, before it holds a model.
-_WORKER_BASE_BYTES = 900 * 2**20
+# Of lm_eval and what it imports, beside what every worker has.
+_LM_EVAL_BYTES = 300 * 2**20
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def _worker_spec(model: EvaluationModel, settings: JudgeSettings) -> WorkerSpec:
             "gpus": settings.gpus,
         },
         threads=settings.threads,
-        memory_bytes=_WORKER_BASE_BYTES + 2 * model.bytes_on_disk + logits,
+        memory_bytes=WORKER_BASE_BYTES + _LM_EVAL_BYTES + 2 * model.bytes_on_disk + logits,
         device=settings.device,
         gpus=settings.gpus,
     )

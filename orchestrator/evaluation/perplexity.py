@@ -30,6 +30,7 @@ from orchestrator.evaluation.model import DTYPES, EvaluationModel, require_posit
 from orchestrator.evaluation.pieces import EvaluationDirectory, run_pieces
 from orchestrator.evaluation.records import ModelFacts, evaluation_id, evaluation_versions
 from orchestrator.execution.executor import Executor, Listener, WorkerSpec
+from orchestrator.planning.plan import WORKER_BASE_BYTES
 from orchestrator.source.texts import decode_text
 from workers.contracts import EvalRequest, EvalResult, Failure
 from workers.evaluation.perplexity import EvalWorker
@@ -43,8 +44,6 @@ PERPLEXITIES = ("token_perplexity", "word_perplexity")
 
 _TASK_VERSION = "1"
 _WINDOWS_PER_PIECE = 4
-# Python with torch and transformers, before it holds a model.
-_WORKER_BASE_BYTES = 600 * 2**20
 
 
 @dataclass(frozen=True)
@@ -191,7 +190,7 @@ def evaluate(
         threads=threads,
         # Twice the weights leaves room for 16-bit weights computed in float32; logits are held
         # in the compute dtype and, chunk by chunk, in float32.
-        memory_bytes=_WORKER_BASE_BYTES + 2 * model.bytes_on_disk + 4 * length * model.vocabulary,
+        memory_bytes=WORKER_BASE_BYTES + 2 * model.bytes_on_disk + 4 * length * model.vocabulary,
         device=device,
         gpus=gpus,
     )

@@ -38,7 +38,7 @@ _REPEATS = 3
 
 
 @dataclass(frozen=True)
-class Row:
+class Measured:
     """A model of the comparison.
 
     Attributes:
@@ -114,7 +114,7 @@ def comparison_rows(
     qualities: Sequence[tuple[Quality, ...]],
     calibration: Calibration | None,
     speed: BenchSettings | None,
-) -> list[Row]:
+) -> list[Measured]:
     """The dense model, then those of the methods, all measured, the largest keep first.
 
     Args:
@@ -140,12 +140,12 @@ def comparison_rows(
             rows.append(row if speed is None else _timed(row, source, speed, figures))
             meter.update(len(rows), len(points))
     rows.sort(key=lambda row: row.point.keep or 0.0, reverse=True)
-    return [Row("dense", dense, dense.stored_bytes, source.index.stored_bytes), *rows]
+    return [Measured("dense", dense, dense.stored_bytes, source.index.stored_bytes), *rows]
 
 
-def _counted(contender: Contender, point: Point, outcome: Outcome) -> Row:
+def _counted(contender: Contender, point: Point, outcome: Outcome) -> Measured:
     rows = outcome.rows
-    return Row(
+    return Measured(
         label=contender.label,
         point=point,
         byte_budget=sum(row["byte_budget"] for row in rows),
@@ -156,7 +156,9 @@ def _counted(contender: Contender, point: Point, outcome: Outcome) -> Row:
     )
 
 
-def _with_errors(row: Row, outcome: Outcome, calibration: Calibration | None, path: Path) -> Row:
+def _with_errors(
+    row: Measured, outcome: Outcome, calibration: Calibration | None, path: Path
+) -> Measured:
     """The row with the errors of its weights, which are kept in a file for the next call."""
     model = Path(row.point.model)
     of = {"model_id": _model_id(model), "calibration": calibration and calibration.digest}
@@ -172,7 +174,7 @@ def _with_errors(row: Row, outcome: Outcome, calibration: Calibration | None, pa
     return replace(row, **asdict(errors))
 
 
-def _timed(row: Row, source: Source, speed: BenchSettings, path: Path) -> Row:
+def _timed(row: Measured, source: Source, speed: BenchSettings, path: Path) -> Measured:
     """The row with its decode speed, kept likewise."""
     known = read_json(path)
     if known.get("speed_settings") != asdict(speed):

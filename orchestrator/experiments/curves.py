@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.console.plots import write_figure
 from orchestrator.evaluation.perplexity import TEXT_TASK
-from orchestrator.experiments.compare import Row
+from orchestrator.experiments.compare import Measured
 from orchestrator.experiments.quality import Point, Quality
 
 _PANELS_IN_A_ROW = 3
@@ -35,7 +35,7 @@ def save_curve(points: Sequence[Point], title: str, path: Path) -> None:
     write_figure(figure, path)
 
 
-def save_comparison(rows: Sequence[Row], title: str, path: Path) -> None:
+def save_comparison(rows: Sequence[Measured], title: str, path: Path) -> None:
     """Draw bytes against each main figure, a line for each method; dense is the line to beat.
 
     Of a text only the token perplexity is drawn, with bars of one paired standard error; where
@@ -119,15 +119,15 @@ def _labelled(quality: Quality) -> str:
     return quality.title + {True: " ↑", False: " ↓", None: ""}[quality.higher_is_better]
 
 
-def _lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def _lines(rows: Sequence[Measured]) -> dict[str, list[Measured]]:
     """The compressed models of each method, by size."""
-    lines: dict[str, list[Row]] = {}
+    lines: dict[str, list[Measured]] = {}
     for row in sorted(rows[1:], key=lambda row: row.point.stored_bytes):
         lines.setdefault(row.label, []).append(row)
     return {label: lines[label] for label in dict.fromkeys(row.label for row in rows[1:])}
 
 
-def _draw_quality(rows: Sequence[Row], place: int, axes: Any) -> None:
+def _draw_quality(rows: Sequence[Measured], place: int, axes: Any) -> None:
     dense = rows[0].point.quality[place]
     axes.axhline(dense.value, color="0.4", linestyle="--", linewidth=1)
     for label, line in _lines(rows).items():
@@ -142,7 +142,9 @@ def _draw_quality(rows: Sequence[Row], place: int, axes: Any) -> None:
     axes.set_ylabel(_labelled(dense))
 
 
-def _draw_error(rows: Sequence[Row], title: str, value: Callable[[Row], float], axes: Any) -> None:
+def _draw_error(
+    rows: Sequence[Measured], title: str, value: Callable[[Measured], float], axes: Any
+) -> None:
     for label, line in _lines(rows).items():
         sizes = [row.point.stored_bytes / 2**20 for row in line]
         axes.plot(sizes, [value(row) for row in line], "o-", label=label)

@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.console import output
 from orchestrator.console.markdown import cell
-from orchestrator.experiments.compare import Missing, Row
+from orchestrator.experiments.compare import Measured, Missing
 from orchestrator.experiments.quality import Point, Quality
 from workers.storage.files import atomic_write
 
@@ -59,7 +59,7 @@ def print_sweep(points: Sequence[Point], asked: dict[str, Any], json: bool) -> N
 
 
 def print_rows(
-    rows: Sequence[Row], missing: Sequence[Missing], asked: dict[str, Any], json: bool
+    rows: Sequence[Measured], missing: Sequence[Missing], asked: dict[str, Any], json: bool
 ) -> None:
     """Print a comparison as a table, or as one JSON object.
 
@@ -83,7 +83,9 @@ def print_rows(
             output.out.print(f"{name} {asked[name]}", soft_wrap=True)
 
 
-def save_markdown(rows: Sequence[Row], missing: Sequence[Missing], title: str, path: Path) -> None:
+def save_markdown(
+    rows: Sequence[Measured], missing: Sequence[Missing], title: str, path: Path
+) -> None:
     """Write the table as Markdown."""
     columns, body = _cells(rows, " ")
     lines = [f"# {cell(title)}", "", " | ".join(("", *columns, "")).strip()]
@@ -95,12 +97,12 @@ def save_markdown(rows: Sequence[Row], missing: Sequence[Missing], title: str, p
     atomic_write(path, lambda file: file.write(content))
 
 
-def undershoot(row: Row) -> float:
+def undershoot(row: Measured) -> float:
     """By how much of its budget a model stays below it."""
     return 1 - row.point.stored_bytes / row.byte_budget if row.byte_budget else 0.0
 
 
-def _cells(rows: Sequence[Row], newline: str) -> tuple[list[str], list[list[str]]]:
+def _cells(rows: Sequence[Measured], newline: str) -> tuple[list[str], list[list[str]]]:
     """Columns, and the cells of every row; columns that say nothing are left out."""
     dense = rows[0]
     calibrated = any(row.activation_error is not None for row in rows)
@@ -139,7 +141,7 @@ def _quality(quality: Quality, is_dense: bool, newline: str) -> str:
     return f"{quality.value:.4f}{newline}({told})"
 
 
-def _notes(rows: Sequence[Row], missing: Sequence[Missing]) -> list[str]:
+def _notes(rows: Sequence[Measured], missing: Sequence[Missing]) -> list[str]:
     notes = []
     worst = max(rows, key=lambda row: row.operator_error)
     if worst.operator_module:
