@@ -12,7 +12,6 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -340,7 +339,7 @@ def _across(unfolding: Tensor, layout: GroupLayout, layer: int, path: str) -> li
     """What the bases of a reference layer explain of a block, and of its units on average."""
     if not is_file(as_path(path)):
         raise LestdError(not_shared([socket.gethostname()], [path]))
-    header = read_header(path if "://" in path else Path(path))
+    header = read_header(as_path(path))
     members = units(layout)
     chosen = [members[i] for i in evenly(len(members), MOST_UNITS)]
     known: dict[str, list[tuple[int, float]]] = {"layer": [], "unit": []}
