@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lestd_kernels.errors import LestdError
 from orchestrator.cli.application import app
-from orchestrator.cli.experiment import open_experiment, prepare_plot, run_experiment
+from orchestrator.cli.experiment import run_experiment
 from orchestrator.cli.options import (
     Address,
     AllocationOption,
@@ -106,35 +104,22 @@ def compare(
     command again continues; sizes that a method does not reach are left out, with the reason.
     """
     given = dict(locals())
-    judged = text is not None or tasks is not None
     refuse_unused(given)
-    from orchestrator.experiments.compare import comparison_rows, feasible
+    from orchestrator.experiments.compare import comparison_rows
     from orchestrator.experiments.curves import save_comparison
     from orchestrator.experiments.tables import print_rows, save_markdown
     from orchestrator.experiments.variants import parse_contenders
     from workers.bench import BenchSettings
 
-    job = {key: value for key, value in given.items() if key != "speed"} | {"no_speed": not speed}
-    contenders = parse_contenders(methods)
-    asked = open_experiment("compare", given, contenders, judged or speed, job)
-    timing = BenchSettings(*_SPEED_TOKENS, 1, dtype, asked.first.device, None) if speed else None
-    chosen, missing = {}, []
-    for contender, configs in asked.contenders.items():
-        kept, left_out = feasible(asked.source, contender, configs)
-        missing += left_out
-        if kept:
-            chosen[contender] = kept
-    if not chosen:
-        raise LestdError(missing[0].reason)
-    asked = replace(asked, contenders=chosen)
-    plot = prepare_plot(out, "compare.png", None, wanted=True)
-    outcomes, repeated, qualities, calibration = run_experiment(asked, given, measured=True)
-    missing += repeated
-    rows = comparison_rows(asked.source, outcomes, out, qualities, calibration, timing)
-    title = f"{asked.name}: methods at the same bytes"
+    found = run_experiment("compare", given, parse_contenders(methods), measured=True)
+    timing = BenchSettings(*_SPEED_TOKENS, 1, dtype, found.first.device, None) if speed else None
+    rows = comparison_rows(
+        found.source, found.outcomes, out, found.qualities, found.calibration, timing
+    )
+    title = f"{found.name}: methods at the same bytes"
     table = out / "compare.md"
-    save_markdown(rows, missing, title, table)
-    if plot is not None:
-        save_comparison(rows, title, plot)
+    save_markdown(rows, found.missing, title, table)
+    if found.plot is not None:
+        save_comparison(rows, title, found.plot)
     said = {"text": text and str(text), "tasks": tasks, "table": str(table)}
-    print_rows(rows, missing, said | {"plot": plot and str(plot)}, json)
+    print_rows(rows, found.missing, said | {"plot": found.plot and str(found.plot)}, json)

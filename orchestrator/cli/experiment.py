@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from lestd_kernels.errors import LestdError
 from orchestrator.cli.evaluate import examine
 from orchestrator.console import logs
 
 if TYPE_CHECKING:  # They import torch.
     from orchestrator.compression.calibration import Calibration
-    from orchestrator.config.cluster import ClusterConfig
     from orchestrator.config.run import RunConfig
-    from orchestrator.evaluation.lm_eval_tasks import Examination
     from orchestrator.experiments.compare import Missing
     from orchestrator.experiments.engine import Outcomes
     from orchestrator.experiments.quality import Quality
@@ -27,54 +26,53 @@ if TYPE_CHECKING:  # They import torch.
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a command asks for.
+    """What a command has found.
 
     Attributes:
         name: the model, as it was named.
         source: the model.
-        contenders: what to compute, by method and keep.
-        cluster: who computes.
-        settings: what evaluations take of it.
-        examination: the tasks, or None.
+        first: one of the configurations.
+        plot: where to draw, or None.
+        outcomes: of the compressions.
+        missing: sizes that are left out.
+        qualities: of the dense model, then of the others.
+        calibration: see `compress_all`.
     """
 
     name: str
     source: Source
-    contenders: dict[Contender, dict[float, RunConfig]]
-    cluster: ClusterConfig
-    settings: dict[str, Any]
-    examination: Examination | None
-
-    @property
-    def first(self) -> RunConfig:
-        """One of the configurations, which are alike but for method and keep."""
-        return next(iter(next(iter(self.contenders.values())).values()))
+    first: RunConfig
+    plot: Path | None
+    outcomes: Outcomes
+    missing: list[Missing]
+    qualities: list[tuple[Quality, ...]]
+    calibration: Calibration | None
 
 
-def open_experiment(
-    command: str,
-    given: dict[str, Any],
-    contenders: Iterable[Contender],
-    judged: bool,
-    job: dict[str, Any],
+def run_experiment(
+    command: str, given: dict[str, Any], contenders: Iterable[Contender], *, measured: bool
 ) -> Experiment:
-    """Read a command's options, or hand the command to a cluster, which ends this one.
+    """Do what a command's options ask for; if a cluster does it, or a task fails, end the command.
 
     Args:
         command: its name.
         given: its options.
         contenders: the methods.
-        judged: whether the dense model is to be loaded.
-        job: its options as the cluster is given them.
+        measured: whether every model counts once: sizes that give no other are left out.
 
     Raises:
-        LestdError: they are impossible, or the model cannot be found or loaded.
+        LestdError: the options are impossible, or as `compress_all` and `judge_all`.
     """
+    from orchestrator.cli.summary import print_outcome
     from orchestrator.config.cluster import cluster_options
     from orchestrator.config.layers import parse_keeps
     from orchestrator.config.run import RunFile, run_options
+    from orchestrator.console.plots import check_plot
+    from orchestrator.execution.open import open_executor
     from orchestrator.execution.ray.jobs import jobs_address, run_as_job
-    from orchestrator.experiments.engine import check_judgeable
+    from orchestrator.experiments.compare import feasible, without_repeated
+    from orchestrator.experiments.engine import check_judgeable, compress_all, judge_all, models_of
+    from orchestrator.manifest.manifest import default_run_dir
     from orchestrator.source.checkpoint import resolve_source
 
     logs.use(given["log_format"])
@@ -84,64 +82,41 @@ def open_experiment(
         configs[contender] = {}
         for keep in parse_keeps(given["keep"]):
             own = options | contender.settings | {"keep": keep}
-            name, revision, configs[contender][keep] = run_options(
-                given["model"], given["config"], own
-            )
+            name, revision, chosen = run_options(given["model"], given["config"], own)
+            configs[contender][keep] = chosen
     who = {name: given[name] for name in ("executor", "workers", "address")}
     cluster = cluster_options(given["cluster"], **who)
     if jobs := jobs_address(cluster):
-        raise typer.Exit(run_as_job(jobs, command, job | {"model": name}, cluster))
+        there = given | {"model": name}
+        if "speed" in there:
+            there["no_speed"] = not there.pop("speed")
+        raise typer.Exit(run_as_job(jobs, command, there, cluster))
     source = resolve_source(name, revision)
-    first = next(iter(next(iter(configs.values())).values()))
-    settings = {"dtype": given["dtype"], "device": first.device, "threads": first.threads}
+    settings = {"dtype": given["dtype"], "device": chosen.device, "threads": chosen.threads}
     examination = None if given["tasks"] is None else examine(given, settings)
-    if judged:
+    judged = given["text"] is not None or examination is not None
+    if judged or given.get("speed"):
         check_judgeable(source, given["text"], given["window"])
-    return Experiment(name, source, configs, cluster, settings, examination)
-
-
-def prepare_plot(out: Path, name: str, plot: Path | None, wanted: bool) -> Path | None:
-    """Make the directory of an experiment; where its plot goes, None for nowhere.
-
-    Raises:
-        LestdError: it could not be written.
-    """
-    from orchestrator.console.plots import check_plot
-
-    if plot is None and wanted and importlib.util.find_spec("matplotlib") is not None:
-        plot = out / name
+    missing: list[Missing] = []
+    if measured:
+        for contender in configs:
+            configs[contender], left_out = feasible(source, contender, configs[contender])
+            missing += left_out
+        configs = {contender: by_keep for contender, by_keep in configs.items() if by_keep}
+        if not configs:
+            raise LestdError(missing[0].reason)
+    out: Path = given["out"]
+    plot: Path | None = given.get("plot")
+    if plot is None and (judged or measured) and importlib.util.find_spec("matplotlib") is not None:
+        plot = out / f"{command}.png"
     out.mkdir(parents=True, exist_ok=True)
     if plot is not None:
         check_plot(plot)
-    return plot
-
-
-def run_experiment(
-    asked: Experiment, given: dict[str, Any], measured: bool
-) -> tuple[Outcomes, list[Missing], list[tuple[Quality, ...]], Calibration | None]:
-    """Compress and judge; where a task has failed, say so and end the command.
-
-    Args:
-        asked: what to do.
-        given: the command's options.
-        measured: whether errors are measured, of each model once.
-
-    Returns:
-        The outcomes, what is left out of them, how all models are judged, and the activations.
-    """
-    from orchestrator.cli.summary import print_outcome
-    from orchestrator.execution.open import open_executor
-    from orchestrator.experiments.compare import without_repeated
-    from orchestrator.experiments.engine import compress_all, judge_all, models_of
-    from orchestrator.manifest.manifest import default_run_dir
-
-    out: Path = given["out"]
-    missing: list[Missing] = []
     try:
-        with open_executor(asked.cluster) as runner:
+        with open_executor(cluster) as runner:
             outcomes, calibration = compress_all(
-                asked.source,
-                asked.contenders,
+                source,
+                configs,
                 runner,
                 out,
                 calibration=given.get("calibration"),
@@ -155,16 +130,17 @@ def run_experiment(
             if not all(outcome.complete for outcome in done):
                 raise typer.Exit(1)
             if measured:
-                outcomes, missing = without_repeated(outcomes)
+                outcomes, repeated = without_repeated(outcomes)
+                missing += repeated
             qualities = judge_all(
-                asked.source.directory,
+                source.directory,
                 models_of(outcomes, out),
                 out,
                 runner,
                 text=given["text"],
                 window=given["window"],
-                settings={**asked.settings, "max_windows": given["max_windows"]},
-                examination=asked.examination,
+                settings={**settings, "max_windows": given["max_windows"]},
+                examination=examination,
             )
     except KeyboardInterrupt:
         logs.log(
@@ -172,4 +148,4 @@ def run_experiment(
             f"interrupted; what is done is kept in {out}: run the same command again to continue",
         )
         raise typer.Exit(130) from None
-    return outcomes, missing, qualities, calibration
+    return Experiment(name, source, chosen, plot, outcomes, missing, qualities, calibration)

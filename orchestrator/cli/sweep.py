@@ -9,7 +9,7 @@ import typer
 
 from lestd_kernels.errors import LestdError
 from orchestrator.cli.application import app
-from orchestrator.cli.experiment import open_experiment, prepare_plot, run_experiment
+from orchestrator.cli.experiment import run_experiment
 from orchestrator.cli.options import (
     Address,
     AllocationOption,
@@ -133,11 +133,9 @@ def sweep(
     from orchestrator.experiments.tables import print_sweep
     from orchestrator.experiments.variants import Contender
 
-    asked = open_experiment("sweep", given, [Contender("", {})], judged, given)
-    plot = prepare_plot(out, "sweep.png", plot, wanted=judged)
-    outcomes, _, qualities, _ = run_experiment(asked, given, measured=False)
-    points = points_of(asked.source, outcomes, out, qualities)
-    if plot is not None:
-        save_curve(points, f"{asked.name}, {asked.first.method}", plot)
-    said = {"text": text and str(text), "tasks": tasks, "plot": plot and str(plot)}
+    found = run_experiment("sweep", given, [Contender("", {})], measured=False)
+    points = points_of(found.source, found.outcomes, out, found.qualities)
+    if found.plot is not None:
+        save_curve(points, f"{found.name}, {found.first.method}", found.plot)
+    said = {"text": text and str(text), "tasks": tasks, "plot": found.plot and str(found.plot)}
     print_sweep(points, said, json)
