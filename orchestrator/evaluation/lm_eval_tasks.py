@@ -25,11 +25,10 @@ from orchestrator.evaluation.lm_eval_scores import (
     figure_rows,
     figures_of,
 )
-from orchestrator.evaluation.model import DTYPES, EvaluationModel, resolve_dtype
+from orchestrator.evaluation.model import DTYPES, EvaluationModel, resolve_dtype, worker_spec
 from orchestrator.evaluation.pieces import EvaluationDirectory, run_pieces
 from orchestrator.evaluation.records import ModelFacts, evaluation_id, evaluation_versions
 from orchestrator.execution.executor import Executor, Listener, WorkerSpec
-from orchestrator.planning.plan import WORKER_BASE_BYTES
 from workers.contracts import Failure, JudgeRequest, JudgeResult
 from workers.evaluation.lm_eval import JudgeWorker
 from workers.evaluation.lm_eval_tasks import BuiltTask, TaskSource, load_tasks
@@ -183,25 +182,10 @@ def judge(
 
 
 def _worker_spec(model: EvaluationModel, settings: JudgeSettings) -> WorkerSpec:
-    # Twice the weights leaves room for 16-bit weights computed in float32; logits and their
-    # log-softmax are held at once.
+    # Logits and their log-softmax are held at once.
     logits = 8 * settings.batch_size * model.window_length * model.vocabulary
-    return WorkerSpec(
-        JudgeWorker,
-        {
-            "model_dir": str(model.directory.resolve()),
-            "source": settings.source,
-            "batch_size": settings.batch_size,
-            "dtype": settings.dtype,
-            "device": settings.device,
-            "threads": settings.threads,
-            "gpus": settings.gpus,
-        },
-        threads=settings.threads,
-        memory_bytes=WORKER_BASE_BYTES + _LM_EVAL_BYTES + 2 * model.bytes_on_disk + logits,
-        device=settings.device,
-        gpus=settings.gpus,
-    )
+    asked = {k: v for k, v in vars(settings).items() if k != "tasks"}
+    return worker_spec(JudgeWorker, model, _LM_EVAL_BYTES + logits, **asked)
 
 
 def pieces_of(name: str, built: BuiltTask, batch_size: int) -> Iterator[JudgeRequest]:

@@ -26,11 +26,16 @@ from pathlib import Path
 from typing import Any
 
 from lestd_kernels.errors import LestdError
-from orchestrator.evaluation.model import DTYPES, EvaluationModel, require_positive, resolve_dtype
+from orchestrator.evaluation.model import (
+    DTYPES,
+    EvaluationModel,
+    require_positive,
+    resolve_dtype,
+    worker_spec,
+)
 from orchestrator.evaluation.pieces import EvaluationDirectory, run_pieces
 from orchestrator.evaluation.records import ModelFacts, evaluation_id, evaluation_versions
-from orchestrator.execution.executor import Executor, Listener, WorkerSpec
-from orchestrator.planning.plan import WORKER_BASE_BYTES
+from orchestrator.execution.executor import Executor, Listener
 from orchestrator.source.texts import decode_text
 from workers.contracts import EvalRequest, EvalResult, Failure
 from workers.evaluation.perplexity import EvalWorker
@@ -178,22 +183,9 @@ def evaluate(
         _pieces(token_ids, length),
         _parse,
     )
-    spec = WorkerSpec(
-        EvalWorker,
-        {
-            "model_dir": str(model.directory.resolve()),
-            "dtype": dtype,
-            "device": device,
-            "threads": threads,
-            "gpus": gpus,
-        },
-        threads=threads,
-        # Twice the weights leaves room for 16-bit weights computed in float32; logits are held
-        # in the compute dtype and, chunk by chunk, in float32.
-        memory_bytes=WORKER_BASE_BYTES + 2 * model.bytes_on_disk + 4 * length * model.vocabulary,
-        device=device,
-        gpus=gpus,
-    )
+    # Logits are held in the compute dtype and, chunk by chunk, in float32.
+    pool = {"dtype": dtype, "device": device, "threads": threads, "gpus": gpus}
+    spec = worker_spec(EvalWorker, model, 4 * length * model.vocabulary, **pool)
     for outcome in run_pieces([store], executor, spec, progress, on_event):
         if isinstance(outcome, Failure):
             raise LestdError(
