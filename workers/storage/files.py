@@ -287,13 +287,7 @@ def _name(entry: dict[str, Any]) -> str:
 
 def list_files(directory: AnyPath) -> dict[str, int]:
     """Files in a directory, not below it: name -> bytes. None where there is no directory."""
-    if isinstance(directory, UPath):
-        sizes = {_name(e): e["size"] for e in objects.entries(directory) if e["type"] == "file"}
-    elif directory.is_dir():
-        sizes = {p.name: p.stat().st_size for p in directory.iterdir() if p.is_file()}
-    else:
-        return {}
-    return dict(sorted(sizes.items()))
+    return {name: size for name, size in _listed(directory) if size is not None}
 
 
 def list_tree(directory: AnyPath, enter: Callable[[str], bool]) -> dict[str, int]:
@@ -306,21 +300,27 @@ def list_tree(directory: AnyPath, enter: Callable[[str], bool]) -> dict[str, int
     found: dict[str, int] = {}
 
     def look(where: AnyPath, prefix: str) -> None:
-        found.update({prefix + name: size for name, size in list_files(where).items()})
-        for name in _folders(where):
-            if enter(prefix + name):
+        for name, size in _listed(where):
+            if size is not None:
+                found[prefix + name] = size
+            elif enter(prefix + name):
                 look(where / name, f"{prefix}{name}/")
 
     look(directory, "")
     return dict(sorted(found.items()))
 
 
-def _folders(directory: AnyPath) -> list[str]:
+def _listed(directory: AnyPath) -> list[tuple[str, int | None]]:
+    """Files with their bytes and directories with None, by name; no link to a directory."""
     if isinstance(directory, UPath):
-        return [_name(e) for e in objects.entries(directory) if e["type"] == "directory"]
-    if not directory.is_dir():
+        entries = [e for e in objects.entries(directory) if e["type"] in ("file", "directory")]
+        found = [(_name(e), e["size"] or 0 if e["type"] == "file" else None) for e in entries]
+    elif directory.is_dir():
+        files = [p for p in directory.iterdir() if p.is_file() or not p.is_symlink()]
+        found = [(p.name, p.stat().st_size if p.is_file() else None) for p in files]
+    else:
         return []
-    return [p.name for p in directory.iterdir() if p.is_dir() and not p.is_symlink()]
+    return sorted(found, key=lambda entry: entry[0])
 
 
 def make_directory(path: AnyPath) -> None:
