@@ -13,9 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lestd_kernels.errors import LestdError
-from orchestrator.compression.calibration import (
-    Calibration,
-)
+from orchestrator.compression.calibration import Calibration
 from orchestrator.compression.pipeline import Outcome
 from orchestrator.config.run import RunConfig
 from orchestrator.console import logs
