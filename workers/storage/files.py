@@ -271,11 +271,7 @@ def is_directory(path: AnyPath) -> bool:
 
 
 def list_names(directory: AnyPath) -> list[str]:
-    """Names of all that lies in a directory, sorted; none where there is no directory.
-
-    Raises:
-        LestdError: the object store does not say.
-    """
+    """Names of all that lies in a directory, sorted; none where there is no directory."""
     if isinstance(directory, UPath):
         return sorted(_name(entry) for entry in objects.entries(directory))
     return sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
@@ -312,15 +308,15 @@ def list_tree(directory: AnyPath, enter: Callable[[str], bool]) -> dict[str, int
 
 def _listed(directory: AnyPath) -> list[tuple[str, int | None]]:
     """Files with their bytes and directories with None, by name; no link to a directory."""
+    found: dict[str, int | None] = {}
     if isinstance(directory, UPath):
-        entries = [e for e in objects.entries(directory) if e["type"] in ("file", "directory")]
-        found = [(_name(e), e["size"] or 0 if e["type"] == "file" else None) for e in entries]
+        for entry in objects.entries(directory):
+            found[_name(entry)] = entry["size"] or 0 if entry["type"] == "file" else None
     elif directory.is_dir():
-        files = [p for p in directory.iterdir() if p.is_file() or not p.is_symlink()]
-        found = [(p.name, p.stat().st_size if p.is_file() else None) for p in files]
-    else:
-        return []
-    return sorted(found, key=lambda entry: entry[0])
+        for path in directory.iterdir():
+            if path.is_file() or not path.is_symlink():
+                found[path.name] = path.stat().st_size if path.is_file() else None
+    return sorted(found.items())
 
 
 def make_directory(path: AnyPath) -> None:
