@@ -271,7 +271,11 @@ def is_directory(path: AnyPath) -> bool:
 
 
 def list_names(directory: AnyPath) -> list[str]:
-    """Names of all that lies in a directory, sorted; none where there is no directory."""
+    """Names of all that lies in a directory, sorted; none where there is no directory.
+
+    Raises:
+        LestdError: the object store does not say.
+    """
     if isinstance(directory, UPath):
         return sorted(_name(entry) for entry in objects.entries(directory))
     return sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
