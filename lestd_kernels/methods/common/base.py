@@ -22,6 +22,8 @@ from lestd_kernels.tensorize import GroupLayout
 WEIGHT, NORM, ACTIVATION = METRICS = ("weight", "norm", "activation")
 """In which norm an error is made small: Frobenius, with inputs scaled by the preceding norm, or
 with the inputs of a calibration text."""
+BUFFERS_BYTES = 80 << 20
+"""Of a worker: parts of tensors in progress, and what the allocator keeps for small tensors."""
 
 
 @dataclass(frozen=True)
