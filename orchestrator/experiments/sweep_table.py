@@ -22,7 +22,7 @@ class Quality:
     Attributes:
         task: ``"text"``, or a task of lm-eval.
         metric: its metric.
-        filter: lm-eval's filter of the answers; ``"none"`` where there is none.
+        answer_filter: lm-eval's filter of the answers; ``"none"`` where there is none.
         value: the figure.
         stderr: its standard error; None where it has none.
         difference: to the dense model, whose own is 0.
@@ -33,7 +33,7 @@ class Quality:
 
     task: str
     metric: str
-    filter: str
+    answer_filter: str
     value: float
     stderr: float | None
     difference: float

@@ -40,13 +40,13 @@ def task_qualities(
                 Quality(
                     entry["task"],
                     entry["metric"],
-                    entry["filter"],
+                    entry["answer_filter"],
                     entry["models"][1]["value"],
                     entry["models"][1]["stderr"],
                     entry["difference"],
                     entry["difference_stderr"],
                     entry["higher_is_better"],
-                    main=main[entry["task"]] == (entry["metric"], entry["filter"]),
+                    main=main[entry["task"]] == (entry["metric"], entry["answer_filter"]),
                 )
                 for entry in entries
             )
@@ -58,7 +58,7 @@ def _main_figures(entries: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str
     """The metric and filter by which each task is shown."""
     figures: dict[str, list[tuple[str, str]]] = {}
     for entry in entries:
-        figures.setdefault(entry["task"], []).append((entry["metric"], entry["filter"]))
+        figures.setdefault(entry["task"], []).append((entry["metric"], entry["answer_filter"]))
     return {
         task: next((one for one in _MAIN if one in found), found[0])
         for task, found in figures.items()

@@ -4,7 +4,7 @@ with
     current as (
         from groups
         qualify row_number() over (
-            partition by run, "group" order by started_at desc nulls last, task_id desc
+            partition by run, block order by started_at desc nulls last, task_id desc
         ) = 1
     ),
     committed as (

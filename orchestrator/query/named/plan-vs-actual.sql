@@ -4,7 +4,7 @@ with
     current as (
         from groups
         qualify row_number() over (
-            partition by run, "group" order by started_at desc nulls last, task_id desc
+            partition by run, block order by started_at desc nulls last, task_id desc
         ) = 1
     ),
     calls as (
@@ -51,11 +51,11 @@ with
     ),
     points as (
         select
-            run, layer, "group", byte_budget, predicted_squared_error as squared_error,
+            run, layer, block, byte_budget, predicted_squared_error as squared_error,
             lead(byte_budget) over curve - byte_budget as step,
             lead(predicted_squared_error) over curve - predicted_squared_error as change
         from curves
-        window curve as (partition by run, layer, "group" order by byte_budget)
+        window curve as (partition by run, layer, block order by byte_budget)
     ),
     -- Of all groups or of none: on its curve, between two points where the budget lies there.
     predicted as (
@@ -72,7 +72,7 @@ with
         asof left join points
             on current.run = points.run
             and current.layer = points.layer
-            and current."group" = points."group"
+            and current.block = points.block
             and current.byte_budget >= points.byte_budget
         group by current.run
     ),

@@ -2,13 +2,13 @@
 with
     tasks as (
         select
-            run, task_id, 'group' as pass, layer, "group", worker, node, device, attempt, started_at,
+            run, task_id, 'group' as pass, layer, block, worker, node, device, attempt, started_at,
             seconds_read, seconds_stage1, seconds_rank_search, seconds_stage2, seconds_error,
             seconds_write
         from groups
         union all
         select
-            run, task_id, 'curve', layer, "group", worker, node, device, attempt, started_at,
+            run, task_id, 'curve', layer, block, worker, node, device, attempt, started_at,
             seconds_read, seconds_stage1, seconds_rank_search, seconds_stage2, seconds_error,
             seconds_write
         from (select distinct on (run, task_id) * from curves order by run, task_id, byte_budget)
@@ -25,7 +25,7 @@ select
     run,
     pass,
     layer,
-    "group",
+    block,
     seconds,
     seconds_read as read,
     seconds_stage1 as stage1,
@@ -36,5 +36,5 @@ select
     worker,
     attempt
 from timed
-qualify row_number() over (partition by run order by seconds desc, pass, layer, "group") <= 20
-order by run, seconds desc, pass, layer, "group"
+qualify row_number() over (partition by run order by seconds desc, pass, layer, block) <= 20
+order by run, seconds desc, pass, layer, block

@@ -2,13 +2,13 @@
 with
     tasks as (
         select
-            run, task_id, 'group' as pass, layer, "group", worker, node, device, attempt, started_at,
+            run, task_id, 'group' as pass, layer, block, worker, node, device, attempt, started_at,
             seconds_read, seconds_stage1, seconds_rank_search, seconds_stage2, seconds_error,
             seconds_write
         from groups
         union all
         select
-            run, task_id, 'curve', layer, "group", worker, node, device, attempt, started_at,
+            run, task_id, 'curve', layer, block, worker, node, device, attempt, started_at,
             seconds_read, seconds_stage1, seconds_rank_search, seconds_stage2, seconds_error,
             seconds_write
         from (select distinct on (run, task_id) * from curves order by run, task_id, byte_budget)
