@@ -38,6 +38,8 @@ that comes with lestd is asked for by `--name`.
 Tables: **groups** (a row per finished block), **slices** (per head of a projection), **curves**
 (points of global allocation), **events** (starts, retries, failures), **runs** (calls of compress),
 **evaluations** (metrics). The first column of each is **run**; `DESCRIBE slices` shows the others.
+Views: **current** and **current_slices** (of the groups that the model is made of),
+**finished_tasks** (both passes of global allocation, with their seconds).
 
     lestd query --list
 

@@ -1,12 +1,5 @@
 -- the shared basis: energy of the leading mode-1 singular values, and their effective rank
 with
-    -- Where a group was encoded twice, the later encoding is the group's.
-    current as (
-        from groups
-        qualify row_number() over (
-            partition by run, block order by started_at desc nulls last, task_id desc
-        ) = 1
-    ),
     spectra as (
         select
             run, layer, block, R1,

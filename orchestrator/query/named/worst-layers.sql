@@ -1,12 +1,4 @@
 -- the 20 groups of each run with the largest relative error, and their share of the squared error
-with
-    -- Where a group was encoded twice, the later encoding is the group's.
-    current as (
-        from groups
-        qualify row_number() over (
-            partition by run, block order by started_at desc nulls last, task_id desc
-        ) = 1
-    )
 select
     run,
     layer,

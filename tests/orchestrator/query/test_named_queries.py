@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from support.cli import lestd
-from support.oracles import ORACLES
+from support.oracles import ORACLES, committed, current
 from support.paths import ROOT
 
 from orchestrator.manifest.part_files import part_path, write_part
@@ -156,6 +156,18 @@ def test_it_answers_what_the_rows_say(
         assert row.keys() == wanted.keys()
         wrong = {key: (row[key], wanted[key]) for key in row if not same(row[key], wanted[key])}
         assert not wrong
+
+
+def test_the_views_are_for_anybody(real: tuple[Path, ...]) -> None:
+    """Only the tables of a view are read: a damaged file of another is not named."""
+    bad = real[0] / "manifest" / "events" / "bad.parquet"
+    bad.write_bytes(b"")
+    asked = "select (select count(*) from current), (select count(*) from current_slices)"
+    result = lestd("query", *real, asked, "--csv")
+    bad.unlink()
+    rows = tables(real)
+    counts = f"{len(current(rows))},{len(committed(rows))}"
+    assert (result.out.splitlines()[1], result.err) == (counts, "")
 
 
 def test_every_query_has_an_oracle_and_a_line_in_the_list() -> None:

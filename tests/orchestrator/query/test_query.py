@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from orchestrator.cli import app
 from orchestrator.manifest.schemas import TABLES
 from orchestrator.query import sql as query
+from orchestrator.query.views import VIEWS
 
 SERIAL = ("--keep", 0.5, "--executor", "serial")
 HEADS = "select layer, projection, head, density from slices order by all"
@@ -238,7 +239,7 @@ def test_no_column_needs_quotes(out: Path) -> None:
 
 def test_help_teaches_the_tables() -> None:
     shown = lestd("query", "--help").out
-    assert all(name in shown for name in TABLES)
+    assert all(name in shown for name in (*TABLES, *VIEWS))
     assert "--name densest-heads" in shown
 
 
