@@ -64,7 +64,7 @@ class AuditTask:
             what that is for.
         place: number of the task among those of the audit.
         layer: index of the decoder layer.
-        group: path of the block in the loaded model.
+        block: path of the block in the loaded model.
         scope: what kind of block it is: ``"attention"``, ``"ffn"`` or ``"experts"``.
         tensors: module name -> its weight.
         layout: how the weights divide into slices.
@@ -78,7 +78,7 @@ class AuditTask:
     task_id: str
     place: int
     layer: int
-    group: str
+    block: str
     scope: str
     tensors: dict[str, TensorRef]
     layout: GroupLayout
@@ -107,9 +107,9 @@ class AuditResult:
         task_id: the task's.
         place: the task's.
         layer: the task's.
-        group: the task's.
+        block: the task's.
         scope: the task's.
-        block: see `AuditWorker`; None where the task did not ask.
+        findings: see `AuditWorker`; None where the task did not ask.
         across: one row for each basis of each reference layer: ``reference``, ``kind`` (``"layer"``
             or ``"unit"``), ``rank``, ``energy`` explained of this block, ``baseline``.
         seconds: time it took.
@@ -120,9 +120,9 @@ class AuditResult:
     task_id: str
     place: int
     layer: int
-    group: str
+    block: str
     scope: str
-    block: dict[str, Any] | None
+    findings: dict[str, Any] | None
     across: list[dict[str, Any]]
     seconds: float
     peak_memory_bytes: int
@@ -154,7 +154,7 @@ def reference_bytes(layout: GroupLayout) -> int:
 class AuditWorker:
     """Looks at blocks on one device, one at a time.
 
-    ``AuditResult.block`` has the keys ``unit`` (what kind), ``units`` (how many), ``compared``
+    ``AuditResult.findings`` has the keys ``unit`` (what kind), ``units`` (how many), ``compared``
     (names of those that are compared), ``width``, ``head_dim``, ``dense_bytes``, ``squared_norm``,
     ``explained``, ``spectra``, ``entries``, ``predictions``, ``operator_optimum`` (by keep) and
     ``optimum`` (the most that so many directions explain of the block: ``layer`` by rank, and of
@@ -178,7 +178,7 @@ class AuditWorker:
             with torch.inference_mode():
                 return self._look(task)
         except Exception as error:
-            return failure_of(task.task_id, task.group, error)
+            return failure_of(task.task_id, task.block, error)
 
     def _look(self, task: AuditTask) -> AuditResult:
         start = time.perf_counter()
@@ -205,16 +205,16 @@ class AuditWorker:
             for layer, path in task.references
             for row in _across(unfolding, layout, layer, path)
         ]
-        block = None
+        findings = None
         if task.whole:
-            block = _block(unfolding, layout, task) | {"entries": told}
+            findings = _block(unfolding, layout, task) | {"entries": told}
         return AuditResult(
             task_id=task.task_id,
             place=task.place,
             layer=task.layer,
-            group=task.group,
+            block=task.block,
             scope=task.scope,
-            block=block,
+            findings=findings,
             across=across,
             seconds=time.perf_counter() - start,
             peak_memory_bytes=peak_memory_bytes(self._device),

@@ -48,8 +48,8 @@ class Task:
         task_id: hash of everything that decides the payload's bytes (see
             `orchestrator.planning.plan`).
         layer: index of the decoder layer.
-        group: path of the block in the loaded model, ``"model.layers.0.self_attn"``.
-        tensor_prefix: path of the block in the checkpoint's tensor names; differs from `group`
+        block: path of the block in the loaded model, ``"model.layers.0.self_attn"``.
+        tensor_prefix: path of the block in the checkpoint's tensor names; differs from `block`
             only where the checkpoint leaves the base model's prefix out.
         tensors: module name -> its weight.
         layout: how the weights divide into slices.
@@ -68,7 +68,7 @@ class Task:
 
     task_id: str
     layer: int
-    group: str
+    block: str
     tensor_prefix: str
     tensors: dict[str, TensorRef]
     layout: GroupLayout
@@ -121,9 +121,9 @@ class Bundle:
         return self.tasks[0].task_id
 
     @property
-    def group(self) -> str:
+    def block(self) -> str:
         """Path of the block, the same for all tasks."""
-        return self.tasks[0].group
+        return self.tasks[0].block
 
     @property
     def dense_bytes(self) -> int:
@@ -142,7 +142,7 @@ class Finished:
 
     task_id: str
     layer: int
-    group: str
+    block: str
     tensors: tuple[str, ...]
     method: str
     pattern: str

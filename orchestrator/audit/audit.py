@@ -129,7 +129,7 @@ def audit(
     about = {
         "version": _VERSION,
         "source": {"config.json": source.config_json, "shards": sample_digests(source.index)},
-        "blocks": [group.group for group in groups],
+        "blocks": [group.block for group in groups],
         "keeps": keeps,
         "device": device,
         "threads": config.threads,
@@ -193,12 +193,12 @@ def _tasks(
         of_scope = [group for group in groups if group.scope == scope]
         if of_scope[1:]:
             references += [of_scope[i] for i in evenly(len(of_scope), REFERENCE_LAYERS)]
-    held = {group.group for group in references}
+    held = {group.block for group in references}
     first = [
         replace(_task(group, keeps), place=place, bases=str(bases / f"{place}.safetensors"))
         for place, group in enumerate(references)
     ]
-    second = [_task(group, keeps) for group in groups if group.group not in held]
+    second = [_task(group, keeps) for group in groups if group.block not in held]
     second += [
         replace(task, task_id=f"{task.task_id}, across layers", whole=False, bases="")
         for task in first
@@ -209,10 +209,10 @@ def _tasks(
 def _task(group: SliceGroup, keeps: tuple[float, ...]) -> AuditTask:
     dtype = DTYPES[next(iter(group.tensors.values())).dtype]
     return AuditTask(
-        task_id=group.group,
+        task_id=group.block,
         place=0,
         layer=group.layer,
-        group=group.group,
+        block=group.block,
         scope=group.scope,
         tensors=group.tensors,
         layout=group.layout,
@@ -224,7 +224,7 @@ def _task(group: SliceGroup, keeps: tuple[float, ...]) -> AuditTask:
 
 def _held_against(task: AuditTask, references: Sequence[AuditTask]) -> AuditTask:
     others = [
-        (r.layer, r.bases) for r in references if r.scope == task.scope and r.group != task.group
+        (r.layer, r.bases) for r in references if r.scope == task.scope and r.block != task.block
     ]
     return replace(task, references=tuple(others))
 
@@ -240,7 +240,7 @@ def _require_memory(needed: int, executor: Executor) -> None:
 
 def _merged(results: Sequence[AuditResult]) -> tuple[AuditResult, ...]:
     """One result for each block, by scope and layer."""
-    across = {result.group: result.across for result in results if result.block is None}
-    blocks = [result for result in results if result.block is not None]
-    blocks.sort(key=lambda result: (result.scope, result.layer, result.group))
-    return tuple(replace(one, across=one.across or across.get(one.group, [])) for one in blocks)
+    across = {result.block: result.across for result in results if result.findings is None}
+    blocks = [result for result in results if result.findings is not None]
+    blocks.sort(key=lambda result: (result.scope, result.layer, result.block))
+    return tuple(replace(one, across=one.across or across.get(one.block, [])) for one in blocks)

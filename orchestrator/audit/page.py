@@ -76,13 +76,13 @@ def _tables(found: Row) -> Row:
         for index, value in one["points"]
     ]
     predictions = [
-        {"layer": None, "group": f"all of {scope['scope']}", "scope": scope["scope"]} | one
+        {"layer": None, "block": f"all of {scope['scope']}", "scope": scope["scope"]} | one
         for scope in found["scopes"]
         for one in scope["predictions"]
     ]
     predictions += [_of(block) | one for block in blocks for one in block["block"]["predictions"]]
     across = [_of(block) | one for block in blocks for one in block["across"]]
-    of = ("layer", "group", "scope")
+    of = ("layer", "block", "scope")
     errors = ("method", "keep", "stored_keep", "relative_error", "operator_error")
     explained = ("reference", "kind", "rank", "energy", "baseline", "optimum", "margin")
     return {
@@ -94,7 +94,7 @@ def _tables(found: Row) -> Row:
 
 
 def _of(block: Row) -> Row:
-    return {key: block[key] for key in ("layer", "group", "scope")}
+    return {key: block[key] for key in ("layer", "block", "scope")}
 
 
 def _size(block: Row, explained: Row) -> int:

@@ -60,7 +60,7 @@ def describe(audit: Audit) -> dict[str, Any]:
     scopes = []
     for scope, results in by_scope(audit).items():
         predictions = together(results)
-        margins = [margin_of(r.block) for r in results if r.block is not None]
+        margins = [margin_of(r.findings) for r in results if r.findings is not None]
         scopes.append(
             {
                 "scope": scope,
@@ -71,12 +71,12 @@ def describe(audit: Audit) -> dict[str, Any]:
         )
     blocks = []
     for result in audit.results:
-        assert result.block is not None
+        assert result.findings is not None
         plain = asdict(result)
         del plain["task_id"], plain["place"], plain["worker"], plain["seconds"]
         del plain["peak_memory_bytes"]
         plain["across"] = across_rows(result)
-        found = verdict(result.block["predictions"], margin_of(result.block))
+        found = verdict(result.findings["predictions"], margin_of(result.findings))
         blocks.append(plain | {"verdict": found})
     return {
         "model": audit.model,

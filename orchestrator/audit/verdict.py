@@ -151,7 +151,7 @@ def together(results: Sequence[AuditResult]) -> list[Row]:
         Rows with ``method``, ``keep``, ``stored_keep``, ``relative_error`` over all blocks,
         ``operator_error`` of the worst, for what every block has.
     """
-    blocks = [result.block for result in results if result.block is not None]
+    blocks = [result.findings for result in results if result.findings is not None]
     found: dict[tuple[str, float], list[tuple[Row, Row]]] = {}
     for block in blocks:
         for one in block["predictions"]:
@@ -178,8 +178,8 @@ def together(results: Sequence[AuditResult]) -> list[Row]:
 
 def across_rows(result: AuditResult) -> list[Row]:
     """What reference layers' bases explain of a block, with the optimum and the margin."""
-    assert result.block is not None
-    optimum, rows = result.block["optimum"], []
+    assert result.findings is not None
+    optimum, rows = result.findings["optimum"], []
     for row in result.across:
         best = optimum["layer"][str(row["rank"])] if row["kind"] == "layer" else optimum["unit"]
         margin = math.nan

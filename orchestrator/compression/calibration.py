@@ -7,7 +7,7 @@
         work
 
 A file has, for each input of its block (see `workers.calibration.statistics`), under the name
-`<group>.<input>`:
+`<block>.<input>`:
 
     <name>               X^T X, summed over the tokens, ``(n, n)``, float32
     <name>.mean_abs      mean of |x| of each channel, ``(n,)``, float32
@@ -96,7 +96,7 @@ def blocks_of(tasks: Iterable[Task]) -> list[CalibratedBlock]:
     return [
         CalibratedBlock(
             task.layer,
-            task.group,
+            task.block,
             {module.name: module.reads for module in task.layout.modules},
             {m.reads: task.layout.weight_shape(m)[1] for m in task.layout.modules},
         )
@@ -109,7 +109,7 @@ def with_metrics(task: TaskT, calibration: Calibration) -> TaskT:
     metrics = {}
     for reads in {module.reads: None for module in task.layout.modules}:
         for suffix in ("", *(f".{one}" for one in STATISTICS)):
-            if (ref := calibration.refs.get(f"{task.group}.{reads}{suffix}")) is not None:
+            if (ref := calibration.refs.get(f"{task.block}.{reads}{suffix}")) is not None:
                 metrics[reads + suffix] = ref
     return replace(task, metric_tensors=metrics)
 
@@ -281,7 +281,7 @@ def _items(
         items += [
             CalibrationPiece(
                 task_id=_piece_id(layer, piece),
-                group=f"layer {layer}, samples from {piece * length}",
+                block=f"layer {layer}, samples from {piece * length}",
                 layer=layer,
                 piece=piece,
                 blocks=here,
@@ -299,7 +299,7 @@ def _items(
             due.append(
                 CalibrationSum(
                     task_id=f"{layer:04d}-sum",
-                    group=f"layer {layer}, sums",
+                    block=f"layer {layer}, sums",
                     layer=layer,
                     pieces=len(pieces),
                     blocks=here,

@@ -188,7 +188,7 @@ def _run_pass(waiting: Sequence[_Compression], executor: Executor, reuse_bytes: 
     members: dict[str, list[tuple[_Compression, Task]]] = {}
     for run, request in requests.items():
         for task in request.tasks:
-            members.setdefault(task.group, []).append((run, task))
+            members.setdefault(task.block, []).append((run, task))
     bundles = [
         Bundle(
             tuple(task for _, task in group),
@@ -198,7 +198,7 @@ def _run_pass(waiting: Sequence[_Compression], executor: Executor, reuse_bytes: 
     ]
     # Largest first: small ones fill up the time when workers run out of work.
     bundles.sort(key=lambda bundle: bundle.dense_bytes, reverse=True)
-    groups = {bundle.task_id: members[bundle.group] for bundle in bundles}
+    groups = {bundle.task_id: members[bundle.block] for bundle in bundles}
 
     def notify(event: Event) -> None:
         for run, task in groups[event.task_id]:

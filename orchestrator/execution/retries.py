@@ -62,7 +62,7 @@ class Attempt:
     @property
     def name(self) -> str:
         """What messages call it."""
-        return str(getattr(self.item, "group", self.item.task_id))
+        return str(getattr(self.item, "block", self.item.task_id))
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Quality:
     Attributes:
         task: ``"text"``, or a task of lm-eval.
         metric: its metric.
-        filter: lm-eval's filter of the answers; ``"none"`` where there is none.
+        answer_filter: lm-eval's filter of the answers; ``"none"`` where there is none.
         value: the figure.
         stderr: its standard error; None where it has none.
         difference: to the dense model, whose own is 0.
@@ -40,7 +40,7 @@ class Quality:
 
     task: str
     metric: str
-    filter: str
+    answer_filter: str
     value: float
     stderr: float | None
     difference: float
@@ -125,13 +125,13 @@ def task_qualities(
                 Quality(
                     entry["task"],
                     entry["metric"],
-                    entry["filter"],
+                    entry["answer_filter"],
                     entry["models"][1]["value"],
                     entry["models"][1]["stderr"],
                     entry["difference"],
                     entry["difference_stderr"],
                     entry["higher_is_better"],
-                    main=main[entry["task"]] == (entry["metric"], entry["filter"]),
+                    main=main[entry["task"]] == (entry["metric"], entry["answer_filter"]),
                 )
                 for entry in entries
             )
@@ -143,7 +143,7 @@ def _main_figures(entries: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str
     """The metric and filter by which each task is shown."""
     figures: dict[str, list[tuple[str, str]]] = {}
     for entry in entries:
-        figures.setdefault(entry["task"], []).append((entry["metric"], entry["filter"]))
+        figures.setdefault(entry["task"], []).append((entry["metric"], entry["answer_filter"]))
     return {
         task: next((one for one in _MAIN if one in found), found[0])
         for task, found in figures.items()

@@ -182,7 +182,7 @@ class Manifest:
         at = time.time_ns()
         name = f"{at:020d}-{task.task_id[:16]}.parquet"
         worker = row["worker"] or None
-        row |= {"at": at // 1000, "layer": task.layer, "group": task.group, "worker": worker}
+        row |= {"time": at // 1000, "layer": task.layer, "block": task.block, "worker": worker}
         row["node"] = worker and worker.rpartition(":")[0]
         write_part(part_path(self.directory, EVENTS, name), [row], EVENTS)
 

@@ -23,7 +23,7 @@ from workers.storage.files import AnyPath, in_parallel, is_directory, is_file, l
 from workers.storage.json_files import read_json
 from workers.storage.names import MANIFEST_DIR
 
-_PLANNED = {"task_id": str, "layer": int, "group": str, "byte_budget": int}
+_PLANNED = {"task_id": str, "layer": int, "block": str, "byte_budget": int}
 _CALIBRATION = ("calibration", re.compile(r"layer-.*\.safetensors"))
 """In a run directory, and its finished files; see `orchestrator.compression.calibration`."""
 _FIGURES = (
@@ -200,7 +200,7 @@ def _check_manifest(manifest: Manifest) -> tuple[list[dict[str, Any]], list[str]
         if found != expected:
             problems.append(
                 f"{manifest.directory} has {found} rows in slices for task {row['task_id']} "
-                f"({row['group']}), which has {expected} slices"
+                f"({row['block']}), which has {expected} slices"
             )
     return rows, problems
 

@@ -56,7 +56,7 @@ def predict_seconds(plan: Plan, device: str, threads: int) -> dict[str, float]:
                 kind = (task.layout, how, round(planned.keep, 3))
                 if kind not in known:
                     known[kind] = sum(_seconds(planned, torch.device(device), p) for p in passes)
-                predicted[task.group] = known[kind]
+                predicted[task.block] = known[kind]
     finally:
         torch.set_num_threads(before)
     return predicted

@@ -160,7 +160,7 @@ def test_anything_may_die_and_no_byte_changes(
         dict.fromkeys(started, 1)
     )
     assert {"Interrupted", "NodeLost", "WorkerDied"} >= {retry["cause"] for retry in told}
-    assert all(retry["group"].startswith("model.layers.") and retry["message"] for retry in told)
+    assert all(retry["block"].startswith("model.layers.") and retry["message"] for retry in told)
     rows = Manifest(run.out / "manifest").groups().to_pylist()
     assert len(rows) == LAYERS
     # Within one call, a result's attempt says how many were lost before it.

@@ -60,7 +60,7 @@ def expert_entries() -> list[dict[str, Any]]:
         W = torch.randn(group.layout.width, group.layout.elements // group.layout.width)
         budget, args = 2 * group.layout.elements, MethodArgs(td_moe_mode="compress")
         done = METHODS["td_moe"].decompose(W, group.layout, budget, torch.float32, args)
-        found.append(done.decomposition.describe(group.group))
+        found.append(done.decomposition.describe(group.block))
     return found
 
 

@@ -54,25 +54,25 @@ class CalibratedBlock:
 
     Attributes:
         layer: index of the decoder layer.
-        group: path of the block in the loaded model, ``"model.layers.7.self_attn"``.
+        path: path of the block in the loaded model, ``"model.layers.7.self_attn"``.
         modules: module of the block -> name of the input that it reads.
         widths: name of the input -> its channels.
     """
 
     layer: int
-    group: str
+    path: str
     modules: dict[str, str]
     widths: dict[str, int]
 
     @property
     def layers(self) -> str:
         """Path of the list of decoder layers, ``"model.layers"``."""
-        return f"{self.group}.".partition(f".{self.layer}.")[0]
+        return f"{self.path}.".partition(f".{self.layer}.")[0]
 
     @property
     def file(self) -> str:
         """Name of the file of its Gram matrices."""
-        block = f"{self.group}.".partition(f".{self.layer}.")[2].rstrip(".")
+        block = f"{self.path}.".partition(f".{self.layer}.")[2].rstrip(".")
         return f"layer-{self.layer:05d}-{block or 'layer'}.safetensors"
 
 
@@ -82,7 +82,7 @@ class CalibrationPiece:
 
     Attributes:
         task_id: its id among those of the calibration.
-        group: names it in messages.
+        block: names it in messages.
         layer: index of the layer.
         piece: index of the piece.
         blocks: whose inputs are wanted, of this layer.
@@ -93,7 +93,7 @@ class CalibrationPiece:
     """
 
     task_id: str
-    group: str
+    block: str
     layer: int
     piece: int
     blocks: tuple[CalibratedBlock, ...]
@@ -108,7 +108,7 @@ class CalibrationSum:
     """The Gram matrices of one layer, to be added up over all pieces, in their order."""
 
     task_id: str
-    group: str
+    block: str
     layer: int
     pieces: int
     blocks: tuple[CalibratedBlock, ...]
@@ -202,7 +202,7 @@ class CalibrationWorker:
             seconds = {"calibrate": time.perf_counter() - start}
             return Calibrated(item.task_id, item.dense_bytes, seconds, self._name)
         except Exception as error:
-            return failure_of(item.task_id, item.group, error)
+            return failure_of(item.task_id, item.block, error)
 
     def _pass_through(self, item: CalibrationPiece) -> None:
         given: list[Tensor] | Tensor
@@ -215,7 +215,7 @@ class CalibrationWorker:
             given = read_tensor(read_header(_readable(before))["hidden"])
         self._model.load(item.layer)
         model = self._model.model
-        watched = [watched_inputs(model, block.group, block.modules) for block in item.blocks]
+        watched = [watched_inputs(model, block.path, block.modules) for block in item.blocks]
         watch = Watch(model, list(chain.from_iterable(watched)))
         hidden = []
         for window in given:
@@ -230,7 +230,7 @@ class CalibrationWorker:
         for block in item.blocks:
             tensors: dict[str, Tensor] = {}
             for reads in block.widths:
-                name = f"{block.group}.{reads}"
+                name = f"{block.path}.{reads}"
                 if name in watch.found:
                     found = watch.found.pop(name).named_tensors(name)
                     tensors |= {name: tensor.cpu() for name, tensor in found.items()}
@@ -255,7 +255,7 @@ class CalibrationWorker:
             headers = [read_header(_readable(path)) for path in paths]
             tensors: dict[str, Tensor] = {}
             for reads, width in block.widths.items():
-                tensors |= _sum(f"{block.group}.{reads}", width, headers)
+                tensors |= _sum(f"{block.path}.{reads}", width, headers)
             _write(self._directory / block.file, tensors)
             del tensors
             for path in paths:

@@ -47,7 +47,7 @@ def test_every_task_gets_seconds(tiny_llama):
     threads = torch.get_num_threads()
     seconds = predict_seconds(plan, "cpu", 1)
     assert torch.get_num_threads() == threads
-    assert seconds.keys() == {planned.task.group for planned in plan.tasks}
+    assert seconds.keys() == {planned.task.block for planned in plan.tasks}
     assert all(0 < value < math.inf for value in seconds.values())
     assert len(set(seconds.values())) == 2  # one for each kind: the same layout at two budgets
 
