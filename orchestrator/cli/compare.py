@@ -12,36 +12,25 @@ from lestd_kernels.errors import LestdError
 from orchestrator.cli.application import app
 from orchestrator.cli.evaluate import examine
 from orchestrator.cli.options import (
-    Address,
-    AllocationOption,
-    BatchSize,
-    CalibrateOn,
-    ClusterFile,
-    ComputeDtype,
-    ConfigFile,
-    Data,
-    DeviceOption,
-    Exclude,
-    ExecutorOption,
-    Fewshot,
-    Include,
-    IncludePath,
+    OUTPUT,
+    Given,
     Json,
-    Limit,
     LogFormatOption,
-    MaxWindows,
-    Model,
-    Revision,
-    Samples,
-    SampleTokens,
-    ScopeOption,
-    Tasks,
-    Text,
-    Threads,
-    Window,
-    Workers,
     absolute,
+    options,
     refuse_unused,
+)
+from orchestrator.config.options import (
+    Allocation,
+    CalibrationText,
+    Checkpoint,
+    Cluster,
+    ClusterFile,
+    ConfigFile,
+    Evaluation,
+    Host,
+    Weights,
+    chosen,
 )
 from orchestrator.console import logs
 from orchestrator.console.logs import LogFormat
@@ -50,6 +39,17 @@ _SPEED_TOKENS = (64, 33)
 
 
 @app.command(rich_help_panel="Judge and compare")
+@options(
+    Evaluation,
+    Checkpoint,
+    Weights,
+    ConfigFile,
+    Allocation,
+    CalibrationText,
+    Host,
+    Cluster,
+    ClusterFile,
+)
 def compare(
     methods: Annotated[
         str,
@@ -66,37 +66,20 @@ def compare(
             callback=absolute,
         ),
     ],
-    model: Model = None,
-    text: Text = None,
-    tasks: Tasks = None,
-    calibrate_on: CalibrateOn = None,
-    samples: Samples = None,
-    sample_tokens: SampleTokens = None,
+    given: Given,
     speed: Annotated[
-        bool, typer.Option(help="Time decoding of every model beside the dense one.")
+        bool,
+        typer.Option(
+            help="Time decoding of every model beside the dense one.", rich_help_panel="Evaluation"
+        ),
     ] = True,
-    revision: Revision = None,
-    scope: ScopeOption = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    allocation: AllocationOption = None,
-    config: ConfigFile = None,
-    window: Window = None,
-    max_windows: MaxWindows = None,
-    data: Data = None,
-    include_path: IncludePath = None,
-    limit: Limit = None,
-    fewshot: Fewshot = None,
-    batch_size: BatchSize = None,
-    dtype: ComputeDtype = "auto",
-    device: DeviceOption = None,
-    threads: Threads = None,
-    executor: ExecutorOption = None,
-    workers: Workers = None,
-    address: Address = None,
-    cluster: ClusterFile = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Compress anew what an earlier call left in DIR.")
+        bool,
+        typer.Option(
+            "--fresh",
+            help="Compress anew what an earlier call left in DIR.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
     log_format: LogFormatOption = LogFormat.text,
     json: Json = False,
@@ -106,13 +89,13 @@ def compare(
     Errors of the weights, perplexity, tasks, time and decode speed, in one table and plot. The same
     command again continues; sizes that a method does not reach are left out, with the reason.
     """
-    given = dict(locals())
-    judged = text is not None or tasks is not None
+    asked = chosen(Evaluation, given)
+    judged = asked.text is not None or asked.tasks is not None
     refuse_unused(given)
     from orchestrator.cli.summary import print_outcome
     from orchestrator.config.cluster import cluster_options
     from orchestrator.config.layers import parse_keeps
-    from orchestrator.config.run import RunFile, run_options
+    from orchestrator.config.run import run_options
     from orchestrator.console.plots import check_plot
     from orchestrator.execution.open import open_executor
     from orchestrator.execution.ray.jobs import jobs_address, run_as_job
@@ -131,16 +114,14 @@ def compare(
     from workers.bench import BenchSettings
 
     logs.use(log_format)
-    options = {k: v for k, v in given.items() if k in RunFile.model_fields and k != "model"}
     contenders = parse_contenders(methods)
     configs: dict[Any, dict[float, Any]] = {}
     for contender in contenders:
         own = {"method": contender.method, **contender.options}
         configs[contender] = {}
         for one in parse_keeps(keep):
-            name, revision, chosen = run_options(model, config, options | own | {"keep": one})
-            configs[contender][one] = chosen
-    cluster_config = cluster_options(cluster, executor=executor, workers=workers, address=address)
+            name, revision, configs[contender][one] = run_options(given | {"keep": one}, own)
+    cluster_config = cluster_options(given)
     if jobs := jobs_address(cluster_config):
         there = {key: value for key, value in given.items() if key != "speed"}
         there |= {"model": name, "no_speed": not speed}
@@ -148,10 +129,10 @@ def compare(
 
     source = resolve_source(name, revision)
     first = next(iter(configs[contenders[0]].values()))
-    common = {"dtype": dtype, "device": first.device, "threads": first.threads}
-    examination = None if tasks is None else examine(given, common)
+    common = {"dtype": asked.dtype, "device": first.device, "threads": first.threads}
+    examination = None if asked.tasks is None else examine(asked, common)
     if judged or speed:
-        check_judgeable(source, text, window)
+        check_judgeable(source, asked.text, asked.window)
     missing: list[Any] = []
     for contender in contenders:
         configs[contender], left_out = feasible(source, contender, configs[contender])
@@ -164,7 +145,7 @@ def compare(
         check_plot(plot)
     timing = None
     if speed:
-        timing = BenchSettings(*_SPEED_TOKENS, 1, dtype, first.device, None)
+        timing = BenchSettings(*_SPEED_TOKENS, 1, asked.dtype, first.device, None)
     try:
         with open_executor(cluster_config) as runner:
             chosen_ones = {c: by_keep for c, by_keep in configs.items() if by_keep}
@@ -191,9 +172,9 @@ def compare(
                     models,
                     out,
                     runner,
-                    text=text,
-                    window=window,
-                    settings={**common, "max_windows": max_windows},
+                    text=asked.text,
+                    window=asked.window,
+                    settings={**common, "max_windows": asked.max_windows},
                     examination=examination,
                 )
         rows = comparison_rows(source, outcomes, out, qualities, calibration, timing)
@@ -208,5 +189,5 @@ def compare(
     save_markdown(rows, missing, title, table)
     if plot is not None:
         save_comparison(rows, title, plot)
-    asked = {"text": text and str(text), "tasks": tasks, "table": str(table)}
-    print_rows(rows, missing, asked | {"plot": plot and str(plot)}, json)
+    shown = {"text": asked.text and str(asked.text), "tasks": asked.tasks, "table": str(table)}
+    print_rows(rows, missing, shown | {"plot": plot and str(plot)}, json)

@@ -9,56 +9,50 @@ from typing import Annotated, Any
 import typer
 
 from lestd_kernels.errors import LestdError
+from lestd_kernels.options import MethodOptions
 from orchestrator.cli.application import app
 from orchestrator.cli.evaluate import examine
 from orchestrator.cli.options import (
-    Address,
-    AllocationOption,
-    BatchSize,
-    CalibrateOn,
+    OUTPUT,
     CalibrationDir,
-    ClusterFile,
-    ComputeDtype,
-    ConfigFile,
-    Data,
-    DeviceOption,
-    Exclude,
-    ExecutorOption,
-    FactorBits,
-    Fewshot,
-    Include,
-    IncludePath,
+    Given,
     Json,
-    KeepOutliers,
-    Limit,
     LogFormatOption,
-    MaxFlops,
-    MaxWindows,
-    MethodOption,
-    MetricOption,
-    Model,
-    PatternOption,
-    Revision,
-    Samples,
-    SampleTokens,
-    ScopeOption,
-    Tasks,
-    TdMoeModeOption,
-    Text,
-    Threads,
-    TypeModeOption,
-    ValueBits,
-    WhiteningOption,
-    Window,
-    Workers,
     absolute,
+    options,
     refuse_unused,
+)
+from orchestrator.config.options import (
+    Allocation,
+    CalibrationText,
+    Checkpoint,
+    Cluster,
+    ClusterFile,
+    ConfigFile,
+    Evaluation,
+    Host,
+    MethodChoice,
+    Weights,
+    chosen,
 )
 from orchestrator.console import logs
 from orchestrator.console.logs import LogFormat
 
 
 @app.command(rich_help_panel="Judge and compare")
+@options(
+    Evaluation,
+    Checkpoint,
+    Weights,
+    ConfigFile,
+    MethodChoice,
+    Allocation,
+    MethodOptions,
+    CalibrationText,
+    Host,
+    Cluster,
+    ClusterFile,
+)
 def sweep(
     keep: Annotated[str, typer.Option(help="Several keeps, like 0.8,0.6,0.4,0.2.")],
     out: Annotated[
@@ -68,52 +62,23 @@ def sweep(
             callback=absolute,
         ),
     ],
-    model: Model = None,
-    text: Text = None,
-    tasks: Tasks = None,
+    given: Given,
+    calibration: CalibrationDir = None,
     plot: Annotated[
         Path | None,
         typer.Option(
             help="Draw size against quality to this .png or .svg; needs matplotlib.",
             show_default="DIR/sweep.png",
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
-    revision: Revision = None,
-    scope: ScopeOption = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    allocation: AllocationOption = None,
-    method: MethodOption = None,
-    type_mode: TypeModeOption = None,
-    pattern: PatternOption = None,
-    max_flops: MaxFlops = None,
-    metric: MetricOption = None,
-    calibrate_on: CalibrateOn = None,
-    samples: Samples = None,
-    sample_tokens: SampleTokens = None,
-    calibration: CalibrationDir = None,
-    value_bits: ValueBits = None,
-    factor_bits: FactorBits = None,
-    keep_outliers: KeepOutliers = None,
-    td_moe_mode: TdMoeModeOption = None,
-    whitening: WhiteningOption = None,
-    config: ConfigFile = None,
-    window: Window = None,
-    max_windows: MaxWindows = None,
-    data: Data = None,
-    include_path: IncludePath = None,
-    limit: Limit = None,
-    fewshot: Fewshot = None,
-    batch_size: BatchSize = None,
-    dtype: ComputeDtype = "auto",
-    device: DeviceOption = None,
-    threads: Threads = None,
-    executor: ExecutorOption = None,
-    workers: Workers = None,
-    address: Address = None,
-    cluster: ClusterFile = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Compress anew what an earlier sweep left in DIR.")
+        bool,
+        typer.Option(
+            "--fresh",
+            help="Compress anew what an earlier sweep left in DIR.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
     log_format: LogFormatOption = LogFormat.text,
     json: Json = False,
@@ -123,8 +88,8 @@ def sweep(
     Size against quality, with the dense model as the line to beat. The weights are read, and Stage
     I is done, once for all sizes. Without --text and --tasks nothing is judged or drawn.
     """
-    given = dict(locals())
-    judged = text is not None or tasks is not None
+    asked = chosen(Evaluation, given)
+    judged = asked.text is not None or asked.tasks is not None
     if plot is not None and not judged:
         raise LestdError(
             "--plot draws size against quality; give --text or --tasks, or leave --plot out"
@@ -133,7 +98,7 @@ def sweep(
     from orchestrator.cli.summary import print_outcome
     from orchestrator.config.cluster import cluster_options
     from orchestrator.config.layers import parse_keeps
-    from orchestrator.config.run import RunFile, run_options
+    from orchestrator.config.run import run_options
     from orchestrator.console.plots import check_plot
     from orchestrator.execution.open import open_executor
     from orchestrator.execution.ray.jobs import jobs_address, run_as_job
@@ -149,20 +114,19 @@ def sweep(
     from orchestrator.source.checkpoint import resolve_source
 
     logs.use(log_format)
-    options = {k: v for k, v in given.items() if k in RunFile.model_fields and k != "model"}
     configs = {}
     for one in parse_keeps(keep):
-        name, revision, configs[one] = run_options(model, config, options | {"keep": one})
-    cluster_config = cluster_options(cluster, executor=executor, workers=workers, address=address)
+        name, revision, configs[one] = run_options(given | {"keep": one})
+    cluster_config = cluster_options(given)
     if jobs := jobs_address(cluster_config):
         raise typer.Exit(run_as_job(jobs, "sweep", given | {"model": name}, cluster_config))
 
     source = resolve_source(name, revision)
     first = next(iter(configs.values()))
-    common = {"dtype": dtype, "device": first.device, "threads": first.threads}
-    examination = None if tasks is None else examine(given, common)
+    common = {"dtype": asked.dtype, "device": first.device, "threads": first.threads}
+    examination = None if asked.tasks is None else examine(asked, common)
     if judged:
-        check_judgeable(source, text, window)
+        check_judgeable(source, asked.text, asked.window)
         if plot is None and importlib.util.find_spec("matplotlib") is not None:
             plot = out / "sweep.png"
     out.mkdir(parents=True, exist_ok=True)
@@ -186,9 +150,9 @@ def sweep(
                     [model_dir(out, one) for one in outcomes],
                     out,
                     runner,
-                    text=text,
-                    window=window,
-                    settings={**common, "max_windows": max_windows},
+                    text=asked.text,
+                    window=asked.window,
+                    settings={**common, "max_windows": asked.max_windows},
                     examination=examination,
                 )
     except KeyboardInterrupt:
@@ -200,5 +164,5 @@ def sweep(
     points = sweep_points(source, outcomes, out, qualities)
     if plot is not None:
         save_curve(points, f"{name}, {first.method}", plot)
-    asked = {"text": text and str(text), "tasks": tasks, "plot": plot and str(plot)}
-    print_sweep(points, asked, json)
+    shown = {"text": asked.text and str(asked.text), "tasks": asked.tasks}
+    print_sweep(points, shown | {"plot": plot and str(plot)}, json)
