@@ -9,15 +9,15 @@ import typer
 
 from lestd_kernels.errors import LestdError
 from orchestrator.cli.application import app, require_folder
-from orchestrator.cli.options import OUTPUT, Given, Json, LogFormatOption, options
-from orchestrator.config.options import Checkpoint, Cluster, ClusterFile, Host, Weights
+from orchestrator.cli.options import Given, Json, LogFormatOption, options, output_option
+from orchestrator.config.options import HOSTS, Checkpoint, Weights
 from orchestrator.console import logs, output
 from orchestrator.console.logs import LogFormat
 from workers.storage.files import as_path, atomic_write
 
 
 @app.command(rich_help_panel="Compress a model")
-@options(Checkpoint, Weights, Host, Cluster, ClusterFile)
+@options(Checkpoint, Weights, *HOSTS)
 def audit(
     model: Annotated[
         str,
@@ -36,11 +36,10 @@ def audit(
     ] = None,
     run_dir: Annotated[
         Path | None,
-        typer.Option(
+        output_option(
             help="Where finished blocks are kept.",
             show_default="MODEL.audit, beside a local MODEL",
             parser=as_path,
-            rich_help_panel=OUTPUT,
         ),
     ] = None,
     log_format: LogFormatOption = LogFormat.text,

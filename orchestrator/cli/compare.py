@@ -12,7 +12,7 @@ from lestd_kernels.errors import LestdError
 from orchestrator.cli.application import app
 from orchestrator.cli.evaluate import examine
 from orchestrator.cli.options import (
-    OUTPUT,
+    Fresh,
     Given,
     Json,
     LogFormatOption,
@@ -20,18 +20,7 @@ from orchestrator.cli.options import (
     options,
     refuse_unused,
 )
-from orchestrator.config.options import (
-    Allocation,
-    CalibrationText,
-    Checkpoint,
-    Cluster,
-    ClusterFile,
-    ConfigFile,
-    Evaluation,
-    Host,
-    Weights,
-    chosen,
-)
+from orchestrator.config.options import HOSTS, RUN, Evaluation, chosen
 from orchestrator.console import logs
 from orchestrator.console.logs import LogFormat
 
@@ -39,17 +28,7 @@ _SPEED_TOKENS = (64, 33)
 
 
 @app.command(rich_help_panel="Judge and compare")
-@options(
-    Evaluation,
-    Checkpoint,
-    Weights,
-    ConfigFile,
-    Allocation,
-    CalibrationText,
-    Host,
-    Cluster,
-    ClusterFile,
-)
+@options(Evaluation, *RUN, *HOSTS)
 def compare(
     methods: Annotated[
         str,
@@ -73,14 +52,7 @@ def compare(
             help="Time decoding of every model beside the dense one.", rich_help_panel="Evaluation"
         ),
     ] = True,
-    fresh: Annotated[
-        bool,
-        typer.Option(
-            "--fresh",
-            help="Compress anew what an earlier call left in DIR.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = False,
+    fresh: Fresh = False,
     log_format: LogFormatOption = LogFormat.text,
     json: Json = False,
 ) -> None:

@@ -9,11 +9,10 @@ from typing import Annotated
 import typer
 
 from lestd_kernels.errors import LestdError
-from lestd_kernels.options import MethodOptions
 from orchestrator.cli.application import app
 from orchestrator.cli.options import (
-    OUTPUT,
     CalibrationDir,
+    Fresh,
     Given,
     Json,
     LogFormatOption,
@@ -21,37 +20,16 @@ from orchestrator.cli.options import (
     RunDir,
     Time,
     options,
+    output_option,
 )
-from orchestrator.config.options import (
-    Allocation,
-    CalibrationText,
-    Checkpoint,
-    Cluster,
-    ClusterFile,
-    ConfigFile,
-    Host,
-    MethodChoice,
-    Target,
-    Weights,
-)
+from orchestrator.config.options import HOSTS, METHOD, RUN, Target
 from orchestrator.console import logs, output
 from orchestrator.console.logs import LogFormat
 from workers.storage.files import as_path
 
-_RUN = (
-    Checkpoint,
-    Target,
-    Weights,
-    ConfigFile,
-    MethodChoice,
-    Allocation,
-    MethodOptions,
-    CalibrationText,
-)
-
 
 @app.command(rich_help_panel="Compress a model")
-@options(*_RUN)
+@options(Target, *RUN, *METHOD)
 def plan(given: Given, time: Time = False, json: Json = False) -> None:
     """Show what a compression would do: reads headers only, writes nothing."""
     from orchestrator.cli.summary import describe_plan, print_plan
@@ -65,7 +43,7 @@ def plan(given: Given, time: Time = False, json: Json = False) -> None:
 
 
 @app.command(rich_help_panel="Compress a model")
-@options(*_RUN, Host, Cluster, ClusterFile)
+@options(Target, *RUN, *METHOD, *HOSTS)
 def compress(
     out: Annotated[
         Path, typer.Option(help="Directory of the compressed model, or URL.", parser=as_path)
@@ -73,19 +51,9 @@ def compress(
     given: Given,
     calibration: CalibrationDir = None,
     run_dir: RunDir = None,
-    fresh: Annotated[
-        bool,
-        typer.Option(
-            "--fresh",
-            help="Forget what an earlier run left at OUT and start over.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = False,
+    fresh: Fresh = False,
     dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Show the plan and stop before any work.", rich_help_panel=OUTPUT
-        ),
+        bool, output_option("--dry-run", help="Show the plan and stop before any work.")
     ] = False,
     time: Time = False,
     log_format: LogFormatOption = LogFormat.text,

@@ -12,14 +12,14 @@ import typer
 from lestd_kernels.errors import LestdError
 from orchestrator.cli.application import app
 from orchestrator.cli.options import (
-    OUTPUT,
     Given,
     Json,
     LogFormatOption,
     options,
+    output_option,
     refuse_unused,
 )
-from orchestrator.config.options import Cluster, ClusterFile, Evaluation, Host, chosen
+from orchestrator.config.options import HOSTS, Evaluation, Host, chosen
 from orchestrator.console import logs, output
 from orchestrator.console.logs import LogFormat
 from workers.storage.files import as_path
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # It imports lm_eval.
 
 
 @app.command(rich_help_panel="Judge and compare")
-@options(Evaluation, Host, Cluster, ClusterFile)
+@options(Evaluation, *HOSTS)
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Directory of a compressed or a dense model.")],
     given: Given,
@@ -46,20 +46,14 @@ def evaluate(
         ),
     ] = None,
     log_samples: Annotated[
-        bool,
-        typer.Option(
-            "--log-samples",
-            help="Keep what was asked and answered, in RUN_DIR.",
-            rich_help_panel=OUTPUT,
-        ),
+        bool, output_option("--log-samples", help="Keep what was asked and answered, in RUN_DIR.")
     ] = False,
     run_dir: Annotated[
         Path | None,
-        typer.Option(
+        output_option(
             help="Where finished parts are kept.",
             show_default="MODEL.eval, beside MODEL",
             parser=as_path,
-            rich_help_panel=OUTPUT,
         ),
     ] = None,
     log_format: LogFormatOption = LogFormat.text,

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from orchestrator.cli.application import app
-from orchestrator.cli.options import OUTPUT, Given, Json, absolute, options
+from orchestrator.cli.options import Given, Json, absolute, options, output_option
 from orchestrator.config.options import Checkpoint, Host, Precision, chosen
 from orchestrator.console import output
 from orchestrator.console.progress_bar import Meter
@@ -87,10 +87,7 @@ def bench(
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(
-            help="Draw the figures too: FILE.png or FILE.svg; needs lestd[report].",
-            rich_help_panel=OUTPUT,
-        ),
+        output_option(help="Draw the figures too: FILE.png or FILE.svg; needs lestd[report]."),
     ] = None,
     json: Json = False,
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from functools import wraps
+from functools import partial, wraps
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,13 +17,13 @@ from orchestrator.config.options import Described, described
 from orchestrator.console.logs import LogFormat
 from workers.storage.files import as_path
 
-OUTPUT = "Output"
-
 
 def absolute(path: Path | None) -> Path | None:
     """An absolute path without ``..``; unlike `Path.resolve`, a link at its end is kept."""
     return path and Path(os.path.abspath(path))  # noqa: PTH100
 
+
+output_option = partial(typer.Option, rich_help_panel="Output")
 
 # Typer knows no unions: what `as_path` returns is an `AnyPath`.
 Out = Annotated[
@@ -32,12 +32,7 @@ Out = Annotated[
 ]
 RunDir = Annotated[
     Path | None,
-    typer.Option(
-        help="Run directory.",
-        show_default="OUT.run, beside OUT",
-        parser=as_path,
-        rich_help_panel=OUTPUT,
-    ),
+    output_option(help="Run directory.", show_default="OUT.run, beside OUT", parser=as_path),
 ]
 CalibrationDir = Annotated[
     Path | None,
@@ -49,23 +44,17 @@ CalibrationDir = Annotated[
         rich_help_panel="Calibration",
     ),
 ]
+Fresh = Annotated[
+    bool,
+    output_option("--fresh", help="Forget what an earlier call left at --out, and start over."),
+]
 Time = Annotated[
     bool,
-    typer.Option(
-        "--time",
-        help="Predict the time as well: measures this machine briefly.",
-        rich_help_panel=OUTPUT,
-    ),
+    output_option("--time", help="Predict the time as well: measures this machine briefly."),
 ]
-Json = Annotated[
-    bool,
-    typer.Option("--json", help="Print one JSON object instead of tables.", rich_help_panel=OUTPUT),
-]
+Json = Annotated[bool, output_option("--json", help="Print one JSON object instead of tables.")]
 LogFormatOption = Annotated[
-    LogFormat,
-    typer.Option(
-        help="Log format on stderr: text, or one JSON object per line.", rich_help_panel=OUTPUT
-    ),
+    LogFormat, output_option(help="Log format on stderr: text, or one JSON object per line.")
 ]
 
 Given = dict[str, Any]

@@ -12,7 +12,7 @@ import typer
 
 from lestd_kernels.errors import LestdError
 from orchestrator.cli.application import app
-from orchestrator.cli.options import OUTPUT, Given, Json, LogFormatOption, absolute, options
+from orchestrator.cli.options import Fresh, Given, Json, LogFormatOption, absolute, options
 from orchestrator.config.options import Host, Windows, chosen
 from orchestrator.console import logs, output
 from orchestrator.console.logs import LogFormat
@@ -65,14 +65,7 @@ def recover(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of windows and the start.")] = 0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between two states on disk.")] = 50,
-    fresh: Annotated[
-        bool,
-        typer.Option(
-            "--fresh",
-            help="Forget what an earlier call left in OUT.recover.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = False,
+    fresh: Fresh = False,
     log_format: LogFormatOption = LogFormat.text,
     json: Json = False,
 ) -> None:

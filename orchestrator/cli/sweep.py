@@ -9,50 +9,26 @@ from typing import Annotated, Any
 import typer
 
 from lestd_kernels.errors import LestdError
-from lestd_kernels.options import MethodOptions
 from orchestrator.cli.application import app
 from orchestrator.cli.evaluate import examine
 from orchestrator.cli.options import (
-    OUTPUT,
     CalibrationDir,
+    Fresh,
     Given,
     Json,
     LogFormatOption,
     absolute,
     options,
+    output_option,
     refuse_unused,
 )
-from orchestrator.config.options import (
-    Allocation,
-    CalibrationText,
-    Checkpoint,
-    Cluster,
-    ClusterFile,
-    ConfigFile,
-    Evaluation,
-    Host,
-    MethodChoice,
-    Weights,
-    chosen,
-)
+from orchestrator.config.options import HOSTS, METHOD, RUN, Evaluation, chosen
 from orchestrator.console import logs
 from orchestrator.console.logs import LogFormat
 
 
 @app.command(rich_help_panel="Judge and compare")
-@options(
-    Evaluation,
-    Checkpoint,
-    Weights,
-    ConfigFile,
-    MethodChoice,
-    Allocation,
-    MethodOptions,
-    CalibrationText,
-    Host,
-    Cluster,
-    ClusterFile,
-)
+@options(Evaluation, *RUN, *METHOD, *HOSTS)
 def sweep(
     keep: Annotated[str, typer.Option(help="Several keeps, like 0.8,0.6,0.4,0.2.")],
     out: Annotated[
@@ -66,20 +42,12 @@ def sweep(
     calibration: CalibrationDir = None,
     plot: Annotated[
         Path | None,
-        typer.Option(
+        output_option(
             help="Draw size against quality to this .png or .svg; needs matplotlib.",
             show_default="DIR/sweep.png",
-            rich_help_panel=OUTPUT,
         ),
     ] = None,
-    fresh: Annotated[
-        bool,
-        typer.Option(
-            "--fresh",
-            help="Compress anew what an earlier sweep left in DIR.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = False,
+    fresh: Fresh = False,
     log_format: LogFormatOption = LogFormat.text,
     json: Json = False,
 ) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
 
-from lestd_kernels.options import HOW, Metric, Option
+from lestd_kernels.options import HOW, MethodOptions, Metric, Option
 
 WHAT, CALIBRATION, WHERE, EVALUATION = (
     partial(Option, panel) for panel in ("What", "Calibration", "Where", "Evaluation")
@@ -231,6 +231,11 @@ class ClusterFile:
     """Where options of the cluster stand too."""
 
     cluster: Annotated[Path | None, WHERE("cluster.yaml: where to run; options here win.")] = None
+
+
+RUN = (Checkpoint, Weights, ConfigFile, Allocation, CalibrationText)
+METHOD = (MethodChoice, MethodOptions)
+HOSTS = (Host, Cluster, ClusterFile)
 
 
 class Described(NamedTuple):
