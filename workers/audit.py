@@ -12,7 +12,6 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ from lestd_kernels.audit.prediction import predict
 from lestd_kernels.audit.rotation import Rotated, rotate
 from lestd_kernels.errors import LestdError
 from lestd_kernels.linalg.stage1 import FLOAT64_ORDER, squared_sum
+from lestd_kernels.methods.common.base import BUFFERS_BYTES
 from lestd_kernels.tensorize import GroupLayout, unfold_weights
 from workers.checkpoint.tensors import read_header, read_tensor, write_safetensors
 from workers.contracts import Failure, TensorRef
@@ -48,7 +48,6 @@ from workers.storage.files import as_path, atomic_write, is_file, not_shared
 REFERENCE_UNITS = 4
 """Units of a reference layer whose bases are kept."""
 
-_BUFFERS_BYTES = 80 << 20
 _SPECTRUM_POINTS = 64
 # Beyond, the eigenproblem of the hidden width takes longer than all else.
 _MOST_COLUMNS = 4096
@@ -143,7 +142,7 @@ def memory_bytes(task: AuditTask) -> int:
     """
     layout = sampled_experts(task.layout)
     square = max(task.layout.width, min(task.layout.head_dim, _MOST_COLUMNS)) ** 2
-    return 22 * layout.elements + 48 * square + _BUFFERS_BYTES
+    return 22 * layout.elements + 48 * square + BUFFERS_BYTES
 
 
 def reference_bytes(layout: GroupLayout) -> int:
@@ -340,7 +339,7 @@ def _across(unfolding: Tensor, layout: GroupLayout, layer: int, path: str) -> li
     """What the bases of a reference layer explain of a block, and of its units on average."""
     if not is_file(as_path(path)):
         raise LestdError(not_shared([socket.gethostname()], [path]))
-    header = read_header(path if "://" in path else Path(path))
+    header = read_header(as_path(path))
     members = units(layout)
     chosen = [members[i] for i in evenly(len(members), MOST_UNITS)]
     known: dict[str, list[tuple[int, float]]] = {"layer": [], "unit": []}

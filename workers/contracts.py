@@ -131,14 +131,13 @@ class Bundle:
         return sum(task.dense_bytes for task in self.tasks)
 
 
-@dataclass(frozen=True)
-class CurveResult:
-    """A group's error against bytes; the manifest's table `curves` has a row for each point.
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """What every finished task leaves behind; the manifest's tables have these fields.
 
-    Errors and norms are squared Frobenius norms in the run's metric, so those of different groups
-    may be added up. `uniform_squared_error` is what `Result.squared_error` would be within
-    `uniform_byte_budget`; the errors of `points` are predictions (see `CurvePoint`). The other
-    fields are those of `Result`.
+    `squared_norm` is a squared Frobenius norm. `seconds` has one entry per stage; `started_at` is
+    seconds since the epoch. `device` names the hardware: the GPU, or the machine and the vector
+    instructions of its CPU.
     """
 
     task_id: str
@@ -150,9 +149,6 @@ class CurveResult:
     source_sha256: str
     dense_bytes: int
     squared_norm: float
-    uniform_byte_budget: int
-    uniform_squared_error: float
-    points: tuple[CurvePoint, ...]
     seconds: dict[str, float]
     started_at: float
     peak_memory_bytes: int
@@ -163,52 +159,48 @@ class CurveResult:
     attempt: int = 1
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a finished task left behind; the manifest's table `groups` has these fields.
+@dataclass(frozen=True, kw_only=True)
+class CurveResult(Finished):
+    """A group's error against bytes; the manifest's table `curves` has a row for each point.
+
+    Errors and norms are in the run's metric, so those of different groups may be added up.
+    `uniform_squared_error` is what `Result.squared_error` would be within `uniform_byte_budget`;
+    the errors of `points` are predictions (see `CurvePoint`).
+    """
+
+    uniform_byte_budget: int
+    uniform_squared_error: float
+    points: tuple[CurvePoint, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(Finished):
+    """A group that is encoded; the manifest's table `groups` has these fields.
 
     Energies and errors are squared Frobenius norms in the units of the weights;
-    `relative_error` is not squared, and is recomputed from the tensors as stored.
-    `seconds` has one entry per stage; `started_at` is seconds since the epoch. `slices` is the
+    `relative_error` is not squared, and is recomputed from the tensors as stored. `slices` is the
     manifest's table of that name. `singular_values_1` and `_2` are those of the mode-1 and mode-2
-    unfoldings of the weights, descending. `device` names the hardware: the GPU, or the machine and
-    the vector instructions of its CPU. `most_expected_squared_error` is what
+    unfoldings of the weights, descending. `most_expected_squared_error` is what
     `metric_squared_error` is at most where nothing went wrong, see
     `lestd_kernels.audit.rounding.most_expected`.
     """
 
-    task_id: str
-    layer: int
-    group: str
-    tensors: tuple[str, ...]
-    method: str
-    pattern: str
     payload: str
     sha256: str
     payload_bytes: int
-    source_sha256: str
     format: dict[str, Any]
     ranks: dict[str, int]
     nnz: int
     density: float
     codec: str
-    dense_bytes: int
     byte_budget: int
     stored_bytes: int
     relative_error: float
-    squared_norm: float
     squared_error: float
     squared_energy_stage1: float | None
     squared_energy_stage2: float | None
     threshold: float | None
     hooi_iterations: int | None
-    seconds: dict[str, float]
-    started_at: float
-    peak_memory_bytes: int
-    device: str
-    worker: str
-    node: str
-    versions: dict[str, str]
     slices: tuple[SliceStats, ...]
     singular_values_1: tuple[float, ...]
     singular_values_2: tuple[float, ...]
@@ -219,7 +211,6 @@ class Result:
     metric_squared_norm: float
     metric_squared_error: float
     most_expected_squared_error: float | None
-    attempt: int = 1
 
 
 @dataclass(frozen=True)
@@ -249,6 +240,7 @@ class BundleResult:
 
     task_id: str
     outcomes: tuple[Result | CurveResult | Failure, ...]
+    attempt: int = 1
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from lestd_kernels.audit.diagnostics import evenly
 from lestd_kernels.errors import LestdError
 from orchestrator.architectures import SliceGroup, find_architecture
 from orchestrator.config.run import RunConfig
-from orchestrator.evaluation.pieces import EvaluationDirectory
+from orchestrator.evaluation.pieces import EvaluationDirectory, run_pieces
 from orchestrator.execution.executor import Executor, Listener, WorkerSpec
 from orchestrator.planning.plan import WORKER_BASE_BYTES
 from orchestrator.source.checkpoint import Source
@@ -136,30 +136,49 @@ def audit(
         "versions": software_versions(),
     }
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
-    store = EvaluationDirectory(run_dir / name, lambda fields: AuditResult(**fields))
-    store.begin({"model": source.model, **about})
     bases = run_dir / name / "bases"
-    make_own_directory(bases)
-    spec = WorkerSpec(
-        AuditWorker,
-        {"device": device, "threads": config.threads},
-        threads=config.threads,
-        device=device,
-    )
     first, second = _tasks(groups, keeps, bases)
-    run = _Run(executor, spec, store, progress, on_event, (*first, *second))
-    run.work(first)
-    known = [task for task in first if task.task_id in run.results]
-    run.work([_held_against(task, known) for task in second])
+    store = EvaluationDirectory(
+        run_dir / name,
+        {"model": source.model, **about},
+        (*first, *second),
+        lambda fields: AuditResult(**fields),
+    )
+    make_own_directory(bases)
+    for task in first:
+        if not is_file(as_path(task.bases)):  # It is not finished without them.
+            store.results.pop(task.task_id, None)
+    skipped = len(store.results)
+    failures: list[Failure] = []
+
+    def work(tasks: Sequence[AuditTask]) -> None:
+        """Run the tasks that are not finished; the largest first."""
+        todo = [task for task in tasks if task.task_id not in store.results]
+        todo.sort(key=lambda task: task.dense_bytes, reverse=True)
+        needed = WORKER_BASE_BYTES + max(map(memory_bytes, todo), default=0)
+        if todo:
+            _require_memory(needed, executor)
+        spec = WorkerSpec(
+            AuditWorker,
+            {"device": device, "threads": config.threads},
+            threads=config.threads,
+            memory_bytes=needed,
+            device=device,
+            device_memory_bytes=needed,
+        )
+        outcomes = run_pieces([store], executor, spec, progress, on_event, todo)
+        failures.extend(one for one in outcomes if isinstance(one, Failure))
+
+    work(first)
+    known = [task for task in first if task.task_id in store.results]
+    work([_held_against(task, known) for task in second])
     return Audit(
         model=source.model,
         keeps=keeps,
-        results=_merged(
-            [run.results[t.task_id] for t in (*first, *second) if t.task_id in run.results]
-        ),
+        results=_merged(store.ordered()),
         planned=len(groups),
-        failures=tuple(run.failures),
-        skipped=run.skipped,
+        failures=tuple(failures),
+        skipped=skipped,
         reference_bytes=sum(reference_bytes(task.layout) for task in first),
         run_dir=str(store.path),
     )
@@ -208,49 +227,6 @@ def _held_against(task: AuditTask, references: Sequence[AuditTask]) -> AuditTask
         (r.layer, r.bases) for r in references if r.scope == task.scope and r.group != task.group
     ]
     return replace(task, references=tuple(others))
-
-
-class _Run:
-    """Works on tasks, and keeps what comes of them."""
-
-    def __init__(
-        self,
-        executor: Executor,
-        spec: WorkerSpec,
-        store: EvaluationDirectory[AuditResult],
-        progress: Callable[[int, int], None] | None,
-        on_event: Listener | None,
-        tasks: Sequence[AuditTask],
-    ) -> None:
-        self.failures: list[Failure] = []
-        self._executor, self._spec, self._store = executor, spec, store
-        self._progress, self._on_event, self._total = progress, on_event, len(tasks)
-        # A reference layer is not finished without its bases.
-        whole = [task for task in tasks if not task.bases or is_file(as_path(task.bases))]
-        self.results = store.read(whole)
-        self.skipped = len(self.results)
-        self._tell()
-
-    def work(self, tasks: Sequence[AuditTask]) -> None:
-        """Run the tasks that are not finished; the largest first."""
-        todo = [task for task in tasks if task.task_id not in self.results]
-        if not todo:
-            return
-        todo.sort(key=lambda task: task.dense_bytes, reverse=True)
-        needed = WORKER_BASE_BYTES + max(map(memory_bytes, todo))
-        _require_memory(needed, self._executor)
-        spec = replace(self._spec, memory_bytes=needed, device_memory_bytes=needed)
-        for outcome in self._executor.map(spec, todo, self._on_event):
-            if isinstance(outcome, Failure):
-                self.failures.append(outcome)
-                continue
-            self._store.commit(outcome)
-            self.results[outcome.task_id] = outcome
-            self._tell()
-
-    def _tell(self) -> None:
-        if self._progress is not None:
-            self._progress(len(self.results), self._total)
 
 
 def _require_memory(needed: int, executor: Executor) -> None:

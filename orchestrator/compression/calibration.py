@@ -38,6 +38,7 @@ from lestd_kernels.methods.common.base import STATISTICS
 from orchestrator.config.run import RunConfig
 from orchestrator.console.output import size
 from orchestrator.execution.executor import Executor, Listener, WorkerSpec
+from orchestrator.execution.resume import resume
 from orchestrator.planning.plan import WORKER_BASE_BYTES
 from orchestrator.run.fingerprint import differences, holds_work, starts_over
 from orchestrator.source.checkpoint import Source
@@ -213,10 +214,9 @@ def calibrate(
         )
         if on_start is not None:
             on_start("calibrate", items, set())
-        for done, outcome in enumerate(executor.map(spec, items, on_event), start=1):
-            require_lock()
-            if on_progress is not None:
-                on_progress(outcome, done, len(items))
+        # Workers have written what there is to commit.
+        kept = resume(executor, spec, items, (), lambda _: require_lock(), on_event, on_progress)
+        for outcome in kept:
             if isinstance(outcome, Failure):
                 raise LestdError(
                     f"calibration failed: {outcome.message}; what was finished is kept in "

@@ -210,7 +210,7 @@ def _run_pass(waiting: Sequence[_Compression], executor: Executor, reuse_bytes: 
     for answer in executor.map(spec, bundles, notify):
         group = groups[answer.task_id]
         if isinstance(answer, BundleResult):
-            outcomes: Sequence[Any] = answer.outcomes
+            outcomes = [replace(one, attempt=answer.attempt) for one in answer.outcomes]
         else:
             outcomes = [replace(answer, task_id=task.task_id) for _, task in group]
         for (run, _), outcome in zip(group, outcomes, strict=True):

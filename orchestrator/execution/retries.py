@@ -135,17 +135,18 @@ def after_loss(
 
 
 def after_result(attempt: Attempt, result: Any) -> Any:
-    """What a worker returned; or the next attempt, where a device had too little memory.
+    """What a worker returned, with the number of the attempt where it has a place for it; or the
+    next attempt, where a device had too little memory.
 
     The device is then to have nothing else. What is computed stays the same, to the last bit:
     only who computes beside it changes.
     """
-    if not isinstance(result, Failure):
-        return result
-    if result.kind == "device_memory" and attempt.alone != "device":
-        following = replace(attempt, number=attempt.number + 1, alone="device")
-        return Again(following, result.error_type, result.message, result.traceback)
-    return replace(result, attempt=attempt.number, worker=attempt.worker)
+    if isinstance(result, Failure):
+        if result.kind == "device_memory" and attempt.alone != "device":
+            following = replace(attempt, number=attempt.number + 1, alone="device")
+            return Again(following, result.error_type, result.message, result.traceback)
+        result = replace(result, worker=attempt.worker)
+    return replace(result, attempt=attempt.number) if hasattr(result, "attempt") else result
 
 
 def backoff_seconds(attempts: int) -> float:

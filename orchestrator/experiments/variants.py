@@ -33,7 +33,7 @@ class Contender:
     """A method with options.
 
     Attributes:
-        method: key of `METHODS`.
+        method: key of `METHODS`; empty for the one that a command's own options name.
         options: fields of `RunConfig`, as written.
     """
 
@@ -47,8 +47,13 @@ class Contender:
 
     @property
     def directory(self) -> str:
-        """Name of its directory."""
+        """Name of its directory; empty for the experiment's own."""
         return _NOT_IN_A_NAME.sub("-", self.label)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Fields of `RunConfig` that it decides."""
+        return {"method": self.method, **self.options} if self.method else {}
 
 
 def parse_contenders(text: str) -> list[Contender]:

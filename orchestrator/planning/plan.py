@@ -31,7 +31,7 @@ _FILES_OF_A_TASK_BYTES = 128 * 2**10
 _SIDE_FILES_BYTES = 2**20
 
 WORKER_BASE_BYTES = 600 * 2**20
-"""Resident memory of a worker before its first task: the interpreter, torch and Ray."""
+"""Resident memory of a worker before its first task: Python, torch, transformers and Ray."""
 
 
 @dataclass(frozen=True)

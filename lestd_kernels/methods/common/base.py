@@ -19,6 +19,8 @@ from lestd_kernels.search.budget import CurvePoint
 from lestd_kernels.tensorize import GroupLayout
 
 WEIGHT, NORM, ACTIVATION = METRICS
+BUFFERS_BYTES = 80 << 20
+"""Of a worker: parts of tensors in progress, and what the allocator keeps for small tensors."""
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from support.judging import DATA
 from orchestrator.config.layers import parse_keeps
 from orchestrator.config.run import RunConfig
 from orchestrator.execution.serial import SerialExecutor
-from orchestrator.experiments.sweep import model_dir
-from orchestrator.experiments.sweep_table import Point, Quality, save_curve
-from orchestrator.experiments.sweep_tasks import _main_figures
+from orchestrator.experiments.curves import save_curve
+from orchestrator.experiments.engine import model_dir
+from orchestrator.experiments.quality import Point, Quality, _main_figures
 from orchestrator.manifest.manifest import Manifest
 from orchestrator.planning.plan import make_plan
 from orchestrator.source.checkpoint import resolve_source
