@@ -21,7 +21,6 @@ from lestd_kernels.methods import (
 )
 from lestd_kernels.methods.common.base import (
     ACTIVATION,
-    METRICS,
     NORM,
     WEIGHT,
     Bounds,
@@ -31,6 +30,7 @@ from lestd_kernels.methods.common.base import (
     SliceStats,
 )
 from lestd_kernels.methods.common.outliers import with_outliers
+from lestd_kernels.options import METRICS
 
 METHODS: dict[str, Method] = {
     method.name: with_outliers(method)

@@ -10,43 +10,22 @@ import typer
 from orchestrator.cli.application import app
 from orchestrator.cli.experiment import run_experiment
 from orchestrator.cli.options import (
-    Address,
-    AllocationOption,
-    BatchSize,
-    CalibrateOn,
-    ClusterFile,
-    ComputeDtype,
-    ConfigFile,
-    Data,
-    DeviceOption,
-    Exclude,
-    ExecutorOption,
-    Fewshot,
-    Include,
-    IncludePath,
+    Fresh,
+    Given,
     Json,
-    Limit,
     LogFormatOption,
-    MaxWindows,
-    Model,
-    Revision,
-    Samples,
-    SampleTokens,
-    ScopeOption,
-    Tasks,
-    Text,
-    Threads,
-    Window,
-    Workers,
     absolute,
+    options,
     refuse_unused,
 )
+from orchestrator.config.options import HOSTS, RUN, Evaluation, chosen
 from orchestrator.console.logs import LogFormat
 
 _SPEED_TOKENS = (64, 33)
 
 
 @app.command(rich_help_panel="Judge and compare")
+@options(Evaluation, *RUN, *HOSTS)
 def compare(
     methods: Annotated[
         str,
@@ -63,38 +42,14 @@ def compare(
             callback=absolute,
         ),
     ],
-    model: Model = None,
-    text: Text = None,
-    tasks: Tasks = None,
-    calibrate_on: CalibrateOn = None,
-    samples: Samples = None,
-    sample_tokens: SampleTokens = None,
+    given: Given,
     speed: Annotated[
-        bool, typer.Option(help="Time decoding of every model beside the dense one.")
+        bool,
+        typer.Option(
+            help="Time decoding of every model beside the dense one.", rich_help_panel="Evaluation"
+        ),
     ] = True,
-    revision: Revision = None,
-    scope: ScopeOption = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    allocation: AllocationOption = None,
-    config: ConfigFile = None,
-    window: Window = None,
-    max_windows: MaxWindows = None,
-    data: Data = None,
-    include_path: IncludePath = None,
-    limit: Limit = None,
-    fewshot: Fewshot = None,
-    batch_size: BatchSize = None,
-    dtype: ComputeDtype = "auto",
-    device: DeviceOption = None,
-    threads: Threads = None,
-    executor: ExecutorOption = None,
-    workers: Workers = None,
-    address: Address = None,
-    cluster: ClusterFile = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Compress anew what an earlier call left in DIR.")
-    ] = False,
+    fresh: Fresh = False,
     log_format: LogFormatOption = LogFormat.text,
     json: Json = False,
 ) -> None:
@@ -103,7 +58,7 @@ def compare(
     Errors of the weights, perplexity, tasks, time and decode speed, in one table and plot. The same
     command again continues; sizes that a method does not reach are left out, with the reason.
     """
-    given = dict(locals())
+    asked = chosen(Evaluation, given)
     refuse_unused(given)
     from orchestrator.experiments.compare import comparison_rows
     from orchestrator.experiments.curves import save_comparison
@@ -112,7 +67,9 @@ def compare(
     from workers.bench import BenchSettings
 
     found = run_experiment("compare", given, parse_contenders(methods), measured=True)
-    timing = BenchSettings(*_SPEED_TOKENS, 1, dtype, found.first.device, None) if speed else None
+    timing = (
+        BenchSettings(*_SPEED_TOKENS, 1, asked.dtype, found.first.device, None) if speed else None
+    )
     rows = comparison_rows(
         found.source, found.outcomes, out, found.qualities, found.calibration, timing
     )
@@ -121,5 +78,5 @@ def compare(
     save_markdown(rows, found.missing, title, table)
     if found.plot is not None:
         save_comparison(rows, title, found.plot)
-    said = {"text": text and str(text), "tasks": tasks, "table": str(table)}
+    said = {"text": asked.text and str(asked.text), "tasks": asked.tasks, "table": str(table)}
     print_rows(rows, found.missing, said | {"plot": found.plot and str(found.plot)}, json)

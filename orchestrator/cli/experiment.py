@@ -12,6 +12,7 @@ import typer
 
 from lestd_kernels.errors import LestdError
 from orchestrator.cli.evaluate import examine
+from orchestrator.config.options import Evaluation, chosen
 from orchestrator.console import logs
 
 if TYPE_CHECKING:  # They import torch.
@@ -66,7 +67,7 @@ def run_experiment(
     from orchestrator.cli.summary import print_outcome
     from orchestrator.config.cluster import cluster_options
     from orchestrator.config.layers import parse_keeps
-    from orchestrator.config.run import RunFile, run_options
+    from orchestrator.config.run import run_options
     from orchestrator.console.plots import check_plot
     from orchestrator.execution.open import open_executor
     from orchestrator.execution.ray.jobs import jobs_address, run_as_job
@@ -76,27 +77,25 @@ def run_experiment(
     from orchestrator.source.checkpoint import resolve_source
 
     logs.use(given["log_format"])
-    options = {k: v for k, v in given.items() if k in RunFile.model_fields and k != "model"}
+    asked = chosen(Evaluation, given)
     configs: dict[Contender, dict[float, RunConfig]] = {}
     for contender in contenders:
         configs[contender] = {}
         for keep in parse_keeps(given["keep"]):
-            own = options | contender.settings | {"keep": keep}
-            name, revision, chosen = run_options(given["model"], given["config"], own)
-            configs[contender][keep] = chosen
-    who = {name: given[name] for name in ("executor", "workers", "address")}
-    cluster = cluster_options(given["cluster"], **who)
+            name, revision, config = run_options(given | {"keep": keep}, contender.settings)
+            configs[contender][keep] = config
+    cluster = cluster_options(given)
     if jobs := jobs_address(cluster):
         there = given | {"model": name}
         if "speed" in there:
             there["no_speed"] = not there.pop("speed")
         raise typer.Exit(run_as_job(jobs, command, there, cluster))
     source = resolve_source(name, revision)
-    settings = {"dtype": given["dtype"], "device": chosen.device, "threads": chosen.threads}
-    examination = None if given["tasks"] is None else examine(given, settings)
-    judged = given["text"] is not None or examination is not None
+    settings = {"dtype": asked.dtype, "device": config.device, "threads": config.threads}
+    examination = None if asked.tasks is None else examine(asked, settings)
+    judged = asked.text is not None or examination is not None
     if judged or given.get("speed"):
-        check_judgeable(source, given["text"], given["window"])
+        check_judgeable(source, asked.text, asked.window)
     missing: list[Missing] = []
     if measured:
         for contender in configs:
@@ -137,9 +136,9 @@ def run_experiment(
                 models_of(outcomes, out),
                 out,
                 runner,
-                text=given["text"],
-                window=given["window"],
-                settings={**settings, "max_windows": given["max_windows"]},
+                text=asked.text,
+                window=asked.window,
+                settings={**settings, "max_windows": asked.max_windows},
                 examination=examination,
             )
     except KeyboardInterrupt:
@@ -148,4 +147,4 @@ def run_experiment(
             f"interrupted; what is done is kept in {out}: run the same command again to continue",
         )
         raise typer.Exit(130) from None
-    return Experiment(name, source, chosen, plot, outcomes, missing, qualities, calibration)
+    return Experiment(name, source, config, plot, outcomes, missing, qualities, calibration)
