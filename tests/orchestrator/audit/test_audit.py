@@ -218,12 +218,12 @@ def test_the_figures_of_the_example(done: tuple[dict[str, Any], Path]) -> None:
     assert found["complete"]
     assert [block["layer"] for block in found["blocks"]] == [0, 1, 2, 3]
     for block in found["blocks"]:
-        assert block["block"]["compared"] == [f"head {i}" for i in range(8)]
-        assert {len(row) for one in block["block"]["explained"] for row in one["energy"]} == {8}
+        assert block["findings"]["compared"] == [f"head {i}" for i in range(8)]
+        assert {len(row) for one in block["findings"]["explained"] for row in one["energy"]} == {8}
         references = {row["reference"] for row in block["across"]}
         assert references == {0, 1, 2, 3} - {block["layer"]}
         assert all(0 < row["energy"] <= row["optimum"] + 1e-3 for row in block["across"])
-        assert len(block["block"]["entries"]) == 4
+        assert len(block["findings"]["entries"]) == 4
     [scope] = found["scopes"]
     assert scope["verdict"]["pays"]["svd"] == [0.8, 0.6, 0.4, 0.2]
     # All layers together are between the best and the worst of them.
@@ -231,7 +231,7 @@ def test_the_figures_of_the_example(done: tuple[dict[str, Any], Path]) -> None:
         errors = [
             other["relative_error"]
             for block in found["blocks"]
-            for other in block["block"]["predictions"]
+            for other in block["findings"]["predictions"]
             if (other["method"], other["keep"]) == (one["method"], one["keep"])
         ]
         assert min(errors) <= one["relative_error"] <= max(errors)
@@ -266,7 +266,7 @@ def test_the_page_is_whole_and_escaped(done: tuple[dict[str, Any], Path]) -> Non
     hostile = json.loads(json.dumps(found))
     hostile["model"] = f"dir/{evil}"
     hostile["blocks"][0]["block"] = evil
-    for one in hostile["blocks"][0]["block"]["entries"]:
+    for one in hostile["blocks"][0]["findings"]["entries"]:
         one["largest"] = [{"tensor": evil, "row": 0, "column": 0, "value": 1.0, "sigmas": 9.0}]
     assert evil not in render(hostile)
     assert "candidates for super weights" in render(hostile)
