@@ -95,13 +95,13 @@ class AuditTask:
 
     @property
     def span(self) -> tuple[int, int]:
-        """What names the piece on disk."""
+        """Name of the piece on disk."""
         return self.place, self.place + 1
 
 
 @dataclass(frozen=True)
 class AuditResult:
-    """What was found; plain values that JSON can hold.
+    """Findings; plain values that JSON can hold.
 
     Attributes:
         task_id: the task's.
@@ -130,7 +130,7 @@ class AuditResult:
 
     @property
     def span(self) -> tuple[int, int]:
-        """What names the piece on disk."""
+        """Name of the piece on disk."""
         return self.place, self.place + 1
 
 
@@ -162,7 +162,7 @@ class AuditWorker:
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
-        threads: CPU threads to compute with; they decide the last bit.
+        threads: CPU threads to compute with; they change the last bit.
     """
 
     def __init__(self, device: str = "cpu", threads: int = 1) -> None:
@@ -336,7 +336,7 @@ def _write_bases(task: AuditTask, group: Rotated, chosen: Sequence[Unit]) -> Non
 
 
 def _across(unfolding: Tensor, layout: GroupLayout, layer: int, path: str) -> list[dict[str, Any]]:
-    """What the bases of a reference layer explain of a block, and of its units on average."""
+    """Energy of a block in the bases of a reference layer, and of its units on average."""
     if not is_file(as_path(path)):
         raise LestdError(not_shared([socket.gethostname()], [path]))
     header = read_header(as_path(path))

@@ -1,4 +1,4 @@
-"""What the driver and its workers say to each other: frozen dataclasses, and never a tensor.
+"""Messages between the driver and its workers: frozen dataclasses, and never a tensor.
 
 A task names tensors; a worker reads them itself, writes a payload, and returns a result.
 """
@@ -133,7 +133,7 @@ class Bundle:
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """What every finished task leaves behind; the manifest's tables have these fields.
+    """Fields of every finished task; the manifest's tables have them.
 
     `squared_norm` is a squared Frobenius norm. `seconds` has one entry per stage; `started_at` is
     seconds since the epoch. `device` names the hardware: the GPU, or the machine and the vector
@@ -236,7 +236,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class BundleResult:
-    """What became of the tasks of a bundle, in their order; the failures are the input's."""
+    """Outcomes of the tasks of a bundle, in their order; the failures are the input's."""
 
     task_id: str
     outcomes: tuple[Result | CurveResult | Failure, ...]
@@ -267,7 +267,7 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What a piece's windows scored.
+    """Scores of a piece's windows.
 
     Attributes:
         task_id: the request's.
@@ -318,7 +318,7 @@ class JudgeRequest:
 
 @dataclass(frozen=True)
 class JudgeResult:
-    """What a piece's documents scored; plain values that JSON can hold.
+    """Scores of a piece's documents; plain values that JSON can hold.
 
     Attributes:
         task_id: the request's.

@@ -67,7 +67,7 @@ def payload_name(task_id: str, sha256: str) -> str:
 
 
 STATIONS = 3
-"""What a task passes through: it is read, decomposed, written."""
+"""Stages of a task: it is read, decomposed, written."""
 
 
 class _Line:
@@ -298,7 +298,7 @@ class DecomposeWorker:
         metrics: dict[str, Tensor],
         clock: Stopwatch,
     ) -> Any:
-        """What the decompositions of a group have in common, and its seconds in `clock`."""
+        """Prepare what the decompositions of a group share; its seconds go to `clock`."""
         reset_peak_memory(self._device)
         with torch.inference_mode():
             with clock("read"):

@@ -18,7 +18,7 @@ COMPRESSIBLE_DTYPES = ("BF16", "F16", "F32")
 
 Kind = Literal["attention", "ffn", "experts"]
 SCOPES = (*get_args(Kind), "all")
-"""What a run may compress: one kind of block in every layer that has one, or all kinds."""
+"""Scopes: one kind of block in every layer that has one, or all kinds."""
 
 _BLOCK_NAMES = {
     "attention": "attention blocks",

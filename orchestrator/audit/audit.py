@@ -42,7 +42,7 @@ _VERSION = "1"
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit has found.
+    """Findings of an audit.
 
     Attributes:
         model: the checkpoint, as it was named.

@@ -80,7 +80,9 @@ def _tables(found: Row) -> Row:
         for scope in found["scopes"]
         for one in scope["predictions"]
     ]
-    predictions += [_of(block) | one for block in blocks for one in block["findings"]["predictions"]]
+    predictions += [
+        _of(block) | one for block in blocks for one in block["findings"]["predictions"]
+    ]
     across = [_of(block) | one for block in blocks for one in block["across"]]
     of = ("layer", "block", "scope")
     errors = ("method", "keep", "stored_keep", "relative_error", "operator_error")

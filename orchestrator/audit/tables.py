@@ -163,7 +163,8 @@ def _errors(
             cells.append(text)
         rows.append((method, *cells))
     best = [
-        max(block["findings"]["operator_optimum"][at] for block in blocks) for at in range(len(keeps))
+        max(block["findings"]["operator_optimum"][at] for block in blocks)
+        for at in range(len(keeps))
     ]
     rows.append(("least of any ranks", *(f"({one:.2f})" for one in best)))
     return Section(
@@ -242,7 +243,10 @@ def _structure(scope: str, blocks: Sequence[dict[str, Any]]) -> Section:
 
 def _outliers(scope: str, blocks: Sequence[dict[str, Any]]) -> Section | None:
     found = [
-        one for block in blocks for tensor in block["findings"]["entries"] for one in tensor["largest"]
+        one
+        for block in blocks
+        for tensor in block["findings"]["entries"]
+        for one in tensor["largest"]
     ]
     found.sort(key=lambda one: -one["sigmas"])
     if not found:

@@ -1,4 +1,4 @@
-"""What sweep and compare have in common: models of one checkpoint, compressed and judged."""
+"""The common part of sweep and compare: models of one checkpoint, compressed and judged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # They import torch.
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a command has found.
+    """Findings of a command.
 
     Attributes:
         name: the model, as it was named.

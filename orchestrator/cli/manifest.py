@@ -18,7 +18,7 @@ from workers.storage.files import AnyPath, as_path, atomic_write
 
 
 class ReportFormat(StrEnum):
-    """What a report is written as."""
+    """Format of a report."""
 
     html = "html"
     md = "md"

@@ -1,4 +1,4 @@
-"""What commands share: the options of `orchestrator.config.options`, and a few of their own."""
+"""Options of commands: those of `orchestrator.config.options`, and a few of their own."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def options(*groups: type) -> Callable[[Callable[..., None]], Callable[..., None
 
 
 def _parameter(one: Described) -> inspect.Parameter:
-    """What Typer is to know of an option; it defaults to None, so that a file may say more."""
+    """Typer's form of an option; it defaults to None, so that a file may say more."""
     option = one.option
     info: Any
     if option.argument:

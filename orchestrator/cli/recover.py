@@ -19,7 +19,7 @@ from orchestrator.console.logs import LogFormat
 
 
 class Train(StrEnum):
-    """What is trained."""
+    """Parameters to train."""
 
     lora = "lora"
     factors = "factors"

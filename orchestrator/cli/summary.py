@@ -1,4 +1,4 @@
-"""What commands show when they are done."""
+"""Summaries that commands print when they are done."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ CALIBRATION_DIR = "calibration"
 CALIBRATION_FILE = "calibration.json"
 """In it: what it is of. A directory without it is no calibration."""
 
-# A constant: who adds up in which order decides the last bit, and each piece has Gram matrices of
+# A constant: who adds up in which order changes the last bit, and each piece has Gram matrices of
 # its own on disk until its layer is done.
 _PIECES = 8
 

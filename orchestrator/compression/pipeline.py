@@ -267,7 +267,7 @@ class _Pass:
 
 
 def _completed(run: RunDirectory, tasks: Sequence[Task]) -> dict[str, Any]:
-    """What the manifest has of those tasks that are done, by task id."""
+    """Rows of the manifest for the tasks that are done, by task id."""
     curves = [task for task in tasks if isinstance(task, CurveTask)]
     if curves:
         return dict(run.manifest.completed_curves(curves))

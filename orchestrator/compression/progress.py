@@ -158,7 +158,7 @@ class CompressionProgress:
         )
 
     def _known(self, task_id: str) -> dict[str, Any]:
-        """What JSON says of a task."""
+        """Fields of a task in JSON."""
         known = {"pass": self._pass, "task_id": task_id}
         task = self._tasks.get(task_id)
         return known if task is None else known | {"block": task.block, "layer": task.layer}
@@ -174,7 +174,7 @@ def _describe(outcome: Result | CurveResult | Calibrated) -> str:
 
 
 def describe_result(result: Result | CurveResult) -> str:
-    """What a line says of a result."""
+    """Text of a line about a result."""
     if isinstance(result, CurveResult):
         first, last = result.points[0], result.points[-1]
         return (

@@ -64,7 +64,7 @@ class _Request:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What workers must have in common."""
+        """Needs that all workers share."""
         return {k: v for k, v in self.spec.kwargs.items() if k != "payload_dir"}
 
 
@@ -163,7 +163,7 @@ class _Compression:
         self._ask(self._executor.require_cuda)
 
     def worker_memory_bytes(self) -> int:
-        """What a worker can have beside the memory that bundles need."""
+        """Memory that a worker may have beside what bundles need."""
         return int(self._ask(self._executor.worker_memory_bytes)) - self._reuse_bytes
 
     def on_nodes(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:

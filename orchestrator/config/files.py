@@ -84,10 +84,10 @@ def validated(
 
 
 def option_name(field: str) -> str:
-    """What a field is called on the command line."""
+    """Name of a field on the command line."""
     return f"--{field.replace('_', '-')}"
 
 
 def typed(model: type[BaseModel], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a model's fields was given on the command line; None stands for nothing."""
+    """Fields of a model that were given on the command line; None stands for nothing."""
     return {k: v for k, v in given.items() if k in model.model_fields and v is not None}

@@ -98,7 +98,7 @@ class MethodChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationText:
-    """What is seen of the model's inputs."""
+    """Calibration: the sample of the model's inputs."""
 
     calibrate_on: Annotated[
         str | None, CALIBRATION("UTF-8 text whose activations make the metric.", first=True)
@@ -109,7 +109,7 @@ class CalibrationText:
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """What a worker computes on."""
+    """Device and threads of a worker."""
 
     device: Annotated[Literal["auto", "cpu", "cuda"], WHERE("auto: GPUs where there are any.")] = (
         "auto"
@@ -163,7 +163,7 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """What a model computes in."""
+    """Dtype that a model computes in."""
 
     dtype: Annotated[
         str,
@@ -191,7 +191,7 @@ class Windows(Precision):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Windows):
-    """What models are judged by: perplexity on a text, tasks of lm-eval, or both."""
+    """Evaluation: perplexity on a text, tasks of lm-eval, or both."""
 
     text: Annotated[Path | None, EVALUATION("UTF-8 text to predict.", first=True)] = None
     tasks: Annotated[

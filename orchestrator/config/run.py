@@ -45,7 +45,7 @@ class RunConfig(
     Target,  # pydantic takes the fields of the last class first.
     frozen=True,
 ):
-    """What to compute. Every field decides the bytes of the result."""
+    """Configuration of a run. Every field decides the bytes of the result."""
 
     layer_keep: Annotated[
         dict[Layers, Fraction],

@@ -1,4 +1,4 @@
-"""What documents scored, put together: lm-eval's figures, and their rows in the manifest."""
+"""Scores of documents put together: lm-eval's figures, and their rows in the manifest."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Judgement:
 
 
 def aggregate(tasks: Mapping[str, tuple[Any, RawMetrics]], groups: Mapping[str, Any]) -> Any:
-    """What lm-eval makes of the documents' values: its own result structure."""
+    """The documents' values in lm-eval's own result structure."""
     gathered = {
         name: {"task": task, "raw_metrics": raw, "logged_samples": []}
         for name, (task, raw) in tasks.items()

@@ -44,7 +44,7 @@ _LM_EVAL_BYTES = 300 * 2**20
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """What decides how models are judged.
+    """Settings that decide how models are judged.
 
     Attributes:
         tasks: names of tasks, groups or tags of lm-eval.

@@ -1,10 +1,10 @@
-"""What becomes of an item whose worker is lost, and what is told of it. Knows nothing of Ray.
+"""Retries: the fate of an item whose worker is lost, and its messages. Knows nothing of Ray.
 
 Only what the infrastructure does is retried, after 1, 2, 4, ... seconds, on another worker. Who
 is to blame decides how often:
 
     node lost       nobody's fault: up to the limit of attempts
-    worker died     the item's, if it had the worker to itself: the second time it is set aside
+    worker died     the item's, if it had the worker to itself: the second time it is marked failed
     worker failed   the same; the worker was ended because its GPU or its files gave errors
     timed out       the same; the worker was ended because it did not answer
     device memory   retried once, by itself on its GPU (see `Executor.map`)
@@ -61,7 +61,7 @@ class Attempt:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Name in messages."""
         return str(getattr(self.item, "block", self.item.task_id))
 
 
@@ -118,7 +118,7 @@ def after_loss(
         )
         return Again(following, loss.cause, loss.message, loss.evidence)
     if guilty >= MAX_KILLS:
-        found = f"is set aside: it ended {guilty} workers that had nothing else to do"
+        found = f"is marked failed: it ended {guilty} workers that had nothing else to do"
     else:
         found = f"lost its worker in each of {attempt.number} attempts"
     return Failure(

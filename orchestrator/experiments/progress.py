@@ -24,7 +24,7 @@ class SweepProgress:
         self._running: dict[str, str] = {}
 
     def listeners(self, name: str) -> dict[str, Any]:
-        """What `compress_model` calls, for the compression of that name."""
+        """Callbacks for `compress_model`, for the compression of that name."""
         tasks: dict[str, Task | CalibrationItem] = {}
 
         def on_start(

@@ -1,4 +1,4 @@
-"""What is said of the models of an experiment: sizes, errors, and how they are judged."""
+"""Figures of the models of an experiment: sizes, errors, quality."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Quality:
 
     @property
     def title(self) -> str:
-        """What it is called for people."""
+        """Name for people."""
         if self.task == TEXT_TASK:
             return self.metric.replace("_perplexity", " ppl")
         return f"{self.task} {self.metric}".replace("_perplexity", " ppl")

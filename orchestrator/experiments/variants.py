@@ -1,4 +1,4 @@
-"""What is compared: methods with their options, from one line.
+"""Variants to compare: methods with their options, from one line.
 
     lestd, svd, lestd:metric=activation,value_bits=8; rtn:value_bits=4
 
@@ -42,7 +42,7 @@ class Contender:
 
     @property
     def label(self) -> str:
-        """What it is called in tables."""
+        """Name in tables."""
         return " ".join([self.method, *(f"{k}={v}" for k, v in self.options.items())])
 
     @property

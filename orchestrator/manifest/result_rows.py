@@ -1,4 +1,4 @@
-"""What workers return, as rows of the manifest's tables."""
+"""Results of workers as rows of the manifest's tables."""
 
 from __future__ import annotations
 

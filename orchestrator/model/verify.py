@@ -112,7 +112,7 @@ def _cleaned_status(manifest: Manifest) -> dict[str, Any]:
 
 
 def _scope(of: dict[str, Any]) -> str:
-    """What a block is; runs that do not say were of attention."""
+    """Kind of a block; runs that do not say were of attention."""
     return str(of.get("scope") or "attention")
 
 
@@ -147,7 +147,7 @@ def _is_planned(layer: Any) -> bool:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` looked at, and what is wrong with it."""
+    """Outcome of `verify`: what it looked at, and the problems."""
 
     checked: int
     problems: tuple[str, ...]

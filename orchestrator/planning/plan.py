@@ -53,7 +53,7 @@ class PlannedTask:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do.
+    """The plan of a run.
 
     Attributes:
         family: name of the model's architecture.

@@ -37,7 +37,7 @@ from workers.storage.names import MANIFEST_DIR
 MAX_RESULT_BYTES = 2**30
 """A larger result is refused: a forgotten join condition must not take the machine's memory."""
 MEMORY_BYTES = 6 * 2**30
-"""What `bounded_memory` allows: duckdb does not count the lists that it makes, nor the result."""
+"""Limit of `bounded_memory`: duckdb counts neither the lists that it makes nor the result."""
 MAX_SECONDS = 600.0
 """A longer query is ended: one that never ends must not hold whoever asks unattended."""
 _LOCKED: dict[str, str | bool | int | float | list[str]] = {
@@ -175,7 +175,7 @@ def bounded_memory() -> Iterator[None]:
 
 
 def run_names(places: Sequence[AnyPath]) -> list[str]:
-    """What the column ``run`` says of each place."""
+    """Value of the column ``run`` for each place."""
     short = [
         place.parent.name if place.name == MANIFEST_DIR else place.name or str(place)
         for place in places
@@ -279,7 +279,7 @@ def _as_text(kind: DuckDBPyType) -> bool:
 
 
 def _explained(ask: Callable[[], _Answer]) -> _Answer:
-    """What duckdb says, as one sentence."""
+    """Message of duckdb as one sentence."""
     try:
         return ask()
     except duckdb.PermissionException as error:

@@ -1,4 +1,4 @@
-"""What a report says, gathered from a manifest as plain values; how it looks is decided elsewhere.
+"""Contents of a report as plain values, gathered from a manifest; its looks are decided elsewhere.
 
 Names of the manifest's columns are kept, with their units (`orchestrator.manifest.schemas`). Times
 are aware datetimes in UTC. A figure that the manifest does not have is None, never a guess.
@@ -182,7 +182,7 @@ def _summary(
     calls: Sequence[Row],
     events: Sequence[Row],
 ) -> Row:
-    """What is said once of a run, but for its ``state`` and ``state_reason``; see `run_state`.
+    """Facts of a whole run, but for its ``state`` and ``state_reason``; see `run_state`.
 
     The keys: ``path``; ``model``, ``revision``, ``family``, ``method``, ``pattern``, ``scope``,
     ``allocation``, ``keep``, ``device``, ``executor``; ``finished`` and ``tasks`` (groups);

@@ -1,4 +1,4 @@
-"""What differs between two runs, as plain values: configuration, bytes, error, time, quality.
+"""Differences of two runs as plain values: configuration, bytes, error, time, quality.
 
 Groups are matched by name. Where one side has groups that the other lacks, since it is not
 finished or other layers were chosen, figures are those of the groups that both have.
@@ -112,7 +112,7 @@ def _about(side: _Side) -> Row:
 
 @dataclass(frozen=True)
 class _Configuration:
-    """What a run was asked for.
+    """Configuration that a run was asked for.
 
     Attributes:
         known: the source and where it ran, as far as it is recorded.

@@ -83,7 +83,7 @@ def _settings(row: Row) -> Row:
 
 
 def _measured_on(row: Row) -> str:
-    """What the figure is made of: the text and how much of it, or how many questions."""
+    """Basis of a figure: the text and how much of it, or the number of questions."""
     settings = _settings(row)
     parts = []
     if settings.get("text"):

@@ -1,4 +1,4 @@
-"""What state a run is in, by its calls and its rows: derived here, for whoever states it."""
+"""State of a run, derived from its calls and its rows."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def task_span(work: Sequence[Row]) -> tuple[datetime | None, datetime | None]:
 
 
 def wall_time(calls: Sequence[Row], work: Sequence[Row]) -> list[Row]:
-    """What the wall time of the calls that ended went to; keys ``part``, ``what``, ``seconds``.
+    """Parts of the wall time of the calls that ended; keys ``part``, ``what``, ``seconds``.
 
     Args:
         calls: as `ended_calls` gives them.

@@ -47,7 +47,7 @@ class _Seen:
 
 @dataclass
 class _Mine:
-    """What a holder writes: who it is, and how often it has written, so that no two are alike."""
+    """Contents of a lease: its holder, and how often it was written, so that no two are alike."""
 
     lease: UPath
     token: str
@@ -152,7 +152,7 @@ def _look(lease: UPath) -> _Seen | None:
 
 
 def _store_time(lease: UPath) -> datetime:
-    """What time it is for the store: when it says that a new object was written."""
+    """Time of the store's clock: when it says that a new object was written."""
     probe = lease.with_name(f"{TEMPORARY}clock-{secrets.token_hex(8)}")
     put_if(probe, b"-", None)
     try:

@@ -84,7 +84,7 @@ class Run:
     def start_again_if_it_set_a_task_aside(self) -> None:
         """What is killed twice by chance looks like a killer; the same command does the rest."""
         if self.process.poll() == 1:
-            assert "is set aside" in self.streams[1].read_text()
+            assert "is marked failed" in self.streams[1].read_text()
             self.start()
         assert self.process.poll() in (None, 0), self.finish()
 

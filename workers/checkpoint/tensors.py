@@ -86,7 +86,7 @@ def _fetch_header(url: str) -> dict[str, TensorRef]:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What a checkpoint holds, as the headers of its shards say.
+    """Contents of a checkpoint by the headers of its shards.
 
     Attributes:
         location: path or URL of the directory that the shards lie in.
@@ -254,7 +254,7 @@ def read_exactly(file: io.FileIO, ref: TensorRef, start: int, view: memoryview) 
 
 
 class _Sink(Protocol):
-    """What takes bytes in order: a file, or a digest."""
+    """Sink of bytes in order: a file, or a digest."""
 
     def write(self, data: bytes | memoryview, /) -> object: ...
 

@@ -1,4 +1,4 @@
-"""What workers of an evaluation have in common: a model that is loaded once."""
+"""Base of evaluation workers: a model that is loaded once."""
 
 from __future__ import annotations
 

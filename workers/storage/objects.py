@@ -270,7 +270,7 @@ def read_objects(paths: Sequence[UPath]) -> list[bytes | OSError]:
 
 
 def look_up(path: UPath) -> dict[str, Any] | None:
-    """What the store says of an object or a directory; None if it has neither.
+    """Metadata of an object or a directory; None if the store has neither.
 
     Raises:
         LestdError: the store does not say.
@@ -279,7 +279,7 @@ def look_up(path: UPath) -> dict[str, Any] | None:
 
 
 def entries(directory: UPath) -> list[dict[str, Any]]:
-    """What lies in a directory, not below it; nothing where there is none.
+    """Entries of a directory, not of those below it; none where there is no directory.
 
     Raises:
         LestdError: the store does not say.

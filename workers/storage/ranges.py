@@ -43,7 +43,7 @@ def stat(url: str) -> tuple[int, str]:
 
 
 def file_version(size: int, etag: str) -> str:
-    """What tells one content of a file from another, in words."""
+    """Version of a file's contents, in words."""
     return f"{size} bytes" + (f" with ETag {etag}" if etag else "")
 
 
