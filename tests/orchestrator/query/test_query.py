@@ -130,7 +130,7 @@ def test_columns_are_those_of_the_schema_also_without_rows(out: Path) -> None:
         described = ask(out, f"describe {name}")
         assert [row["column_name"] for row in described] == ["run", *spec.schema.names]
     assert ask(out, "select count(*) as n, max(method) as m from curves") == [{"n": 0, "m": None}]
-    assert {row["name"] for row in ask(out, "show tables")} == set(TABLES)
+    assert {row["name"] for row in ask(out, "show tables")} == {*TABLES, *VIEWS}
     assert len(ask(out, "summarize slices")) == 1 + len(TABLES["slices"].columns)
 
 
