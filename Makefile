@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow fuzz check clean
+.PHONY: help demo test test-slow fuzz check docs reference clean
 
 help: ## Say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,10 @@ help: ## Say what there is to make
 
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/pip
 	$(PIP_INSTALL) -e ".[dev]"
+	@touch .venv/installed $@
+
+.venv/installed-docs: pyproject.toml constraints.txt | .venv/bin/pip
+	$(PIP_INSTALL) -e ".[docs]"
 	@touch .venv/installed $@
 
 # A Ray of its own, whatever cluster runs on this machine.
@@ -70,6 +74,12 @@ check: .venv/installed-dev ## Lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/installed-docs ## Build the documentation as a site, build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+reference: .venv/installed ## Write docs/options.md anew
+	$(BIN)/python -m orchestrator.config.reference
 
 clean: ## Remove the demo's output and the caches; .venv stays
 	rm -rf demo-out build .pytest_cache .mypy_cache .ruff_cache .hypothesis

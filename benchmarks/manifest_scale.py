@@ -64,7 +64,7 @@ def task_columns(kind: str, layer: int, rng: random.Random) -> dict[str, Any]:
     return {
         "task_id": digest(kind, layer)[:32],
         "layer": layer,
-        "group": group,
+        "block": group,
         "tensors": [f"{group}.{name}.weight" for name in projections],
         "method": "lestd",
         "pattern": "unstructured",
@@ -106,7 +106,7 @@ def group_row(layer: int, rng: random.Random, width: int) -> dict[str, Any]:
         "payload": f"{row['task_id']}-{digest('payload', layer)}.safetensors",
         "payload_bytes": row["dense_bytes"] // 2,
         "sha256": digest("payload", layer),
-        "format": json.dumps({"path": row["group"], "kind": "shared_tucker", "modules": modules}),
+        "format": json.dumps({"path": row["block"], "kind": "shared_tucker", "modules": modules}),
         "singular_values_1": np.sort(values.pareto(2.0, width))[::-1].astype(np.float32),
         "singular_values_2": np.sort(values.pareto(2.0, 128))[::-1].astype(np.float32),
     }
@@ -114,7 +114,7 @@ def group_row(layer: int, rng: random.Random, width: int) -> dict[str, Any]:
 
 def slice_rows(group: dict[str, Any], heads: int, rng: random.Random) -> list[dict[str, Any]]:
     """The rows of slices of a group."""
-    key = {name: group[name] for name in ("task_id", "layer", "group")}
+    key = {name: group[name] for name in ("task_id", "layer", "block")}
     return [
         key
         | {
@@ -165,13 +165,13 @@ def write_manifest(directory: Path, layers: int, heads: int, parts: int, width: 
         write(CURVES, curve[0]["task_id"], curve)
     run = {"invocation": "0", "state": "complete", "started_at": START, "tasks": layers}
     write(RUNS, "0", [run | {"method": "lestd", "keep": 0.5}])
-    evaluation = {"evaluation_id": "0", "at": START, "task": "wikitext", "metric": "perplexity"}
+    evaluation = {"evaluation_id": "0", "time": START, "task": "wikitext", "metric": "perplexity"}
     write(EVALUATIONS, "0", [evaluation | {"value": 10.0, "compressed": True}])
     for number in range(parts - 3 * layers - 2):
         layer = number % layers
         at = START + number * 1_000_000
         kind = "retried" if number % 10 == 9 else "started"
-        event = {"at": at, "task_id": digest("group", layer)[:32], "kind": kind, "attempt": 1}
+        event = {"time": at, "task_id": digest("group", layer)[:32], "kind": kind, "attempt": 1}
         event |= {"layer": layer, "message": "the worker died", "worker": f"node-{layer % 16}:1"}
         write(EVENTS, f"{at:020d}-{event['task_id'][:16]}", [event])
 

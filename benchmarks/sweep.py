@@ -26,7 +26,8 @@ from make_checkpoint import make_checkpoint, make_config
 from orchestrator.compression.pipeline import compress_model
 from orchestrator.config.run import RunConfig
 from orchestrator.execution.serial import SerialExecutor
-from orchestrator.experiments.sweep import compress_keeps, model_dir
+from orchestrator.experiments.engine import compress_all, model_dir
+from orchestrator.experiments.variants import Contender
 from orchestrator.manifest.manifest import Manifest, default_run_dir
 from orchestrator.manifest.schemas import STAGES
 from orchestrator.source.checkpoint import resolve_source
@@ -43,7 +44,7 @@ def separately(source: Any, configs: dict[float, RunConfig], out: Path) -> None:
 
 def together(source: Any, configs: dict[float, RunConfig], out: Path) -> None:
     """The sweep."""
-    compress_keeps(source, configs, SerialExecutor(), out)
+    compress_all(source, {Contender("", {}): configs}, SerialExecutor(), out)
 
 
 def group_rows(out: Path, keeps: list[float]) -> list[dict[str, Any]]:

@@ -133,7 +133,7 @@ def attach_adapter(model: Any, rank: int, alpha: float) -> PeftModel:
 
 
 def adapter_files(model: PeftModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What peft's files of a model's adapter hold: its configuration and its tensors.
+    """Contents of peft's files of a model's adapter: its configuration and its tensors.
 
     The same adapter gives the same two; no path of this machine is in them.
     """

@@ -113,7 +113,7 @@ class GroupLayout:
         return (inputs, out) if module.stored.transposed else (out, inputs)
 
     def guard_tensors(self, prefix: str) -> dict[str, Tensor]:
-        """What a compressed model has under the guard's name, below `prefix` (a block's path)."""
+        """Guard tensor of a compressed model, if it has one, below `prefix` (a block's path)."""
         if self.guard is None:
             return {}
         return {f"{prefix}.{self.guard}": torch.empty(GUARD_SHAPE, dtype=GUARD_DTYPE)}

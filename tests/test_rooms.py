@@ -28,7 +28,7 @@ FLOORS = {
         {"audit", "bench", "recover"},
     ],
     "lestd_kernels": [
-        {"errors", "tensorize"},
+        {"errors", "tensorize", "options"},
         {"storage"},
         {"linalg", "formats", "backends"},
         {"search", "modules"},

@@ -1,1 +1,1 @@
-"""What runs on an actor: reads tensors, decomposes, evaluates. No ray in here."""
+"""Code that runs on an actor: reads tensors, decomposes, evaluates. No Ray in here."""

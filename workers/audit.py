@@ -12,7 +12,6 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ from lestd_kernels.audit.prediction import predict
 from lestd_kernels.audit.rotation import Rotated, rotate
 from lestd_kernels.errors import LestdError
 from lestd_kernels.linalg.stage1 import FLOAT64_ORDER, squared_sum
+from lestd_kernels.methods.common.base import BUFFERS_BYTES
 from lestd_kernels.tensorize import GroupLayout, unfold_weights
 from workers.checkpoint.checks import check_finite
 from workers.checkpoint.tensors import read_header, read_tensor, write_safetensors
@@ -48,7 +48,6 @@ from workers.storage.files import as_path, atomic_write, is_file, not_shared
 REFERENCE_UNITS = 4
 """Units of a reference layer whose bases are kept."""
 
-_BUFFERS_BYTES = 80 << 20
 _SPECTRUM_POINTS = 64
 # Beyond, the eigenproblem of the hidden width takes longer than all else.
 _MOST_COLUMNS = 4096
@@ -65,7 +64,7 @@ class AuditTask:
             what that is for.
         place: number of the task among those of the audit.
         layer: index of the decoder layer.
-        group: path of the block in the loaded model.
+        block: path of the block in the loaded model.
         scope: what kind of block it is: ``"attention"``, ``"ffn"`` or ``"experts"``.
         tensors: module name -> its weight.
         layout: how the weights divide into slices.
@@ -79,7 +78,7 @@ class AuditTask:
     task_id: str
     place: int
     layer: int
-    group: str
+    block: str
     scope: str
     tensors: dict[str, TensorRef]
     layout: GroupLayout
@@ -96,21 +95,21 @@ class AuditTask:
 
     @property
     def span(self) -> tuple[int, int]:
-        """What names the piece on disk."""
+        """Name of the piece on disk."""
         return self.place, self.place + 1
 
 
 @dataclass(frozen=True)
 class AuditResult:
-    """What was found; plain values that JSON can hold.
+    """Findings; plain values that JSON can hold.
 
     Attributes:
         task_id: the task's.
         place: the task's.
         layer: the task's.
-        group: the task's.
+        block: the task's.
         scope: the task's.
-        block: see `AuditWorker`; None where the task did not ask.
+        findings: see `AuditWorker`; None where the task did not ask.
         across: one row for each basis of each reference layer: ``reference``, ``kind`` (``"layer"``
             or ``"unit"``), ``rank``, ``energy`` explained of this block, ``baseline``.
         seconds: time it took.
@@ -121,9 +120,9 @@ class AuditResult:
     task_id: str
     place: int
     layer: int
-    group: str
+    block: str
     scope: str
-    block: dict[str, Any] | None
+    findings: dict[str, Any] | None
     across: list[dict[str, Any]]
     seconds: float
     peak_memory_bytes: int
@@ -131,7 +130,7 @@ class AuditResult:
 
     @property
     def span(self) -> tuple[int, int]:
-        """What names the piece on disk."""
+        """Name of the piece on disk."""
         return self.place, self.place + 1
 
 
@@ -143,7 +142,7 @@ def memory_bytes(task: AuditTask) -> int:
     """
     layout = sampled_experts(task.layout)
     square = max(task.layout.width, min(task.layout.head_dim, _MOST_COLUMNS)) ** 2
-    return 22 * layout.elements + 48 * square + _BUFFERS_BYTES
+    return 22 * layout.elements + 48 * square + BUFFERS_BYTES
 
 
 def reference_bytes(layout: GroupLayout) -> int:
@@ -155,7 +154,7 @@ def reference_bytes(layout: GroupLayout) -> int:
 class AuditWorker:
     """Looks at blocks on one device, one at a time.
 
-    ``AuditResult.block`` has the keys ``unit`` (what kind), ``units`` (how many), ``compared``
+    ``AuditResult.findings`` has the keys ``unit`` (what kind), ``units`` (how many), ``compared``
     (names of those that are compared), ``width``, ``head_dim``, ``dense_bytes``, ``squared_norm``,
     ``explained``, ``spectra``, ``entries``, ``predictions``, ``operator_optimum`` (by keep) and
     ``optimum`` (the most that so many directions explain of the block: ``layer`` by rank, and of
@@ -163,7 +162,7 @@ class AuditWorker:
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
-        threads: CPU threads to compute with; they decide the last bit.
+        threads: CPU threads to compute with; they change the last bit.
     """
 
     def __init__(self, device: str = "cpu", threads: int = 1) -> None:
@@ -179,7 +178,7 @@ class AuditWorker:
             with torch.inference_mode():
                 return self._look(task)
         except Exception as error:
-            return failure_of(task.task_id, task.group, error)
+            return failure_of(task.task_id, task.block, error)
 
     def _look(self, task: AuditTask) -> AuditResult:
         start = time.perf_counter()
@@ -206,16 +205,16 @@ class AuditWorker:
             for layer, path in task.references
             for row in _across(unfolding, layout, layer, path)
         ]
-        block = None
+        findings = None
         if task.whole:
-            block = _block(unfolding, layout, task) | {"entries": told}
+            findings = _block(unfolding, layout, task) | {"entries": told}
         return AuditResult(
             task_id=task.task_id,
             place=task.place,
             layer=task.layer,
-            group=task.group,
+            block=task.block,
             scope=task.scope,
-            block=block,
+            findings=findings,
             across=across,
             seconds=time.perf_counter() - start,
             peak_memory_bytes=peak_memory_bytes(self._device),
@@ -337,10 +336,10 @@ def _write_bases(task: AuditTask, group: Rotated, chosen: Sequence[Unit]) -> Non
 
 
 def _across(unfolding: Tensor, layout: GroupLayout, layer: int, path: str) -> list[dict[str, Any]]:
-    """What the bases of a reference layer explain of a block, and of its units on average."""
+    """Energy of a block in the bases of a reference layer, and of its units on average."""
     if not is_file(as_path(path)):
         raise LestdError(not_shared([socket.gethostname()], [path]))
-    header = read_header(path if "://" in path else Path(path))
+    header = read_header(as_path(path))
     members = units(layout)
     chosen = [members[i] for i in evenly(len(members), MOST_UNITS)]
     known: dict[str, list[tuple[int, float]]] = {"layer": [], "unit": []}

@@ -1,4 +1,4 @@
-"""What the driver and its workers say to each other: frozen dataclasses, and never a tensor.
+"""Messages between the driver and its workers: frozen dataclasses, and never a tensor.
 
 A task names tensors; a worker reads them itself, writes a payload, and returns a result.
 """
@@ -48,8 +48,8 @@ class Task:
         task_id: hash of everything that decides the payload's bytes (see
             `orchestrator.planning.plan`).
         layer: index of the decoder layer.
-        group: path of the block in the loaded model, ``"model.layers.0.self_attn"``.
-        tensor_prefix: path of the block in the checkpoint's tensor names; differs from `group`
+        block: path of the block in the loaded model, ``"model.layers.0.self_attn"``.
+        tensor_prefix: path of the block in the checkpoint's tensor names; differs from `block`
             only where the checkpoint leaves the base model's prefix out.
         tensors: module name -> its weight.
         layout: how the weights divide into slices.
@@ -69,7 +69,7 @@ class Task:
 
     task_id: str
     layer: int
-    group: str
+    block: str
     tensor_prefix: str
     tensors: dict[str, TensorRef]
     layout: GroupLayout
@@ -122,9 +122,9 @@ class Bundle:
         return self.tasks[0].task_id
 
     @property
-    def group(self) -> str:
+    def block(self) -> str:
         """Path of the block, the same for all tasks."""
-        return self.tasks[0].group
+        return self.tasks[0].block
 
     @property
     def dense_bytes(self) -> int:
@@ -132,28 +132,24 @@ class Bundle:
         return sum(task.dense_bytes for task in self.tasks)
 
 
-@dataclass(frozen=True)
-class CurveResult:
-    """A group's error against bytes; the manifest's table `curves` has a row for each point.
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """Fields of every finished task; the manifest's tables have them.
 
-    Errors and norms are squared Frobenius norms in the run's metric, so those of different groups
-    may be added up. `uniform_squared_error` is what `Result.squared_error` would be within
-    `uniform_byte_budget`; the errors of `points` are predictions (see `CurvePoint`). The other
-    fields are those of `Result`.
+    `squared_norm` is a squared Frobenius norm. `seconds` has one entry per stage; `started_at` is
+    seconds since the epoch. `device` names the hardware: the GPU, or the machine and the vector
+    instructions of its CPU.
     """
 
     task_id: str
     layer: int
-    group: str
+    block: str
     tensors: tuple[str, ...]
     method: str
     pattern: str
     source_sha256: str
     dense_bytes: int
     squared_norm: float
-    uniform_byte_budget: int
-    uniform_squared_error: float
-    points: tuple[CurvePoint, ...]
     seconds: dict[str, float]
     started_at: float
     peak_memory_bytes: int
@@ -164,52 +160,48 @@ class CurveResult:
     attempt: int = 1
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a finished task left behind; the manifest's table `groups` has these fields.
+@dataclass(frozen=True, kw_only=True)
+class CurveResult(Finished):
+    """A group's error against bytes; the manifest's table `curves` has a row for each point.
+
+    Errors and norms are in the run's metric, so those of different groups may be added up.
+    `uniform_squared_error` is what `Result.squared_error` would be within `uniform_byte_budget`;
+    the errors of `points` are predictions (see `CurvePoint`).
+    """
+
+    uniform_byte_budget: int
+    uniform_squared_error: float
+    points: tuple[CurvePoint, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(Finished):
+    """A group that is encoded; the manifest's table `groups` has these fields.
 
     Energies and errors are squared Frobenius norms in the units of the weights;
-    `relative_error` is not squared, and is recomputed from the tensors as stored.
-    `seconds` has one entry per stage; `started_at` is seconds since the epoch. `slices` is the
+    `relative_error` is not squared, and is recomputed from the tensors as stored. `slices` is the
     manifest's table of that name. `singular_values_1` and `_2` are those of the mode-1 and mode-2
-    unfoldings of the weights, descending. `device` names the hardware: the GPU, or the machine and
-    the vector instructions of its CPU. `most_expected_squared_error` is what
+    unfoldings of the weights, descending. `most_expected_squared_error` is what
     `metric_squared_error` is at most where nothing went wrong, see
     `lestd_kernels.audit.rounding.most_expected`.
     """
 
-    task_id: str
-    layer: int
-    group: str
-    tensors: tuple[str, ...]
-    method: str
-    pattern: str
     payload: str
     sha256: str
     payload_bytes: int
-    source_sha256: str
     format: dict[str, Any]
     ranks: dict[str, int]
     nnz: int
     density: float
     codec: str
-    dense_bytes: int
     byte_budget: int
     stored_bytes: int
     relative_error: float
-    squared_norm: float
     squared_error: float
     squared_energy_stage1: float | None
     squared_energy_stage2: float | None
     threshold: float | None
     hooi_iterations: int | None
-    seconds: dict[str, float]
-    started_at: float
-    peak_memory_bytes: int
-    device: str
-    worker: str
-    node: str
-    versions: dict[str, str]
     slices: tuple[SliceStats, ...]
     singular_values_1: tuple[float, ...]
     singular_values_2: tuple[float, ...]
@@ -220,7 +212,6 @@ class Result:
     metric_squared_norm: float
     metric_squared_error: float
     most_expected_squared_error: float | None
-    attempt: int = 1
 
 
 @dataclass(frozen=True)
@@ -246,10 +237,11 @@ class Failure:
 
 @dataclass(frozen=True)
 class BundleResult:
-    """What became of the tasks of a bundle, in their order; the failures are the input's."""
+    """Outcomes of the tasks of a bundle, in their order; the failures are the input's."""
 
     task_id: str
     outcomes: tuple[Result | CurveResult | Failure, ...]
+    attempt: int = 1
 
 
 @dataclass(frozen=True)
@@ -276,7 +268,7 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What a piece's windows scored.
+    """Scores of a piece's windows.
 
     Attributes:
         task_id: the request's.
@@ -327,7 +319,7 @@ class JudgeRequest:
 
 @dataclass(frozen=True)
 class JudgeResult:
-    """What a piece's documents scored; plain values that JSON can hold.
+    """Scores of a piece's documents; plain values that JSON can hold.
 
     Attributes:
         task_id: the request's.

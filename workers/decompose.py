@@ -67,7 +67,7 @@ def payload_name(task_id: str, sha256: str) -> str:
 
 
 STATIONS = 3
-"""What a task passes through: it is read, decomposed, written."""
+"""Stages of a task: it is read, decomposed, written."""
 
 
 class _Line:
@@ -155,7 +155,7 @@ class DecomposeWorker:
                 outcomes = self._work(item.tasks, directories, advance)
                 return BundleResult(item.task_id, tuple(outcomes))
         except Exception as error:
-            return failure_of(item.task_id, item.group, error)
+            return failure_of(item.task_id, item.block, error)
 
     def _work(
         self, tasks: Sequence[Task], directories: Sequence[AnyPath], advance: Callable[[], None]
@@ -180,7 +180,7 @@ class DecomposeWorker:
             try:
                 done, tensors, peak = encoding.result()
             except LestdError as error:
-                failure = failure_of(task.task_id, task.group, error)
+                failure = failure_of(task.task_id, task.block, error)
                 if failure.kind != "application":
                     raise
                 outcomes.append(failure)
@@ -191,7 +191,7 @@ class DecomposeWorker:
             known: dict[str, Any] = {
                 "task_id": task.task_id,
                 "layer": task.layer,
-                "group": task.group,
+                "block": task.block,
                 "tensors": tuple(dict.fromkeys(ref.name for ref in task.tensors.values())),
                 "method": task.method,
                 "pattern": args.pattern,
@@ -234,7 +234,7 @@ class DecomposeWorker:
                     payload=payload,
                     sha256=sha256,
                     payload_bytes=payload_bytes,
-                    format=with_stored_path(decomposition.describe(task.group), task.tensor_prefix),
+                    format=with_stored_path(decomposition.describe(task.block), task.tensor_prefix),
                     ranks=decomposition.ranks,
                     nnz=decomposition.nnz,
                     density=decomposition.nnz / decomposition.core_elements,
@@ -298,7 +298,7 @@ class DecomposeWorker:
         metrics: dict[str, Tensor],
         clock: Stopwatch,
     ) -> Any:
-        """What the decompositions of a group have in common, and its seconds in `clock`."""
+        """Prepare what the decompositions of a group share; its seconds go to `clock`."""
         reset_peak_memory(self._device)
         with torch.inference_mode():
             with clock("read"):
@@ -324,7 +324,7 @@ class DecomposeWorker:
                     prepared, task.byte_budget, curve_budgets, reuse=reuse
                 )
             except LestdError as error:
-                raise LestdError(f"{task.group}: {error}") from error
+                raise LestdError(f"{task.block}: {error}") from error
             del prepared
             tensors = done.decomposition.named_tensors(task.tensor_prefix)
             tensors = {name: tensor.cpu() for name, tensor in tensors.items()}

@@ -69,7 +69,7 @@ class RecoverySettings:
         seed: of the order of windows, of A, and of dropout where the model has any.
         dtype: compute dtype, see `load_model`.
         device: ``"cpu"`` or ``"cuda"``.
-        threads: CPU threads; they decide the last bit.
+        threads: CPU threads; they change the last bit.
         save_every: steps between two states on disk.
     """
 
@@ -88,7 +88,7 @@ class RecoverySettings:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training leaves.
+    """Outcome of training.
 
     Attributes:
         tensors: `FACTORS`: parameter name -> value as it is stored. `LORA`: the adapter's tensors.

@@ -1,4 +1,4 @@
-"""What a slice group looks like before it is decomposed: is there a subspace that it shares?
+"""Diagnostics of a slice group before it is decomposed: is there a subspace that it shares?
 
 Shapes: W (d, S p) is the unfolding of a group (see lestd_kernels.tensorize). A *unit* is the part
 of it that belongs to one head, one expert, or one block of the hidden width of an FFN, as a matrix

@@ -56,7 +56,7 @@ _MOST_NORMS = 16
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a method is expected to reach within a byte budget.
+    """Error that a method is expected to reach within a byte budget.
 
     Attributes:
         method: ``"svd"``, ``"lestd 4-bit"``, ``"rtn 3-bit"``, ...
@@ -76,7 +76,7 @@ class Prediction:
 
 
 def named(method: str, bits: int) -> str:
-    """What a method with values of so many bits is called."""
+    """Name of a method with values of so many bits."""
     return method if bits == FULL_BITS else f"{method} {bits}-bit"
 
 
@@ -95,7 +95,7 @@ def module_squares(unfolding: Tensor, columns: Sequence[slice]) -> list[Tensor]:
 
 
 class _Group:
-    """What the predictions of one group have in common."""
+    """Common parts of the predictions of one group."""
 
     def __init__(self, rotated_group: Rotated, keeps: Sequence[float]) -> None:
         self.group, self.layout = rotated_group, rotated_group.layout

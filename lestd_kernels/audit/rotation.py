@@ -35,7 +35,7 @@ class SampledShape(GroupShape):
     share: float = 1.0
 
     def factor_bytes(self, ranks: Ranks) -> int:
-        """What the slices pay for U1 and U2."""
+        """Bytes that the slices pay for U1 and U2."""
         return round(super().factor_bytes(ranks) * self.share)
 
 

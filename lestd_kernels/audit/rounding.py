@@ -1,4 +1,4 @@
-"""What is kept of matrices, and what it costs to round it: sums, for predictions."""
+"""Sums for predictions: the energy that is kept of matrices, and the cost of rounding it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def rounded(values: Tensor, bits: int, has_zero: bool) -> Tensor:
 
 
 class Kept(NamedTuple):
-    """What is kept of some matrices.
+    """Kept part of some matrices.
 
     Attributes:
         counts: elements of each.

@@ -1,1 +1,1 @@
-"""What a decomposition is: its tensors, its description, how it is applied."""
+"""Decompositions: their tensors, their description, how they are applied."""

@@ -57,7 +57,7 @@ class ModuleChain:
         return W if self.side is None else W + self.side.decode().float()
 
     def _dense(self, op: Op, shared: Mapping[str, EncodedCore]) -> Tensor:
-        """What an op multiplies by, dense, float32; nothing for a permutation."""
+        """Matrix that an op multiplies by, dense, float32; none for a permutation."""
         if isinstance(op, Permute):
             return torch.empty(0, device=self.own[0].device)
         if isinstance(op, Mix):
@@ -218,7 +218,7 @@ def own_path(module: str, index: int) -> str:
 
 
 def describe_matrix(matrix: EncodedCore) -> dict[str, Any]:
-    """What a loader must know of a matrix before it sees its tensors."""
+    """Description of a matrix that a loader needs before it sees the tensors."""
     return {"rows": matrix.rows, "columns": matrix.columns} | matrix.describe()
 
 

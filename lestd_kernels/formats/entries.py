@@ -1,4 +1,4 @@
-"""What an entry of ``quantization_config["groups"]`` says about the layout of its slice group."""
+"""Layout of a slice group in an entry of ``quantization_config["groups"]``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the entries of ``quantization_config["groups"]`` must look like: one check for all readers.
+"""Schema of the entries of ``quantization_config["groups"]``: one check for all readers.
 
 Keys, types and ranges; that matrices chain up to the shapes of their modules; that nothing is
 stored twice; and that the dense tensors that modules stand for are whole. Nothing is allocated, and
@@ -29,7 +29,7 @@ _PATH = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
 
 class Field(NamedTuple):
-    """What the value of a key must be."""
+    """Rule for the value of a key."""
 
     expected: str
     holds: Callable[[Any], bool]

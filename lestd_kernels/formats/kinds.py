@@ -6,7 +6,7 @@ from lestd_kernels.formats.chain import Chain
 from lestd_kernels.formats.shared_tucker import SharedTucker
 
 Decomposition = SharedTucker | Chain
-"""What a method leaves behind; both kinds are described, stored and read back alike."""
+"""Decomposition of either kind; both are described, stored and read back alike."""
 
 KINDS: dict[str, type[SharedTucker] | type[Chain]] = {
     SharedTucker.kind: SharedTucker,

@@ -1,4 +1,4 @@
-"""What the modules of a chain do to a vector, one op after the other.
+"""Ops of a chain: what its modules do to a vector, one after the other.
 
 Shapes: x (..., n), row-vector convention y = x W; W (in, out) is the product of a module's ops.
 """
@@ -120,7 +120,7 @@ def train_product(cores: Sequence[tuple[int, Tensor]]) -> Tensor:
 
 
 def _rows_of(ops: Sequence[Op], dense: Sequence[Tensor], in_features: int) -> Tensor:
-    """What ops make of the rows of the identity."""
+    """Rows of the identity after the ops."""
     steps = list(zip(ops, dense, strict=True))
     first, rows = steps[0]
     begins = isinstance(first, Multiply) and first.blocks == 1

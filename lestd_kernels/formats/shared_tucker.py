@@ -1,4 +1,4 @@
-"""What a method leaves behind: named tensors, a kind, and how to apply them.
+"""Shared Tucker form of a slice group: named tensors, a kind, and how to apply them.
 
 Shapes: d model width, p head width, h heads, R1 R2 R3 ranks, S_m slices of module m, T = 4 types.
 
@@ -38,7 +38,7 @@ from lestd_kernels.tensorize import (
 )
 
 QUANT_METHOD = "lestd"
-"""What `quantization_config` calls the format."""
+"""Name of the format in `quantization_config`."""
 FORMAT_VERSION = 1
 """Version of the stored form: of the tensors' names and of `SharedTucker.describe`."""
 

@@ -23,7 +23,6 @@ from lestd_kernels.methods.common.base import (
     ACTIVATION,
     CALIBRATED,
     LOSS,
-    METRICS,
     NORM,
     WEIGHT,
     Bounds,
@@ -32,10 +31,11 @@ from lestd_kernels.methods.common.base import (
     MethodArgs,
     SliceStats,
 )
-from lestd_kernels.methods.common.super_weights import with_super_weights
+from lestd_kernels.methods.common.outliers import with_outliers
+from lestd_kernels.options import METRICS
 
 METHODS: dict[str, Method] = {
-    method.name: with_super_weights(method)
+    method.name: with_outliers(method)
     for method in (
         lestd.METHOD,
         tucker.METHOD,

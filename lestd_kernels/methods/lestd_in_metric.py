@@ -25,7 +25,14 @@ from lestd_kernels.formats.chain import ModuleChain
 from lestd_kernels.formats.ops import Multiply
 from lestd_kernels.formats.shared_tucker import U1_NAME
 from lestd_kernels.linalg.stage1 import Ranks
-from lestd_kernels.methods.common.base import ACTIVATION, Bounds, Decomposed, MethodArgs, Metrics
+from lestd_kernels.methods.common.base import (
+    ACTIVATION,
+    BUFFERS_BYTES,
+    Bounds,
+    Decomposed,
+    MethodArgs,
+    Metrics,
+)
 from lestd_kernels.methods.common.one_sided_basis import IDENTITY, SidedGroup, readers_of
 from lestd_kernels.methods.common.per_module import PreparedGroup, chain_result, metric_squares
 from lestd_kernels.methods.common.stopwatch import Stopwatch
@@ -38,7 +45,6 @@ from lestd_kernels.tensorize import PROJECTIONS, BasisSide, GroupLayout, ModuleL
 U1_OUTPUT_NAME = "lestd_u1_output"
 _NAMES: dict[BasisSide, str] = {"input": U1_NAME, "output": U1_OUTPUT_NAME}
 _RANKS: dict[BasisSide, str] = {"input": "R1", "output": "R1_output"}
-_BUFFERS_BYTES = 80 << 20
 # An expected error so much larger than the other basis' is not made up for by rounding.
 _NEAR = 4
 
@@ -88,7 +94,7 @@ def side_shape(
 def _shapes(
     layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs
 ) -> dict[BasisSide, SidedShape]:
-    for option in ("type_mode", "stage2", "pattern", "super_weights"):
+    for option in ("type_mode", "stage2", "pattern", "keep_outliers"):
         expected, found = getattr(MethodArgs(), option), getattr(args, option)
         if found != expected:
             raise LestdError(
@@ -316,7 +322,7 @@ def _workspace_bytes(
     squares = sum(width**2 for width in inputs.values()) if args.metric == "activation" else 0
     widest = max([layout.width, *inputs.values()] if squares else [layout.width])
     groups = 4 * layout.elements + 12 * most + 18 * largest
-    return groups + 8 * squares + 40 * widest**2 + _BUFFERS_BYTES
+    return groups + 8 * squares + 40 * widest**2 + BUFFERS_BYTES
 
 
 def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:

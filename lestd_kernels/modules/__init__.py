@@ -1,1 +1,1 @@
-"""What lives inside a loaded model in place of its linear layers."""
+"""Modules of a loaded model that stand in for its linear layers."""

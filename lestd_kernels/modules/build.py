@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Original:
-    """What a compressed module must know of the linear module that it stands in for."""
+    """Facts of the linear module that a compressed module stands in for."""
 
     in_features: int
     out_features: int

@@ -45,7 +45,7 @@ def check_module(module: nn.Module, present: Collection[nn.Module]) -> None:
 
 
 def _others(module: nn.Module) -> Iterable[object]:
-    """What a module has in common with others of its block."""
+    """Parts that a module shares with others of its block."""
     if isinstance(module, CompressedLinear):
         return module._shared
     return dict(module._shared).values() if isinstance(module, ChainLinear) else ()

@@ -160,7 +160,7 @@ class EncodedCore:
         return {f"{prefix}.{disk_name(name)}": tensor for name, tensor in self.tensors.items()}
 
     def describe(self) -> dict[str, Any]:
-        """What a loader must know before it sees the tensors, beside rows and columns."""
+        """Description that a loader needs before it sees the tensors, beside rows and columns."""
         entry: dict[str, Any] = {"codec": self.codec, "nnz": self.nnz}
         if self.pattern != UNSTRUCTURED:
             entry["pattern"] = self.pattern
@@ -211,5 +211,5 @@ def stored_core(
 
 
 def disk_name(name: str) -> str:
-    """What a tensor of a packed matrix is called below its module."""
+    """Name of a tensor of a packed matrix below its module."""
     return "weight" if name in ("values", "scales") else name

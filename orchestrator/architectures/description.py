@@ -1,4 +1,4 @@
-"""What an architecture file says; the fields are explained in the package's docstring."""
+"""Schema of an architecture file; the package's docstring explains the fields."""
 
 from __future__ import annotations
 

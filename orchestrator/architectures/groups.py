@@ -18,7 +18,7 @@ COMPRESSIBLE_DTYPES = ("BF16", "F16", "F32")
 
 Kind = Literal["attention", "ffn", "experts"]
 SCOPES = (*get_args(Kind), "all")
-"""What a run may compress: one kind of block in every layer that has one, or all kinds."""
+"""Scopes: one kind of block in every layer that has one, or all kinds."""
 
 _BLOCK_NAMES = {
     "attention": "attention blocks",
@@ -40,8 +40,8 @@ class SliceGroup:
     Attributes:
         layer: index of the decoder layer.
         scope: which kind of block it is: ``"attention"``, ``"ffn"`` or ``"experts"``.
-        group: path of the block in the loaded model.
-        tensor_prefix: path of the block in the checkpoint's tensor names; differs from `group`
+        block: path of the block in the loaded model.
+        tensor_prefix: path of the block in the checkpoint's tensor names; differs from `block`
             where the checkpoint leaves the base model's prefix out, or calls the block otherwise.
         layout: how the weights divide into slices.
         tensors: the layout's `ModuleLayout.source` -> its tensor, in the layout's order; one dtype.
@@ -50,7 +50,7 @@ class SliceGroup:
 
     layer: int
     scope: Kind
-    group: str
+    block: str
     tensor_prefix: str
     layout: GroupLayout
     tensors: dict[str, TensorRef]

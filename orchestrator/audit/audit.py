@@ -22,7 +22,7 @@ from lestd_kernels.audit.diagnostics import evenly
 from lestd_kernels.errors import LestdError
 from orchestrator.architectures import SliceGroup, find_architecture
 from orchestrator.config.run import RunConfig
-from orchestrator.evaluation.pieces import EvaluationDirectory
+from orchestrator.evaluation.pieces import EvaluationDirectory, run_pieces
 from orchestrator.execution.executor import Executor, Listener, WorkerSpec
 from orchestrator.planning.calibration_costs import WORKER_BASE_BYTES
 from orchestrator.source.checkpoint import Source
@@ -42,7 +42,7 @@ _VERSION = "1"
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit has found.
+    """Findings of an audit.
 
     Attributes:
         model: the checkpoint, as it was named.
@@ -129,37 +129,56 @@ def audit(
     about = {
         "version": _VERSION,
         "source": {"config.json": source.config_json, "shards": sample_digests(source.index)},
-        "blocks": [group.group for group in groups],
+        "blocks": [group.block for group in groups],
         "keeps": keeps,
         "device": device,
         "threads": config.threads,
         "versions": software_versions(),
     }
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
-    store = EvaluationDirectory(run_dir / name, lambda fields: AuditResult(**fields))
-    store.begin({"model": source.model, **about})
     bases = run_dir / name / "bases"
-    make_own_directory(bases)
-    spec = WorkerSpec(
-        AuditWorker,
-        {"device": device, "threads": config.threads},
-        threads=config.threads,
-        device=device,
-    )
     first, second = _tasks(groups, keeps, bases)
-    run = _Run(executor, spec, store, progress, on_event, (*first, *second))
-    run.work(first)
-    known = [task for task in first if task.task_id in run.results]
-    run.work([_held_against(task, known) for task in second])
+    store = EvaluationDirectory(
+        run_dir / name,
+        {"model": source.model, **about},
+        (*first, *second),
+        lambda fields: AuditResult(**fields),
+    )
+    make_own_directory(bases)
+    for task in first:
+        if not is_file(as_path(task.bases)):  # It is not finished without them.
+            store.results.pop(task.task_id, None)
+    skipped = len(store.results)
+    failures: list[Failure] = []
+
+    def work(tasks: Sequence[AuditTask]) -> None:
+        """Run the tasks that are not finished; the largest first."""
+        todo = [task for task in tasks if task.task_id not in store.results]
+        todo.sort(key=lambda task: task.dense_bytes, reverse=True)
+        needed = WORKER_BASE_BYTES + max(map(memory_bytes, todo), default=0)
+        if todo:
+            _require_memory(needed, executor)
+        spec = WorkerSpec(
+            AuditWorker,
+            {"device": device, "threads": config.threads},
+            threads=config.threads,
+            memory_bytes=needed,
+            device=device,
+            device_memory_bytes=needed,
+        )
+        outcomes = run_pieces([store], executor, spec, progress, on_event, todo)
+        failures.extend(one for one in outcomes if isinstance(one, Failure))
+
+    work(first)
+    known = [task for task in first if task.task_id in store.results]
+    work([_held_against(task, known) for task in second])
     return Audit(
         model=source.model,
         keeps=keeps,
-        results=_merged(
-            [run.results[t.task_id] for t in (*first, *second) if t.task_id in run.results]
-        ),
+        results=_merged(store.ordered()),
         planned=len(groups),
-        failures=tuple(run.failures),
-        skipped=run.skipped,
+        failures=tuple(failures),
+        skipped=skipped,
         reference_bytes=sum(reference_bytes(task.layout) for task in first),
         run_dir=str(store.path),
     )
@@ -174,12 +193,12 @@ def _tasks(
         of_scope = [group for group in groups if group.scope == scope]
         if of_scope[1:]:
             references += [of_scope[i] for i in evenly(len(of_scope), REFERENCE_LAYERS)]
-    held = {group.group for group in references}
+    held = {group.block for group in references}
     first = [
         replace(_task(group, keeps), place=place, bases=str(bases / f"{place}.safetensors"))
         for place, group in enumerate(references)
     ]
-    second = [_task(group, keeps) for group in groups if group.group not in held]
+    second = [_task(group, keeps) for group in groups if group.block not in held]
     second += [
         replace(task, task_id=f"{task.task_id}, across layers", whole=False, bases="")
         for task in first
@@ -190,10 +209,10 @@ def _tasks(
 def _task(group: SliceGroup, keeps: tuple[float, ...]) -> AuditTask:
     dtype = DTYPES[next(iter(group.tensors.values())).dtype]
     return AuditTask(
-        task_id=group.group,
+        task_id=group.block,
         place=0,
         layer=group.layer,
-        group=group.group,
+        block=group.block,
         scope=group.scope,
         tensors=group.tensors,
         layout=group.layout,
@@ -205,52 +224,9 @@ def _task(group: SliceGroup, keeps: tuple[float, ...]) -> AuditTask:
 
 def _held_against(task: AuditTask, references: Sequence[AuditTask]) -> AuditTask:
     others = [
-        (r.layer, r.bases) for r in references if r.scope == task.scope and r.group != task.group
+        (r.layer, r.bases) for r in references if r.scope == task.scope and r.block != task.block
     ]
     return replace(task, references=tuple(others))
-
-
-class _Run:
-    """Works on tasks, and keeps what comes of them."""
-
-    def __init__(
-        self,
-        executor: Executor,
-        spec: WorkerSpec,
-        store: EvaluationDirectory[AuditResult],
-        progress: Callable[[int, int], None] | None,
-        on_event: Listener | None,
-        tasks: Sequence[AuditTask],
-    ) -> None:
-        self.failures: list[Failure] = []
-        self._executor, self._spec, self._store = executor, spec, store
-        self._progress, self._on_event, self._total = progress, on_event, len(tasks)
-        # A reference layer is not finished without its bases.
-        whole = [task for task in tasks if not task.bases or is_file(as_path(task.bases))]
-        self.results = store.read(whole)
-        self.skipped = len(self.results)
-        self._tell()
-
-    def work(self, tasks: Sequence[AuditTask]) -> None:
-        """Run the tasks that are not finished; the largest first."""
-        todo = [task for task in tasks if task.task_id not in self.results]
-        if not todo:
-            return
-        todo.sort(key=lambda task: task.dense_bytes, reverse=True)
-        needed = WORKER_BASE_BYTES + max(map(memory_bytes, todo))
-        _require_memory(needed, self._executor)
-        spec = replace(self._spec, memory_bytes=needed, device_memory_bytes=needed)
-        for outcome in self._executor.map(spec, todo, self._on_event):
-            if isinstance(outcome, Failure):
-                self.failures.append(outcome)
-                continue
-            self._store.commit(outcome)
-            self.results[outcome.task_id] = outcome
-            self._tell()
-
-    def _tell(self) -> None:
-        if self._progress is not None:
-            self._progress(len(self.results), self._total)
 
 
 def _require_memory(needed: int, executor: Executor) -> None:
@@ -264,7 +240,7 @@ def _require_memory(needed: int, executor: Executor) -> None:
 
 def _merged(results: Sequence[AuditResult]) -> tuple[AuditResult, ...]:
     """One result for each block, by scope and layer."""
-    across = {result.group: result.across for result in results if result.block is None}
-    blocks = [result for result in results if result.block is not None]
-    blocks.sort(key=lambda result: (result.scope, result.layer, result.group))
-    return tuple(replace(one, across=one.across or across.get(one.group, [])) for one in blocks)
+    across = {result.block: result.across for result in results if result.findings is None}
+    blocks = [result for result in results if result.findings is not None]
+    blocks.sort(key=lambda result: (result.scope, result.layer, result.block))
+    return tuple(replace(one, across=one.across or across.get(one.block, [])) for one in blocks)

@@ -20,7 +20,7 @@ function heat(theme, x, y, z, title, more) {
 
 function drawPairs(width, theme) {
   const table = tables.pairs;
-  const rows = chosenRows(table, { group: choice("pairs-block"), choice: choice("pairs-choice") });
+  const rows = chosenRows(table, { block: choice("pairs-block"), choice: choice("pairs-choice") });
   const [basis, unit, energy, random] = ["basis", "unit", "energy", "random"].map((name) => table.column(name));
   const names = unique(rows.map((row) => basis[row]));
   const at = new Map(names.map((name, index) => [name, index]));
@@ -62,11 +62,11 @@ function drawAcross(width, theme) {
 function drawAuditSpectra(width, theme) {
   const table = tables.spectra;
   const wanted = Number(choice("spectra-mode"));
-  const [group, layer, index, value] = ["group", "layer", "index", "singular_value"].map((name) => table.column(name));
+  const [block, layer, index, value] = ["block", "layer", "index", "singular_value"].map((name) => table.column(name));
   const lines = new Map();
   for (const row of chosenRows(table, { mode: wanted })) {
-    if (!lines.has(group[row])) lines.set(group[row], { layer: layer[row], x: [], y: [] });
-    const line = lines.get(group[row]);
+    if (!lines.has(block[row])) lines.set(block[row], { layer: layer[row], x: [], y: [] });
+    const line = lines.get(block[row]);
     line.x.push(index[row]);
     line.y.push(value[row]);
   }
@@ -88,7 +88,7 @@ function drawAuditSpectra(width, theme) {
 
 function drawPredictions(width, theme) {
   const table = tables.predictions;
-  const rows = chosenRows(table, { group: choice("predictions-block") });
+  const rows = chosenRows(table, { block: choice("predictions-block") });
   const [method, size, error] = ["method", "stored_keep", "relative_error"].map((name) => table.column(name));
   const family = (name) => name.split(" ")[0];
   const bits = (name) => Number(name.split(" ")[1]?.split("-")[0] ?? 16);

@@ -42,7 +42,7 @@ def render(found: dict[str, Any]) -> str:
 
 def _choices(blocks: Sequence[Row]) -> list[str]:
     """How ranks were chosen, in words that figures know too."""
-    known = {_choice(one): None for b in blocks for one in b["block"]["explained"]}
+    known = {_choice(one): None for b in blocks for one in b["findings"]["explained"]}
     return list(known)
 
 
@@ -59,30 +59,32 @@ def _tables(found: Row) -> Row:
         _of(block)
         | {
             "choice": _choice(one),
-            "basis": block["block"]["compared"][i],
-            "unit": block["block"]["compared"][j],
+            "basis": block["findings"]["compared"][i],
+            "unit": block["findings"]["compared"][j],
             "energy": energy,
             "random": one["ranks"][i] / _size(block, one),
         }
         for block in blocks
-        for one in block["block"]["explained"]
+        for one in block["findings"]["explained"]
         for i, row in enumerate(one["energy"])
         for j, energy in enumerate(row)
     ]
     spectra = [
         _of(block) | {"mode": one["mode"], "index": index, "singular_value": value}
         for block in blocks
-        for one in block["block"]["spectra"]
+        for one in block["findings"]["spectra"]
         for index, value in one["points"]
     ]
     predictions = [
-        {"layer": None, "group": f"all of {scope['scope']}", "scope": scope["scope"]} | one
+        {"layer": None, "block": f"all of {scope['scope']}", "scope": scope["scope"]} | one
         for scope in found["scopes"]
         for one in scope["predictions"]
     ]
-    predictions += [_of(block) | one for block in blocks for one in block["block"]["predictions"]]
+    predictions += [
+        _of(block) | one for block in blocks for one in block["findings"]["predictions"]
+    ]
     across = [_of(block) | one for block in blocks for one in block["across"]]
-    of = ("layer", "group", "scope")
+    of = ("layer", "block", "scope")
     errors = ("method", "keep", "stored_keep", "relative_error", "operator_error")
     explained = ("reference", "kind", "rank", "energy", "baseline", "optimum", "margin")
     return {
@@ -94,9 +96,9 @@ def _tables(found: Row) -> Row:
 
 
 def _of(block: Row) -> Row:
-    return {key: block[key] for key in ("layer", "group", "scope")}
+    return {key: block[key] for key in ("layer", "block", "scope")}
 
 
 def _size(block: Row, explained: Row) -> int:
     side = "width" if explained["side"] == "width" else "head_dim"
-    return int(block["block"][side])
+    return int(block["findings"][side])

@@ -60,7 +60,7 @@ def describe(audit: Audit) -> dict[str, Any]:
     scopes = []
     for scope, results in by_scope(audit).items():
         predictions = together(results)
-        margins = [margin_of(r.block) for r in results if r.block is not None]
+        margins = [margin_of(r.findings) for r in results if r.findings is not None]
         scopes.append(
             {
                 "scope": scope,
@@ -71,12 +71,12 @@ def describe(audit: Audit) -> dict[str, Any]:
         )
     blocks = []
     for result in audit.results:
-        assert result.block is not None
+        assert result.findings is not None
         plain = asdict(result)
         del plain["task_id"], plain["place"], plain["worker"], plain["seconds"]
         del plain["peak_memory_bytes"]
         plain["across"] = across_rows(result)
-        found = verdict(result.block["predictions"], margin_of(result.block))
+        found = verdict(result.findings["predictions"], margin_of(result.findings))
         blocks.append(plain | {"verdict": found})
     return {
         "model": audit.model,
@@ -163,7 +163,8 @@ def _errors(
             cells.append(text)
         rows.append((method, *cells))
     best = [
-        max(block["block"]["operator_optimum"][at] for block in blocks) for at in range(len(keeps))
+        max(block["findings"]["operator_optimum"][at] for block in blocks)
+        for at in range(len(keeps))
     ]
     rows.append(("least of any ranks", *(f"({one:.2f})" for one in best)))
     return Section(
@@ -179,7 +180,7 @@ def _errors(
 def _sharing(scope: str, blocks: Sequence[dict[str, Any]]) -> Section:
     rows = []
     for result in blocks:
-        block = result["block"]
+        block = result["findings"]
         fixed = [e for e in block["explained"] if e["side"] == "width"][-1]
         at_90 = next(e for e in block["explained"] if e["choice"] < 1)
         columns = margin_of(block, "columns")
@@ -214,8 +215,8 @@ def _sharing(scope: str, blocks: Sequence[dict[str, Any]]) -> Section:
 def _structure(scope: str, blocks: Sequence[dict[str, Any]]) -> Section:
     rows = []
     for result in blocks:
-        spectra = result["block"]["spectra"]
-        told = result["block"]["entries"]
+        spectra = result["findings"]["spectra"]
+        told = result["findings"]["entries"]
         modes = [
             f"{one['effective_rank']:.0f}, {one['rank_90']}, {one['rank_99']} of {one['size']}"
             for one in spectra
@@ -242,7 +243,10 @@ def _structure(scope: str, blocks: Sequence[dict[str, Any]]) -> Section:
 
 def _outliers(scope: str, blocks: Sequence[dict[str, Any]]) -> Section | None:
     found = [
-        one for block in blocks for tensor in block["block"]["entries"] for one in tensor["largest"]
+        one
+        for block in blocks
+        for tensor in block["findings"]["entries"]
+        for one in tensor["largest"]
     ]
     found.sort(key=lambda one: -one["sigmas"])
     if not found:

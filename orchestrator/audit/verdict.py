@@ -1,4 +1,4 @@
-"""What follows from an audit: where a shared basis pays, and what to use where it does not.
+"""Verdict of an audit: where a shared basis pays, and what to use where it does not.
 
 The rule. At each keep the least predicted error of the methods with a shared basis (tucker, lestd)
 is held against the least of the others at the same bytes. The basis *pays* where it is smaller by
@@ -34,7 +34,7 @@ NEGLIGIBLE = 0.01
 """So are all errors below: with them nothing is left to gain."""
 SHARED_MARGIN, PARTLY_SHARED_MARGIN = 0.5, 0.25
 RIVALS = ("svd", "16 bits", "any")
-"""What a shared basis is held against; see the head of this file."""
+"""Rivals of a shared basis; see the head of this file."""
 
 _PLAINEST = ("rtn", "magnitude", "svd", *SHARED_METHODS)
 
@@ -51,7 +51,7 @@ def margin_of(block: Mapping[str, Any], side: str = "width") -> float:
 
 
 def sharing_word(margin: float) -> str:
-    """What a margin is called; nothing where there is none."""
+    """Name of a margin; empty where there is none."""
     if math.isnan(margin):
         return ""
     if margin >= SHARED_MARGIN:
@@ -151,7 +151,7 @@ def together(results: Sequence[AuditResult]) -> list[Row]:
         Rows with ``method``, ``keep``, ``stored_keep``, ``relative_error`` over all blocks,
         ``operator_error`` of the worst, for what every block has.
     """
-    blocks = [result.block for result in results if result.block is not None]
+    blocks = [result.findings for result in results if result.findings is not None]
     found: dict[tuple[str, float], list[tuple[Row, Row]]] = {}
     for block in blocks:
         for one in block["predictions"]:
@@ -177,9 +177,9 @@ def together(results: Sequence[AuditResult]) -> list[Row]:
 
 
 def across_rows(result: AuditResult) -> list[Row]:
-    """What reference layers' bases explain of a block, with the optimum and the margin."""
-    assert result.block is not None
-    optimum, rows = result.block["optimum"], []
+    """Energy of a block in the reference layers' bases, with the optimum and the margin."""
+    assert result.findings is not None
+    optimum, rows = result.findings["optimum"], []
     for row in result.across:
         best = optimum["layer"][str(row["rank"])] if row["kind"] == "layer" else optimum["unit"]
         margin = math.nan

@@ -9,38 +9,24 @@ import typer
 
 from lestd_kernels.errors import LestdError
 from orchestrator.cli.application import app, require_folder
-from orchestrator.cli.options import (
-    Address,
-    ClusterFile,
-    DeviceOption,
-    Exclude,
-    ExecutorOption,
-    Include,
-    Json,
-    LogFormatOption,
-    Revision,
-    ScopeOption,
-    Threads,
-    Workers,
-)
+from orchestrator.cli.options import Given, Json, LogFormatOption, options, output_option
+from orchestrator.config.options import HOSTS, Checkpoint, Weights
 from orchestrator.console import logs, output
 from orchestrator.console.logs import LogFormat
 from workers.storage.files import as_path, atomic_write
 
 
 @app.command(rich_help_panel="Compress a model")
+@options(Checkpoint, Weights, *HOSTS)
 def audit(
     model: Annotated[
         str,
         typer.Argument(help="Directory of a dense checkpoint, Hub id, or URL (s3://, gs://)."),
     ],
+    given: Given,
     keep: Annotated[
         str, typer.Option(help="Keeps to predict errors at, with commas between them.")
     ] = "0.8,0.6,0.4,0.2",
-    revision: Revision = None,
-    scope: ScopeOption = None,
-    include: Include = None,
-    exclude: Exclude = None,
     html: Annotated[
         Path | None,
         typer.Option(help="Write a page with figures too; needs lestd[report].", parser=as_path),
@@ -50,18 +36,12 @@ def audit(
     ] = None,
     run_dir: Annotated[
         Path | None,
-        typer.Option(
+        output_option(
             help="Where finished blocks are kept.",
             show_default="MODEL.audit, beside a local MODEL",
             parser=as_path,
         ),
     ] = None,
-    device: DeviceOption = None,
-    threads: Threads = None,
-    executor: ExecutorOption = None,
-    workers: Workers = None,
-    address: Address = None,
-    cluster: ClusterFile = None,
     log_format: LogFormatOption = LogFormat.text,
     json: Json = False,
 ) -> None:
@@ -71,14 +51,13 @@ def audit(
     errors of every method at the same bytes, with a verdict for each layer. The model is read block
     by block; the same command again continues what was interrupted.
     """
-    given = dict(locals())
     from orchestrator.audit.audit import audit as audit_blocks
     from orchestrator.audit.audit import check_keeps, default_audit_dir
     from orchestrator.audit.tables import describe, print_audit
     from orchestrator.audit.tables import markdown as audit_markdown
     from orchestrator.config.cluster import cluster_options
     from orchestrator.config.layers import parse_keeps
-    from orchestrator.config.run import RunFile, run_options
+    from orchestrator.config.run import run_options
     from orchestrator.evaluation.progress import PieceProgress
     from orchestrator.execution.open import open_executor
     from orchestrator.execution.ray.jobs import jobs_address, run_as_job
@@ -93,9 +72,8 @@ def audit(
 
         require_plotly()
     keeps = check_keeps(parse_keeps(keep))
-    options = {k: v for k, v in given.items() if k in RunFile.model_fields and k != "model"}
-    _, _, config = run_options(model, None, options | {"keep": keeps[0]})
-    cluster_config = cluster_options(cluster, executor=executor, workers=workers, address=address)
+    _, revision, config = run_options(given | {"keep": keeps[0]})
+    cluster_config = cluster_options(given)
     if jobs := jobs_address(cluster_config):
         raise typer.Exit(run_as_job(jobs, "audit", given, cluster_config))
     kept_in = run_dir or default_audit_dir(model)

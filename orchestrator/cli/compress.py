@@ -11,137 +11,60 @@ import typer
 from lestd_kernels.errors import LestdError
 from orchestrator.cli.application import app
 from orchestrator.cli.options import (
-    Address,
-    AllocationOption,
-    Calibrate,
-    CalibrateOn,
     CalibrationDir,
-    ClusterFile,
-    ConfigFile,
-    DeviceOption,
-    Exclude,
-    ExecutorOption,
-    FactorBits,
-    Include,
+    Fresh,
+    Given,
     Json,
-    Keep,
-    KeepModel,
     LogFormatOption,
-    MaxFlops,
-    MethodOption,
-    MetricOption,
-    Model,
     Out,
-    PatternOption,
-    Revision,
     RunDir,
-    Samples,
-    SampleTokens,
-    ScopeOption,
-    SuperWeights,
-    TdMoeModeOption,
-    Threads,
-    TypeModeOption,
-    ValueBits,
-    WhiteningOption,
-    Workers,
+    Time,
+    options,
+    output_option,
 )
+from orchestrator.config.options import HOSTS, METHOD, RUN, Target
 from orchestrator.console import logs, output
 from orchestrator.console.logs import LogFormat
 from workers.storage.files import as_path
 
 
 @app.command(rich_help_panel="Compress a model")
-def plan(
-    model: Model = None,
-    keep: Keep = None,
-    keep_model: KeepModel = None,
-    revision: Revision = None,
-    scope: ScopeOption = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    allocation: AllocationOption = None,
-    method: MethodOption = None,
-    type_mode: TypeModeOption = None,
-    pattern: PatternOption = None,
-    max_flops: MaxFlops = None,
-    metric: MetricOption = None,
-    calibrate_on: CalibrateOn = None,
-    samples: Samples = None,
-    sample_tokens: SampleTokens = None,
-    value_bits: ValueBits = None,
-    factor_bits: FactorBits = None,
-    keep_super_weights: SuperWeights = None,
-    td_moe_mode: TdMoeModeOption = None,
-    whitening: WhiteningOption = None,
-    config: ConfigFile = None,
-    calibrate: Calibrate = False,
-    json: Json = False,
-) -> None:
+@options(Target, *RUN, *METHOD)
+def plan(given: Given, time: Time = False, json: Json = False) -> None:
     """Show what a compression would do: reads headers only, writes nothing."""
     from orchestrator.cli.summary import describe_plan, print_plan
-    from orchestrator.config.run import RunFile, run_options
+    from orchestrator.config.run import run_options
     from orchestrator.planning.plan import make_plan
     from orchestrator.source.checkpoint import resolve_source
 
-    options = {k: v for k, v in locals().items() if k in RunFile.model_fields and k != "model"}
-    name, revision, run_config = run_options(model, config, options)
+    name, revision, run_config = run_options(given)
     planned = make_plan(resolve_source(name, revision), run_config)
-    print_plan(name, describe_plan(planned, run_config, calibrate), json)
+    print_plan(name, describe_plan(planned, run_config, time), json)
 
 
 @app.command(rich_help_panel="Compress a model")
+@options(Target, *RUN, *METHOD, *HOSTS)
 def compress(
     out: Annotated[
         Path, typer.Option(help="Directory of the compressed model, or URL.", parser=as_path)
     ],
-    model: Model = None,
-    keep: Keep = None,
-    keep_model: KeepModel = None,
-    revision: Revision = None,
-    scope: ScopeOption = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    allocation: AllocationOption = None,
-    method: MethodOption = None,
-    type_mode: TypeModeOption = None,
-    pattern: PatternOption = None,
-    max_flops: MaxFlops = None,
-    metric: MetricOption = None,
-    calibrate_on: CalibrateOn = None,
-    samples: Samples = None,
-    sample_tokens: SampleTokens = None,
+    given: Given,
     calibration: CalibrationDir = None,
-    value_bits: ValueBits = None,
-    factor_bits: FactorBits = None,
-    keep_super_weights: SuperWeights = None,
-    td_moe_mode: TdMoeModeOption = None,
-    whitening: WhiteningOption = None,
-    device: DeviceOption = None,
-    threads: Threads = None,
-    config: ConfigFile = None,
-    executor: ExecutorOption = None,
-    workers: Workers = None,
-    address: Address = None,
-    cluster: ClusterFile = None,
     run_dir: RunDir = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Forget what an earlier run left at OUT and start over.")
-    ] = False,
+    fresh: Fresh = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan and stop before any work.")
+        bool, output_option("--dry-run", help="Show the plan and stop before any work.")
     ] = False,
-    calibrate: Calibrate = False,
+    time: Time = False,
     log_format: LogFormatOption = LogFormat.text,
     json: Json = False,
 ) -> None:
     """Compress a checkpoint. Run the same command again to continue after a crash."""
-    given = dict(locals())
     from orchestrator.cli.summary import describe_plan, predicted_seconds, print_outcome, print_plan
     from orchestrator.compression.pipeline import compress_model
     from orchestrator.compression.progress import CompressionProgress
     from orchestrator.config.cluster import cluster_options
-    from orchestrator.config.run import RunFile, run_options
+    from orchestrator.config.run import run_options
     from orchestrator.execution.open import open_executor
     from orchestrator.execution.ray.jobs import jobs_address, run_as_job
     from orchestrator.execution.ray.metrics import RunMetrics
@@ -150,21 +73,20 @@ def compress(
     from orchestrator.run.directory import RunDirectory
     from orchestrator.source.checkpoint import resolve_source
 
-    options = {k: v for k, v in locals().items() if k in RunFile.model_fields and k != "model"}
     logs.use(log_format)
-    name, revision, run_config = run_options(model, config, options)
-    cluster_config = cluster_options(cluster, executor=executor, workers=workers, address=address)
+    name, revision, run_config = run_options(given)
+    cluster_config = cluster_options(given)
     if jobs := jobs_address(cluster_config):
         raise typer.Exit(run_as_job(jobs, "compress", given | {"model": name}, cluster_config))
     if dry_run:
         planned = make_plan(resolve_source(name, revision), run_config)
-        print_plan(name, describe_plan(planned, run_config, calibrate), json)
+        print_plan(name, describe_plan(planned, run_config, time), json)
         return
 
     run_dir = run_dir or default_run_dir(out)
     source = resolve_source(name, revision)
     planned = make_plan(source, run_config)  # Refuse what is impossible before Ray is started.
-    seconds = predicted_seconds(planned, run_config) if calibrate else None
+    seconds = predicted_seconds(planned, run_config) if time else None
     metrics = RunMetrics(out.name) if cluster_config.executor == "ray" else None
     try:
         with (

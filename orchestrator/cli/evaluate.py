@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,26 +12,14 @@ import typer
 from lestd_kernels.errors import LestdError
 from orchestrator.cli.application import app
 from orchestrator.cli.options import (
-    Address,
-    BatchSize,
-    ClusterFile,
-    ComputeDtype,
-    Data,
-    DeviceOption,
-    ExecutorOption,
-    Fewshot,
-    IncludePath,
+    Given,
     Json,
-    Limit,
     LogFormatOption,
-    MaxWindows,
-    Tasks,
-    Text,
-    Threads,
-    Window,
-    Workers,
+    options,
+    output_option,
     refuse_unused,
 )
+from orchestrator.config.options import HOSTS, Evaluation, Host, chosen
 from orchestrator.console import logs, output
 from orchestrator.console.logs import LogFormat
 from workers.storage.files import as_path
@@ -41,46 +29,33 @@ if TYPE_CHECKING:  # It imports lm_eval.
 
 
 @app.command(rich_help_panel="Judge and compare")
+@options(Evaluation, *HOSTS)
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Directory of a compressed or a dense model.")],
-    text: Text = None,
-    tasks: Tasks = None,
+    given: Given,
     against: Annotated[
         Path | None, typer.Option(help="A second model, usually the dense one, to compare with.")
     ] = None,
-    window: Window = None,
-    max_windows: MaxWindows = None,
-    data: Data = None,
-    include_path: IncludePath = None,
-    limit: Limit = None,
-    fewshot: Fewshot = None,
-    batch_size: BatchSize = None,
-    log_samples: Annotated[
-        bool, typer.Option("--log-samples", help="Keep what was asked and answered, in RUN_DIR.")
-    ] = False,
-    run_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Where finished parts are kept.",
-            show_default="MODEL.eval, beside MODEL",
-            parser=as_path,
-        ),
-    ] = None,
-    dtype: ComputeDtype = "auto",
-    device: DeviceOption = None,
-    threads: Threads = None,
     gpus: Annotated[
         int | None,
         typer.Option(
             min=1,
             help="GPUs of a worker, for a model that does not fit one.",
             show_default="1",
+            rich_help_panel="Where",
         ),
     ] = None,
-    executor: ExecutorOption = None,
-    workers: Workers = None,
-    address: Address = None,
-    cluster: ClusterFile = None,
+    log_samples: Annotated[
+        bool, output_option("--log-samples", help="Keep what was asked and answered, in RUN_DIR.")
+    ] = False,
+    run_dir: Annotated[
+        Path | None,
+        output_option(
+            help="Where finished parts are kept.",
+            show_default="MODEL.eval, beside MODEL",
+            parser=as_path,
+        ),
+    ] = None,
     log_format: LogFormatOption = LogFormat.text,
     json: Json = False,
 ) -> None:
@@ -88,8 +63,8 @@ def evaluate(
 
     Run the same command again to continue what was interrupted.
     """
-    given = dict(locals())
-    if text is None and tasks is None:
+    asked, host = chosen(Evaluation, given), chosen(Host, given)
+    if asked.text is None and asked.tasks is None:
         raise LestdError("there is nothing to evaluate; give --text FILE, --tasks NAMES or both")
     refuse_unused(given)
     from orchestrator.config.cluster import cluster_options
@@ -104,21 +79,20 @@ def evaluate(
     from orchestrator.manifest.manifest import default_evaluation_dir
 
     logs.use(log_format)
-    cluster_config = cluster_options(cluster, executor=executor, workers=workers, address=address)
+    cluster_config = cluster_options(given)
     if jobs := jobs_address(cluster_config):
         raise typer.Exit(run_as_job(jobs, "evaluate", given, cluster_config))
-    opened = open_models([model] if against is None else [against, model], window)
+    opened = open_models([model] if against is None else [against, model], asked.window)
     run_dir = run_dir or default_evaluation_dir(model)
     keep = partial(record, manifest=manifest_of_evaluations(model, run_dir))
-    common: dict[str, Any] = {"dtype": dtype, "device": device or "auto", "threads": threads or 1}
-    common["gpus"] = gpus or 1
-    examination = None if tasks is None else examine(given, common)
+    common: dict[str, Any] = {"dtype": asked.dtype, **asdict(host), "gpus": gpus or 1}
+    examination = None if asked.tasks is None else examine(asked, common)
     evaluations, judged = [], []  # type: list[Any], list[Any]
     try:
         with open_executor(cluster_config) as runner:
-            if text is not None:
-                settings = {**common, "max_windows": max_windows}
-                evaluations = evaluate_models(opened, text, runner, run_dir, keep, settings)
+            if asked.text is not None:
+                settings = {**common, "max_windows": asked.max_windows}
+                evaluations = evaluate_models(opened, asked.text, runner, run_dir, keep, settings)
             if examination is not None:
                 from orchestrator.evaluation.lm_eval_table import judge_models
 
@@ -145,8 +119,8 @@ def evaluate(
         output.print_json(shown)
 
 
-def examine(given: Mapping[str, Any], common: dict[str, Any]) -> Examination:
-    """The tasks of a command's options; `common` are settings that options do not decide alone.
+def examine(asked: Evaluation, common: dict[str, Any]) -> Examination:
+    """The tasks that are asked for; `common` are settings that options do not decide alone.
 
     Raises:
         LestdError: see `open_examination`.
@@ -154,10 +128,9 @@ def examine(given: Mapping[str, Any], common: dict[str, Any]) -> Examination:
     from orchestrator.evaluation.lm_eval_tasks import JudgeSettings, open_examination
     from workers.evaluation.lm_eval_tasks import TaskSource
 
-    names = tuple(filter(None, (name.strip() for name in given["tasks"].split(","))))
+    names = tuple(filter(None, (name.strip() for name in (asked.tasks or "").split(","))))
     local, included = (
-        None if given[name] is None else str(given[name].absolute())
-        for name in ("data", "include_path")
+        None if path is None else str(path.absolute()) for path in (asked.data, asked.include_path)
     )
-    source = TaskSource(local, included, given["fewshot"], given["limit"])
-    return open_examination(JudgeSettings(names, source, given["batch_size"] or 1, **common))
+    source = TaskSource(local, included, asked.fewshot, asked.limit)
+    return open_examination(JudgeSettings(names, source, asked.batch_size, **common))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -17,12 +18,17 @@ from workers.storage.files import AnyPath, as_path, atomic_write
 
 
 class ReportFormat(StrEnum):
-    """What a report is written as."""
+    """Format of a report."""
 
     html = "html"
     md = "md"
 
 
+# What is SQL, or stands for it, and not the name of a run.
+_STATEMENT = re.compile(
+    r"\s*(-\s*$|(select|from|with|describe|summarize|show|pivot|unpivot)\s.*)",
+    re.IGNORECASE | re.DOTALL,
+)
 _QUERY_HELP = """Ask the manifests of runs in SQL, while a run goes on or after it.
 
 Each RUN is a directory or URL: a compressed model, its run directory, or an OUT still in the
@@ -32,7 +38,8 @@ that comes with lestd is asked for by `--name`.
 Tables: **groups** (a row per finished block), **slices** (per head of a projection), **curves**
 (points of global allocation), **events** (starts, retries, failures), **runs** (calls of compress),
 **evaluations** (metrics). The first column of each is **run**; `DESCRIBE slices` shows the others.
-Words of SQL need quotes: `"group"`, `"at"`, `"filter"`.
+Views: **current** and **current_slices** (of the groups that the model is made of),
+**finished_tasks** (both passes of global allocation, with their seconds).
 
     lestd query --list
 
@@ -70,7 +77,6 @@ def query(
     """Ask the manifests of runs in SQL."""
     from orchestrator.manifest.part_files import Damaged
     from orchestrator.query import writers
-    from orchestrator.query.hints import not_recorded, unquoted_columns
     from orchestrator.query.sql import bounded_memory, named_queries, run_query
 
     if csv + json + (parquet is not None) > 1:
@@ -91,15 +97,7 @@ def query(
         logs.damaged(bad.path, bad.reason)
 
     with bounded_memory():
-        try:
-            answer = writers.unique_names(run_query(places, sql, on_damaged))
-        except LestdError as error:
-            hint = unquoted_columns(sql)
-            if hint and "syntax error" in str(error):
-                raise LestdError(f"{error}; {hint}") from error
-            raise
-        for sentence in not_recorded(places, sql):
-            logs.log("message", sentence)
+        answer = writers.unique_names(run_query(places, sql, on_damaged))
         if csv:
             writers.print_csv(answer)
         elif json:
@@ -117,10 +115,9 @@ def _asked(arguments: list[str], name: str | None) -> tuple[list[AnyPath], str]:
     Raises:
         LestdError: one of them is missing, or there are two statements.
     """
-    from orchestrator.query.hints import is_statement
     from orchestrator.query.sql import named_query
 
-    if name is not None and arguments and is_statement(arguments[-1]):
+    if name is not None and arguments and _STATEMENT.fullmatch(arguments[-1]):
         raise LestdError(f"--name {name} was given together with a statement; choose one")
     if name is not None:
         sql, runs = named_query(name).sql, arguments

@@ -4,40 +4,29 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from orchestrator.cli.application import app
-from orchestrator.cli.options import (
-    Batch,
-    BenchThreads,
-    ComputeDtype,
-    DeviceOption,
-    ExportDtype,
-    Json,
-    NewTokens,
-    Plot,
-    PromptTokens,
-    Repeats,
-    Revision,
-    absolute,
-)
+from orchestrator.cli.options import Given, Json, absolute, options, output_option
+from orchestrator.config.options import Checkpoint, Host, Precision, chosen
 from orchestrator.console import output
 from orchestrator.console.progress_bar import Meter
 
 
 @app.command(rich_help_panel="Compress a model")
+@options(Checkpoint)
 def convert(
     model: Annotated[str, typer.Argument(help="Directory or Hub id of pickled .bin weights.")],
     out: Annotated[Path, typer.Argument(help="Directory of the safetensors checkpoint to write.")],
-    revision: Revision = None,
+    given: Given,
 ) -> None:
     """Rewrite pickled .bin weights as safetensors, shard by shard, without running their code."""
     from orchestrator.source.convert import convert as convert_checkpoint
 
     with Meter("convert", "shards") as meter:
-        index = convert_checkpoint(model, out, revision, meter.update)
+        index = convert_checkpoint(model, out, given["revision"], meter.update)
     output.out.print(
         f"{out}: {len(index.tensors)} tensors, {output.size(index.stored_bytes)} in "
         f"{len(index.shards)} shards",
@@ -58,9 +47,9 @@ def export(
         ),
     ],
     dtype: Annotated[
-        ExportDtype,
+        Literal["auto", "float32"],
         typer.Option(help="Of the reconstructed weights; auto: as the values are stored."),
-    ] = ExportDtype.auto,
+    ] = "auto",
     json: Json = False,
 ) -> None:
     """Write a compressed model as an ordinary dense checkpoint, for tools without the format."""
@@ -69,24 +58,37 @@ def export(
     from orchestrator.cli.summary import print_export
     from orchestrator.model.export import export_dense
 
-    chosen = torch.float32 if dtype is ExportDtype.float32 else None
+    chosen = torch.float32 if dtype == "float32" else None
     with Meter("export", "bytes") as meter:
         exported = export_dense(model, dense, chosen, meter.update)
     print_export(exported, json)
 
 
 @app.command(rich_help_panel="Judge and compare")
+@options(Precision, Host)
 def bench(
     dense: Annotated[Path, typer.Argument(help="Directory of the dense model.")],
     compressed: Annotated[Path, typer.Argument(help="Directory of the compressed model.")],
-    prompt_tokens: PromptTokens = 128,
-    new_tokens: NewTokens = 64,
-    batch: Batch = 1,
-    repeats: Repeats = 5,
-    dtype: ComputeDtype = "auto",
-    device: DeviceOption = None,
-    threads: BenchThreads = None,
-    plot: Plot = None,
+    given: Given,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt; random.")] = 128,
+    new_tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens to decode, the one of the prefill included.")
+    ] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    repeats: Annotated[int, typer.Option(min=2, help="Repetitions that count, of each model.")] = 5,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="CPU threads of a model.",
+            show_default="torch's own",
+            rich_help_panel="Where",
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        output_option(help="Draw the figures too: FILE.png or FILE.svg; needs lestd[report]."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Time two models in turn: prefill, decoding, time to first token, peak memory."""
@@ -96,7 +98,8 @@ def bench(
 
     if plot is not None:
         check_plot(plot)
-    settings = BenchSettings(prompt_tokens, new_tokens, batch, dtype, device or "auto", threads)
+    dtype, device = chosen(Precision, given).dtype, given["device"] or "auto"
+    settings = BenchSettings(prompt_tokens, new_tokens, batch, dtype, device, threads)
     with Meter("bench", "repetitions") as meter:
         comparison = compare(dense, compressed, settings, repeats, meter.update)
     if plot is not None:

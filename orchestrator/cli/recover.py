@@ -12,22 +12,14 @@ import typer
 
 from lestd_kernels.errors import LestdError
 from orchestrator.cli.application import app
-from orchestrator.cli.options import (
-    ComputeDtype,
-    DeviceOption,
-    Json,
-    LogFormatOption,
-    MaxWindows,
-    Threads,
-    Window,
-    absolute,
-)
+from orchestrator.cli.options import Fresh, Given, Json, LogFormatOption, absolute, options
+from orchestrator.config.options import Host, Windows, chosen
 from orchestrator.console import logs, output
 from orchestrator.console.logs import LogFormat
 
 
 class Train(StrEnum):
-    """What is trained."""
+    """Parameters to train."""
 
     lora = "lora"
     factors = "factors"
@@ -37,12 +29,14 @@ _RATES = {Train.lora: 1e-3, Train.factors: 3e-4}
 
 
 @app.command(rich_help_panel="Use the result")
+@options(Windows, Host)
 def recover(
     model: Annotated[
         Path, typer.Argument(help="The compressed model's directory.", callback=absolute)
     ],
     text: Annotated[Path, typer.Option(help="UTF-8 text to train on.")],
     out: Annotated[Path, typer.Option(help="Directory of the trained model.", callback=absolute)],
+    given: Given,
     train: Annotated[
         Train,
         typer.Option(
@@ -63,8 +57,6 @@ def recover(
         typer.Option(min=1, help="Optimizer steps, in place of --epochs.", show_default="epochs"),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows of a step.")] = 8,
-    window: Window = None,
-    max_windows: MaxWindows = None,
     rank: Annotated[int, typer.Option(min=1, help="Rank of an adapter.")] = 8,
     alpha: Annotated[float, typer.Option(help="The adapter counts alpha / rank times.")] = 16.0,
     lr: Annotated[
@@ -73,12 +65,7 @@ def recover(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of windows and the start.")] = 0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between two states on disk.")] = 50,
-    dtype: ComputeDtype = "auto",
-    device: DeviceOption = None,
-    threads: Threads = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Forget what an earlier call left in OUT.recover.")
-    ] = False,
+    fresh: Fresh = False,
     log_format: LogFormatOption = LogFormat.text,
     json: Json = False,
 ) -> None:
@@ -101,15 +88,13 @@ def recover(
     from orchestrator.recovery.train import recover as recover_model
 
     settings: dict[str, Any] = {"batch": batch, "rank": rank, "alpha": alpha, "seed": seed}
-    settings |= {"dtype": dtype, "device": device or "auto", "threads": threads or 1}
+    settings |= asdict(chosen(Windows, given)) | asdict(chosen(Host, given))
     try:
         recovery = recover_model(
             model,
             text,
             out,
             eval_text=eval_text,
-            window=window,
-            max_windows=max_windows,
             epochs=epochs,
             steps=steps,
             fresh=fresh,

@@ -1,4 +1,4 @@
-"""What commands show when they are done."""
+"""Summaries that commands print when they are done."""
 
 from __future__ import annotations
 
@@ -87,19 +87,19 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
         )
 
 
-def describe_plan(plan: Plan, config: RunConfig, calibrate: bool) -> dict[str, Any]:
-    """The plan as plain values; with `calibrate` predicted seconds for each layer and in total."""
+def describe_plan(plan: Plan, config: RunConfig, time: bool) -> dict[str, Any]:
+    """The plan as plain values; with `time` predicted seconds for each layer and in total."""
     described = plan.to_dict()
-    if calibrate:
+    if time:
         seconds = predicted_seconds(plan, config)
         for layer in described["layers"]:
-            layer["predicted_seconds"] = seconds[layer["group"]]
+            layer["predicted_seconds"] = seconds[layer["block"]]
         described["total"]["predicted_seconds"] = sum(seconds.values())
     return described
 
 
 def predicted_seconds(plan: Plan, config: RunConfig) -> dict[str, float]:
-    """Seconds of each group on this machine, see `calibration.predict_seconds`."""
+    """Seconds of each group on this machine, see `predict_seconds` of planning."""
     import torch
 
     from orchestrator.planning.timing import predict_seconds
@@ -146,12 +146,12 @@ def outcome_figures(
         "model_bytes": plan.model_bytes,
         "model_stored_bytes": plan.untouched_bytes + stored,
         "relative_error": (error / norm) ** 0.5 if norm else 0.0,
-        "far_from_expected": [row["group"] for row in rows if is_far(row)],
+        "far_from_expected": [row["block"] for row in rows if is_far(row)],
         "seconds": outcome.seconds,
         "predicted": {
             "worker_memory_bytes": outcome.planned.worker_memory_bytes,
             "run_disk_bytes": outcome.planned.run_disk_bytes,
-            "decomposition_seconds": seconds and sum(seconds[row["group"]] for row in rows),
+            "decomposition_seconds": seconds and sum(seconds[row["block"]] for row in rows),
         },
         "actual": {
             "worker_memory_bytes": max(
@@ -172,11 +172,11 @@ def told_retries(plan: Plan, run_dir: AnyPath) -> list[dict[str, Any]]:
 
     None once the run is cleaned up.
     """
-    groups = {planned.task.task_id: planned.task.group for planned in plan.tasks}
-    groups |= {task.task_id: task.group for task in plan.curve_tasks}
+    groups = {planned.task.task_id: planned.task.block for planned in plan.tasks}
+    groups |= {task.task_id: task.block for task in plan.curve_tasks}
     events = RunDirectory(run_dir).manifest.events().to_pylist()
     return [
-        {"group": groups.get(retry.task_id, retry.task_id)} | asdict(retry)
+        {"block": groups.get(retry.task_id, retry.task_id)} | asdict(retry)
         for retry in retries(events)
     ]
 
@@ -195,12 +195,12 @@ def print_outcome(
         return
     if figures["retries"]:
         told = [
-            (retry["group"], str(retry["attempt"]), retry["cause"], retry["message"])
+            (retry["block"], str(retry["attempt"]), retry["cause"], retry["message"])
             for retry in figures["retries"]
         ]
         output.print_table(
             f"attempts that another followed: {len(told)}",
-            ("group", "attempt", "cause", "what happened"),
+            ("block", "attempt", "cause", "what happened"),
             told,
         )
     if not outcome.complete:

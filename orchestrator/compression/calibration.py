@@ -7,7 +7,7 @@
         pieces/                                     see `workers.calibration.contracts`
 
 The first has, for each input of its block (see `workers.calibration.statistics`), under the name
-`<group>.<input>`:
+`<block>.<input>`:
 
     <name>               X^T X, summed over the tokens, ``(n, n)``, float32
     <name>.mean_abs      mean of |x| of each channel, ``(n,)``, float32
@@ -15,7 +15,7 @@ The first has, for each input of its block (see `workers.calibration.statistics`
     <name>.out_max_abs   of a down projection: maximum of |y| of each output channel, float32
     <name>.tokens        how many tokens, ``(1,)``, int64; an expert has those routed to it
 
-The second has for each module, under ``<group>.<module>.output``, B of
+The second has for each module, under ``<block>.<module>.output``, B of
 `lestd_kernels.methods.common.base.Metrics`: float32, ``(m, m)``, ``(heads, p, p)`` or ``(m,)``.
 
 The first `samples` windows of the text are divided into pieces, and each piece goes through the
@@ -42,6 +42,7 @@ from orchestrator.compression.calibration_items import items_left
 from orchestrator.config.run import RunConfig
 from orchestrator.console.output import size
 from orchestrator.execution.executor import Executor, Listener, WorkerSpec
+from orchestrator.execution.resume import resume
 from orchestrator.planning.calibration_costs import (
     CalibrationCosts,
     blocks_of,
@@ -94,14 +95,14 @@ class Calibration:
 def with_metrics(task: TaskT, calibration: Calibration) -> TaskT:
     """The task with the place of what its metric is made of."""
     wanted = {
-        reads + suffix: f"{task.group}.{reads}{suffix}"
+        reads + suffix: f"{task.block}.{reads}{suffix}"
         for reads in {module.reads: None for module in task.layout.modules}
         for suffix in ("", *(f".{one}" for one in STATISTICS))
     }
     if task.method_args["metric"] == LOSS:
         for module in task.layout.modules:
-            wanted[f"{module.reads}.tokens"] = f"{task.group}.{module.reads}.tokens"
-            wanted[f"{module.name}.output"] = f"{task.group}.{module.name}.output"
+            wanted[f"{module.reads}.tokens"] = f"{task.block}.{module.reads}.tokens"
+            wanted[f"{module.name}.output"] = f"{task.block}.{module.name}.output"
     refs = calibration.refs
     return replace(task, metric_tensors={k: refs[n] for k, n in wanted.items() if n in refs})
 
@@ -206,10 +207,9 @@ def calibrate(
         )
         if on_start is not None:
             on_start("calibrate", items, set())
-        for done, outcome in enumerate(executor.map(spec, items, on_event), start=1):
-            require_lock()
-            if on_progress is not None:
-                on_progress(outcome, done, len(items))
+        # Workers have written what there is to commit.
+        kept = resume(executor, spec, items, (), lambda _: require_lock(), on_event, on_progress)
+        for outcome in kept:
             if isinstance(outcome, Failure):
                 raise LestdError(
                     f"calibration failed: {outcome.message}; what was finished is kept in "

@@ -114,7 +114,7 @@ def items_left(
         items += [
             CalibrationPiece(
                 task_id=step.task_id(piece),
-                group=f"{step.name}, samples from {piece * length}",
+                block=f"{step.name}, samples from {piece * length}",
                 layer=step.layer,
                 piece=piece,
                 blocks=step.blocks,
@@ -135,7 +135,7 @@ def items_left(
             due.append(
                 CalibrationSum(
                     task_id=step.task_id("sum"),
-                    group=f"{step.name}, sums",
+                    block=f"{step.name}, sums",
                     layer=step.layer,
                     pieces=len(pieces),
                     blocks=step.blocks,

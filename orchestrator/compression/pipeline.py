@@ -13,7 +13,7 @@ from what is committed, so a killed run decides the same again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +33,7 @@ from orchestrator.compression.refusals import (
 )
 from orchestrator.config.run import RunConfig
 from orchestrator.execution.executor import Event, Executor, Listener, WorkerSpec
+from orchestrator.execution.resume import resume
 from orchestrator.manifest.manifest import Manifest
 from orchestrator.model.assemble import assemble
 from orchestrator.model.directory import check_output, remove_model
@@ -156,7 +157,7 @@ def compress_model(
         until_the_end.enter_context(on_record(record, run.manifest, require_lock))
         run.manifest.compact_many(require_lock)
 
-        def with_activations(todo: list[Task]) -> list[Task]:
+        def with_activations(tasks: Sequence[Task]) -> list[Task]:
             found = calibrate_for(
                 (planned.task for planned in plan.tasks),
                 source,
@@ -169,7 +170,7 @@ def compress_model(
                 on_event=on_event,
                 on_progress=on_progress,
             )
-            return [with_metrics(task, found) for task in todo]
+            return [with_metrics(task, found) for task in tasks]
 
         encoded_here: set[str] = set()
 
@@ -184,26 +185,41 @@ def compress_model(
                 require_memory(plan, executor)
                 require_shared(source, run, executor)
                 if config.used_metric in CALIBRATED:
-                    todo = with_activations(todo)
+                    tasks = with_activations(tasks)
             if on_start is not None:
                 on_start(name, tasks, set(done))
             failures = []
             if todo:
-                # Largest first: small ones fill up the time when workers run out of work.
-                todo.sort(key=lambda task: task.dense_bytes, reverse=True)
-                spec = _worker_spec(plan, config, current["config"]["device"], run)
-                finished = len(done)
-                for outcome in _run_and_commit(executor, spec, todo, run, record, on_event):
+                by_id = {task.task_id: task for task in tasks}
+
+                def listen(event: Event) -> None:
+                    record.retried += event.kind == "retried"
+                    run.manifest.record_event(event, by_id[event.task_id])
+                    if on_event is not None:
+                        on_event(event)
+
+                def commit(result: Result | CurveResult) -> None:
+                    run.manifest.commit(result)
                     require_lock()
-                    if isinstance(outcome, Failure):
-                        failures.append(outcome)
-                    else:
-                        finished += 1
-                        encoded_here.add(outcome.task_id)
-                        record.finished += isinstance(outcome, Result)
-                    if on_progress is not None:
-                        on_progress(outcome, finished, len(tasks))
-                done |= _completed(run, todo)
+                    record.finished += isinstance(result, Result)
+
+                # Largest first: small ones fill up the time when workers run out of work.
+                items = sorted(tasks, key=lambda task: task.dense_bytes, reverse=True)
+                spec = _worker_spec(plan, config, current["config"]["device"], run)
+                for one in resume(executor, spec, items, done, commit, listen, on_progress):
+                    if isinstance(one, Failure):
+                        require_lock()
+                        record.failed += 1
+                        told = "\n".join(filter(None, (one.evidence, one.traceback)))
+                        run.manifest.record_failure(
+                            replace(one, traceback=told), by_id[one.task_id]
+                        )
+                        failures.append(one)
+                        if one.error_type == OutOfSpaceError.__name__:
+                            break  # No other task would fare better.
+                found = _completed(run, todo)
+                encoded_here.update(found)
+                done |= found
             return _Pass(done, tuple(failures), skipped)
 
         planned, plans, curves = plan, [plan], {}
@@ -251,7 +267,7 @@ class _Pass:
 
 
 def _completed(run: RunDirectory, tasks: Sequence[Task]) -> dict[str, Any]:
-    """What the manifest has of those tasks that are done, by task id."""
+    """Rows of the manifest for the tasks that are done, by task id."""
     curves = [task for task in tasks if isinstance(task, CurveTask)]
     if curves:
         return dict(run.manifest.completed_curves(curves))
@@ -279,36 +295,3 @@ def _worker_spec(plan: Plan, config: RunConfig, device: str, run: RunDirectory) 
         device_memory_bytes=plan.worker_memory_bytes,
         in_flight=STATIONS,
     )
-
-
-def _run_and_commit(
-    executor: Executor,
-    spec: WorkerSpec,
-    todo: list[Task],
-    run: RunDirectory,
-    record: RunRecord,
-    on_event: Listener | None,
-) -> Iterator[Result | CurveResult | Failure]:
-    """Run tasks; what is yielded is in the manifest."""
-    tasks = {task.task_id: task for task in todo}
-    attempts: dict[str, int] = {}
-
-    def listen(event: Event) -> None:
-        attempts[event.task_id] = event.attempt
-        record.retried += event.kind == "retried"
-        run.manifest.record_event(event, tasks[event.task_id])
-        if on_event is not None:
-            on_event(event)
-
-    for outcome in executor.map(spec, todo, listen):
-        outcome = replace(outcome, attempt=attempts.get(outcome.task_id, 1))
-        if isinstance(outcome, Failure):
-            told = "\n".join(filter(None, (outcome.evidence, outcome.traceback)))
-            record.failed += 1
-            failure = replace(outcome, traceback=told)
-            run.manifest.record_failure(failure, tasks[outcome.task_id])
-        else:
-            run.manifest.commit(outcome)
-        yield outcome
-        if isinstance(outcome, Failure) and outcome.error_type == OutOfSpaceError.__name__:
-            return  # No other task would fare better.

@@ -107,13 +107,13 @@ class CompressionProgress:
             self._metrics.on_event(event)
         task = self._tasks.get(event.task_id)
         what = _KINDS.get(event.kind, event.kind.replace("_", " "))
-        line = f"{task.group} ({logs.short(event.task_id)}): " if task else ""
+        line = f"{task.block} ({logs.short(event.task_id)}): " if task else ""
         line += f"attempt {event.attempt} {what}"
         line += f": {event.message}" if event.message else ""
         known = {k: v for k, v in asdict(event).items() if v and k not in ("kind", "message")}
         known |= self._known(event.task_id)
         if event.kind == "started":
-            self._meter.begin(event.task_id, task.group if task else "", event.attempt)
+            self._meter.begin(event.task_id, task.block if task else "", event.attempt)
             logs.log("task_started", line, run=self._run, **known)
             return
         if event.kind == "retried":
@@ -128,7 +128,7 @@ class CompressionProgress:
             self._metrics.on_progress(outcome, finished, total)
         self._meter.end(outcome.task_id)
         known = self._known(outcome.task_id) | {"attempt": outcome.attempt}
-        head = f"[{finished}/{total}] {known['group']} ({logs.short(outcome.task_id)})"
+        head = f"[{finished}/{total}] {known['block']} ({logs.short(outcome.task_id)})"
         if isinstance(outcome, Failure):
             self._meter.say(
                 "task_failed",
@@ -158,10 +158,10 @@ class CompressionProgress:
         )
 
     def _known(self, task_id: str) -> dict[str, Any]:
-        """What JSON says of a task."""
+        """Fields of a task in JSON."""
         known = {"pass": self._pass, "task_id": task_id}
         task = self._tasks.get(task_id)
-        return known if task is None else known | {"group": task.group, "layer": task.layer}
+        return known if task is None else known | {"block": task.block, "layer": task.layer}
 
 
 def _level(outcome: Result | CurveResult | Calibrated) -> int:
@@ -174,7 +174,7 @@ def _describe(outcome: Result | CurveResult | Calibrated) -> str:
 
 
 def describe_result(result: Result | CurveResult) -> str:
-    """What a line says of a result."""
+    """Text of a line about a result."""
     if isinstance(result, CurveResult):
         first, last = result.points[0], result.points[-1]
         return (

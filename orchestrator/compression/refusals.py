@@ -1,4 +1,4 @@
-"""What a compression needs, refused before anything is written where it is not there."""
+"""Refusals before anything is written: needs of a compression that are not met."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class _Request:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What workers must have in common."""
+        """Needs that all workers share."""
         return {k: v for k, v in self.spec.kwargs.items() if k != "payload_dir"}
 
 
@@ -163,7 +163,7 @@ class _Compression:
         self._ask(self._executor.require_cuda)
 
     def worker_memory_bytes(self) -> int:
-        """What a worker can have beside the memory that bundles need."""
+        """Memory that a worker may have beside what bundles need."""
         return int(self._ask(self._executor.worker_memory_bytes)) - self._reuse_bytes
 
     def on_nodes(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def _run_pass(waiting: Sequence[_Compression], executor: Executor, reuse_bytes: 
     members: dict[str, list[tuple[_Compression, Task]]] = {}
     for run, request in requests.items():
         for task in request.tasks:
-            members.setdefault(task.group, []).append((run, task))
+            members.setdefault(task.block, []).append((run, task))
     bundles = [
         Bundle(
             tuple(task for _, task in group),
@@ -198,7 +198,7 @@ def _run_pass(waiting: Sequence[_Compression], executor: Executor, reuse_bytes: 
     ]
     # Largest first: small ones fill up the time when workers run out of work.
     bundles.sort(key=lambda bundle: bundle.dense_bytes, reverse=True)
-    groups = {bundle.task_id: members[bundle.group] for bundle in bundles}
+    groups = {bundle.task_id: members[bundle.block] for bundle in bundles}
 
     def notify(event: Event) -> None:
         for run, task in groups[event.task_id]:
@@ -210,7 +210,7 @@ def _run_pass(waiting: Sequence[_Compression], executor: Executor, reuse_bytes: 
     for answer in executor.map(spec, bundles, notify):
         group = groups[answer.task_id]
         if isinstance(answer, BundleResult):
-            outcomes: Sequence[Any] = answer.outcomes
+            outcomes = [replace(one, attempt=answer.attempt) for one in answer.outcomes]
         else:
             outcomes = [replace(answer, task_id=task.task_id) for _, task in group]
         for (run, _), outcome in zip(group, outcomes, strict=True):

@@ -1,1 +1,1 @@
-"""What to compute and where: options and YAML files, validated."""
+"""Configuration, validated: what to compute and where, by options and YAML files."""

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator
 
 from lestd_kernels.errors import LestdError
+from lestd_kernels.options import Option
 from orchestrator.config.yaml_text import parse_yaml
 from workers.storage.regular import read_regular
 
 
-class Strict(BaseModel):
+class Strict(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
     """A configuration that refuses unknown keys, and is not changed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    @field_validator("*")
+    @classmethod
+    def _in_bounds(cls, value: Any, info: ValidationInfo) -> Any:
+        for mark in cls.model_fields[str(info.field_name)].metadata:
+            if isinstance(mark, Option):
+                mark.check(value)
+        return value
 
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -42,8 +50,16 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def validated(model: type[ModelT], values: dict[str, Any], origin: str) -> ModelT:
+def validated(
+    model: type[ModelT], values: dict[str, Any], origin: str, names: Mapping[str, str] | None = None
+) -> ModelT:
     """Build a configuration from plain values.
+
+    Args:
+        model: its class.
+        values: the values.
+        origin: where they are from, for messages.
+        names: what the user calls single keys, where that is not the key in `origin`.
 
     Raises:
         LestdError: one sentence that names the first wrong key, and for a misspelt one the key
@@ -63,4 +79,15 @@ def validated(model: type[ModelT], values: dict[str, Any], origin: str) -> Model
         message = re.sub(r"^Value error, ", "", problem["msg"])
         given = problem.get("input")
         shown = "" if isinstance(given, (BaseModel, dict)) else f", got {given!r}"
-        raise LestdError(f"{origin}: {key + ': ' if key else ''}{message}{shown}") from None
+        where = (names or {}).get(key) or (f"{origin}: {key}" if key else origin)
+        raise LestdError(f"{where}: {message}{shown}") from None
+
+
+def option_name(field: str) -> str:
+    """Name of a field on the command line."""
+    return f"--{field.replace('_', '-')}"
+
+
+def typed(model: type[BaseModel], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a model that were given on the command line; None stands for nothing."""
+    return {k: v for k, v in given.items() if k in model.model_fields and v is not None}

@@ -8,94 +8,54 @@ Both refuse keys that they do not know.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import ACTIVATION, CALIBRATED, METHODS, MethodArgs
-from orchestrator.config.files import Strict, load_yaml, validated
+from lestd_kernels.options import MethodOptions
+from orchestrator.config.files import Strict, load_yaml, option_name, typed, validated
 from orchestrator.config.layers import check_layers, parse_layers
+from orchestrator.config.options import (
+    WHAT,
+    Allocation,
+    CalibrationText,
+    Checkpoint,
+    Host,
+    MethodChoice,
+    Target,
+    Weights,
+)
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Layers = Annotated[str, AfterValidator(check_layers)]
 
 
-class RunConfig(Strict):
-    """What to compute. Every field decides the bytes of the result."""
+class RunConfig(
+    Strict,
+    Host,
+    CalibrationText,
+    MethodOptions,
+    MethodChoice,
+    Allocation,
+    Weights,
+    Target,  # pydantic takes the fields of the last class first.
+    frozen=True,
+):
+    """Configuration of a run. Every field decides the bytes of the result."""
 
-    keep: Fraction | None = Field(
-        None, description="stored bytes / dense bytes of the weights in scope, between 0 and 1"
-    )
-    keep_model: Fraction | None = Field(
-        None, description="the same for the whole model, instead of keep"
-    )
-    scope: Literal["attention", "ffn", "experts", "all"] = Field(
-        "attention", description="which weights are compressed"
-    )
-    include: Layers | None = Field(None, description='only these layers, like "0-3,7"')
-    exclude: Layers | None = Field(None, description="all layers but these")
-    layer_keep: dict[Layers, Fraction] = Field(
-        default_factory=dict, description='a keep of their own for some layers: {"0-1": 0.8}'
-    )
-    allocation: Literal["uniform", "global"] = Field(
-        "uniform",
-        description="uniform: every layer the same keep; global: where bytes lower the error most",
-    )
-    method: str = Field("lestd", description=" | ".join(METHODS))
-    type_mode: Literal["identity", "learned"] = Field(
-        "identity", description="identity: every projection its own core; learned: U3 mixes Q K V O"
-    )
-    stage2: Literal["one-shot", "prune-refit"] = Field(
-        "one-shot", description="how the core is thinned out; both agree to rounding"
-    )
-    pattern: Literal["unstructured", "2:4"] = Field(
-        "unstructured", description="2:4: of each four core elements two, for sparse tensor cores"
-    )
-    alpha: Fraction = Field(0.1, description="prune-refit: share of survivors pruned per step")
-    rank_step: int = Field(8, ge=1, description="grid of the rank search")
-    max_flops: float | None = Field(
-        None, gt=0, description="multiply-adds per token relative to dense, at most"
-    )
-    hooi_tol: float = Field(
-        MethodArgs.hooi_tol, gt=0, description="stop HOOI when the fit changes by less (relative)"
-    )
-    hooi_max_iter: int = Field(MethodArgs.hooi_max_iter, ge=1, description="HOOI sweeps at most")
-    metric: Literal["weight", "norm", "activation", "loss"] | None = Field(
-        None,
-        description="norm of the error: Frobenius, scaled by the preceding norm, of the "
-        "calibration text's activations (default where there is such a text), or what it costs in "
-        "the loss there",
-    )
-    value_bits: Literal[16, 8, 4, 3, 2] = Field(
-        16, description="bits of a core value; below 16 in groups of 64 with a scale"
-    )
-    factor_bits: Literal[16, 8, 4] = Field(16, description="bits of an element of a factor")
-    keep_super_weights: float = Field(
-        0.0, ge=0, lt=1, description="share of the weights kept exactly, the outliers"
-    )
-    td_moe_mode: Literal["preserve", "compress"] = Field(
-        "preserve", description="method td_moe: a core per expert, or mixtures of fewer cores"
-    )
-    whitening: Literal["none", "input", "output", "both"] = Field(
-        "input", description="method td_moe in the metric activation: the sides that are whitened"
-    )
-    calibrate_on: str | None = Field(
-        None, description="UTF-8 text whose activations make the metric"
-    )
-    samples: int = Field(128, ge=1, description="windows of that text, from its beginning")
-    sample_tokens: int = Field(256, ge=1, description="tokens of such a window")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where workers compute")
-    threads: int = Field(
-        1, ge=1, description="CPU threads of a worker (reduction order, so the last bit, is theirs)"
-    )
+    layer_keep: Annotated[
+        dict[Layers, Fraction],
+        WHAT('A keep of their own for some layers: `{"0-1": 0.8}`.', file_only=True),
+    ] = Field(default_factory=dict)
+
+    @field_validator("include", "exclude")
+    @classmethod
+    def _list_of_layers(cls, value: str | None) -> str | None:
+        return value if value is None else check_layers(value)
 
     @field_validator("method")
     @classmethod
@@ -158,22 +118,8 @@ class RunConfig(Strict):
 
     def method_args(self) -> MethodArgs:
         """The arguments of the decomposition method."""
-        return MethodArgs(
-            type_mode=self.type_mode,
-            stage2=self.stage2,
-            pattern=self.pattern,
-            alpha=self.alpha,
-            rank_step=self.rank_step,
-            max_flops=self.max_flops,
-            hooi_tol=self.hooi_tol,
-            hooi_max_iter=self.hooi_max_iter,
-            metric=self.used_metric,
-            value_bits=self.value_bits,
-            factor_bits=self.factor_bits,
-            super_weights=self.keep_super_weights,
-            td_moe_mode=self.td_moe_mode,
-            whitening=self.whitening,
-        )
+        options = {field.name: getattr(self, field.name) for field in fields(MethodOptions)}
+        return MethodArgs(metric=self.used_metric, **options)
 
     def select_layers(self, layers: Iterable[int]) -> list[int]:
         """The layers in scope, ascending.
@@ -211,27 +157,28 @@ class RunConfig(Strict):
         return frozenset[int]().union(*map(parse_layers, self.layer_keep))
 
 
-class RunFile(RunConfig):
+class RunFile(RunConfig, Checkpoint, frozen=True):
     """The contents of ``run.yaml``: a RunConfig and the model it is for."""
-
-    model: str | None = Field(None, description="local directory or Hub id")
-    revision: str | None = Field(None, description="branch, tag or commit on the Hub")
 
 
 def run_options(
-    model: str | None, config: Path | None, options: dict[str, Any]
+    given: Mapping[str, Any], variant: Mapping[str, Any] | None = None
 ) -> tuple[str, str | None, RunConfig]:
     """Model, revision and configuration from a run file and the options; options win.
+
+    Args:
+        given: what was given on the command line, by name; `config` is the file.
+        variant: fields that --methods names for one of its methods; they win over both.
 
     Raises:
         LestdError: no model is named, or a value is not valid.
     """
-    values = {} if config is None else load_yaml(config)
-    given = {key: value for key, value in options.items() if value is not None}
-    if "keep" in given or "keep_model" in given:
+    file, here, variant = given.get("config"), typed(RunFile, given), variant or {}
+    values = {} if file is None else load_yaml(file)
+    if "keep" in here or "keep_model" in here:
         values = {k: v for k, v in values.items() if k not in ("keep", "keep_model")}
-    values |= given | ({} if model is None else {"model": model})
-    run_file = validated(RunFile, values, str(config or "options"))
+    names = {key: option_name(key) for key in here} | {key: f"--methods: {key}" for key in variant}
+    run_file = validated(RunFile, {**values, **here, **variant}, str(file or "options"), names)
     if run_file.model is None:
         raise LestdError("no model given; name a directory or a Hub id, or set model in --config")
     plain = run_file.model_dump(exclude={"model", "revision"})

@@ -1,1 +1,1 @@
-"""What people see while they wait: progress, logs, tables, plots."""
+"""The console: progress, logs, tables, plots."""

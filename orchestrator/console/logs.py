@@ -1,4 +1,4 @@
-"""What a command says while it works and when it fails, on standard error.
+"""Log of a command on standard error: progress and failures.
 
 One logger, ``lestd``, in one of two formats: lines for people, or one JSON object per line for
 programs. Results are no log: they go to standard output.
@@ -122,7 +122,7 @@ def error(message: object, **fields: Any) -> None:
 REPAIR = (
     "the same lestd compress makes again what it lacks; what is still named then can be deleted"
 )
-"""What to do about damaged files of a run's manifest."""
+"""Advice about damaged files of a run's manifest."""
 
 
 def damaged(path: object, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""What a command prints as its result: tables for people, one JSON object for programs.
+"""Output of a command: tables for people, one JSON object for programs.
 
 Results go to standard output; what is said on the way goes to standard error (see `logs`), so
 that output can be piped.

@@ -85,14 +85,14 @@ class _Running:
     """A task that a worker has, since a time of the monotonic clock."""
 
     task_id: str
-    group: str
+    block: str
     attempt: int
     since: float
 
     def describe(self) -> str:
         again = f", attempt {self.attempt}" if self.attempt > 1 else ""
         seconds = duration(time.monotonic() - self.since)
-        return f"{self.group} ({logs.short(self.task_id)}{again}) {seconds}"
+        return f"{self.block} ({logs.short(self.task_id)}{again}) {seconds}"
 
 
 class Meter:
@@ -162,12 +162,12 @@ class Meter:
             if self._pace.rate() is None:
                 self._pace.begin()
 
-    def begin(self, task_id: str, group: str, attempt: int) -> None:
+    def begin(self, task_id: str, block: str, attempt: int) -> None:
         """A task was given to a worker."""
         with self._lock:
             if not self._running:
                 self.work_begins()
-            task = _Running(task_id, group, attempt, time.monotonic())
+            task = _Running(task_id, block, attempt, time.monotonic())
             self._running = self._running | {task_id: task}
 
     def end(self, task_id: str) -> None:
@@ -251,7 +251,7 @@ class Meter:
             oldest=[
                 {
                     "task_id": task.task_id,
-                    "group": task.group,
+                    "block": task.block,
                     "attempt": task.attempt,
                     "seconds": self._said - task.since,
                 }

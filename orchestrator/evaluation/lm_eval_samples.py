@@ -1,4 +1,4 @@
-"""What was asked and answered in a task, in the form of lm-eval's own sample logs."""
+"""Questions and answers of a task, in the form of lm-eval's own sample logs."""
 
 from __future__ import annotations
 

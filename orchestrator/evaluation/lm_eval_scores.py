@@ -1,4 +1,4 @@
-"""What documents scored, put together: lm-eval's figures, and their rows in the manifest."""
+"""Scores of documents put together: lm-eval's figures, and their rows in the manifest."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Figure:
 
     Attributes:
         metric: its name.
-        filter: lm-eval's filter of the responses; ``"none"`` where there is none.
+        answer_filter: lm-eval's filter of the responses; ``"none"`` where there is none.
         value: the figure.
         stderr: its standard error; None where lm-eval gives none.
         higher_is_better: None where lm-eval does not say.
     """
 
     metric: str
-    filter: str
+    answer_filter: str
     value: float
     stderr: float | None
     higher_is_better: bool | None
@@ -67,7 +67,7 @@ class Judgement:
 
 
 def aggregate(tasks: Mapping[str, tuple[Any, RawMetrics]], groups: Mapping[str, Any]) -> Any:
-    """What lm-eval makes of the documents' values: its own result structure."""
+    """The documents' values in lm-eval's own result structure."""
     gathered = {
         name: {"task": task, "raw_metrics": raw, "logged_samples": []}
         for name, (task, raw) in tasks.items()
@@ -95,7 +95,7 @@ def figures_of(found: Any, task: str) -> tuple[Figure, ...]:
             Figure(metric, name, float(value), float(stderr) if known else None, better.get(metric))
         )
     # Not in the order that they came: it is another after pieces were read again.
-    return tuple(sorted(figures, key=lambda figure: (figure.metric, figure.filter)))
+    return tuple(sorted(figures, key=lambda figure: (figure.metric, figure.answer_filter)))
 
 
 def figure_rows(
@@ -106,14 +106,14 @@ def figure_rows(
         **columns,
         **model_columns(facts),
         "evaluation_id": judgement.evaluation_id,
-        "at": time.time_ns() // 1000,
+        "time": time.time_ns() // 1000,
         "samples": judgement.documents,
     }
     return [
         common
         | {
             "metric": figure.metric,
-            "filter": figure.filter,
+            "answer_filter": figure.answer_filter,
             "value": figure.value,
             "stderr": figure.stderr,
             "higher_is_better": figure.higher_is_better,

@@ -95,13 +95,13 @@ def describe_judgements(
     for judgements in zip(*judged, strict=True):
         first = judgements[0]
         for number, figure in enumerate(first.figures):
-            key = (figure.metric, figure.filter)
+            key = (figure.metric, figure.answer_filter)
             figures = [judgement.figures[number] for judgement in judgements]
             entry: dict[str, Any] = {
                 "task": first.task,
                 "task_version": first.version,
                 "metric": figure.metric,
-                "filter": figure.filter,
+                "answer_filter": figure.answer_filter,
                 "higher_is_better": figure.higher_is_better,
                 "fewshot": first.fewshot,
                 "samples": first.documents,
@@ -177,8 +177,8 @@ def print_judgements(entries: Sequence[dict[str, Any]], run_dir: AnyPath | None)
     rows = []
     for entry in entries:
         metric = entry["metric"]
-        if entry["filter"] != "none":
-            metric += f" ({entry['filter']})"
+        if entry["answer_filter"] != "none":
+            metric += f" ({entry['answer_filter']})"
         metric += {True: " ↑", False: " ↓", None: ""}[entry["higher_is_better"]]
         shots = "" if entry["fewshot"] is None else str(entry["fewshot"])
         row = [entry["task"], metric, shots, f"{entry['samples']:,}"]

@@ -25,8 +25,8 @@ from orchestrator.evaluation.lm_eval_scores import (
     figure_rows,
     figures_of,
 )
-from orchestrator.evaluation.model import DTYPES, EvaluationModel, resolve_dtype
-from orchestrator.evaluation.pieces import EvaluationDirectory
+from orchestrator.evaluation.model import DTYPES, EvaluationModel, resolve_dtype, worker_spec
+from orchestrator.evaluation.pieces import EvaluationDirectory, run_pieces
 from orchestrator.evaluation.records import ModelFacts, evaluation_id, evaluation_versions
 from orchestrator.execution.executor import Executor, Listener, WorkerSpec
 from workers.contracts import Failure, JudgeRequest, JudgeResult
@@ -38,13 +38,13 @@ from workers.storage.files import AnyPath
 # small model on a CPU, or for a large one on a GPU.
 _DOCUMENTS = {"loglikelihood_rolling": 1, "generate_until": 4}
 _DOCUMENTS_OF_CHOICE = 16
-# Python with torch, transformers and lm_eval, before it holds a model.
-_WORKER_BASE_BYTES = 900 * 2**20
+# Of lm_eval and what it imports, beside what every worker has.
+_LM_EVAL_BYTES = 300 * 2**20
 
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """What decides how models are judged.
+    """Settings that decide how models are judged.
 
     Attributes:
         tasks: names of tasks, groups or tags of lm-eval.
@@ -152,39 +152,28 @@ def judge(
         _Sitting(facts, name, built, settings, run_dir)
         for name, built in examination.tasks.values()
     ]
-    by_piece = {piece.task_id: sitting for sitting in sittings for piece in sitting.pieces}
-    todo = [piece for sitting in sittings for piece in sitting.missing()]
-    total = sum(len(sitting.built.requests) for sitting in sittings)
-    done = total - sum(_size(piece) for piece in todo)
-    if progress is not None:
-        progress(done, total)
     judgements: dict[str, Judgement] = {}
 
-    def finish(sitting: _Sitting) -> None:
-        judgement, rows = sitting.merge()
-        record(rows)
-        if log_samples:
-            sitting.log_samples()
-        judgements[judgement.task] = judgement
+    def finish() -> None:
+        """Merge the tasks that are whole by now."""
+        for sitting in sittings:
+            if sitting.store.complete and sitting.built.name not in judgements:
+                judgement, rows = sitting.merge()
+                record(rows)
+                if log_samples:
+                    sitting.log_samples()
+                judgements[judgement.task] = judgement
 
-    for sitting in sittings:
-        if not sitting.missing():
-            finish(sitting)
-    spec = _worker_spec(model, settings)
-    for result in executor.map(spec, todo, on_event) if todo else ():
-        if isinstance(result, Failure):
+    stores = [sitting.store for sitting in sittings]
+    outcomes = run_pieces(stores, executor, _worker_spec(model, settings), progress, on_event)
+    finish()
+    for outcome in outcomes:
+        if isinstance(outcome, Failure):
             raise LestdError(
-                f"{model.directory} could not be judged: {result.message}; what was finished is "
+                f"{model.directory} could not be judged: {outcome.message}; what was finished is "
                 f"kept in {run_dir}"
             )
-        assert isinstance(result, JudgeResult)
-        sitting = by_piece[result.task_id]
-        sitting.commit(result)
-        done += result.documents[1] - result.documents[0]
-        if progress is not None:
-            progress(done, total)
-        if not sitting.missing():
-            finish(sitting)
+        finish()
     ordered = [judgements[sitting.built.name] for sitting in sittings]
     for judgement, rows in _judge_groups(facts, examination, dtype, sittings, ordered):
         record(rows)
@@ -192,30 +181,11 @@ def judge(
     return ordered
 
 
-def _size(piece: JudgeRequest) -> int:
-    return piece.documents[1] - piece.documents[0]
-
-
 def _worker_spec(model: EvaluationModel, settings: JudgeSettings) -> WorkerSpec:
-    # Twice the weights leaves room for 16-bit weights computed in float32; logits and their
-    # log-softmax are held at once.
+    # Logits and their log-softmax are held at once.
     logits = 8 * settings.batch_size * model.window_length * model.vocabulary
-    return WorkerSpec(
-        JudgeWorker,
-        {
-            "model_dir": str(model.directory.resolve()),
-            "source": settings.source,
-            "batch_size": settings.batch_size,
-            "dtype": settings.dtype,
-            "device": settings.device,
-            "threads": settings.threads,
-            "gpus": settings.gpus,
-        },
-        threads=settings.threads,
-        memory_bytes=_WORKER_BASE_BYTES + 2 * model.bytes_on_disk + logits,
-        device=settings.device,
-        gpus=settings.gpus,
-    )
+    asked = {k: v for k, v in vars(settings).items() if k != "tasks"}
+    return worker_spec(JudgeWorker, model, _LM_EVAL_BYTES + logits, **asked)
 
 
 def pieces_of(name: str, built: BuiltTask, batch_size: int) -> Iterator[JudgeRequest]:
@@ -240,28 +210,20 @@ class _Sitting:
         run_dir: AnyPath,
     ) -> None:
         self.built = built
-        self.pieces = list(pieces_of(name, built, settings.batch_size))
         self._facts = facts
         self._deciding = _deciding(built, facts, settings)
         self.evaluation_id = evaluation_id(facts, self._deciding)
-        self._store = EvaluationDirectory(run_dir / self.evaluation_id, _parse)
-        self._store.begin({"model": facts.model, "model_id": facts.model_id, **self._deciding})
-        self._results = self._store.read(self.pieces)
-
-    def missing(self) -> list[JudgeRequest]:
-        return [piece for piece in self.pieces if piece.task_id not in self._results]
-
-    def commit(self, result: JudgeResult) -> None:
-        self._store.commit(result)
-        self._results[result.task_id] = result
-
-    def _ordered(self) -> list[JudgeResult]:
-        return [self._results[piece.task_id] for piece in self.pieces]
+        self.store = EvaluationDirectory(
+            run_dir / self.evaluation_id,
+            {"model": facts.model, "model_id": facts.model_id, **self._deciding},
+            list(pieces_of(name, built, settings.batch_size)),
+            _parse,
+        )
 
     def raw(self) -> RawMetrics:
         """The documents' values, in the order of the documents."""
         raw: RawMetrics = {}
-        for result in self._ordered():
+        for result in self.store.ordered():
             for name, metrics in result.metrics.items():
                 for metric, values in metrics.items():
                     raw.setdefault((metric, name), []).extend(values)
@@ -280,15 +242,15 @@ class _Sitting:
             len(self.built.requests),
             figures_of(found, self.built.name),
             raw,
-            sum(result.cut for result in self._ordered()),
+            sum(result.cut for result in self.store.ordered()),
         )
-        workers = {result.worker for result in self._ordered()}
-        seconds = sum(result.seconds for result in self._ordered()) / len(workers)
+        workers = {result.worker for result in self.store.ordered()}
+        seconds = sum(result.seconds for result in self.store.ordered()) / len(workers)
         pool = {"workers": len(workers), "seconds": seconds}
         return judgement, figure_rows(self._facts, judgement, self._deciding | pool)
 
     def log_samples(self) -> None:
-        self._store.write_samples(sample_lines(self.built, self._ordered()))
+        self.store.write_samples(sample_lines(self.built, self.store.ordered()))
 
 
 def _parse(fields: dict[str, Any]) -> JudgeResult:

@@ -5,15 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from lestd_kernels.errors import LestdError
 from orchestrator.console import logs
+from orchestrator.execution.executor import WorkerSpec
 from orchestrator.model.adapter import adapter_file
+from orchestrator.planning.calibration_costs import WORKER_BASE_BYTES
 from orchestrator.source.checkpoint import check_pointers, load_config, read_config_json
 from orchestrator.source.tokenizer import load_tokenizer, window_length
 from workers.checkpoint.tensors import ShardIndex
+from workers.evaluation.worker import ModelWorker
 from workers.host.loading import auto_dtype
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -70,6 +74,28 @@ def open_model(model_dir: Path, window: int | None = None) -> EvaluationModel:
         vocabulary=vocabulary,
         window_length=window_length(config, window, str(model_dir)),
         bytes_on_disk=sum(file.stat().st_size for file in files),
+    )
+
+
+def worker_spec(
+    cls: type[ModelWorker], model: EvaluationModel, logits_bytes: int, **kwargs: Any
+) -> WorkerSpec:
+    """Workers with a model.
+
+    Args:
+        cls: their class.
+        model: the model.
+        logits_bytes: memory beside the model.
+        kwargs: of the class; those of `ModelWorker` among them.
+    """
+    return WorkerSpec(
+        cls,
+        {"model_dir": str(model.directory.resolve()), **kwargs},
+        threads=kwargs["threads"],
+        # Twice the weights leaves room for 16-bit weights computed in float32.
+        memory_bytes=WORKER_BASE_BYTES + 2 * model.bytes_on_disk + logits_bytes,
+        device=kwargs["device"],
+        gpus=kwargs["gpus"],
     )
 
 

@@ -20,16 +20,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lestd_kernels.errors import LestdError
-from orchestrator.evaluation.model import DTYPES, EvaluationModel, require_positive, resolve_dtype
-from orchestrator.evaluation.pieces import EvaluationDirectory
+from orchestrator.evaluation.model import (
+    DTYPES,
+    EvaluationModel,
+    require_positive,
+    resolve_dtype,
+    worker_spec,
+)
+from orchestrator.evaluation.pieces import EvaluationDirectory, run_pieces
 from orchestrator.evaluation.records import ModelFacts, evaluation_id, evaluation_versions
-from orchestrator.execution.executor import Executor, Listener, WorkerSpec
+from orchestrator.execution.executor import Executor, Listener
 from orchestrator.source.texts import decode_text
 from workers.contracts import EvalRequest, EvalResult, Failure
 from workers.evaluation.perplexity import EvalWorker
@@ -43,8 +49,6 @@ PERPLEXITIES = ("token_perplexity", "word_perplexity")
 
 _TASK_VERSION = "1"
 _WINDOWS_PER_PIECE = 4
-# Python with torch and transformers, before it holds a model.
-_WORKER_BASE_BYTES = 600 * 2**20
 
 
 @dataclass(frozen=True)
@@ -173,25 +177,22 @@ def evaluate(
         "versions": json.dumps(evaluation_versions(), sort_keys=True),
     }
     name = evaluation_id(facts, deciding)
-    store = EvaluationDirectory(run_dir / name, _parse)
-    store.begin({"model": facts.model, "model_id": facts.model_id, **deciding})
-    spec = WorkerSpec(
-        EvalWorker,
-        {
-            "model_dir": str(model.directory.resolve()),
-            "dtype": dtype,
-            "device": device,
-            "threads": threads,
-            "gpus": gpus,
-        },
-        threads=threads,
-        # Twice the weights leaves room for 16-bit weights computed in float32; logits are held
-        # in the compute dtype and, chunk by chunk, in float32.
-        memory_bytes=_WORKER_BASE_BYTES + 2 * model.bytes_on_disk + 4 * length * model.vocabulary,
-        device=device,
-        gpus=gpus,
+    store = EvaluationDirectory(
+        run_dir / name,
+        {"model": facts.model, "model_id": facts.model_id, **deciding},
+        _pieces(token_ids, length),
+        _parse,
     )
-    results = _score(spec, _pieces(token_ids, length), executor, store, progress, on_event)
+    # Logits are held in the compute dtype and, chunk by chunk, in float32.
+    pool = {"dtype": dtype, "device": device, "threads": threads, "gpus": gpus}
+    spec = worker_spec(EvalWorker, model, 4 * length * model.vocabulary, **pool)
+    for outcome in run_pieces([store], executor, spec, progress, on_event):
+        if isinstance(outcome, Failure):
+            raise LestdError(
+                f"{spec.kwargs['model_dir']} could not be evaluated: {outcome.message}; what was "
+                f"finished is kept in {store.path}"
+            )
+    results = store.ordered()
     scores = [score for one in results for score in zip(one.nll, one.tokens, strict=True)]
     workers = len({one.worker for one in results})
     nll = math.fsum(score for score, _ in scores)
@@ -289,36 +290,6 @@ def _parse(fields: dict[str, Any]) -> EvalResult:
     if not len(windows) == len(nll) == len(tokens) > 0:
         raise ValueError(windows)
     return EvalResult(**fields | {"windows": windows, "nll": nll, "tokens": tokens})
-
-
-def _score(
-    spec: WorkerSpec,
-    pieces: Sequence[EvalRequest],
-    executor: Executor,
-    store: EvaluationDirectory[EvalResult],
-    progress: Callable[[int, int], None] | None,
-    on_event: Listener | None,
-) -> list[EvalResult]:
-    """The results of all pieces, in their order."""
-    total = sum(len(piece.windows) for piece in pieces)
-    results = store.read(pieces)
-    done = sum(len(result.windows) for result in results.values())
-    if progress is not None:
-        progress(done, total)
-    todo = [piece for piece in pieces if piece.task_id not in results]
-    for result in executor.map(spec, todo, on_event) if todo else ():
-        if isinstance(result, Failure):
-            raise LestdError(
-                f"{spec.kwargs['model_dir']} could not be evaluated: {result.message}; what was "
-                f"finished is kept in {store.path}"
-            )
-        assert isinstance(result, EvalResult)
-        store.commit(result)
-        results[result.task_id] = result
-        done += len(result.windows)
-        if progress is not None:
-            progress(done, total)
-    return [results[piece.task_id] for piece in pieces]
 
 
 def _perplexity(nll: float, count: int) -> float:

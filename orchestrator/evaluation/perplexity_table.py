@@ -71,9 +71,9 @@ def _rows(facts: ModelFacts, evaluation: Evaluation, asked: dict[str, Any]) -> l
     """The rows of `evaluations`, one per convention."""
     common = asked | {
         "evaluation_id": evaluation.evaluation_id,
-        "at": time.time_ns() // 1000,
+        "time": time.time_ns() // 1000,
         **model_columns(facts),
-        "filter": "none",
+        "answer_filter": "none",
         "higher_is_better": False,
         "samples": evaluation.windows,
         "tokens": evaluation.tokens,

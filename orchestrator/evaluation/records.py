@@ -38,7 +38,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_m
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the table says of a model.
+    """Row of the table for a model.
 
     Attributes:
         model: the model, as it was named.

@@ -110,7 +110,7 @@ class Executor(Protocol):
         """The most main memory that a worker can have, as things are now."""
 
     def on_nodes(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-        """What a function answers on every other machine that workers may run on, by its name."""
+        """Call a function on every other machine that workers may run on; answers by machine."""
 
     def map(
         self, spec: WorkerSpec, items: Sequence[Any], on_event: Listener | None = None

@@ -1,10 +1,10 @@
-"""What becomes of an item whose worker is lost, and what is told of it. Knows nothing of Ray.
+"""Retries: the fate of an item whose worker is lost, and its messages. Knows nothing of Ray.
 
 Only what the infrastructure does is retried, after 1, 2, 4, ... seconds, on another worker. Who
 is to blame decides how often:
 
     node lost       nobody's fault: up to the limit of attempts
-    worker died     the item's, if it had the worker to itself: the second time it is set aside
+    worker died     the item's, if it had the worker to itself: the second time it is marked failed
     worker failed   the same; the worker was ended because its GPU or its files gave errors
     timed out       the same; the worker was ended because it did not answer
     device memory   retried once, by itself on its GPU (see `Executor.map`)
@@ -61,8 +61,8 @@ class Attempt:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
-        return str(getattr(self.item, "group", self.item.task_id))
+        """Name in messages."""
+        return str(getattr(self.item, "block", self.item.task_id))
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def after_loss(
         )
         return Again(following, loss.cause, loss.message, loss.evidence)
     if guilty >= MAX_KILLS:
-        found = f"is set aside: it ended {guilty} workers that had nothing else to do"
+        found = f"is marked failed: it ended {guilty} workers that had nothing else to do"
     else:
         found = f"lost its worker in each of {attempt.number} attempts"
     return Failure(
@@ -135,17 +135,18 @@ def after_loss(
 
 
 def after_result(attempt: Attempt, result: Any) -> Any:
-    """What a worker returned; or the next attempt, where a device had too little memory.
+    """What a worker returned, with the number of the attempt where it has a place for it; or the
+    next attempt, where a device had too little memory.
 
     The device is then to have nothing else. What is computed stays the same, to the last bit:
     only who computes beside it changes.
     """
-    if not isinstance(result, Failure):
-        return result
-    if result.kind == "device_memory" and attempt.alone != "device":
-        following = replace(attempt, number=attempt.number + 1, alone="device")
-        return Again(following, result.error_type, result.message, result.traceback)
-    return replace(result, attempt=attempt.number, worker=attempt.worker)
+    if isinstance(result, Failure):
+        if result.kind == "device_memory" and attempt.alone != "device":
+            following = replace(attempt, number=attempt.number + 1, alone="device")
+            return Again(following, result.error_type, result.message, result.traceback)
+        result = replace(result, worker=attempt.worker)
+    return replace(result, attempt=attempt.number) if hasattr(result, "attempt") else result
 
 
 def backoff_seconds(attempts: int) -> float:

@@ -37,7 +37,7 @@ class SerialExecutor:
             )
 
     def worker_memory_bytes(self) -> int:
-        """What this machine has free."""
+        """Free memory of this machine."""
         return int(psutil.virtual_memory().available)
 
     def on_nodes(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:

@@ -1,13 +1,9 @@
-"""Several methods at the same bytes: compressed, measured and judged beside the dense model.
+"""Several methods at the same bytes: what is measured of their models, and what is left out.
 
-A comparison is a sweep for each method:
-
-    DIR/METHOD-AND-OPTIONS/keep-0.80   a model, as `lestd compress` makes it, its run beside it
-    DIR/evaluations, DIR/manifest      as of a sweep (see orchestrator.experiments.sweep)
-    DIR/figures                        what else was measured of each model
+    DIR/figures                        what was measured of each model, kept for the next call
     DIR/compare.md, DIR/compare.png    the table and the plot
 
-Whatever is finished, a task, a piece of an evaluation or a figure, is kept and found again.
+The models are those of `orchestrator.experiments.engine`.
 """
 
 from __future__ import annotations
@@ -15,33 +11,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from lestd_kernels.errors import LestdError
-from orchestrator.compression.calibration import (
-    CALIBRATION_DIR,
-    CALIBRATION_FILE,
-    Calibration,
-    calibrate_for,
-)
-from orchestrator.compression.pipeline import Outcome, device_of
-from orchestrator.compression.refusals import require_usable
+from orchestrator.compression.calibration import Calibration
+from orchestrator.compression.pipeline import Outcome
 from orchestrator.config.run import RunConfig
 from orchestrator.console import logs
 from orchestrator.console.progress_bar import Meter
 from orchestrator.evaluation.records import open_models
-from orchestrator.execution.executor import Executor
-from orchestrator.experiments.progress import SweepProgress
+from orchestrator.experiments.engine import Outcomes, points_of
+from orchestrator.experiments.quality import Point, Quality
 from orchestrator.experiments.speed import compare as compare_speed
-from orchestrator.experiments.sweep import compress_keeps, model_dir, sweep_points
-from orchestrator.experiments.sweep_table import Point
 from orchestrator.experiments.variants import Contender
 from orchestrator.experiments.weight_errors import WeightErrors, weight_errors
 from orchestrator.planning.plan import make_plan
 from orchestrator.source.checkpoint import Source
 from workers.bench import BenchSettings
 from workers.checkpoint.tensors import ShardIndex
-from workers.storage.building import empty_own_directory, make_own_directory
+from workers.storage.building import make_own_directory
 from workers.storage.json_files import read_json, write_json
 
 _STAGES = "seconds_"
@@ -49,7 +36,7 @@ _REPEATS = 3
 
 
 @dataclass(frozen=True)
-class Row:
+class Measured:
     """A model of the comparison.
 
     Attributes:
@@ -118,94 +105,45 @@ def feasible(
     return {keep: kept[keep] for keep in configs if keep in kept}, missing
 
 
-def compress_contenders(
-    source: Source,
-    contenders: Mapping[Contender, Mapping[float, RunConfig]],
-    executor: Executor,
-    out: Path,
-    *,
-    fresh: bool,
-) -> tuple[dict[Contender, dict[float, Outcome]], Calibration | None]:
-    """Compress by every method to every keep; see `compress_keeps`.
-
-    Returns:
-        The outcomes; the activations of the dense model, found once for all methods, where there
-        is a calibration text.
-    """
-    calibration = None
-    first = next(iter(next(iter(contenders.values())).values()))
-    if first.calibrate_on is not None:
-        if fresh:
-            require_usable(source, first, executor)
-            empty_own_directory(out / CALIBRATION_DIR, CALIBRATION_FILE)
-        with Meter("calibrate", "bytes") as meter:
-            calibration = calibrate_for(
-                [planned.task for planned in make_plan(source, first).tasks],
-                source,
-                first,
-                device_of(first, None, executor),
-                executor,
-                out / CALIBRATION_DIR,
-                **SweepProgress(meter).listeners(out.name),
-            )
-    outcomes = {}
-    for contender, configs in contenders.items():
-        directory = out / contender.directory
-        make_own_directory(directory)
-        outcomes[contender] = compress_keeps(
-            source, configs, executor, directory, calibration=out / CALIBRATION_DIR, fresh=fresh
-        )
-    return outcomes, calibration
-
-
 def comparison_rows(
     source: Source,
-    outcomes: Mapping[Contender, Mapping[float, Outcome]],
+    outcomes: Outcomes,
     out: Path,
-    qualities: Sequence[tuple[Any, ...]],
+    qualities: Sequence[tuple[Quality, ...]],
     calibration: Calibration | None,
     speed: BenchSettings | None,
-) -> list[Row]:
+) -> list[Measured]:
     """The dense model, then those of the methods, all measured, the largest keep first.
 
     Args:
         source: the dense model.
         outcomes: complete ones.
         out: directory of the comparison.
-        qualities: of the dense model, then of each other in this order; see `judge_keeps`.
+        qualities: see `judge_all`.
         calibration: activations that errors are measured with, too.
         speed: how to time decoding; None for not at all.
 
     Raises:
         LestdError: a model is damaged or cannot be timed.
     """
-    dense, *others = qualities
-    rows: list[Row] = []
+    dense, *points = points_of(source, outcomes, out, qualities)
+    each = [(contender, one) for contender, some in outcomes.items() for one in some.values()]
+    rows = []
     with Meter("measure", "models") as meter:
-        total = len(others)
-        meter.update(0, total)
-        for contender, by_keep in outcomes.items():
-            own = [dense, *(others.pop(0) for _ in by_keep)]
-            directory = out / contender.directory
-            first, *points = sweep_points(source, by_keep, directory, own)
-            if not rows:
-                rows.append(_dense_row(source, first))
-            for point, outcome in zip(points, by_keep.values(), strict=True):
-                row = _counted(contender, point, outcome)
-                figures = out / "figures" / f"{contender.directory}-{Path(point.model).name}.json"
-                row = _with_errors(row, source, outcome, calibration, figures)
-                rows.append(row if speed is None else _timed(row, source, speed, figures))
-                meter.update(len(rows) - 1, total)
-    return [*rows[:1], *sorted(rows[1:], key=lambda row: row.point.keep or 0.0, reverse=True)]
+        meter.update(0, len(points))
+        for point, (contender, outcome) in zip(points, each, strict=True):
+            row = _counted(contender, point, outcome)
+            figures = out / "figures" / f"{contender.directory}-{Path(point.model).name}.json"
+            row = _with_errors(row, outcome, calibration, figures)
+            rows.append(row if speed is None else _timed(row, source, speed, figures))
+            meter.update(len(rows), len(points))
+    rows.sort(key=lambda row: row.point.keep or 0.0, reverse=True)
+    return [Measured("dense", dense, dense.stored_bytes, source.index.stored_bytes), *rows]
 
 
-def _dense_row(source: Source, point: Point) -> Row:
-    return Row("dense", point, point.stored_bytes, source.index.stored_bytes)
-
-
-def _counted(contender: Contender, point: Point, outcome: Outcome) -> Row:
+def _counted(contender: Contender, point: Point, outcome: Outcome) -> Measured:
     rows = outcome.rows
-    return Row(
+    return Measured(
         label=contender.label,
         point=point,
         byte_budget=sum(row["byte_budget"] for row in rows),
@@ -217,8 +155,8 @@ def _counted(contender: Contender, point: Point, outcome: Outcome) -> Row:
 
 
 def _with_errors(
-    row: Row, source: Source, outcome: Outcome, calibration: Calibration | None, path: Path
-) -> Row:
+    row: Measured, outcome: Outcome, calibration: Calibration | None, path: Path
+) -> Measured:
     """The row with the errors of its weights, which are kept in a file for the next call."""
     model = Path(row.point.model)
     of = {"model_id": _model_id(model), "calibration": calibration and calibration.digest}
@@ -234,7 +172,7 @@ def _with_errors(
     return replace(row, **asdict(errors))
 
 
-def _timed(row: Row, source: Source, speed: BenchSettings, path: Path) -> Row:
+def _timed(row: Measured, source: Source, speed: BenchSettings, path: Path) -> Measured:
     """The row with its decode speed, kept likewise."""
     known = read_json(path)
     if known.get("speed_settings") != asdict(speed):
@@ -251,7 +189,7 @@ def _model_id(model: Path) -> str:
 
 
 def without_repeated(
-    outcomes: Mapping[Contender, Mapping[float, Outcome]],
+    outcomes: Outcomes,
 ) -> tuple[dict[Contender, dict[float, Outcome]], list[Missing]]:
     """The outcomes without those that store what the same method does at a smaller keep.
 
@@ -271,12 +209,3 @@ def without_repeated(
                 seen[payloads] = keep
         kept[contender] = {k: v for k, v in by_keep.items() if k in seen.values()}
     return kept, missing
-
-
-def models_of(outcomes: Mapping[Contender, Mapping[float, Outcome]], out: Path) -> list[Path]:
-    """The models' directories, in the order of the rows."""
-    return [
-        model_dir(out / contender.directory, keep)
-        for contender, by_keep in outcomes.items()
-        for keep in by_keep
-    ]

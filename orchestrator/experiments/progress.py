@@ -24,7 +24,7 @@ class SweepProgress:
         self._running: dict[str, str] = {}
 
     def listeners(self, name: str) -> dict[str, Any]:
-        """What `compress_model` calls, for the compression of that name."""
+        """Callbacks for `compress_model`, for the compression of that name."""
         tasks: dict[str, Task | CalibrationItem] = {}
 
         def on_start(
@@ -46,12 +46,12 @@ class SweepProgress:
         def on_event(event: Event) -> None:
             task = tasks[event.task_id]
             if event.kind == "started":
-                if self._running.setdefault(task.group, task.task_id) == task.task_id:
-                    self._meter.begin(task.task_id, task.group, event.attempt)
+                if self._running.setdefault(task.block, task.task_id) == task.task_id:
+                    self._meter.begin(task.task_id, task.block, event.attempt)
                 return
             self._end(task)
-            line = f"{name}: {task.group}: attempt {event.attempt} is followed by another: "
-            about: dict[str, Any] = {"run": name, "task_id": task.task_id, "group": task.group}
+            line = f"{name}: {task.block}: attempt {event.attempt} is followed by another: "
+            about: dict[str, Any] = {"run": name, "task_id": task.task_id, "block": task.block}
             self._meter.say(f"task_{event.kind}", line + event.message, logging.WARNING, **about)
 
         def on_progress(
@@ -59,8 +59,8 @@ class SweepProgress:
         ) -> None:
             task = tasks[outcome.task_id]
             self._end(task)
-            head = f"[{name} {finished}/{total}] {task.group}"
-            about: dict[str, Any] = {"run": name, "task_id": task.task_id, "group": task.group}
+            head = f"[{name} {finished}/{total}] {task.block}"
+            about: dict[str, Any] = {"run": name, "task_id": task.task_id, "block": task.block}
             if isinstance(outcome, Failure):
                 line = f"{head} failed: {outcome.message}"
                 self._meter.say("task_failed", line, logging.ERROR, **about)
@@ -81,5 +81,5 @@ class SweepProgress:
         return {"on_start": on_start, "on_event": on_event, "on_progress": on_progress}
 
     def _end(self, task: Task | CalibrationItem) -> None:
-        if (task_id := self._running.pop(task.group, None)) is not None:
+        if (task_id := self._running.pop(task.block, None)) is not None:
             self._meter.end(task_id)

@@ -42,7 +42,7 @@ _STEADY = 1.5  # Beyond this spread of the repetitions, the median says little.
 
 @dataclass(frozen=True)
 class ModelFigures:
-    """What one model did; rates and times are medians over the repetitions.
+    """Measurements of one model; rates and times are medians over the repetitions.
 
     Attributes:
         model: its directory.
@@ -76,7 +76,7 @@ FIGURES = {
 """The compared figures of `ModelFigures`, and what they are called for people."""
 
 UNITS = {"time_to_first_token_seconds": 1e-3, "peak_memory_bytes": 2.0**20}
-"""What a figure is divided by for people."""
+"""Divisors that make figures readable."""
 
 
 @dataclass(frozen=True)

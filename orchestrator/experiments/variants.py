@@ -1,4 +1,4 @@
-"""What is compared: methods with their options, from one line.
+"""Variants to compare: methods with their options, from one line.
 
     lestd, svd, lestd:metric=activation,value_bits=8; rtn:value_bits=4
 
@@ -33,7 +33,7 @@ class Contender:
     """A method with options.
 
     Attributes:
-        method: key of `METHODS`.
+        method: key of `METHODS`; empty for the one that a command's own options name.
         options: fields of `RunConfig`, as written.
     """
 
@@ -42,13 +42,18 @@ class Contender:
 
     @property
     def label(self) -> str:
-        """What it is called in tables."""
+        """Name in tables."""
         return " ".join([self.method, *(f"{k}={v}" for k, v in self.options.items())])
 
     @property
     def directory(self) -> str:
-        """Name of its directory."""
+        """Name of its directory; empty for the experiment's own."""
         return _NOT_IN_A_NAME.sub("-", self.label)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Fields of `RunConfig` that it decides."""
+        return {"method": self.method, **self.options} if self.method else {}
 
 
 def parse_contenders(text: str) -> list[Contender]:

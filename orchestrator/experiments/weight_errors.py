@@ -49,7 +49,7 @@ def weight_errors(
     Args:
         model: the compressed model.
         tasks: of the plan that it was made by; they name the source's tensors.
-        grams: ``<group>.<what a module reads>`` -> X^T X, see
+        grams: ``<block>.<what a module reads>`` -> X^T X, see
             `orchestrator.compression.calibration`; empty for no activation error.
 
     Raises:
@@ -69,8 +69,8 @@ def weight_errors(
             norm = operator_norm(W)
             error = operator_norm(D) / norm if norm else 0.0
             if error > worst:
-                worst, where = error, f"{task.group}.{module.name}"
-            if (ref := grams.get(f"{task.group}.{module.reads}")) is not None:
+                worst, where = error, f"{task.block}.{module.name}"
+            if (ref := grams.get(f"{task.block}.{module.reads}")) is not None:
                 gram = read_tensor(ref)
                 squared_error += _squared_output(D, gram)
                 squared_norm += _squared_output(W, gram)

@@ -78,7 +78,7 @@ ABOUT_FILE = "model.json"
 MANY_PARTS = 1000
 """A run that has more part files, which take a second to read, is compacted by its driver."""
 TableType = Literal["arrow", "pandas", "polars"]
-"""What a table is given as; the libraries are imported when they are asked for."""
+"""Forms of a table; their libraries are imported on demand."""
 _RUN = ".run"
 _AnyPathT = TypeVar("_AnyPathT", bound=AnyPath)
 
@@ -182,7 +182,7 @@ class Manifest:
         at = time.time_ns()
         name = f"{at:020d}-{task.task_id[:16]}.parquet"
         worker = row["worker"] or None
-        row |= {"at": at // 1000, "layer": task.layer, "group": task.group, "worker": worker}
+        row |= {"time": at // 1000, "layer": task.layer, "block": task.block, "worker": worker}
         row["node"] = worker and worker.rpartition(":")[0]
         write_part(part_path(self.directory, EVENTS, name), [row], EVENTS)
 
@@ -353,7 +353,7 @@ def keep_evaluations(model: AnyPath, again: AnyPath) -> None:
 
 
 def foreign_files(directory: AnyPath) -> list[AnyPath]:
-    """What lies in a model's manifest directory and was not made by lestd, by its name."""
+    """Names in a model's manifest directory that lestd did not make."""
     ours = {ABOUT_FILE, EVALUATIONS.name, *(name + PARQUET for name in TABLES)}
     parts = directory / EVALUATIONS.name
     evaluations = [name for name in list_names(parts) if not name.startswith(TEMPORARY)]

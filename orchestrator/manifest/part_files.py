@@ -205,7 +205,7 @@ def _as_stated(path: AnyPath, table: pa.Table, spec: TableSpec) -> pa.Table | Da
 
 
 def _problem(table: pa.Table, spec: TableSpec) -> str | None:
-    """What some value is that no row of lestd has; None where all are sound.
+    """Name the first value that no row of lestd has; None where all are sound.
 
     Readers divide by the figures, parse the texts and make file names of them.
     """

@@ -1,4 +1,4 @@
-"""What workers return, as rows of the manifest's tables."""
+"""Results of workers as rows of the manifest's tables."""
 
 from __future__ import annotations
 
@@ -51,5 +51,5 @@ def curve_rows(result: CurveResult) -> list[dict[str, Any]]:
 
 def slice_rows(result: Result) -> list[dict[str, Any]]:
     """The rows of `slices` for a result."""
-    key = {"task_id": result.task_id, "layer": result.layer, "group": result.group}
+    key = {"task_id": result.task_id, "layer": result.layer, "block": result.block}
     return [key | asdict(one) for one in result.slices]

@@ -20,8 +20,8 @@ from workers.storage.regular import parse_json
 
 Row = dict[str, Any]
 """A row of a table as plain values, by the columns' names."""
-MANIFEST_FORMAT = 2
-"""1 had `groups`, `slices`, `curves` and `events`, each with fewer columns; it is still read."""
+MANIFEST_FORMAT = 1
+"""For people, in the metadata of each file; nothing depends on it."""
 STAGES = ("read", "stage1", "rank_search", "stage2", "error", "write")
 """Stages whose seconds have a column of their own in `groups`."""
 COMPUTING_STAGES = STAGES[1:-1]
@@ -120,7 +120,7 @@ _TASK = (
     Column("task_id", _TEXT, "hash of all that decides the result", "", True, _is_file_name),
     Column("layer", _INT, "index of the decoder layer", required=True),
     Column(
-        "group", _TEXT, "module path of the block in the loaded model", "", True, _is_module_path
+        "block", _TEXT, "module path of the block in the loaded model", "", True, _is_module_path
     ),
 )
 _SOURCE = (
@@ -203,7 +203,7 @@ GROUPS = TableSpec(
         ),
     ),
     key=("task_id",),
-    order=("layer", "group"),
+    order=("layer", "block"),
 )
 
 SLICES = TableSpec(
@@ -223,7 +223,7 @@ SLICES = TableSpec(
         Column("squared_energy", _REAL, "||M_s||^2 of the stored core slice", "weights^2"),
     ),
     key=("task_id",),
-    order=("layer", "group"),
+    order=("layer", "block"),
 )
 
 CURVES = TableSpec(
@@ -249,14 +249,14 @@ CURVES = TableSpec(
         Column("versions", _TEXT, "JSON: versions of lestd and torch", check=_is_object),
     ),
     key=("task_id",),
-    order=("layer", "group", "byte_budget"),
+    order=("layer", "block", "byte_budget"),
 )
 
 EVENTS = TableSpec(
     "events",
     "one row per start, retry and failure of a task",
     (
-        Column("at", _TIME, "when the driver learned of it", "UTC"),
+        Column("time", _TIME, "when the driver learned of it", "UTC"),
         Column("task_id", _TEXT, "the task", required=True),
         Column("kind", _TEXT, "started, retried or failed", required=True),
         Column("attempt", _INT, "the attempt that started or ended; 1 is the first"),
@@ -264,12 +264,12 @@ EVENTS = TableSpec(
         Column("message", _TEXT, "the same as a sentence"),
         Column("traceback", _TEXT, "what is known of the end, for people"),
         Column("layer", _INT, "index of the decoder layer"),
-        Column("group", _TEXT, "module path of the block"),
+        Column("block", _TEXT, "module path of the block"),
         Column("worker", _TEXT, "host:pid of the worker that had it, where known"),
         Column("node", _TEXT, "host name of that worker, where known"),
     ),
-    key=("at", "task_id", "kind"),
-    order=("at",),
+    key=("time", "task_id", "kind"),
+    order=("time",),
 )
 
 RUNS = TableSpec(
@@ -305,7 +305,7 @@ RUNS = TableSpec(
         Column("untouched_bytes", _LONG, "weights out of scope", "bytes"),
         Column("planned_worker_memory_bytes", _LONG, "a worker's memory, at most", "bytes"),
         Column("planned_disk_bytes", _LONG, "disk of the run directory, at most", "bytes"),
-        Column("planned_seconds", _REAL, "decomposing, if --calibrate was asked for", "seconds"),
+        Column("planned_seconds", _REAL, "decomposing, if --time was asked for", "seconds"),
         Column("seconds", _REAL, "wall time of the call", "seconds"),
         Column("seconds_assemble", _REAL, "of these, putting the model together", "seconds"),
         Column("versions", _TEXT, "JSON: versions of what ran", check=_is_object),
@@ -319,7 +319,7 @@ EVALUATIONS = TableSpec(
     "one row per metric of an evaluation, of the compressed model or of one it was held against",
     (
         Column("evaluation_id", _TEXT, "hash of the model and all settings", required=True),
-        Column("at", _TIME, "when it was finished", "UTC"),
+        Column("time", _TIME, "when it was finished", "UTC"),
         Column("model", _TEXT, "the model, as it was named"),
         Column("model_id", _TEXT, "hash of its config and weights"),
         Column("compressed", pa.bool_(), "whether it is a model of lestd"),
@@ -329,7 +329,7 @@ EVALUATIONS = TableSpec(
         Column("task", _TEXT, "name of the task", required=True),
         Column("task_version", _TEXT, "the task's own version"),
         Column("metric", _TEXT, "name of the metric", required=True),
-        Column("filter", _TEXT, "lm-eval's filter of the answers; none where there is none"),
+        Column("answer_filter", _TEXT, "lm-eval's filter of the answers; none where there is none"),
         Column("value", _REAL, "the figure", required=True),
         Column("stderr", _REAL, "its standard error; null where there is none"),
         Column("higher_is_better", pa.bool_(), "which way is better"),
@@ -343,8 +343,8 @@ EVALUATIONS = TableSpec(
         Column("seconds", _REAL, "wall time of the task on this pool", "seconds"),
         Column("versions", _TEXT, "JSON: versions of what ran", check=_is_object),
     ),
-    key=("evaluation_id", "task", "metric", "filter"),
-    order=("at", "task", "metric", "filter"),
+    key=("evaluation_id", "task", "metric", "answer_filter"),
+    order=("time", "task", "metric", "answer_filter"),
 )
 
 TABLES = {table.name: table for table in (RUNS, GROUPS, SLICES, CURVES, EVENTS, EVALUATIONS)}

@@ -38,7 +38,7 @@ def adapter_stored_bytes(model: Path) -> int:
 
 
 def adapter_deltas(model: Path) -> dict[str, Tensor]:
-    """What the adapter adds to the weights: tensor name -> ``(out, in)``, float32.
+    """Weights that the adapter adds: tensor name -> ``(out, in)``, float32.
 
     ``alpha / r B A`` in the shapes of ``nn.Linear.weight``. Empty where there is no adapter.
 

@@ -71,13 +71,13 @@ def payload_shard_name(row: dict[str, Any]) -> str:
     Raises:
         LestdError: it would be no name of a file, as that of a damaged manifest.
     """
-    block = row["group"].rpartition(".")[2]
+    block = row["block"].rpartition(".")[2]
     if block.isdigit():  # Modules of the layer itself.
         block = row["scope"]
     name = f"lestd-{row['layer']:05d}-{block}.safetensors"
     if "/" in name or not is_inside(name):
         raise LestdError(
-            f"the manifest names the group {row['group']!r}, whose shard would be {name!r}: it is "
+            f"the manifest names the group {row['block']!r}, whose shard would be {name!r}: it is "
             "damaged or malicious, get the model from a source you trust"
         )
     return name

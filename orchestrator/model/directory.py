@@ -46,7 +46,7 @@ def list_model(directory: AnyPath) -> dict[str, int]:
 
 
 def about_model(out: AnyPath) -> dict[str, Any] | None:
-    """What ``manifest/model.json`` says of a compressed model; None if there is none.
+    """Contents of ``manifest/model.json`` of a compressed model; None if there is none.
 
     Raises:
         LestdError: the file is damaged.
@@ -91,7 +91,7 @@ def _is_whole(out: AnyPath, about: dict[str, Any]) -> bool:
 
 
 def check_output(out: AnyPath) -> dict[str, Any] | None:
-    """What is at `out`: no finished model (None), or a compressed one (what `about_model` says).
+    """Look at `out`: None for no finished model, `about_model` of a compressed one.
 
     Raises:
         LestdError: it is, or holds, something that lestd did not make and nobody may overwrite;

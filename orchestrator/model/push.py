@@ -34,7 +34,7 @@ _BATCH_BYTES = 4 * 2**30
 
 @dataclass(frozen=True)
 class Pushed:
-    """What is on the Hub now.
+    """State on the Hub after a push.
 
     Attributes:
         url: page of the repository, at its branch if one was asked for.

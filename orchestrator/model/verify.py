@@ -23,7 +23,7 @@ from workers.storage.files import AnyPath, in_parallel, is_directory, is_file, l
 from workers.storage.json_files import read_json
 from workers.storage.names import MANIFEST_DIR
 
-_PLANNED = {"task_id": str, "layer": int, "group": str, "byte_budget": int}
+_PLANNED = {"task_id": str, "layer": int, "block": str, "byte_budget": int}
 _CALIBRATION = "calibration"
 _CALIBRATED = {
     "activation": re.compile(r"layer-.*\.safetensors"),
@@ -117,7 +117,7 @@ def _cleaned_status(manifest: Manifest) -> dict[str, Any]:
 
 
 def _scope(of: dict[str, Any]) -> str:
-    """What a block is; runs that do not say were of attention."""
+    """Kind of a block; runs that do not say were of attention."""
     return str(of.get("scope") or "attention")
 
 
@@ -152,7 +152,7 @@ def _is_planned(layer: Any) -> bool:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` looked at, and what is wrong with it."""
+    """Outcome of `verify`: what it looked at, and the problems."""
 
     checked: int
     problems: tuple[str, ...]
@@ -205,7 +205,7 @@ def _check_manifest(manifest: Manifest) -> tuple[list[dict[str, Any]], list[str]
         if found != expected:
             problems.append(
                 f"{manifest.directory} has {found} rows in slices for task {row['task_id']} "
-                f"({row['group']}), which has {expected} slices"
+                f"({row['block']}), which has {expected} slices"
             )
     return rows, problems
 

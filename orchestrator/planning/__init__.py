@@ -1,1 +1,1 @@
-"""What is to be done, in which bytes, and how long it takes."""
+"""The plan: tasks, byte budgets, time."""

@@ -35,7 +35,7 @@ def blocks_of(tasks: Iterable[Task]) -> list[CalibratedBlock]:
     return [
         CalibratedBlock(
             task.layer,
-            task.group,
+            task.block,
             {module.name: module.reads for module in task.layout.modules},
             {m.reads: task.layout.weight_shape(m)[1] for m in task.layout.modules},
             _watched_outputs(task.layout) if task.method_args["metric"] == LOSS else (),

@@ -56,7 +56,7 @@ class PlannedTask:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do.
+    """The plan of a run.
 
     Attributes:
         family: name of the model's architecture.
@@ -135,7 +135,7 @@ class Plan:
             {
                 "task_id": planned.task.task_id,
                 "layer": planned.task.layer,
-                "group": planned.task.group,
+                "block": planned.task.block,
                 "tensors": list(dict.fromkeys(r.name for r in planned.task.tensors.values())),
                 "method": planned.task.method,
                 "pattern": planned.task.method_args["pattern"],
@@ -217,7 +217,7 @@ def _plan_task(
     task = Task(
         task_id="",
         layer=group.layer,
-        group=group.group,
+        block=group.block,
         tensor_prefix=group.tensor_prefix,
         tensors=group.tensors,
         layout=group.layout,
@@ -286,7 +286,7 @@ def _undecided(planned: PlannedTask) -> PlannedTask:
 def _with_budgets(plan: Plan, budgets: Mapping[str, int]) -> Plan:
     """The plan with the byte budget of each group that has a curve decided."""
     tasks = tuple(
-        replace(_with_budget(p.task, budgets[p.task.group]), curve=p.curve) if p.curve else p
+        replace(_with_budget(p.task, budgets[p.task.block]), curve=p.curve) if p.curve else p
         for p in plan.tasks
     )
     return replace(plan, tasks=tasks, decided=True)
@@ -310,7 +310,7 @@ def decide(plan: Plan, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> lis
     norms = [curve[0]["squared_norm"] for curve in rows]
     uniform = [task.byte_budget for task in tasks]
     better = better_than_uniform(points, norms, uniform)
-    groups = [task.group for task in tasks]
+    groups = [task.block for task in tasks]
     return [
         _with_budgets(plan, dict(zip(groups, budgets, strict=True)))
         for budgets in (better, uniform)
@@ -329,15 +329,15 @@ def no_worse_than_uniform(
         rows: group rows of all tasks.
         curves: see `decide`.
     """
-    measured = {curve[0]["group"]: curve[0] for curve in curves.values()}
+    measured = {curve[0]["block"]: curve[0] for curve in curves.values()}
     pairs = [
         (
             row["metric_squared_error"],
-            measured[row["group"]]["uniform_squared_error"],
+            measured[row["block"]]["uniform_squared_error"],
             row["metric_squared_norm"],
         )
         for row in rows
-        if row["group"] in measured
+        if row["block"] in measured
     ]
 
     def holds(weights: Sequence[float]) -> bool:
@@ -360,7 +360,7 @@ def _task_id(task: Task, more: Mapping[str, Any] | None = None) -> str:
         "tensors": [(m, r.name, r.dtype, r.shape) for m, r in task.tensors.items()],
         "layout": asdict(task.layout),
         "prefix": task.tensor_prefix,
-        "group": task.group,
+        "group": task.block,
         "method": task.method,
         "method_args": task.method_args,
         "byte_budget": task.byte_budget,

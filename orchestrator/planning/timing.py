@@ -40,7 +40,7 @@ def predict_seconds(plan: Plan, device: str, threads: int) -> dict[str, float]:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise LestdError(
-            "--calibrate measures on this machine, which has no GPU, but the workers use one; "
+            "--time measures on this machine, which has no GPU, but the workers use one; "
             "call it where PyTorch sees the GPU, or use --device cpu"
         )
     before = torch.get_num_threads()
@@ -56,7 +56,7 @@ def predict_seconds(plan: Plan, device: str, threads: int) -> dict[str, float]:
                 kind = (task.layout, how, round(planned.keep, 3))
                 if kind not in known:
                     known[kind] = sum(_seconds(planned, torch.device(device), p) for p in passes)
-                predicted[task.group] = known[kind]
+                predicted[task.block] = known[kind]
     finally:
         torch.set_num_threads(before)
     return predicted

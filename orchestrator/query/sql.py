@@ -30,13 +30,14 @@ from orchestrator.console import output
 from orchestrator.manifest.manifest import Manifest
 from orchestrator.manifest.part_files import Damaged
 from orchestrator.manifest.schemas import TABLES
+from orchestrator.query.views import VIEWS
 from workers.storage.files import AnyPath
 from workers.storage.names import MANIFEST_DIR
 
 MAX_RESULT_BYTES = 2**30
 """A larger result is refused: a forgotten join condition must not take the machine's memory."""
 MEMORY_BYTES = 6 * 2**30
-"""What `bounded_memory` allows: duckdb does not count the lists that it makes, nor the result."""
+"""Limit of `bounded_memory`: duckdb counts neither the lists that it makes nor the result."""
 MAX_SECONDS = 600.0
 """A longer query is ended: one that never ends must not hold whoever asks unattended."""
 _LOCKED: dict[str, str | bool | int | float | list[str]] = {
@@ -129,6 +130,8 @@ def run_query(
     statement = _one_select(connection, sql)
     for table, spec in TABLES.items():
         connection.register(table, _with_run(spec.schema.empty_table(), ""))
+    for view, definition in VIEWS.items():
+        connection.execute(f"create temp view {view} as {definition}")
     # Refuse before anything is read.
     _explained(lambda: _interruptible(connection, lambda: connection.sql(statement)))
     for table in _tables_named(sql):
@@ -172,7 +175,7 @@ def bounded_memory() -> Iterator[None]:
 
 
 def run_names(places: Sequence[AnyPath]) -> list[str]:
-    """What the column ``run`` says of each place."""
+    """Value of the column ``run`` for each place."""
     short = [
         place.parent.name if place.name == MANIFEST_DIR else place.name or str(place)
         for place in places
@@ -204,8 +207,11 @@ def _one_select(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.State
 
 
 def _tables_named(sql: str) -> list[str]:
-    """Tables that a statement may read: those whose names are words of its text."""
+    """Tables that a statement may read: those whose names are words of its text, or of a view's."""
     words = {word.lower() for word in _WORD.findall(sql)}
+    for view, definition in reversed(VIEWS.items()):
+        if view in words:
+            words.update(_WORD.findall(definition))
     return [table for table in TABLES if table in words or words & _NAME_ANY]
 
 
@@ -273,13 +279,13 @@ def _as_text(kind: DuckDBPyType) -> bool:
 
 
 def _explained(ask: Callable[[], _Answer]) -> _Answer:
-    """What duckdb says, as one sentence."""
+    """Message of duckdb as one sentence."""
     try:
         return ask()
     except duckdb.PermissionException as error:
         raise LestdError(
             f"the query reaches out of its tables ({_sentence(error)}); it can read "
-            f"{', '.join(TABLES)} only"
+            f"{', '.join([*TABLES, *VIEWS])} only"
         ) from error
     except (duckdb.OutOfMemoryException, MemoryError) as error:
         raise LestdError(

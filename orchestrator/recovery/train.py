@@ -44,7 +44,7 @@ _OURS = "recover.json"
 
 @dataclass(frozen=True)
 class Recovery:
-    """What a recovery has done.
+    """Outcome of a recovery.
 
     Attributes:
         out: the trained model.
@@ -179,7 +179,7 @@ def recover(
 
 
 def _require_trainable(model: CompressedModel) -> dict[str, Any]:
-    """What the model says of itself.
+    """Record of the recovery that the model carries.
 
     Raises:
         LestdError: it has no manifest, it has an adapter, or a shard is damaged.

@@ -1,4 +1,4 @@
-"""What a report says, gathered from a manifest as plain values; how it looks is decided elsewhere.
+"""Contents of a report as plain values, gathered from a manifest; its looks are decided elsewhere.
 
 Names of the manifest's columns are kept, with their units (`orchestrator.manifest.schemas`). Times
 are aware datetimes in UTC. A figure that the manifest does not have is None, never a guess.
@@ -62,10 +62,10 @@ class ReportData:
         projections: one row per projection, over all finished layers: ``projection``, ``slices``,
             ``nnz``, ``density``, ``core_bytes``, ``relative_error``, ``energy_share``.
         layers: one row per finished group, by layer.
-        missing: ``layer``, ``group`` of each planned group that is not finished; the name is
+        missing: ``layer``, ``block`` of each planned group that is not finished; the name is
             empty where the manifest does not know it.
         heads: one row per slice, by layer, projection and head.
-        spectra: one row per group and mode whose singular values are known: ``layer``, ``group``,
+        spectra: one row per group and mode whose singular values are known: ``layer``, ``block``,
             ``mode``, ``rank``, ``singular_values`` (descending, all of them).
         wall: what the wall time went to; see `wall_time`.
         stages: ``stage``, ``seconds``: worker time over all tasks, curves included.
@@ -117,10 +117,10 @@ def gather(path: str) -> ReportData:
     locked = RunDirectory(manifest.directory.parent).is_locked()
     calls = ended_calls(found["runs"].rows.to_pylist(), locked)
     heads = _heads(found["slices"].rows, {row["task_id"] for row in groups})
-    lost = lost_attempts(events, [*encoded, *curves])
+    lost = lost_attempts(events)
     tasks = calls[-1]["tasks"] if calls else None
     planned = planned_layers(manifest.directory.parent, [*groups, *curves, *events], tasks)
-    finished = {row["group"] for row in groups}, {row["layer"] for row in groups}
+    finished = {row["block"] for row in groups}, {row["layer"] for row in groups}
     summary = _summary(path, groups, [*encoded, *curves], calls, events)
     summary["state"], summary["state_reason"] = run_state(
         calls,
@@ -137,7 +137,7 @@ def gather(path: str) -> ReportData:
         missing=[
             row
             for row in planned
-            if row["group"] not in finished[0] and (row["group"] or row["layer"] not in finished[1])
+            if row["block"] not in finished[0] and (row["block"] or row["layer"] not in finished[1])
         ],
         heads=heads,
         spectra=_spectra(groups),
@@ -171,8 +171,8 @@ def _latest(rows: Sequence[Row]) -> list[Row]:
     """The row of each group that was started last, in order."""
     latest: dict[str, Row] = {}
     for row in sorted(rows, key=lambda row: row["started_at"] or _NEVER):
-        latest[row["group"]] = row
-    return sorted(latest.values(), key=lambda row: (row["layer"], row["group"]))
+        latest[row["block"]] = row
+    return sorted(latest.values(), key=lambda row: (row["layer"], row["block"]))
 
 
 def _summary(
@@ -182,7 +182,7 @@ def _summary(
     calls: Sequence[Row],
     events: Sequence[Row],
 ) -> Row:
-    """What is said once of a run, but for its ``state`` and ``state_reason``; see `run_state`.
+    """Facts of a whole run, but for its ``state`` and ``state_reason``; see `run_state`.
 
     The keys: ``path``; ``model``, ``revision``, ``family``, ``method``, ``pattern``, ``scope``,
     ``allocation``, ``keep``, ``device``, ``executor``; ``finished`` and ``tasks`` (groups);
@@ -285,7 +285,7 @@ def _planned(groups: Sequence[Row], work: Sequence[Row], calls: Sequence[Row]) -
 
 
 _OF_A_LAYER = (
-    *("layer", "group", "scope", "R1", "R2", "R3", "nnz", "density", "codec"),
+    *("layer", "block", "scope", "R1", "R2", "R3", "nnz", "density", "codec"),
     *("dense_bytes", "byte_budget", "stored_bytes", "payload_bytes", "relative_error"),
     *("squared_norm", "squared_error", "squared_energy_stage1", "squared_energy_stage2"),
     *("hooi_iterations", "peak_memory_bytes", "worker", "node", "device", "attempt"),
@@ -300,13 +300,13 @@ def _layer(row: Row) -> Row:
 
 def _heads(slices: Any, task_ids: set[str]) -> list[Row]:
     """Rows of `slices` of these tasks, with ``energy_share``, squared_energy / squared_norm."""
-    names = ["task_id", "layer", "group", "projection", "head", "nnz", "density", "core_bytes"]
+    names = ["task_id", "layer", "block", "projection", "head", "nnz", "density", "core_bytes"]
     names += ["relative_error", "squared_norm", "squared_energy"]
     rows = [row for row in slices.select(names).to_pylist() if row.pop("task_id") in task_ids]
     for row in rows:
         energy, norm = row["squared_energy"], row["squared_norm"]
         row["energy_share"] = energy / norm if norm and energy is not None else None
-    rows.sort(key=lambda row: (row["layer"], row["group"], _place(row), row["head"] or 0))
+    rows.sort(key=lambda row: (row["layer"], row["block"], _place(row), row["head"] or 0))
     return rows
 
 
@@ -348,7 +348,7 @@ def _spectra(groups: Sequence[Row]) -> list[Row]:
     return [
         {
             "layer": row["layer"],
-            "group": row["group"],
+            "block": row["block"],
             "mode": mode,
             "rank": row[f"R{mode}"],
             "singular_values": row[f"singular_values_{mode}"],

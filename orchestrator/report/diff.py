@@ -1,4 +1,4 @@
-"""What differs between two runs, as plain values: configuration, bytes, error, time, quality.
+"""Differences of two runs as plain values: configuration, bytes, error, time, quality.
 
 Groups are matched by name. Where one side has groups that the other lacks, since it is not
 finished or other layers were chosen, figures are those of the groups that both have.
@@ -39,7 +39,7 @@ class _Side:
         manifest = Manifest(path)
         # The rows that the report's layers are of: where a group was encoded twice, the later ones.
         rows = manifest.groups().sort_by("started_at").to_pylist()
-        self.groups = {row["group"]: row for row in rows}
+        self.groups = {row["block"]: row for row in rows}
         # What belongs to a task of pass one stands in each of its rows.
         self.curves = {row["task_id"]: row for row in manifest.curves().to_pylist()}.values()
         self.directory: AnyPath = manifest.directory.parent
@@ -51,7 +51,7 @@ class _Side:
     def work(self, groups: Iterable[str]) -> list[Row]:
         """A row of each task of both passes."""
         wanted = set(groups)
-        return [*self.chosen(wanted), *(row for row in self.curves if row["group"] in wanted)]
+        return [*self.chosen(wanted), *(row for row in self.curves if row["block"] in wanted)]
 
 
 def compare(before: str, after: str) -> Row:
@@ -112,7 +112,7 @@ def _about(side: _Side) -> Row:
 
 @dataclass(frozen=True)
 class _Configuration:
-    """What a run was asked for.
+    """Configuration that a run was asked for.
 
     Attributes:
         known: the source and where it ran, as far as it is recorded.
@@ -264,7 +264,7 @@ def _errors(side: _Side, common: Sequence[str]) -> list[tuple[str, str, Any]]:
     figures = [
         ("all projections", "", root_ratio([(r["squared_error"], r["squared_norm"]) for r in rows]))
     ]
-    heads = [row for row in side.data.heads if row["group"] in set(common)]
+    heads = [row for row in side.data.heads if row["block"] in set(common)]
     for projection in dict.fromkeys(row["projection"] for row in heads):
         own = [row for row in heads if row["projection"] == projection]
         pairs = [
@@ -303,15 +303,15 @@ def _sum_of(seconds: Mapping[str, float], stages: Iterable[str]) -> float | None
 def _quality(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     """The metrics that both compressed models were measured in, in the same way.
 
-    Each has what tells it from others (``task``, ``metric``, ``filter``, ...), the figures of
-    `_pair`, ``higher_is_better``, and ``stderr``: the standard error of the change for independent
-    samples, ``sqrt(a^2 + b^2)``; null where one of the two is unknown.
+    Each has what tells it from others (``task``, ``metric``, ``answer_filter``, ...), the figures
+    of `_pair`, ``higher_is_better``, and ``stderr``: the standard error of the change for
+    independent samples, ``sqrt(a^2 + b^2)``; null where one of the two is unknown.
     """
     sides: list[dict[tuple[Any, ...], Row]] = []
     for rows in (old, new):
         measured = [row for row in rows if row["after"] is not None]
         # Of several models that one run was evaluated as, or the same one again, the latest.
-        measured.sort(key=lambda row: str(row["at"] or ""))
+        measured.sort(key=lambda row: str(row["time"] or ""))
         sides.append({tuple(row[key] for key in SAME_QUESTION): row for row in measured})
     found = []
     for key, before in sides[0].items():
@@ -335,7 +335,7 @@ def _layer(before: Row, after: Row) -> Row:
     }
     return {
         "layer": after["layer"],
-        "group": after["group"],
+        "block": after["block"],
         "identical": before["sha256"] == after["sha256"],
         **sides,
         "stored_bytes": _pair(before["stored_bytes"], after["stored_bytes"]),

@@ -128,7 +128,9 @@ def _print_quality(metrics: Sequence[Row]) -> None:
         change, percent = _change(one, "", one["higher_is_better"])
         if one["stderr"] is not None:
             change += f" ± {one['stderr']:.4f}"
-        name = one["metric"] + (f", {one['filter']}" if one["filter"] not in (None, "none") else "")
+        name = one["metric"] + (
+            f", {one['answer_filter']}" if one["answer_filter"] not in (None, "none") else ""
+        )
         shots = "" if one["fewshot"] is None else str(one["fewshot"])
         sides = (_figure(one[side], "") for side in ("before", "after"))
         rows.append((one["task"], name, shots, *sides, change, percent))

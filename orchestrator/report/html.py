@@ -26,7 +26,7 @@ from orchestrator.report.quality import headline
 _POINTS_OF_A_SPECTRUM = 64
 _FIRST_POINTS = 16
 _HEADS = (
-    *("layer", "group", "projection", "head", "nnz", "density", "core_bytes"),
+    *("layer", "block", "projection", "head", "nnz", "density", "core_bytes"),
     *("relative_error", "energy_share"),
 )
 _PROJECTIONS = (
@@ -34,18 +34,18 @@ _PROJECTIONS = (
     *("relative_error", "energy_share"),
 )
 _TIMELINE = (
-    *("kind", "worker", "node", "layer", "group", "task_id", "attempt"),
+    *("kind", "worker", "node", "layer", "block", "task_id", "attempt"),
     *("read_at", "computed_at", "written_at", "ended_at"),
     *(f"seconds_{stage}" for stage in STAGES),
 )
 _LOST = (
-    *("kind", "at", "started_at", "layer", "group", "attempt", "worker", "node"),
+    *("kind", "time", "started_at", "layer", "block", "attempt", "worker", "node"),
     *("error_type", "message"),
 )
 _EVALUATIONS = (
-    *("task", "metric", "filter", "measured_on", "before", "after", "change"),
+    *("task", "metric", "answer_filter", "measured_on", "before", "after", "change"),
     *("before_stderr", "after_stderr", "fewshot", "samples", "tokens", "dtype", "settings"),
-    *("before_model", "after_model", "at"),
+    *("before_model", "after_model", "time"),
 )
 
 
@@ -66,7 +66,7 @@ def render(data: ReportData) -> str:
     content = {
         "tables": _tables(data),
         "relative_error": data.summary["relative_error"],
-        "missing": [[row["layer"], row["group"]] for row in data.missing],
+        "missing": [[row["layer"], row["block"]] for row in data.missing],
     }
     return template.render(
         data=data,
@@ -106,7 +106,7 @@ def _last_busy_call(data: ReportData) -> int | None:
 
 
 def _tables(data: ReportData) -> dict[str, Any]:
-    layers = list(data.layers[0]) if data.layers else ["layer", "group"]
+    layers = list(data.layers[0]) if data.layers else ["layer", "block"]
     unique = _is_unique(data.layers)
     return {
         "planned": column_table(data.planned, ("what", "unit", "planned", "actual")),
@@ -116,12 +116,12 @@ def _tables(data: ReportData) -> dict[str, Any]:
         ),
         # A quarter of a million rows need not repeat a name that the layer's number tells.
         "heads": column_table(
-            data.heads, [name for name in _HEADS if name != "group" or not unique]
+            data.heads, [name for name in _HEADS if name != "block" or not unique]
         ),
         "layers": column_table(data.layers, layers),
         "spectra": column_table(
             _drawn_spectra(data),
-            ("row", "layer", *(() if unique else ("group",)), "mode", "index", "singular_value"),
+            ("row", "layer", *(() if unique else ("block",)), "mode", "index", "singular_value"),
         ),
         "wall": column_table(data.wall, ("what", "seconds")),
         "stages": column_table(data.stages, ("stage", "seconds")),
@@ -134,7 +134,7 @@ def _tables(data: ReportData) -> dict[str, Any]:
 
 def _drawn_spectra(data: ReportData) -> list[Row]:
     """The points of each spectrum that are drawn: its steep begin, its rank, the rest evenly."""
-    rows = {(row["layer"], row["group"]): index for index, row in enumerate(data.layers)}
+    rows = {(row["layer"], row["block"]): index for index, row in enumerate(data.layers)}
     drawn = []
     for spectrum in data.spectra:
         values = spectrum["singular_values"]
@@ -144,9 +144,9 @@ def _drawn_spectra(data: ReportData) -> list[Row]:
         places |= {spectrum["rank"] - 1} & set(range(len(values))) if spectrum["rank"] else set()
         drawn += [
             {
-                "row": rows[spectrum["layer"], spectrum["group"]],
+                "row": rows[spectrum["layer"], spectrum["block"]],
                 "layer": spectrum["layer"],
-                "group": spectrum["group"],
+                "block": spectrum["block"],
                 "mode": spectrum["mode"],
                 "index": place + 1,
                 "singular_value": values[place],

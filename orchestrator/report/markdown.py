@@ -30,7 +30,7 @@ def render(data: ReportData) -> str:
 
 
 def _facts(summary: dict[str, Any]) -> list[tuple[str, Any]]:
-    """What the summary states of a run, as far as it is known."""
+    """Facts of a run for the summary, as far as they are known."""
     layers = summary["finished"]
     if summary["tasks"] is not None:
         layers = f"{layers} of {summary['tasks']}"

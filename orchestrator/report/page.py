@@ -74,7 +74,7 @@ def inline_script(script: str) -> str:
 
 
 def csp_hash(script: str) -> str:
-    """What a Content-Security-Policy calls a script."""
+    """Hash by which a Content-Security-Policy names a script."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return f"'sha256-{digest}'"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.manifest.schemas import Row
 
-SAME_QUESTION = ("task", "task_version", "metric", "filter", "fewshot", "settings", "dtype")
+SAME_QUESTION = ("task", "task_version", "metric", "answer_filter", "fewshot", "settings", "dtype")
 """Columns in which measurements agree that may be held against each other."""
 _NEVER = datetime.min.replace(tzinfo=UTC)
 _DIGITS_OF_A_HASH = 8
@@ -55,7 +55,7 @@ def before_and_after(rows: Sequence[Row]) -> list[Row]:
                     "after_stderr": after.get("stderr"),
                     "before_model": before.get("model"),
                     "after_model": after.get("model"),
-                    "at": one["at"],
+                    "time": one["time"],
                     "measured_on": _measured_on(one),
                 }
             )
@@ -67,7 +67,7 @@ def headline(evaluations: Sequence[Row]) -> Row | None:
     """The latest of the figures that are known before and after; None if none is."""
     known = [row for row in evaluations if row["change"] is not None]
     # Of one moment the first: an evaluation of a text has its perplexity per token first.
-    return max(known, key=lambda row: row["at"] or _NEVER, default=None)
+    return max(known, key=lambda row: row["time"] or _NEVER, default=None)
 
 
 def _same(one: Row, other: Row) -> bool:
@@ -83,7 +83,7 @@ def _settings(row: Row) -> Row:
 
 
 def _measured_on(row: Row) -> str:
-    """What the figure is made of: the text and how much of it, or how many questions."""
+    """Basis of a figure: the text and how much of it, or the number of questions."""
     settings = _settings(row)
     parts = []
     if settings.get("text"):
@@ -105,7 +105,7 @@ def _tell_apart(found: Sequence[Row]) -> None:
     """Add to what rows were measured on what else they differ in."""
     alike: dict[tuple[Any, ...], list[Row]] = {}
     for row in found:
-        names = ("task", "metric", "filter", "measured_on", "after_model")
+        names = ("task", "metric", "answer_filter", "measured_on", "after_model")
         alike.setdefault(tuple(row[name] for name in names), []).append(row)
     for rows in alike.values():
         all_settings = [

@@ -45,17 +45,17 @@ function colorAt(colors, share) {
 
 // All planned layers by number, finished or not; by name where several share a number.
 function layerAxis() {
-  const missing = page.missing.map(([layer, group]) => ({ layer, group }));
-  const groups = tables.layers.column("group");
-  const all = [...tables.layers.column("layer").map((layer, row) => ({ layer, group: groups[row] })), ...missing];
+  const missing = page.missing.map(([layer, block]) => ({ layer, block }));
+  const groups = tables.layers.column("block");
+  const all = [...tables.layers.column("layer").map((layer, row) => ({ layer, block: groups[row] })), ...missing];
   const shared = unique(all.map((one) => one.layer)).length < all.length;
-  const of = shared ? (layer, group) => plain(group) : (layer) => layer;
-  const inOrder = (a, b) => a.layer - b.layer || (a.group < b.group ? -1 : 1);
+  const of = shared ? (layer, block) => plain(block) : (layer) => layer;
+  const inOrder = (a, b) => a.layer - b.layer || (a.block < b.block ? -1 : 1);
   const names = shared
-    ? all.sort(inOrder).map(({ group }) => plain(group))
+    ? all.sort(inOrder).map(({ block }) => plain(block))
     : range(largest(all.map((one) => one.layer)) + 1);
   const type = shared ? { type: "category", categoryorder: "array", categoryarray: names } : { type: "linear" };
-  return { names, of, type, ends: [-0.5, names.length - 0.5], missing: missing.map(({ layer, group }) => of(layer, group)) };
+  return { names, of, type, ends: [-0.5, names.length - 0.5], missing: missing.map(({ layer, block }) => of(layer, block)) };
 }
 
 function unitOf(largestValue, units) {
@@ -108,11 +108,11 @@ function drawHeads(width, theme) {
     },
   };
   const at = new Map(rows.names.map((name, index) => [name, index]));
-  const [layer, group, projection, head, value] =
-    ["layer", "group", "projection", "head", metric].map((name) => heads.column(name));
+  const [layer, block, projection, head, value] =
+    ["layer", "block", "projection", "head", metric].map((name) => heads.column(name));
   const matrices = Object.fromEntries(projections.map((name) => [name, rows.names.map(() => [])]));
   for (const row of range(heads.length)) {
-    const line = matrices[projection[row]][at.get(rows.of(layer[row], group?.[row]))];
+    const line = matrices[projection[row]][at.get(rows.of(layer[row], block?.[row]))];
     while (line.length < head[row]) line.push(null);
     line[head[row]] = value[row];
   }
@@ -150,7 +150,7 @@ function drawHeads(width, theme) {
 function layerPlot(theme, title, more) {
   const rows = layerAxis();
   const layers = tables.layers.column("layer");
-  const x = tables.layers.column("group").map((group, index) => rows.of(layers[index], group));
+  const x = tables.layers.column("block").map((block, index) => rows.of(layers[index], block));
   const ticks = rows.type.type === "linear" ? wholeTicks(rows.names.length) : {};
   const layout = {
     height: 300,
@@ -242,7 +242,7 @@ function drawSpectra(width, theme) {
     x.push(index[at]);
     y.push(value[at] > 0 ? value[at] : null); // A logarithm has no zero.
   }
-  const [layers, groups, ranks] = ["layer", "group", `R${wanted}`].map((name) => tables.layers.column(name));
+  const [layers, groups, ranks] = ["layer", "block", `R${wanted}`].map((name) => tables.layers.column(name));
   const most = Math.max(largest(layers), 1);
   // The end of the scale that the background swallows is left out.
   const colors = range(9).map((step) => colorAt(SCALES.density, theme.dark ? 0.25 + (step / 8) * 0.75 : (step / 8) * 0.85));
@@ -293,7 +293,7 @@ function drawTimeline(width, theme) {
   const time = (table, name) => table.column(name).map((text) => (text ? Date.parse(text) / 1000 : null));
   const [read, computed, written, ended] =
     ["read_at", "computed_at", "written_at", "ended_at"].map((name) => time(tasks, name));
-  const [lostStart, lostEnd] = [time(lost, "started_at"), time(lost, "at")];
+  const [lostStart, lostEnd] = [time(lost, "started_at"), time(lost, "time")];
   const calls = time(tables.calls, "started_at");
   const call = choice("timeline-call") ?? "all";
   const [from, to] = call === "all" ? [-Infinity, Infinity] : [calls[call], calls[Number(call) + 1] ?? Infinity];
@@ -314,7 +314,7 @@ function drawTimeline(width, theme) {
   const [unit] = timeUnit(last - origin);
   const scale = seconds[unit];
   const spot = (at) => (at - origin) / scale;
-  const [kind, layer, group, attempt] = ["kind", "layer", "group", "attempt"].map((name) => tasks.column(name));
+  const [kind, layer, block, attempt] = ["kind", "layer", "block", "attempt"].map((name) => tasks.column(name));
   const begun = { read, write: written };
   const running = new Map(chosen.map((index) => [index, computed[index]]));
   const traces = Object.entries(STAGES).map(([stage, [name, color]]) => {
@@ -330,7 +330,7 @@ function drawTimeline(width, theme) {
         color, line: { width: 0 },
         pattern: { shape: chosen.map((index) => (kind[index] === "curves" ? "/" : "")), fillmode: "overlay", fgcolor: theme.surface, size: 5 },
       },
-      text: chosen.map((index) => `layer ${layer[index]}, ${plain(group[index])}${kind[index] === "curves" ? ", curve" : ""}` +
+      text: chosen.map((index) => `layer ${layer[index]}, ${plain(block[index])}${kind[index] === "curves" ? ", curve" : ""}` +
         `<br>attempt ${attempt[index] ?? "unknown"}<br>${name}: ${shown(took[index])} s`),
       textposition: "none", hovertemplate: "%{text}<extra></extra>",
     };

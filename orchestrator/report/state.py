@@ -1,4 +1,4 @@
-"""What state a run is in, by its calls and its rows: derived here, for whoever states it."""
+"""State of a run, derived from its calls and its rows."""
 
 from __future__ import annotations
 
@@ -70,17 +70,17 @@ def run_state(
 
 
 def planned_layers(run: AnyPath, known: Sequence[Row], tasks: int | None) -> list[Row]:
-    """``layer`` and ``group`` of each planned block, in order.
+    """``layer`` and ``block`` of each planned block, in order.
 
     Args:
         run: the run directory, whose plan.json says it; a model has none.
-        known: rows with ``layer`` and ``group``, which count where there is no plan.
+        known: rows with ``layer`` and ``block``, which count where there is no plan.
         tasks: number of planned groups.
     """
-    found = {(row["layer"], row["group"]) for row in known if row["layer"] is not None}
+    found = {(row["layer"], row["block"]) for row in known if row["layer"] is not None}
     try:
         layers = read_json(run / "plan.json")["layers"]
-        found |= {(int(one["layer"]), str(one["group"])) for one in layers}
+        found |= {(int(one["layer"]), str(one["block"])) for one in layers}
     except (LestdError, KeyError, TypeError, ValueError):
         numbers = {layer for layer, _ in found}
         # Where every layer has one block, those that nobody has named are numbers in between.
@@ -88,7 +88,7 @@ def planned_layers(run: AnyPath, known: Sequence[Row], tasks: int | None) -> lis
             numbers |= set(range(tasks or 0)) if len(numbers) < (tasks or 0) else set()
             names = dict(found)
             found = {(layer, names.get(layer, "")) for layer in numbers}
-    return [{"layer": layer, "group": group} for layer, group in sorted(found)]
+    return [{"layer": layer, "block": group} for layer, group in sorted(found)]
 
 
 def task_span(work: Sequence[Row]) -> tuple[datetime | None, datetime | None]:
@@ -103,7 +103,7 @@ def task_span(work: Sequence[Row]) -> tuple[datetime | None, datetime | None]:
 
 
 def wall_time(calls: Sequence[Row], work: Sequence[Row]) -> list[Row]:
-    """What the wall time of the calls that ended went to; keys ``part``, ``what``, ``seconds``.
+    """Parts of the wall time of the calls that ended; keys ``part``, ``what``, ``seconds``.
 
     Args:
         calls: as `ended_calls` gives them.

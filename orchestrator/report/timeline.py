@@ -36,7 +36,7 @@ def timeline(
         curves: one row of `curves` per task.
 
     Returns:
-        One row per task: ``kind`` (compress or curves), ``worker``, ``node``, ``layer``, ``group``,
+        One row per task: ``kind`` (compress or curves), ``worker``, ``node``, ``layer``, ``block``,
         ``task_id``, ``attempt``, ``read_at``, ``computed_at``, ``written_at``, ``ended_at``
         (when reading, computing and writing began and the task ended) and ``seconds_<stage>``.
     """
@@ -55,7 +55,7 @@ def timeline(
         free[worker] = (computed_at + _duration(row, COMPUTING_STAGES), ended_at)
         times = {"read_at": read_at, "computed_at": computed_at}
         times |= {"written_at": written_at, "ended_at": ended_at}
-        names = ("worker", "node", "layer", "group", "task_id", "attempt")
+        names = ("worker", "node", "layer", "block", "task_id", "attempt")
         rows.append(
             {"kind": kind}
             | {name: row[name] for name in names}
@@ -69,21 +69,17 @@ def _duration(row: Mapping[str, Any], stages: Sequence[str]) -> timedelta:
     return timedelta(seconds=math.fsum(row[f"seconds_{stage}"] or 0.0 for stage in stages))
 
 
-def lost_attempts(
-    events: Sequence[Mapping[str, Any]], work: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+def lost_attempts(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Attempts that were retried or failed, by their end.
 
     Args:
         events: rows of `events`.
-        work: rows of `groups` and `curves`, for the names of what older manifests call by id only.
 
     Returns:
         One row per attempt: ``kind`` (retried or failed), ``started_at`` (None if not recorded),
-        ``at`` (when the driver learned of the end), ``task_id``, ``layer``, ``group``,
+        ``time`` (when the driver learned of the end), ``task_id``, ``layer``, ``block``,
         ``attempt``, ``worker``, ``node``, ``error_type``, ``message``.
     """
-    known = {row["task_id"]: row for row in work}
     started: dict[tuple[str, int], Mapping[str, Any]] = {}
     rows = []
     for event in events:  # Oldest first.
@@ -92,15 +88,12 @@ def lost_attempts(
             started[key] = event
             continue
         start = started.get(key, {})
-        task = known.get(event["task_id"], {})
-        row = {name: event[name] for name in ("kind", "at", "task_id", "attempt", "error_type")}
-        row |= {
-            "message": event["message"],
-            "started_at": start.get("at"),
-            "worker": event["worker"] or start.get("worker"),
-            "node": event["node"] or start.get("node"),
-            "layer": event["layer"] if event["layer"] is not None else task.get("layer"),
-            "group": event["group"] or task.get("group"),
-        }
-        rows.append(row)
+        rows.append(
+            {name: value for name, value in event.items() if name != "traceback"}
+            | {
+                "started_at": start.get("time"),
+                "worker": event["worker"] or start.get("worker"),
+                "node": event["node"] or start.get("node"),
+            }
+        )
     return rows

@@ -238,7 +238,7 @@ class RunDirectory:
                 hash_tensor(source.index.tensors[name], digest)
             if digest.hexdigest() != row["source_sha256"]:
                 raise LestdError(
-                    f"{self.path} holds the result of {row['group']}, but its tensors "
+                    f"{self.path} holds the result of {row['block']}, but its tensors "
                     f"({', '.join(row['tensors'])}) in {source.index.location} have changed since; "
                     "restore them to continue, or start over with --fresh"
                 )

@@ -1,4 +1,4 @@
-"""What holds a call to that which an earlier one with the same directory began.
+"""Fingerprint of a run: holds a call to what an earlier one in the same directory began.
 
 Finished work is never mixed with that of other settings. Where nothing is finished nothing binds:
 a command that was refused is corrected and run again, and then is another run.

@@ -32,9 +32,9 @@ from orchestrator.source.location import (
 )
 from orchestrator.source.side_files import fetch_side_files, find_side_files, is_side_folder
 from workers.checkpoint.tensors import INDEX_FILE, WEIGHTS_FILE, ShardIndex, read_weight_map
-from workers.storage.files import require_content
+from workers.storage.files import as_source, list_files, list_tree, require_content
 from workers.storage.hub import HUB_SCHEME
-from workers.storage.ranges import is_url, list_files, list_tree
+from workers.storage.ranges import is_url
 from workers.storage.regular import parse_json, read_regular
 
 CONFIG_FILE = "config.json"
@@ -87,7 +87,7 @@ class Source:
             return fetch_side_files(names, partial(download, self.model, self.revision))
         if is_url(url):
             fetch = partial(fetch_files, url, directory=self.directory)
-            return fetch_side_files(list_tree(url, is_side_folder), fetch)
+            return fetch_side_files(set(list_tree(as_source(url), is_side_folder)), fetch)
         return self.directory
 
 
@@ -145,7 +145,12 @@ def _require_cached_weights(model: str, snapshot: Path) -> None:
 
 def _open_store(url: str) -> Source:
     """A model in a directory of a store."""
-    names = list_files(url)
+    names = set(list_files(as_source(url)))
+    if not names:
+        raise LestdError(
+            f"{url} does not exist, or holds no file; check the spelling, and that endpoint and "
+            "credentials are those of its store"
+        )
     _require_config(url, names)
     scratch = tempfile.mkdtemp(prefix="lestd-")
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)

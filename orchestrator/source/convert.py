@@ -302,7 +302,7 @@ def _not_plain(name: str, tensor: Tensor, file_bytes: int, records: set[int] | N
 
 
 def _reason(error: Exception) -> str:
-    """What was found, in one line, without PyTorch's advice to turn the protection off."""
+    """Problem in one line, without PyTorch's advice to turn the protection off."""
     text = " ".join(str(error.__context__ or error).split())
     return text.partition(". ")[0][:200] or type(error).__name__
 

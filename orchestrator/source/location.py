@@ -22,9 +22,9 @@ from huggingface_hub import (
 from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
 from lestd_kernels.errors import LestdError
-from workers.storage import ranges
-from workers.storage.files import in_parallel
+from workers.storage.files import as_source, in_parallel, read_file
 from workers.storage.hub import HUB_SCHEME, TIMEOUT_SECONDS, HubUnreachableError, explain_hub_errors
+from workers.storage.ranges import is_url
 from workers.storage.regular import MAX_SMALL_BYTES
 from workers.storage.retries import patiently
 
@@ -38,7 +38,7 @@ def local_directory(model: str, revision: str | None) -> Path | None:
     Raises:
         LestdError: it is a file, or a revision of a directory is asked for.
     """
-    if ranges.is_url(model) and not model.startswith(_FILE_SCHEME):
+    if is_url(model) and not model.startswith(_FILE_SCHEME):
         return None
     path = Path(model.removeprefix(_FILE_SCHEME))
     if model.startswith(_FILE_SCHEME) and not (path.is_absolute() and path.exists()):
@@ -61,7 +61,7 @@ def store_url(model: str, revision: str | None) -> str | None:
     Raises:
         LestdError: a revision of it is asked for, it has a password in it, or it is no plain URL.
     """
-    if not ranges.is_url(model) or model.startswith(HUB_SCHEME):
+    if not is_url(model) or model.startswith(HUB_SCHEME):
         return None
     for protocol, user in _USERINFO.findall(model):
         # What others have before an @ is a name: abfs://CONTAINER@ACCOUNT.
@@ -201,5 +201,5 @@ def fetch_files(url: str, names: Iterable[str], directory: Path) -> Path:
     """
     for name in sorted(names):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_bytes(ranges.read_file(f"{url}/{name}"))
+        (directory / name).write_bytes(read_file(as_source(f"{url}/{name}")))
     return directory

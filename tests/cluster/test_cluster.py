@@ -84,7 +84,7 @@ class Run:
     def start_again_if_it_set_a_task_aside(self) -> None:
         """What is killed twice by chance looks like a killer; the same command does the rest."""
         if self.process.poll() == 1:
-            assert "is set aside" in self.streams[1].read_text()
+            assert "is marked failed" in self.streams[1].read_text()
             self.start()
         assert self.process.poll() in (None, 0), self.finish()
 
@@ -160,7 +160,7 @@ def test_anything_may_die_and_no_byte_changes(
         dict.fromkeys(started, 1)
     )
     assert {"Interrupted", "NodeLost", "WorkerDied"} >= {retry["cause"] for retry in told}
-    assert all(retry["group"].startswith("model.layers.") and retry["message"] for retry in told)
+    assert all(retry["block"].startswith("model.layers.") and retry["message"] for retry in told)
     rows = Manifest(run.out / "manifest").groups().to_pylist()
     assert len(rows) == LAYERS
     # Within one call, a result's attempt says how many were lost before it.

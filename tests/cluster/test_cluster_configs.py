@@ -111,7 +111,7 @@ def test_ray_and_python_are_the_same_everywhere() -> None:
 
 
 def test_cluster_files_load() -> None:
-    found = {path.name: cluster_options(path) for path in CONFIGS.glob("*.yaml")}
+    found = {path.name: cluster_options({"cluster": path}) for path in CONFIGS.glob("*.yaml")}
     local = {"executor": "ray", "address": "local", "max_attempts": 4}
     assert found == {
         "local.yaml": ClusterConfig(**local, workers=2),

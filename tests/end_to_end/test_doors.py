@@ -202,7 +202,7 @@ def test_counts_are_bounded_by_the_tensors(
         ("groups", {"format": '{"modules": {"q": {"slices": true}}}'}),
         ("groups", {"dense_bytes": 0}),
         ("groups", {"payload": "../../etc/passwd"}),
-        ("groups", {"group": "a/../../b"}),
+        ("groups", {"block": "a/../../b"}),
         ("groups", {"seconds_read": 1e308}),
         ("groups", {"seconds_read": float("nan")}),
         ("groups", {"started_at": datetime(9999, 1, 1, tzinfo=UTC)}),

@@ -108,7 +108,7 @@ def test_a_calibrated_model_on_disk(
     rows = Manifest(out).groups().to_pylist()
     assert [row["metric"] for row in rows] == ["activation"] * 2
     for row in rows:
-        block = f"{row['group']}."
+        block = f"{row['block']}."
         stored = bytes_on_disk(out, block)
         assert 0.29 * row["dense_bytes"] < row["stored_bytes"] == stored <= 0.3 * row["dense_bytes"]
 

@@ -107,10 +107,10 @@ def test_never_worse_than_uniform_at_the_same_bytes(
     assert lestd("verify", tmp_path / "global").code == 0
     # What uniform allocation would have given was measured, not predicted.
     curves = Manifest(tmp_path / "global" / "manifest").curves().to_pylist()
-    measured = {row["group"]: row["uniform_squared_error"] for row in curves}
-    assert measured == {row["group"]: row["squared_error"] for row in uniform}
-    budgets = {row["group"]: row["byte_budget"] for row in uniform}
-    assert budgets == {row["group"]: row["uniform_byte_budget"] for row in curves}
+    measured = {row["block"]: row["uniform_squared_error"] for row in curves}
+    assert measured == {row["block"]: row["squared_error"] for row in uniform}
+    budgets = {row["block"]: row["byte_budget"] for row in uniform}
+    assert budgets == {row["block"]: row["uniform_byte_budget"] for row in curves}
 
 
 def test_the_model_says_how_bytes_were_divided(undisturbed: Path) -> None:

@@ -115,7 +115,7 @@ def test_a_call_is_recorded_and_the_model_has_it_too(tiny_llama: Path, tmp_path:
     assert kinds == ["started", "retried", "started"]
     for event in events.to_pylist():
         group = next(g for g in outcome.rows if g["task_id"] == event["task_id"])
-        assert (event["layer"], event["group"]) == (group["layer"], group["group"])
+        assert (event["layer"], event["block"]) == (group["layer"], group["block"])
         here = (group["worker"], group["node"])
         assert (event["worker"], event["node"]) in (here, ("elsewhere:7", "elsewhere"))
     # The model answers alone.
@@ -213,7 +213,7 @@ def test_a_driver_compacts_what_is_many(
 
 
 def evaluation(name: str) -> dict[str, Any]:
-    fields = {"task": "wikitext", "metric": "ppl", "value": 9.5, "at": time.time_ns() // 1000}
+    fields = {"task": "wikitext", "metric": "ppl", "value": 9.5, "time": time.time_ns() // 1000}
     return {"evaluation_id": hashlib.sha256(name.encode()).hexdigest()[:32]} | fields
 
 

@@ -336,7 +336,7 @@ def test_what_cannot_be_written_to(server: str, model: Path, url: str, words: tu
 
 def test_a_store_whose_package_is_absent_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
-    with pytest.raises(LestdError, match=r"gs://bucket/out needs .*pip install \"lestd\[gcs\]\""):
+    with pytest.raises(LestdError, match=r"gs://bucket/out needs .*pip install 'lestd\[gcs\]'"):
         as_path("gs://bucket/out")
 
 

@@ -176,8 +176,8 @@ def test_a_compressed_model_is_its_reconstruction(
     rows = pq.read_table(out / "manifest" / "groups.parquet").to_pylist()
     included = {int(options[-1])} if "--include" in options else None
     groups = [g for g in groups_of(source, scope) if included is None or g.layer in included]
-    groups.sort(key=lambda group: (group.layer, group.group))
-    assert [row["group"] for row in rows] == [group.group for group in groups]
+    groups.sort(key=lambda group: (group.layer, group.block))
+    assert [row["block"] for row in rows] == [group.block for group in groups]
     assert [row["scope"] for row in rows] == [group.scope for group in groups]
 
     for row, group in zip(rows, groups, strict=True):
@@ -202,7 +202,7 @@ def test_a_compressed_model_is_its_reconstruction(
 
 def _compare_slices(out: Path, groups: list[SliceGroup], dense: str, rows: list[dict]) -> None:
     """Every slice's error as the manifest states it is that of the exported weights."""
-    exported = {group.group: group for group in groups_of(Path(dense), "all")}
+    exported = {group.block: group for group in groups_of(Path(dense), "all")}
     slices = pq.read_table(out / "manifest" / "slices.parquet").to_pylist()
     for group, row in zip(groups, rows, strict=True):
         stated = {
@@ -213,7 +213,7 @@ def _compare_slices(out: Path, groups: list[SliceGroup], dense: str, rows: list[
         f = group.layout.head_dim
         W, W_hat = (
             unfold_weights({s: read_tensor(r) for s, r in g.tensors.items()}, g.layout)
-            for g in (group, exported[group.group])
+            for g in (group, exported[group.block])
         )
         assert len(stated) == len(group.layout.slices)
         for i, key in enumerate(group.layout.slices):

@@ -197,7 +197,7 @@ MODELS = {
     "lestd": ("llama-gqa", "--keep 0.5"),
     "sparse": ("llama", "--keep 0.2 --type-mode learned"),
     "pruned": ("llama", "--keep 0.2 --method magnitude --scope all"),
-    "bits": ("qwen3", "--keep 0.4 --value-bits 4 --keep-super-weights 0.01"),
+    "bits": ("qwen3", "--keep 0.4 --value-bits 4 --keep-outliers 0.01"),
     "chain": ("opt", "--keep 0.4 --method tt"),
     "experts": ("mixtral", "--keep 0.4 --method td_moe --scope experts"),
     "rtn": ("gpt_neox", "--keep 0.4 --method rtn --value-bits 4 --scope all"),

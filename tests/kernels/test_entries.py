@@ -44,7 +44,7 @@ def chain_entries() -> list[dict[str, Any]]:
     layout = attention_groups("llama")[paths[0]]
     found = []
     for path, method in zip(paths, ("tt", "per_head_tucker"), strict=True):
-        more = {"value_bits": 4, "super_weights": 0.01}
+        more = {"value_bits": 4, "keep_outliers": 0.01}
         done = decompose(method, layout, 0.6, torch.float16, **more)
         assert isinstance(done.decomposition, Chain)
         found.append(done.decomposition.describe(path))
@@ -60,7 +60,7 @@ def expert_entries() -> list[dict[str, Any]]:
         W = torch.randn(group.layout.width, group.layout.elements // group.layout.width)
         budget, args = 2 * group.layout.elements, MethodArgs(td_moe_mode="compress")
         done = METHODS["td_moe"].decompose(W, group.layout, budget, torch.float32, args)
-        found.append(done.decomposition.describe(group.group))
+        found.append(done.decomposition.describe(group.block))
     return found
 
 

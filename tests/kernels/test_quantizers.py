@@ -1,4 +1,4 @@
-"""Pruning, rounding, and super weights as methods: bytes, errors, files, and loading."""
+"""Pruning, rounding, and outliers as methods: bytes, errors, files, and loading."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.chain import Chain
 from lestd_kernels.methods import METHODS, MethodArgs
-from lestd_kernels.methods.common.super_weights import find_super_weights
+from lestd_kernels.methods.common.outliers import find_outliers
 from lestd_kernels.storage.few_bits import values_bytes
 from lestd_kernels.tensorize import fold_weights
 from orchestrator.compression.pipeline import compress_model
@@ -117,7 +117,7 @@ def test_calibration_lowers_the_error_in_its_metric(bits: int) -> None:
 @pytest.mark.parametrize("method", [*PRUNERS, *ROUNDERS])
 def test_what_is_too_small_is_refused_and_the_least_is_not(method: str) -> None:
     layout = layout_of("odd")
-    args = MethodArgs(super_weights=0.01)
+    args = MethodArgs(keep_outliers=0.01)
     for options in (MethodArgs(), args):
         least = METHODS[method].least_bytes(layout, BF16, options)
         metrics = metrics_of(layout, "activation")
@@ -130,12 +130,12 @@ def test_what_is_too_small_is_refused_and_the_least_is_not(method: str) -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("method", BOUND)
-def test_super_weights_are_exact_with_any_method(method: str, dtype: torch.dtype) -> None:
+def test_outliers_are_exact_with_any_method(method: str, dtype: torch.dtype) -> None:
     layout, share, keep = layout_of("gqa"), 0.002, 0.6
     outliers = random_unfolding(layout)
     outliers.view(-1)[7 :: outliers.numel() // 8] += 50
     outliers = outliers.to(dtype).float()
-    args = MethodArgs(metric=METHODS[method].metrics[0], super_weights=share, rank_step=4)
+    args = MethodArgs(metric=METHODS[method].metrics[0], keep_outliers=share, rank_step=4)
     budget = int(keep * layout.elements * dtype.itemsize)
     done = METHODS[method].decompose(
         outliers.clone(), layout, budget, dtype, args, (budget,), metrics_of(layout, args.metric)
@@ -178,17 +178,15 @@ def test_the_activation_rule_names_the_first() -> None:
     W[1, 5] = 50.0
     outputs = torch.ones(9)
     outputs[2] = 3e3
-    plain, found = (
-        find_super_weights(W, 1, *maxima) for maxima in ((), (X.abs().amax(dim=0), outputs))
-    )
+    plain, found = (find_outliers(W, 1, *maxima) for maxima in ((), (X.abs().amax(dim=0), outputs)))
     assert plain.nonzero().tolist() == [[1, 5]]
     assert found.nonzero().tolist() == [[4, 2]]
-    both = find_super_weights(W, 2, X.abs().amax(dim=0), outputs)
+    both = find_outliers(W, 2, X.abs().amax(dim=0), outputs)
     assert both.nonzero().tolist() == [[1, 5], [4, 2]]
 
 
-def test_super_weights_need_the_type_mode_identity() -> None:
-    args = MethodArgs(type_mode="learned", super_weights=0.1)
+def test_outliers_need_the_type_mode_identity() -> None:
+    args = MethodArgs(type_mode="learned", keep_outliers=0.1)
     with pytest.raises(LestdError, match="type_mode"):
         METHODS["lestd"].bounds(LAYOUTS["mha"], 10_000, BF16, args)
 
@@ -214,10 +212,10 @@ def expected_logits(source: Path, out: Path, ids: Tensor) -> Tensor:
     [
         ("llama-gqa", "attention", "magnitude", 0.5, {}),
         ("llama-gqa", "all", "rtn", 0.2, {}),
-        ("gpt_neox", "all", "rtn", 0.3, {"keep_super_weights": 0.01}),
+        ("gpt_neox", "all", "rtn", 0.3, {"keep_outliers": 0.01}),
         ("gpt_neox", "attention", "magnitude", 0.1, {"value_bits": 4}),
-        ("opt", "ffn", "magnitude", 0.05, {"keep_super_weights": 0.001}),
-        ("gptj", "attention", "lestd", 0.5, {"keep_super_weights": 0.01}),
+        ("opt", "ffn", "magnitude", 0.05, {"keep_outliers": 0.001}),
+        ("gptj", "attention", "lestd", 0.5, {"keep_outliers": 0.01}),
     ],
 )
 def test_files_load_as_what_they_hold_and_a_run_resumes(
@@ -251,7 +249,7 @@ def test_calibrated_files_load_as_what_they_hold(
         samples=2,
         sample_tokens=32,
         include="1",
-        keep_super_weights=1e-4,
+        keep_outliers=1e-4,
     )
     out = tmp_path / "out"
     arguments = (resolve_source(str(tiny_llama)), config, SerialExecutor(), out, tmp_path / "run")

@@ -94,14 +94,14 @@ def oracle(
         return hook
 
     for block in blocks:
-        if block.group.endswith("experts"):
-            model.get_submodule(block.group).register_forward_pre_hook(of_experts(block.group))
+        if block.path.endswith("experts"):
+            model.get_submodule(block.path).register_forward_pre_hook(of_experts(block.path))
             continue
         # The last reader of each input, where calibration looks at the first.
         readers = {reads: module for module, reads in block.modules.items()}
         for reads, module in readers.items():
-            hook = of_module(f"{block.group}.{reads}", reads == "hidden")
-            model.get_submodule(f"{block.group}.{module}").register_forward_hook(hook)
+            hook = of_module(f"{block.path}.{reads}", reads == "hidden")
+            model.get_submodule(f"{block.path}.{module}").register_forward_hook(hook)
     with torch.no_grad():
         for window in samples.token_ids:
             model(torch.tensor([window]), use_cache=False)

@@ -61,11 +61,11 @@ def gradient_rows(
         )
 
     for block in blocks:
-        if block.group.endswith("experts"):
-            experts(block.group)
+        if block.path.endswith("experts"):
+            experts(block.path)
             continue
         for module in block.modules:
-            linear(block.group, module)
+            linear(block.path, module)
     rows: dict[str, list[Tensor]] = {}
     for number, window in enumerate(samples.token_ids):
         logits = model(torch.tensor([window]), use_cache=False).logits[0]

@@ -29,7 +29,7 @@ def group(layer: int, width: int, head_width: int, workers: int, **more: Any) ->
     row = {
         "task_id": f"{layer:032x}",
         "layer": layer,
-        "group": group_name(layer),
+        "block": group_name(layer),
         "tensors": [f"{group_name(layer)}.q_proj.weight"],
         "method": "lestd",
         "pattern": "unstructured",
@@ -75,7 +75,7 @@ def slices(layer: int, heads: int, shared: int) -> list[dict[str, Any]]:
     for projection, count in (("q", heads), ("k", shared), ("v", shared), ("o", heads)):
         for head in range(count):
             density = 0.25 + 0.2 * math.cos(layer / 5 + head / 7 + ord(projection))
-            row = {"task_id": f"{layer:032x}", "layer": layer, "group": group_name(layer)}
+            row = {"task_id": f"{layer:032x}", "layer": layer, "block": group_name(layer)}
             row |= {"projection": projection, "head": head, "nnz": round(4000 * density)}
             row |= {"density": density, "core_bytes": 9000 * density}
             row |= {"relative_error": 0.5 - density, "squared_norm": 2.0}
@@ -110,20 +110,20 @@ def call(number: int, state: str, tasks: int, **more: Any) -> dict[str, Any]:
 
 
 def event(seconds: float, kind: str, layer: int, **more: Any) -> dict[str, Any]:
-    row = {"at": at(seconds), "task_id": f"{layer:032x}", "kind": kind, "attempt": 1}
-    return row | {"layer": layer, "group": group_name(layer)} | more
+    row = {"time": at(seconds), "task_id": f"{layer:032x}", "kind": kind, "attempt": 1}
+    return row | {"layer": layer, "block": group_name(layer)} | more
 
 
 def evaluation(compressed: bool, metric: str, value: float, **more: Any) -> dict[str, Any]:
     row = {
         "evaluation_id": f"{metric}-{compressed}",
-        "at": at(2000),
+        "time": at(2000),
         "model": "small" if compressed else "someone/a-model-7b",
         "model_id": "c" if compressed else "d",
         "compressed": compressed,
         "task": "text",
         "metric": metric,
-        "filter": "none",
+        "answer_filter": "none",
         "value": value,
         "higher_is_better": False,
         "settings": "{}",

@@ -37,8 +37,8 @@ def current(tables: Tables) -> list[Row]:
     """The groups that a model is made of: of one that was encoded twice the later encoding."""
     latest = {}
     for row in sorted(tables["groups"], key=lambda row: (row["started_at"], row["task_id"])):
-        latest[row["run"], row["group"]] = row
-    return sorted(latest.values(), key=lambda row: (row["run"], row["layer"], row["group"]))
+        latest[row["run"], row["block"]] = row
+    return sorted(latest.values(), key=lambda row: (row["run"], row["layer"], row["block"]))
 
 
 def committed(tables: Tables) -> list[Row]:
@@ -79,13 +79,13 @@ def bytes_by_layer(tables: Tables) -> list[Row]:
 
 
 def heads(key: str, sign: int) -> Callable[[Tables], list[Row]]:
-    shown = ("run", "layer", "group", "projection", "head", "density", "nnz", "core_bytes")
+    shown = ("run", "layer", "block", "projection", "head", "density", "nnz", "core_bytes")
 
     def answer(tables: Tables) -> list[Row]:
         rows = []
         for _, slices in sorted(by(committed(tables), "run").items()):
             slices.sort(
-                key=lambda r: (sign * r[key], r["layer"], r["group"], r["projection"], r["head"])
+                key=lambda r: (sign * r[key], r["layer"], r["block"], r["projection"], r["head"])
             )
             rows += [pick(row, *shown, "relative_error") for row in slices[:20]]
         return rows
@@ -101,7 +101,7 @@ def worst_layers(tables: Tables) -> list[Row]:
             figures = {"share_of_error": ratio(row["squared_error"], error)}
             figures["keep"] = row["stored_bytes"] / row["dense_bytes"]
             shown = pick(
-                row, "run", "layer", "group", "relative_error", "R1", "R2", "R3", "density"
+                row, "run", "layer", "block", "relative_error", "R1", "R2", "R3", "density"
             )
             rows.append(shown | figures)
     return rows
@@ -121,8 +121,8 @@ def tasks(tables: Tables) -> list[Row]:
 def slowest_tasks(tables: Tables) -> list[Row]:
     rows = []
     for _, ours in sorted(by(tasks(tables), "run").items()):
-        ours.sort(key=lambda r: (-r["seconds"], r["pass"], r["layer"], r["group"]))
-        shown = ("run", "pass", "layer", "group", "seconds", *STAGES, "worker", "attempt")
+        ours.sort(key=lambda r: (-r["seconds"], r["pass"], r["layer"], r["block"]))
+        shown = ("run", "pass", "layer", "block", "seconds", *STAGES, "worker", "attempt")
         rows += [pick(row, *shown) for row in ours[:20]]
     return rows
 
@@ -153,9 +153,9 @@ def workers(tables: Tables) -> list[Row]:
 
 
 def events(tables: Tables, kind: str) -> list[Row]:
-    shown = ("run", "at", "layer", "group", "task_id", "attempt", "error_type", "message")
+    shown = ("run", "time", "layer", "block", "task_id", "attempt", "error_type", "message")
     rows = [row for row in tables["events"] if row["kind"] == kind]
-    rows.sort(key=lambda r: (r["run"], r["at"], r["task_id"]))
+    rows.sort(key=lambda r: (r["run"], r["time"], r["task_id"]))
     return [pick(row, *shown, "worker", "node") for row in rows]
 
 
@@ -163,7 +163,7 @@ def retries(tables: Tables) -> list[Row]:
     """Attempts by what followed them: none ends well that another attempt follows."""
     rows = events(tables, "retried")
     for _, ours in by(tables["events"], "run", "task_id").items():
-        for event, following in pairwise(sorted(ours, key=lambda row: row["at"])):
+        for event, following in pairwise(sorted(ours, key=lambda row: row["time"])):
             if following["kind"] == "started" and event["kind"] != "retried":
                 row = pick(event, *(key for key in rows[0])) if rows else dict(event)
                 if event["kind"] == "started":
@@ -173,7 +173,7 @@ def retries(tables: Tables) -> list[Row]:
                         "or its result was damaged since"
                     )
                 rows.append(row)
-    return sorted(rows, key=lambda r: (r["run"], r["at"], r["task_id"]))
+    return sorted(rows, key=lambda r: (r["run"], r["time"], r["task_id"]))
 
 
 def failures(tables: Tables) -> list[Row]:
@@ -185,7 +185,7 @@ def failures(tables: Tables) -> list[Row]:
 
 
 def predicted(group: Row, curves: list[Row]) -> float | None:
-    ours = [r for r in curves if all(r[k] == group[k] for k in ("run", "layer", "group"))]
+    ours = [r for r in curves if all(r[k] == group[k] for k in ("run", "layer", "block"))]
     points = sorted((r["byte_budget"], r["predicted_squared_error"]) for r in ours)
     budget = group["byte_budget"]
     for (low, low_error), (high, high_error) in pairwise(points):
@@ -255,7 +255,7 @@ def energy(tables: Tables) -> list[Row]:
 
 
 def ranks(tables: Tables) -> list[Row]:
-    shown = ("run", "layer", "group", "R1", "R2", "R3", "nnz", "density", "codec")
+    shown = ("run", "layer", "block", "R1", "R2", "R3", "nnz", "density", "codec")
     return [pick(row, *shown, "hooi_iterations", "threshold") for row in current(tables)]
 
 
@@ -281,7 +281,7 @@ def spectra(tables: Tables) -> list[Row]:
         width = len(energies)
         shares = [energy / sum(energies) for energy in energies]
         entropy = -sum(share * math.log(share) for share in shares if share > 0)
-        row = pick(group, "run", "layer", "group", "R1") | {"width": width}
+        row = pick(group, "run", "layer", "block", "R1") | {"width": width}
         row |= {"energy_of_R1": leading(group["R1"]), "energy_of_1": leading(1)}
         row |= {"energy_of_sixteenth": leading(math.ceil(width / 16))}
         row |= {"energy_of_quarter": leading(math.ceil(width / 4))}
@@ -290,9 +290,18 @@ def spectra(tables: Tables) -> list[Row]:
 
 
 def evaluations(tables: Tables) -> list[Row]:
-    keys = ("run", "task", "task_version", "metric", "filter", "fewshot", "dtype", "settings")
+    keys = (
+        "run",
+        "task",
+        "task_version",
+        "metric",
+        "answer_filter",
+        "fewshot",
+        "dtype",
+        "settings",
+    )
     rows = []
-    for key, ours in by(sorted(tables["evaluations"], key=lambda r: r["at"]), *keys).items():
+    for key, ours in by(sorted(tables["evaluations"], key=lambda r: r["time"]), *keys).items():
         latest = {row["compressed"]: row for row in ours}
         dense, small = latest.get(False, {}), latest.get(True, {})
         row = dict(zip(keys, key, strict=True))

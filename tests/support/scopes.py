@@ -73,7 +73,7 @@ def write_model(source: Path, groups: list[SliceGroup], decompose: Decompose, ou
         for ref in group.tensors.values():
             tensors.pop(ref.name, None)
         tensors |= decomposition.named_tensors(group.tensor_prefix)
-        entries.append(with_stored_path(decomposition.describe(group.group), group.tensor_prefix))
+        entries.append(with_stored_path(decomposition.describe(group.block), group.tensor_prefix))
     out.mkdir()
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     config = json.loads((source / "config.json").read_text())

@@ -20,7 +20,7 @@ def task(path: Path, scale: float) -> Task:
     return Task(
         task_id="task",
         layer=0,
-        group="block",
+        block="block",
         tensor_prefix="block",
         tensors={m.name: refs[f"{m.name}.weight"] for m in LAYOUT.modules},
         layout=LAYOUT,

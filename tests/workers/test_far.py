@@ -83,7 +83,7 @@ def calibrated(tmp_path: Path) -> Task:
     return Task(
         task_id="task",
         layer=0,
-        group="block",
+        block="block",
         tensor_prefix="block",
         tensors=read_header(tmp_path / "weights.safetensors"),
         layout=layout,

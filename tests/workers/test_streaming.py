@@ -45,7 +45,7 @@ def tasks(directory: Path, count: int) -> list[Task]:
     for i in range(count):
         one = task(directory / f"{i}.safetensors", scale=i + 1)
         budget = one.byte_budget + 64 * i
-        made.append(replace(one, task_id=f"task{i}", group=f"block{i}", byte_budget=budget))
+        made.append(replace(one, task_id=f"task{i}", block=f"block{i}", byte_budget=budget))
     return made
 
 

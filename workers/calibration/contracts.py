@@ -44,14 +44,14 @@ class CalibratedBlock:
 
     Attributes:
         layer: index of the decoder layer.
-        group: path of the block in the loaded model, ``"model.layers.7.self_attn"``.
+        path: path of the block in the loaded model, ``"model.layers.7.self_attn"``.
         modules: module of the block -> name of the input that it reads.
         widths: name of the input -> its channels.
         outputs: of the modules, where the gradients of their outputs are wanted, too.
     """
 
     layer: int
-    group: str
+    path: str
     modules: dict[str, str]
     widths: dict[str, int]
     outputs: tuple[WatchedOutput, ...] = ()
@@ -59,12 +59,12 @@ class CalibratedBlock:
     @property
     def layers(self) -> str:
         """Path of the list of decoder layers, ``"model.layers"``."""
-        return f"{self.group}.".partition(f".{self.layer}.")[0]
+        return f"{self.path}.".partition(f".{self.layer}.")[0]
 
     @property
     def stem(self) -> str:
         """How the names of its files begin."""
-        block = f"{self.group}.".partition(f".{self.layer}.")[2].rstrip(".")
+        block = f"{self.path}.".partition(f".{self.layer}.")[2].rstrip(".")
         return f"layer-{self.layer:05d}-{block or 'layer'}"
 
     @property
@@ -84,7 +84,7 @@ class CalibrationPiece:
 
     Attributes:
         task_id: its id among those of the calibration.
-        group: names it in messages.
+        block: names it in messages.
         layer: index of the layer; on the way back the number of layers stands for what comes
             after the last one: norm, head and loss.
         piece: index of the piece.
@@ -100,7 +100,7 @@ class CalibrationPiece:
     """
 
     task_id: str
-    group: str
+    block: str
     layer: int
     piece: int
     blocks: tuple[CalibratedBlock, ...]
@@ -119,7 +119,7 @@ class CalibrationSum:
 
     Attributes:
         task_id: its id among those of the calibration.
-        group: names it in messages.
+        block: names it in messages.
         layer: index of the layer.
         pieces: how many there are.
         blocks: of this layer.
@@ -130,7 +130,7 @@ class CalibrationSum:
     """
 
     task_id: str
-    group: str
+    block: str
     layer: int
     pieces: int
     blocks: tuple[CalibratedBlock, ...]

@@ -77,7 +77,7 @@ def gradient_takers(block: CalibratedBlock, found: dict[str, Tensor]) -> dict[st
     Args:
         block: its `outputs` are looked at.
         found: gets B of each module, summed over the tokens it sees, float32, by the name
-            ``<group>.<module>.output``; none of an expert that gets no token.
+            ``<block>.<module>.output``; none of an expert that gets no token.
     """
     makers: dict[str, dict[int, list[WatchedOutput]]] = {}
     for one in block.outputs:
@@ -86,7 +86,7 @@ def gradient_takers(block: CalibratedBlock, found: dict[str, Tensor]) -> dict[st
     def add(wanted: Iterable[WatchedOutput], gradient: Tensor) -> None:
         rows = gradient.reshape(-1, gradient.shape[-1]).float()
         for one in wanted:
-            name = f"{block.group}.{one.module}.output"
+            name = f"{block.path}.{one.module}.output"
             if name not in found:
                 found[name] = rows.new_zeros(one.shape)
             _add_squares(found[name], rows[:, slice(*one.columns)])
@@ -97,7 +97,7 @@ def gradient_takers(block: CalibratedBlock, found: dict[str, Tensor]) -> dict[st
         if which in of:
             outputs.register_hook(partial(add, of[which]))  # type: ignore[no-untyped-call]
 
-    return {f"{block.group}.{weight}": partial(take, of) for weight, of in makers.items()}
+    return {f"{block.path}.{weight}": partial(take, of) for weight, of in makers.items()}
 
 
 def _add_squares(total: Tensor, G: Tensor) -> None:

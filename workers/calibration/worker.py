@@ -113,7 +113,7 @@ class CalibrationWorker:
             seconds = {"calibrate": time.perf_counter() - start}
             return Calibrated(item.task_id, item.dense_bytes, seconds, self._name)
         except Exception as error:
-            return failure_of(item.task_id, item.group, error)
+            return failure_of(item.task_id, item.block, error)
 
     def _go_on(self, item: CalibrationPiece) -> None:
         """Take a piece through a layer, and see what its modules read."""
@@ -124,7 +124,7 @@ class CalibrationWorker:
         given = self._given(item)
         self._model.load(item.layer)
         model = self._model.model
-        watched = [watched_inputs(model, block.group, block.modules) for block in item.blocks]
+        watched = [watched_inputs(model, block.path, block.modules) for block in item.blocks]
         found: dict[str, InputStatistics] = {}
         watch = Watch(model, input_takers(chain.from_iterable(watched), found))
         hidden = []
@@ -140,7 +140,7 @@ class CalibrationWorker:
         for block in item.blocks:
             tensors: dict[str, Tensor] = {}
             for reads in block.widths:
-                name = f"{block.group}.{reads}"
+                name = f"{block.path}.{reads}"
                 if name in found:
                     known = found.pop(name).named_tensors(name)
                     tensors |= {name: tensor.cpu() for name, tensor in known.items()}
@@ -184,13 +184,13 @@ class CalibrationWorker:
         for block in item.blocks:
             tensors: dict[str, Tensor] = {}
             for one in block.outputs:
-                name = f"{block.group}.{one.module}.output"
+                name = f"{block.path}.{one.module}.output"
                 if name in found:
                     tensors[name] = found.pop(name).cpu()
                 elif one.expert is None:
                     raise LestdError(
                         f"the loss of {type(self._model.model).__name__} does not come through "
-                        f"{block.group}.{one.module}; use --metric activation"
+                        f"{block.path}.{one.module}; use --metric activation"
                     )
             _write(part_path(self._directory, block, item.piece, back=True), tensors)
         if not item.last:
@@ -221,11 +221,11 @@ class CalibrationWorker:
             tensors: dict[str, Tensor] = {}
             if item.back:
                 for one in block.outputs:
-                    name = f"{block.group}.{one.module}.output"
+                    name = f"{block.path}.{one.module}.output"
                     tensors[name] = _total(name, torch.zeros(one.shape), headers) / item.tokens
             else:
                 for reads, width in block.widths.items():
-                    tensors |= _sum(f"{block.group}.{reads}", width, headers)
+                    tensors |= _sum(f"{block.path}.{reads}", width, headers)
             _write(path, tensors)
             del tensors
             for part in parts:

@@ -1,4 +1,4 @@
-"""What tells one checkpoint from another without reading it: samples of its data, sizes, times."""
+"""Identity of a checkpoint without reading it: samples of its data, sizes, times."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _fetch_samples(refs: list[TensorRef]) -> Iterator[memoryview]:
 
 
 def shard_stats(index: ShardIndex) -> dict[str, list[int | str]]:
-    """What is cheap to see of a change, by shard: size in bytes, and time of change or ETag.
+    """Cheap signs of a change, by shard: size in bytes, and time of change or ETag.
 
     Raises:
         LestdError: a shard cannot be looked up.

@@ -32,7 +32,7 @@ from workers.checkpoint.headers import (
 )
 from workers.contracts import TensorRef
 from workers.storage import ranges
-from workers.storage.files import AnyPath, file_size, in_parallel, open_binary, read_file
+from workers.storage.files import AnyPath, in_parallel, open_binary, read_file
 from workers.storage.names import is_inside
 from workers.storage.regular import parse_json
 
@@ -59,11 +59,11 @@ def read_header(path: AnyPath | str) -> dict[str, TensorRef]:
     Raises:
         LestdError: the file cannot be read, is truncated, or its header is damaged.
     """
-    if isinstance(path, str):
-        return _fetch_header(path)
+    if not isinstance(path, Path):
+        return _fetch_header(str(path))
     try:
         with open_binary(path) as file:
-            file_bytes = file_size(path) or 0
+            file_bytes = path.stat().st_size
             length = header_length(file.read(LENGTH_BYTES), str(path), file_bytes)
             return parse_header(file.read(length), str(path), file_bytes)
     except OSError as error:
@@ -86,7 +86,7 @@ def _fetch_header(url: str) -> dict[str, TensorRef]:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What a checkpoint holds, as the headers of its shards say.
+    """Contents of a checkpoint by the headers of its shards.
 
     Attributes:
         location: path or URL of the directory that the shards lie in.
@@ -254,7 +254,7 @@ def read_exactly(file: io.FileIO, ref: TensorRef, start: int, view: memoryview) 
 
 
 class _Sink(Protocol):
-    """What takes bytes in order: a file, or a digest."""
+    """Sink of bytes in order: a file, or a digest."""
 
     def write(self, data: bytes | memoryview, /) -> object: ...
 

@@ -9,73 +9,44 @@ the longest of their batch, which may change the last digits, but not with the n
 from __future__ import annotations
 
 import math
-import os
-import socket
 import time
 from collections import defaultdict
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
 from lestd_kernels.errors import LestdError
-from workers.contracts import Failure, JudgeRequest, JudgeResult
+from workers.contracts import JudgeRequest, JudgeResult
 from workers.evaluation.lm_eval_tasks import BuiltTask, TaskSource, hushed, load_tasks
-from workers.host.failures import failure_of
-from workers.host.loading import load_model, quiet_transformers
+from workers.evaluation.worker import ModelWorker
+from workers.host.loading import quiet_transformers
 
 
-class JudgeWorker:
-    """Judges documents with one model on one device.
-
-    The model is loaded with the first request, so that a model that cannot be loaded is a
-    `Failure` like any other; a task is loaded when its first documents come.
+class JudgeWorker(ModelWorker):
+    """Judges documents with one model; a task is loaded when its first documents come.
 
     Args:
         model_dir: directory of a dense or a compressed model, with its tokenizer.
         source: where tasks come from.
         batch_size: requests that the model answers at once.
-        dtype: compute dtype, see `load_model`.
-        device: ``"cpu"`` or ``"cuda"``.
-        threads: CPU threads to compute with; they decide the order of reductions, so the last
-            bit of a log-likelihood.
-        gpus: GPUs to divide the model among.
+        common: see `ModelWorker`.
     """
 
     def __init__(
-        self,
-        model_dir: str,
-        source: TaskSource,
-        batch_size: int = 1,
-        dtype: str = "auto",
-        device: str = "cpu",
-        threads: int = 1,
-        gpus: int = 1,
+        self, model_dir: str, source: TaskSource, batch_size: int = 1, **common: Any
     ) -> None:
-        torch.set_num_threads(threads)
-        self._model_dir = model_dir
+        super().__init__(model_dir, **common)
         self._source = source
         self._batch_size = batch_size
-        self._dtype = dtype
-        self._device = device
-        self._gpus = gpus
-        self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._loaded: dict[str, dict[str, Any]] = {}
         self._built: dict[tuple[str, str], BuiltTask] = {}
 
-    def run(self, request: JudgeRequest) -> JudgeResult | Failure:
-        """Judge the documents of one piece; never raises for a problem with its input."""
-        try:
-            return self._judge(request)
-        except Exception as error:
-            return failure_of(request.task_id, request.task_id, error)
-
     @cached_property
-    def _model(self) -> HFLM:
-        model = load_model(self._model_dir, self._dtype, self._device, self._gpus)
+    def _lm(self) -> HFLM:
+        model = self._model
         tokenizer = AutoTokenizer.from_pretrained(
             self._model_dir, local_files_only=True, trust_remote_code=False
         )
@@ -97,8 +68,8 @@ class JudgeWorker:
             )
         return built
 
-    def _judge(self, request: JudgeRequest) -> JudgeResult:
-        built, model = self._task(request), self._model
+    def _score(self, request: JudgeRequest) -> JudgeResult:
+        built, model = self._task(request), self._lm
         start = time.perf_counter()
         documents = built.requests[slice(*request.documents)]
         requests = [one for document in documents for one in document]
@@ -106,7 +77,7 @@ class JudgeWorker:
         for one in requests:  # An earlier attempt may have answered some.
             one.resps, one.filtered_resps = [], {}
         with hushed() as cut, quiet_transformers():
-            self._answer(model, requests)
+            self._ask(model, requests)
             built.task._instances = requests
             built.task.apply_filters()
         metrics: dict[str, dict[str, list[Any]]] = {}
@@ -133,7 +104,7 @@ class JudgeWorker:
             worker=self._name,
         )
 
-    def _answer(self, model: HFLM, requests: list[Any]) -> None:
+    def _ask(self, model: HFLM, requests: list[Any]) -> None:
         by_type: dict[str, list[Any]] = defaultdict(list)
         for one in requests:
             by_type[one.request_type] += [one] * (one.repeats or 1)
@@ -151,7 +122,7 @@ class JudgeWorker:
 
     def _require_known_tokens(self, requests: list[Any]) -> None:
         """Refuse what the embedding does not know, where it would be an index out of range."""
-        model = self._model
+        model = self._lm
         texts = {text for one in requests for text in one.args if isinstance(text, str)}
         largest = max(max(model.tok_encode(text), default=0) for text in texts)
         known = model.model.get_input_embeddings().num_embeddings

@@ -21,7 +21,8 @@ from typing import Any
 from lestd_kernels.errors import LestdError
 from workers.storage.regular import MAX_TEXT_BYTES, parse_json, read_regular
 
-Row = dict[str, Any]
+Document = dict[str, Any]
+"""A row of a data set, by its columns' names."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class LocalTask:
     """
 
     file: str
-    read: Callable[[Path], list[Row]]
+    read: Callable[[Path], list[Document]]
     split: str
     has_training: bool = False
 
-    def rows(self, data: Path) -> dict[str, list[Row]]:
+    def rows(self, data: Path) -> dict[str, list[Document]]:
         """All splits, in a directory.
 
         Raises:
@@ -67,16 +68,16 @@ def _text(path: Path) -> str:
         raise LestdError(f"the data {path} is not UTF-8; convert it to UTF-8") from error
 
 
-def _require(path: Path, rows: list[Row]) -> list[Row]:
+def _require(path: Path, rows: list[Document]) -> list[Document]:
     if not rows:
         raise LestdError(f"the data {path} holds no document; get the file again")
     return rows
 
 
-def _json_lines(*columns: str) -> Callable[[Path], list[Row]]:
+def _json_lines(*columns: str) -> Callable[[Path], list[Document]]:
     """A reader of files that hold a JSON object per line, with these columns, all of text."""
 
-    def read(path: Path) -> list[Row]:
+    def read(path: Path) -> list[Document]:
         rows = []
         for number, line in enumerate(_text(path).split("\n"), start=1):
             if not line.strip():
@@ -95,7 +96,7 @@ def _json_lines(*columns: str) -> Callable[[Path], list[Row]]:
     return read
 
 
-def _pages(path: Path) -> list[Row]:
+def _pages(path: Path) -> list[Document]:
     """The articles of a WikiText file, divided as the Hub's document-level data set is.
 
     An article begins at a line such as ``" = Title = "``; a line of running text that happens to
@@ -113,7 +114,7 @@ def _pages(path: Path) -> list[Row]:
     return _require(path, [{"page": page} for page in pages if page.strip()])
 
 
-def _truthfulqa(path: Path) -> list[Row]:
+def _truthfulqa(path: Path) -> list[Document]:
     """Questions with mc1 (best answer, then wrong ones) and mc2 (right ones, then wrong ones)."""
     columns = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
     reader = csv.DictReader(io.StringIO(_text(path), newline=""))
@@ -142,7 +143,7 @@ def _answers(cell: str) -> list[str]:
     return [answer.strip() for answer in cell.split(";") if answer.strip()]
 
 
-def _choices(right: list[str], wrong: list[str]) -> Row:
+def _choices(right: list[str], wrong: list[str]) -> Document:
     return {"choices": right + wrong, "labels": [1] * len(right) + [0] * len(wrong)}
 
 

@@ -8,20 +8,15 @@ on the other windows of the piece, and not on how many workers share the pieces.
 from __future__ import annotations
 
 import math
-import os
-import socket
 import time
-from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from lestd_kernels.errors import LestdError
-from workers.contracts import EvalRequest, EvalResult, Failure
-from workers.host.failures import failure_of
-from workers.host.loading import load_model
+from workers.contracts import EvalRequest, EvalResult
+from workers.evaluation.worker import ModelWorker
 
 # Positions whose log-softmax is taken at once, in float32: with V = 150,000 that is 150 MB,
 # where all 2048 positions of a window would need 1.2 GB.
@@ -46,49 +41,10 @@ def window_nll(logits: Tensor, targets: Tensor) -> float:
     return float(total)
 
 
-class EvalWorker:
-    """Scores windows with one model on one device.
+class EvalWorker(ModelWorker):
+    """Scores windows with one model."""
 
-    The model is loaded with the first request, so that a model that cannot be loaded is a
-    `Failure` like any other.
-
-    Args:
-        model_dir: directory of a dense or a compressed model.
-        dtype: compute dtype: ``"auto"`` (see `auto_dtype`), ``"bfloat16"``, ``"float16"`` or
-            ``"float32"``.
-        device: ``"cpu"`` or ``"cuda"``.
-        threads: CPU threads to compute with; they decide the order of reductions, so the last
-            bit of a score.
-        gpus: GPUs to divide the model among.
-    """
-
-    def __init__(
-        self,
-        model_dir: str,
-        dtype: str = "auto",
-        device: str = "cpu",
-        threads: int = 1,
-        gpus: int = 1,
-    ) -> None:
-        torch.set_num_threads(threads)
-        self._model_dir = model_dir
-        self._dtype = dtype
-        self._device = device
-        self._gpus = gpus
-        self._name = f"{socket.gethostname()}:{os.getpid()}"
-
-    def run(self, request: EvalRequest) -> EvalResult | Failure:
-        """Score the windows of one piece; never raises for a problem with its input."""
-        try:
-            with torch.inference_mode():
-                return self._score(request)
-        except Exception as error:
-            return failure_of(request.task_id, request.task_id, error)
-
-    @cached_property
-    def _model(self) -> Any:
-        return load_model(self._model_dir, self._dtype, self._device, self._gpus)
-
+    @torch.inference_mode()
     def _score(self, request: EvalRequest) -> EvalResult:
         model = self._model
         start = time.perf_counter()

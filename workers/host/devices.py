@@ -1,4 +1,4 @@
-"""What a worker says of the device that it works on: its name, and the memory that was used."""
+"""Device of a worker: its name, and the memory that was used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def device_name(device: torch.device) -> str:
-    """What the manifest calls a device: the GPU, or the CPU and its vector instructions."""
+    """Name of a device in the manifest: the GPU, or the CPU and its vector instructions."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -1,4 +1,4 @@
-"""What a worker answers when it has no result."""
+"""Failures: the answer of a worker that has no result."""
 
 from __future__ import annotations
 

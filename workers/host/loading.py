@@ -33,7 +33,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def auto_dtype(model_dir: str, device: str) -> tuple[torch.dtype, torch.dtype]:
-    """What a compute dtype of ``"auto"`` stands for: the one place that decides it.
+    """Compute dtype that ``"auto"`` stands for: the one place that decides it.
 
     Args:
         model_dir: directory of the model.

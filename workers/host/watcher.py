@@ -1,4 +1,4 @@
-"""What a worker that died leaves behind: looked at by a process beside it, on the same machine.
+"""Traces of a worker that died, collected by a process beside it on the same machine.
 
 A worker that hangs or is killed cannot tell what it used and said, so somebody else remembers.
 Reads ``/proc``, so elsewhere than on Linux only the log is known.
@@ -19,7 +19,7 @@ _LOG_BYTES = 8192
 
 @dataclass(frozen=True)
 class Remains:
-    """What is known of a process that ended.
+    """Facts of a process that ended.
 
     Attributes:
         memory_bytes: its resident set when last looked at; None: never.
@@ -55,7 +55,7 @@ class Watcher:
         self._look(process)
 
     def remains(self, process: int, logs: list[str]) -> Remains:
-        """What is known of a process, and the end of its log files; it is not watched any more."""
+        """Facts of a process and the end of its log files; ends watching it."""
         with self._lock:
             oom_kills = _oom_kills() - self._oom_kills.pop(process, _oom_kills())
             seen_at, look = self._looks.pop(process, (time.monotonic(), Remains()))

@@ -25,8 +25,8 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from upath import UPath
 
-from lestd_kernels.errors import LestdError, OutOfSpaceError, first_line
-from workers.storage import objects
+from lestd_kernels.errors import LestdError, OutOfSpaceError
+from workers.storage import objects, ranges
 from workers.storage.names import TEMPORARY
 from workers.storage.regular import open_regular, read_regular
 
@@ -35,8 +35,8 @@ AnyPath = Path | UPath
 # Of flock: another process has the lock.
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Stores whose objects appear whole and are listed at once: protocol -> extra of lestd.
-_STORES = {"s3": "s3", "gs": "gcs"}
+# Protocols of stores whose objects appear whole and are listed at once.
+_STORES = ("s3", "gs")
 _GLOB_CHARACTERS = "*?[]{}"
 _AT_ONCE = 8
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -72,14 +72,20 @@ def as_path(text: str) -> AnyPath:
         raise LestdError(f"{text} has one of {_GLOB_CHARACTERS} in it; choose another name")
     # Other processes write there too: what was listed a moment ago says nothing.
     path = UPath(f"{protocol}://{key}", use_listings_cache=False)
-    try:
+    with objects.explain_store_errors(path):
         _ = path.fs
-    except ImportError as error:
-        raise LestdError(
-            f"{text} needs a package that is not installed ({first_line(error)}): pip install "
-            f'"lestd[{_STORES[protocol]}]"'
-        ) from error
     return path
+
+
+def as_source(url: str) -> UPath:
+    """The file or directory that any URL of fsspec's names, to be read.
+
+    Raises:
+        LestdError: there is no such protocol, or its package is not installed.
+    """
+    with objects.explain_store_errors(url):
+        ranges.open_store(url)
+        return UPath(url)
 
 
 def atomic_write(path: AnyPath, write: Callable[[BinaryIO], object]) -> None:
@@ -206,10 +212,10 @@ def read_file(path: AnyPath) -> bytes:
     """The content of a small file.
 
     Raises:
-        OSError: a local file cannot be read, or either is too large.
-        LestdError: one in an object store is absent, or cannot be read.
+        OSError: a local file cannot be read, or is too large.
+        LestdError: one elsewhere is absent or too large, or cannot be read.
     """
-    return objects.read_object(path) if isinstance(path, UPath) else read_regular(path)
+    return ranges.read_small(str(path)) if isinstance(path, UPath) else read_regular(path)
 
 
 def read_files(paths: Sequence[AnyPath]) -> list[bytes | OSError]:
@@ -281,13 +287,7 @@ def _name(entry: dict[str, Any]) -> str:
 
 def list_files(directory: AnyPath) -> dict[str, int]:
     """Files in a directory, not below it: name -> bytes. None where there is no directory."""
-    if isinstance(directory, UPath):
-        sizes = {_name(e): e["size"] for e in objects.entries(directory) if e["type"] == "file"}
-    elif directory.is_dir():
-        sizes = {p.name: p.stat().st_size for p in directory.iterdir() if p.is_file()}
-    else:
-        return {}
-    return dict(sorted(sizes.items()))
+    return {name: size for name, size in _listed(directory) if size is not None}
 
 
 def list_tree(directory: AnyPath, enter: Callable[[str], bool]) -> dict[str, int]:
@@ -300,21 +300,27 @@ def list_tree(directory: AnyPath, enter: Callable[[str], bool]) -> dict[str, int
     found: dict[str, int] = {}
 
     def look(where: AnyPath, prefix: str) -> None:
-        found.update({prefix + name: size for name, size in list_files(where).items()})
-        for name in _folders(where):
-            if enter(prefix + name):
+        for name, size in _listed(where):
+            if size is not None:
+                found[prefix + name] = size
+            elif enter(prefix + name):
                 look(where / name, f"{prefix}{name}/")
 
     look(directory, "")
     return dict(sorted(found.items()))
 
 
-def _folders(directory: AnyPath) -> list[str]:
+def _listed(directory: AnyPath) -> list[tuple[str, int | None]]:
+    """Files with their bytes and directories with None, by name; no link to a directory."""
+    found: dict[str, int | None] = {}
     if isinstance(directory, UPath):
-        return [_name(e) for e in objects.entries(directory) if e["type"] == "directory"]
-    if not directory.is_dir():
-        return []
-    return [p.name for p in directory.iterdir() if p.is_dir() and not p.is_symlink()]
+        for entry in objects.entries(directory):
+            found[_name(entry)] = entry["size"] or 0 if entry["type"] == "file" else None
+    elif directory.is_dir():
+        for path in directory.iterdir():
+            if path.is_file() or not path.is_symlink():
+                found[path.name] = path.stat().st_size if path.is_file() else None
+    return sorted(found.items())
 
 
 def make_directory(path: AnyPath) -> None:

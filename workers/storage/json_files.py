@@ -32,5 +32,5 @@ def write_json(path: AnyPath, data: dict[str, Any]) -> None:
 
 
 def json_bytes(data: dict[str, Any]) -> bytes:
-    """What `write_json` writes."""
+    """Text that `write_json` writes."""
     return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()

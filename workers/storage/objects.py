@@ -10,26 +10,34 @@ import errno
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, BinaryIO, cast
 
 from upath import UPath
 
-from lestd_kernels.errors import LestdError, first_line
-from workers.storage.ranges import NO_CREDENTIALS
+from lestd_kernels.errors import LestdError
 from workers.storage.regular import MAX_SMALL_BYTES
 from workers.storage.retries import TransientError, patiently
 
 CHUNK_BYTES = 8 * 2**20
 # About two minutes, as `workers.storage.ranges` bears a store that sends nothing.
 _WRITE_TRIES = 9
-# What the next try would meet again.
-_LASTING = (FileNotFoundError, FileExistsError, PermissionError, ValueError)
+_NO_CREDENTIALS = {
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "CredentialRetrievalError",
+    "ProfileNotFound",
+    "DefaultCredentialsError",
+}
+# Of S3, where a condition does not hold.
+_NOT_THAT_VERSION = ("PreconditionFailed", "ConditionalRequestConflict")
+_EXTRAS = {"s3": "lestd[s3]", "s3a": "lestd[s3]", "gs": "lestd[gcs]", "gcs": "lestd[gcs]"}
 
 
 @contextmanager
-def explain_store_errors(path: UPath) -> Iterator[None]:
-    """Turn whatever an object store says into a sentence.
+def explain_store_errors(place: UPath | str) -> Iterator[None]:
+    """Turn whatever fsspec and the stores behind it say into a sentence.
 
     Raises:
         LestdError: `TransientError` where another try may help.
@@ -38,13 +46,43 @@ def explain_store_errors(path: UPath) -> Iterator[None]:
         yield
     except LestdError:
         raise
-    except Exception as error:
-        # Every store's client has errors of its own for a dead connection or absent credentials.
-        lasting = isinstance(error, _LASTING) or type(error).__name__ in NO_CREDENTIALS
-        raise (LestdError if lasting else TransientError)(
-            f"{path} cannot be read or written ({type(error).__name__}: {first_line(error)}); "
-            "check the address, the credentials and the network, then run the same command again"
+    except ImportError as error:
+        protocol = str(place).partition("://")[0]
+        package = _EXTRAS.get(protocol)
+        how = f"pip install {package!r}" if package else "install what it names"
+        raise LestdError(
+            f"{place} needs a package that is not installed ({error}); {how}"
         ) from error
+    except FileNotFoundError as error:
+        raise LestdError(
+            f"{place} does not exist ({_said(error)}); check the spelling, and that endpoint and "
+            "credentials are those of its store"
+        ) from error
+    except PermissionError as error:
+        raise LestdError(
+            f"access to {place} was refused ({_said(error)}); check the credentials in the "
+            "environment, on every machine that uses it"
+        ) from error
+    except ValueError as error:
+        raise LestdError(
+            f"{place} cannot be read or written ({_said(error)}); expected a URL such as "
+            "s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or hf://OWNER/NAME"
+        ) from error
+    except Exception as error:
+        # Every store's client has errors of its own for a dead connection.
+        if type(error).__name__ in _NO_CREDENTIALS:
+            raise LestdError(
+                f"{place} cannot be used without credentials ({_said(error)}); put them into the "
+                "environment or the store's own configuration, on every machine that uses it"
+            ) from error
+        raise TransientError(
+            f"{place} cannot be read or written ({type(error).__name__}: {_said(error)}); check "
+            "the connection, and run the same command again"
+        ) from error
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def ask(path: UPath, request: Callable[[], Any]) -> Any:
@@ -120,6 +158,57 @@ class _Upload(io.RawIOBase):
         return len(view)
 
 
+def put_if(path: UPath, content: bytes, version: str | None) -> bool:
+    """Put a small object where the store has this version of it; whether it was put.
+
+    Of several who ask at once the store lets one.
+
+    Args:
+        path: the object.
+        content: what to put.
+        version: see `version_of`; None where there must be no object.
+
+    Raises:
+        LestdError: the store refuses, or does not answer.
+    """
+    fs = path.fs
+
+    def put() -> bool:
+        with explain_store_errors(path):
+            try:
+                if version is None:
+                    fs.pipe_file(path.path, content, mode="create")
+                elif path.protocol == "gs":  # gcsfs has no word for it.
+                    bucket, key, _ = fs.split_path(path.path)
+                    condition = {"uploadType": "media", "ifGenerationMatch": version}
+                    where = f"{fs._location}/upload/storage/v1/b/{{}}/o"
+                    fs.call("POST", where, bucket, name=key, data=content, **condition)
+                else:
+                    fs.pipe_file(path.path, content, IfMatch=version)
+            except FileExistsError:
+                return False
+            except FileNotFoundError:
+                if version is None:
+                    raise
+                return False
+            except OSError as error:
+                answer = getattr(error.__cause__, "response", None) or {}
+                if answer.get("Error", {}).get("Code") in _NOT_THAT_VERSION:
+                    return False
+                raise
+        return True
+
+    return patiently(put)
+
+
+def version_of(entry: dict[str, Any]) -> tuple[str, datetime]:
+    """Of an object that `look_up` has found: its version, which another content has not, and when
+    it was written, by the store's clock."""
+    written: datetime = entry.get("LastModified") or entry["mtime"]
+    version = str(entry.get("generation") or entry["ETag"])
+    return version, written if written.tzinfo else written.replace(tzinfo=UTC)
+
+
 def open_object(path: UPath) -> BinaryIO:
     """Open an object to be read from its start, without fetching much more than is asked for.
 
@@ -152,22 +241,6 @@ class _Download(io.RawIOBase):
         return patiently(once)
 
 
-def read_object(path: UPath) -> bytes:
-    """The content of a small object.
-
-    Raises:
-        OSError: it has more than `MAX_SMALL_BYTES`.
-        LestdError: it is absent, or cannot be read.
-    """
-    content = read_objects([path])[0]
-    if isinstance(content, FileNotFoundError):
-        with explain_store_errors(path):
-            raise content
-    if isinstance(content, OSError):
-        raise content
-    return content
-
-
 def read_objects(paths: Sequence[UPath]) -> list[bytes | OSError]:
     """Contents of small objects of one store, many at a time; the error of one that is absent, or
     has more than `MAX_SMALL_BYTES`.
@@ -197,7 +270,7 @@ def read_objects(paths: Sequence[UPath]) -> list[bytes | OSError]:
 
 
 def look_up(path: UPath) -> dict[str, Any] | None:
-    """What the store says of an object or a directory; None if it has neither.
+    """Metadata of an object or a directory; None if the store has neither.
 
     Raises:
         LestdError: the store does not say.
@@ -206,12 +279,17 @@ def look_up(path: UPath) -> dict[str, Any] | None:
 
 
 def entries(directory: UPath) -> list[dict[str, Any]]:
-    """What lies in a directory, not below it; nothing where there is none.
+    """Entries of a directory, not of those below it; none where there is no directory.
 
     Raises:
         LestdError: the store does not say.
     """
-    found = ask(directory, lambda: directory.fs.ls(directory.path, detail=True)) or []
+
+    def listed() -> Any:
+        directory.fs.invalidate_cache()
+        return directory.fs.ls(directory.path, detail=True)
+
+    found = ask(directory, listed) or []
     # An object of the directory's own name would be in the list.
     return [entry for entry in found if entry["name"].rstrip("/") != directory.path.rstrip("/")]
 

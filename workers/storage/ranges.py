@@ -9,14 +9,14 @@ it has reached.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from threading import Event
 from typing import Any
 
 from lestd_kernels.errors import LestdError
+from workers.storage.objects import explain_store_errors
 from workers.storage.regular import MAX_SMALL_BYTES
 from workers.storage.retries import TransientError, patiently
 
@@ -26,14 +26,6 @@ _CHUNK_BYTES = 32 * 1024 * 1024
 _STORE_ANSWER_BYTES = 8 * 1024 * 1024
 # Without a byte between them; about two minutes.
 _TRIES = 9
-NO_CREDENTIALS = {
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "CredentialRetrievalError",
-    "ProfileNotFound",
-    "DefaultCredentialsError",
-}
-_EXTRAS = {"s3": "lestd[s3]", "s3a": "lestd[s3]", "gs": "lestd[gcs]", "gcs": "lestd[gcs]"}
 
 
 def is_url(name: str) -> bool:
@@ -51,7 +43,7 @@ def stat(url: str) -> tuple[int, str]:
 
 
 def file_version(size: int, etag: str) -> str:
-    """What tells one content of a file from another, in words."""
+    """Version of a file's contents, in words."""
     return f"{size} bytes" + (f" with ETag {etag}" if etag else "")
 
 
@@ -204,48 +196,7 @@ def _stat(url: str) -> tuple[int, str]:
         return int(info["size"]), str(info.get("ETag") or info.get("etag") or "").strip('"')
 
 
-def list_files(url: str) -> set[str]:
-    """Names of the files that lie directly in a directory of a store.
-
-    Raises:
-        LestdError: it is missing, or cannot be listed.
-    """
-    return list_tree(url, lambda folder: False)
-
-
-def list_tree(url: str, enter: Callable[[str], bool]) -> set[str]:
-    """Paths, relative to a directory of a store, of the files in it and below it.
-
-    Args:
-        url: of the directory.
-        enter: asked of each directory below, by its relative path, whether to look into it.
-
-    Raises:
-        LestdError: it is missing, or cannot be listed.
-    """
-
-    def listed(where: str) -> list[tuple[str, str]]:
-        with explain_store_errors(where):
-            store, path = open_store(where)
-            store.invalidate_cache()
-            found = store.ls(path, detail=True)
-        own = path.rstrip("/")  # Some stores list the directory itself.
-        names = [(str(entry["name"]).rstrip("/"), str(entry["type"])) for entry in found]
-        return [(name.rpartition("/")[2], kind) for name, kind in names if name != own]
-
-    def look(prefix: str) -> set[str]:
-        files = set()
-        for name, kind in patiently(lambda: listed(f"{url}/{prefix}".rstrip("/"))):
-            if kind == "file":
-                files.add(prefix + name)
-            elif kind == "directory" and enter(prefix + name):
-                files |= look(f"{prefix}{name}/")
-        return files
-
-    return look("")
-
-
-def read_file(url: str) -> bytes:
+def read_small(url: str) -> bytes:
     """The content of a small file of a store.
 
     Raises:
@@ -267,53 +218,3 @@ def open_store(url: str) -> tuple[Any, str]:
 
     store, path = fsspec.core.url_to_fs(url)
     return store, str(path)
-
-
-@contextmanager
-def explain_store_errors(url: str) -> Iterator[None]:
-    """Turn what fsspec and the stores behind it raise into a sentence.
-
-    Raises:
-        LestdError: `TransientError` where another try may help.
-    """
-    try:
-        yield
-    except LestdError:
-        raise
-    except ImportError as error:
-        protocol = url.partition("://")[0]
-        package = _EXTRAS.get(protocol)
-        how = f"pip install {package!r}" if package else "install what it names"
-        raise LestdError(
-            f"{url} cannot be read without another package ({error}); {how}"
-        ) from error
-    except FileNotFoundError as error:
-        raise LestdError(
-            f"{url} does not exist ({_said(error)}); check the spelling, and that endpoint and "
-            "credentials are those of its store"
-        ) from error
-    except PermissionError as error:
-        raise LestdError(
-            f"access to {url} was refused ({_said(error)}); check the credentials in the "
-            "environment, on every machine that reads it"
-        ) from error
-    except ValueError as error:
-        raise LestdError(
-            f"{url} cannot be read ({_said(error)}); expected the URL of a directory, such as "
-            "s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or hf://OWNER/NAME"
-        ) from error
-    except Exception as error:
-        # Every store's client has errors of its own for a dead connection.
-        if type(error).__name__ in NO_CREDENTIALS:
-            raise LestdError(
-                f"{url} cannot be read without credentials ({_said(error)}); put them into the "
-                "environment or the store's own configuration, on every machine that reads it"
-            ) from error
-        raise TransientError(
-            f"{url} cannot be read ({type(error).__name__}: {_said(error)}); check the connection, "
-            "and run the same command again"
-        ) from error
-
-
-def _said(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

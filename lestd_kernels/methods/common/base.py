@@ -14,58 +14,28 @@ from torch import Tensor
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.kinds import Decomposition
+from lestd_kernels.options import METRICS, MethodOptions
 from lestd_kernels.search.budget import CurvePoint
-from lestd_kernels.storage.codecs import UNSTRUCTURED
-from lestd_kernels.storage.few_bits import FULL_BITS
 from lestd_kernels.tensorize import GroupLayout
 
-WEIGHT, NORM, ACTIVATION, LOSS = METRICS = ("weight", "norm", "activation", "loss")
-"""In which norm an error is made small: Frobenius, with inputs scaled by the preceding norm, with
-the inputs of a calibration text, or with these and what outputs do to the model's predictions."""
+WEIGHT, NORM, ACTIVATION, LOSS = METRICS
 
 CALIBRATED = (ACTIVATION, LOSS)
 """The metrics that a calibration text makes."""
 
+BUFFERS_BYTES = 80 << 20
+"""Of a worker: parts of tensors in progress, and what the allocator keeps for small tensors."""
+
 
 @dataclass(frozen=True)
-class MethodArgs:
+class MethodArgs(MethodOptions):
     """Arguments of a method: plain values, part of a task's identity.
 
     Attributes:
-        type_mode: ``"identity"`` (U3 = I, every projection its own cores) or ``"learned"`` (U3 is
-            fitted; MHA only).
-        stage2: ``"one-shot"`` or ``"prune-refit"``.
-        pattern: where core elements may be kept: ``"unstructured"`` or ``"2:4"`` (see
-            lestd_kernels.search.two_of_four).
-        alpha: prune-refit: share of the survivors pruned per step, in (0, 1].
-        rank_step: R1 and R2 are multiples of it, or the full dimension.
-        max_flops: upper bound of multiply-adds per token relative to the dense projections.
-        hooi_tol: HOOI stops when the fit changes by less than this, relatively.
-        hooi_max_iter: HOOI sweeps at most.
         metric: one of `METRICS`.
-        value_bits: bits of a stored core value: 16 (the value dtype), 8, 4, 3 or 2.
-        factor_bits: bits of a stored element of a factor: the same.
-        super_weights: share of the weights that is kept exactly in a sparse side matrix.
-        td_moe_mode: method td_moe: ``"preserve"`` (a core per expert) or ``"compress"`` (the cores
-            of the experts are mixtures of fewer ones).
-        whitening: method td_moe in the metric activation: which sides are whitened, ``"none"``,
-            ``"input"``, ``"output"`` or ``"both"``.
     """
 
-    type_mode: str = "identity"
-    stage2: str = "one-shot"
-    pattern: str = UNSTRUCTURED
-    alpha: float = 0.1
-    rank_step: int = 8
-    max_flops: float | None = None
-    hooi_tol: float = 1e-6
-    hooi_max_iter: int = 25
     metric: str = WEIGHT
-    value_bits: int = FULL_BITS
-    factor_bits: int = FULL_BITS
-    super_weights: float = 0.0
-    td_moe_mode: str = "preserve"
-    whitening: str = "input"
 
 
 @dataclass(frozen=True)
@@ -198,9 +168,9 @@ def require_plain(name: str, args: MethodArgs) -> None:
     """Refuse what a method of shared bases in the weights' own norm does not know.
 
     Raises:
-        LestdError: another metric, few-bit values, or super weights.
+        LestdError: another metric, few-bit values, or outliers.
     """
-    require_default(name, args, "metric", "value_bits", "factor_bits", "super_weights")
+    require_default(name, args, "metric", "value_bits", "factor_bits", "keep_outliers")
 
 
 def require_no_core(name: str, args: MethodArgs) -> None:

@@ -16,6 +16,7 @@ from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.chain import Chain, ModuleChain
 from lestd_kernels.linalg.stage1 import Ranks
 from lestd_kernels.methods.common.base import (
+    BUFFERS_BYTES,
     WEIGHT,
     Bounds,
     Decomposed,
@@ -31,9 +32,6 @@ from lestd_kernels.methods.common.stopwatch import Stopwatch
 from lestd_kernels.search.budget import CurvePoint
 from lestd_kernels.storage.matrix import EncodedCore
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout
-
-# Parts of tensors in progress, and freed memory that the allocator keeps for small tensors.
-_BUFFERS_BYTES = 80 << 20
 
 
 @dataclass
@@ -289,4 +287,4 @@ def module_workspace_bytes(layout: GroupLayout) -> int:
         elements, square = out_features * in_features, in_features**2
         smaller = min(out_features, in_features) ** 2
         most = max(most, 24 * elements + 24 * square + 24 * smaller)
-    return most + _BUFFERS_BYTES
+    return most + BUFFERS_BYTES

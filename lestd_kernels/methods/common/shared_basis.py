@@ -20,7 +20,7 @@ from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.shared_tucker import CORE_NAME, SharedTucker
 from lestd_kernels.linalg.stage1 import FLOAT64_ORDER, Bases, Factors, hooi, hosvd, squared_sum
 from lestd_kernels.linalg.stage2 import fit_cores
-from lestd_kernels.methods.common.base import Decomposed, MethodArgs, Metrics
+from lestd_kernels.methods.common.base import BUFFERS_BYTES, Decomposed, MethodArgs, Metrics
 from lestd_kernels.methods.common.slice_statistics import relative, slice_stats
 from lestd_kernels.methods.common.stopwatch import Stopwatch
 from lestd_kernels.search.budget import CurvePoint, GroupShape, Limits
@@ -33,8 +33,6 @@ from lestd_kernels.tensorize import PROJECTIONS, GroupLayout
 # Multiples of the value dtype's epsilon. With a larger relative error the least-squares core of the
 # rounded factors gains less than 1e-4 of it over the core of the unrounded ones.
 _UNFITTED_ERROR = 20
-# Parts of tensors in progress, and freed memory that the allocator keeps for small tensors.
-_BUFFERS_BYTES = 80 << 20
 
 
 def group_shape(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> GroupShape:
@@ -341,7 +339,7 @@ def workspace_bytes(shape: GroupShape, core_elements: int) -> int:
     rotated = unfolding_bytes + 8 * square + int((1 + 5 * largest) * core_elements)
     # A reordered copy, and what copying in another order leaves with the allocator.
     reordered = unfolding_bytes * 5 // 4 if shape.learned else 0
-    return max(eigenproblem, rotated) + reordered + _BUFFERS_BYTES
+    return max(eigenproblem, rotated) + reordered + BUFFERS_BYTES
 
 
 def reuse_bytes(shape: GroupShape) -> int:

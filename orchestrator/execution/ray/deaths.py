@@ -32,7 +32,7 @@ class Place:
 
     @property
     def worker(self) -> str:
-        """What the manifest calls it."""
+        """Name in the manifest."""
         return f"{self.host}:{self.process}"
 
 
@@ -69,7 +69,7 @@ def how_it_ended(error: BaseException | None, remains: Remains) -> str:
 
 
 def evidence_of(place: Place, remains: Remains, error: BaseException | None) -> str:
-    """What is known of a worker's death, for people: a line each, then its last log lines."""
+    """Facts of a worker's death, a line each, then its last log lines."""
     lines = [f"worker: process {place.process} on node {place.node}"]
     if error is not None and not isinstance(error, WorkerUnfitError):  # That is told in full.
         said = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]

@@ -188,7 +188,7 @@ class RayExecutor:
         return after_result(outcome.attempt, outcome.result)
 
     def worker_memory_bytes(self) -> int:
-        """What the node with the most memory offers; Ray counts what was free when it started.
+        """Memory of the node that has most; Ray counts what was free when it started.
 
         Nobody knows what nodes an autoscaler may add: they count as large enough.
         """
@@ -218,7 +218,7 @@ class RayExecutor:
         return answers
 
     def _need(self, spec: WorkerSpec) -> dict[str, float]:
-        """What a worker takes of its node's resources, by Ray's names.
+        """Resources of its node that a worker takes, by Ray's names.
 
         A worker that needs more than any node has, of CPUs or by a rough estimate of memory, is
         slow, not impossible: it has a node for itself.
@@ -300,7 +300,7 @@ class RayExecutor:
         return [node for node in self._ray().nodes() if node["Alive"]]
 
     def _in_use(self, names: Iterable[str]) -> list[str]:
-        """What each node has of some resources, and what is taken of it, in words."""
+        """Resources of each node, and what is taken of them, in words."""
         free = self._ray()._private.state.available_resources_per_node()
         said = []
         for node in self._nodes():

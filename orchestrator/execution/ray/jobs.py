@@ -36,7 +36,7 @@ from orchestrator.source.texts import read_calibration
 from workers.storage.regular import read_regular
 
 PACKAGES = (orchestrator, workers, lestd_kernels)
-"""What every node of the job runs, whatever is installed there."""
+"""Packages that every node of the job runs, whatever is installed there."""
 
 FORWARDED = (
     "HF_TOKEN",

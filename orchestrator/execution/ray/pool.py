@@ -67,13 +67,13 @@ class Actor:
 
     @property
     def device(self) -> Any:
-        """What it shares with other actors: its GPUs; without one nothing."""
+        """Resources that it shares with other actors: its GPUs, if any."""
         return (self.place.node, self.place.gpus) if self.place.gpus else self.place
 
 
 @dataclass(frozen=True)
 class _End:
-    """What is known of a lost actor, the same for all of its items."""
+    """Facts of a lost actor, the same for all of its items."""
 
     cause: Cause
     message: str
@@ -234,7 +234,7 @@ class Pool:
         self._running[reference] = (actor, attempt, time.monotonic())
 
     def wait(self, seconds: float) -> Iterator[Started | NotStarted | Ran | Died]:
-        """What has happened since; returns after so many seconds even if nothing has."""
+        """Wait for events; returns after so many seconds even if there are none."""
         self._end_overdue()
         references = [*self._starting, *self._running]
         if not references:

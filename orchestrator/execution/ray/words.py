@@ -1,4 +1,4 @@
-"""What is told of workers that are not there: not yet, or not at all. Imports no Ray."""
+"""Messages about workers that are missing, yet or for good. Imports no Ray."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def never_begun(attempt: Attempt, outcome: NotStarted) -> Failure:
 
 
 def own_words(error: BaseException) -> str:
-    """What a worker says that could not be made: Ray's words and a traceback come before it."""
+    """Message of a worker that could not be made: Ray's words and a traceback come before it."""
     lines = str(error).strip().splitlines()
     indented = [number for number, line in enumerate(lines) if line.startswith(" ")]
     own = lines[indented[-1] + 1 :] if indented else []

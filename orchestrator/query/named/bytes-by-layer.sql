@@ -1,12 +1,4 @@
 -- where the bytes went: dense and stored bytes of each layer, and its share of the run
-with
-    -- Where a group was encoded twice, the later encoding is the group's.
-    current as (
-        from groups
-        qualify row_number() over (
-            partition by run, "group" order by started_at desc nulls last, task_id desc
-        ) = 1
-    )
 select
     run,
     layer,

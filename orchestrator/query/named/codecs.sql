@@ -1,12 +1,4 @@
 -- how the cores are stored: groups, non-zeros and bytes of each codec
-with
-    -- Where a group was encoded twice, the later encoding is the group's.
-    current as (
-        from groups
-        qualify row_number() over (
-            partition by run, "group" order by started_at desc nulls last, task_id desc
-        ) = 1
-    )
 select
     run,
     codec,

@@ -1,12 +1,4 @@
 -- energy kept in each layer: by the full core of Stage I, and by the stored core of Stage II
-with
-    -- Where a group was encoded twice, the later encoding is the group's.
-    current as (
-        from groups
-        qualify row_number() over (
-            partition by run, "group" order by started_at desc nulls last, task_id desc
-        ) = 1
-    )
 select
     run,
     layer,

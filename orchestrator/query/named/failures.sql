@@ -6,9 +6,9 @@ with
         select run, task_id from curves
     )
 select
-    run, "at", layer, "group", task_id, attempt, error_type, message, worker, node,
+    run, time, layer, block, task_id, attempt, error_type, message, worker, node,
     finished.task_id is not null as finished_since
 from events
 left join finished using (run, task_id)
 where kind = 'failed'
-order by run, "at", task_id
+order by run, time, task_id

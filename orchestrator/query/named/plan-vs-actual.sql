@@ -1,12 +1,5 @@
 -- what was planned and what came of it: tasks, bytes, memory, disk, seconds and squared error
 with
-    -- Where a group was encoded twice, the later encoding is the group's.
-    current as (
-        from groups
-        qualify row_number() over (
-            partition by run, "group" order by started_at desc nulls last, task_id desc
-        ) = 1
-    ),
     calls as (
         select distinct on (run) * from runs order by run, started_at desc, invocation desc
     ),
@@ -17,25 +10,14 @@ with
         where planned_seconds is not null
         group by run
     ),
-    -- All work of both passes; what belongs to a task of pass one stands in each of its rows.
-    work as (
-        select run, peak_memory_bytes, seconds_stage1, seconds_rank_search, seconds_stage2,
-            seconds_error
-        from groups
-        union all
-        select run, peak_memory_bytes, seconds_stage1, seconds_rank_search, seconds_stage2,
-            seconds_error
-        from (select distinct on (run, task_id) * from curves order by run, task_id, byte_budget)
-    ),
     worked as (
         select
             run,
             max(peak_memory_bytes) as peak_memory_bytes,
-            sum(
-                coalesce(seconds_stage1, 0) + coalesce(seconds_rank_search, 0)
-                + coalesce(seconds_stage2, 0) + coalesce(seconds_error, 0)
-            ) as seconds
-        from work
+            sum(list_sum([
+                seconds_stage1, seconds_rank_search, seconds_stage2, seconds_error
+            ])) as seconds
+        from finished_tasks
         group by run
     ),
     actual as (
@@ -51,11 +33,11 @@ with
     ),
     points as (
         select
-            run, layer, "group", byte_budget, predicted_squared_error as squared_error,
+            run, layer, block, byte_budget, predicted_squared_error as squared_error,
             lead(byte_budget) over curve - byte_budget as step,
             lead(predicted_squared_error) over curve - predicted_squared_error as change
         from curves
-        window curve as (partition by run, layer, "group" order by byte_budget)
+        window curve as (partition by run, layer, block order by byte_budget)
     ),
     -- Of all groups or of none: on its curve, between two points where the budget lies there.
     predicted as (
@@ -72,7 +54,7 @@ with
         asof left join points
             on current.run = points.run
             and current.layer = points.layer
-            and current."group" = points."group"
+            and current.block = points.block
             and current.byte_budget >= points.byte_budget
         group by current.run
     ),

@@ -1,14 +1,14 @@
 -- attempts that another followed, interrupted ones too, and why they ended
 with
     ordered as (
-        select *, lead(kind) over (partition by run, task_id order by "at") as following
+        select *, lead(kind) over (partition by run, task_id order by time) as following
         from events
     )
 select
     run,
-    "at",
+    time,
     layer,
-    "group",
+    block,
     task_id,
     attempt,
     case when kind = 'started' then 'Interrupted' else error_type end as error_type,
@@ -21,4 +21,4 @@ select
     node
 from ordered
 where kind = 'retried' or (kind in ('started', 'failed') and following = 'started')
-order by run, "at", task_id
+order by run, time, task_id

@@ -1,15 +1,8 @@
 -- the shared basis: energy of the leading mode-1 singular values, and their effective rank
 with
-    -- Where a group was encoded twice, the later encoding is the group's.
-    current as (
-        from groups
-        qualify row_number() over (
-            partition by run, "group" order by started_at desc nulls last, task_id desc
-        ) = 1
-    ),
     spectra as (
         select
-            run, layer, "group", R1,
+            run, layer, block, R1,
             list_transform(singular_values_1::double[], lambda value: value * value) as energies
         from current
         where len(singular_values_1) > 0
@@ -20,7 +13,7 @@ with
 select
     run,
     layer,
-    "group",
+    block,
     len(energies) as width,
     R1,
     list_sum(energies[1:R1]) / total as energy_of_R1,
@@ -34,4 +27,4 @@ select
     ))) as effective_rank
 from totals
 where total > 0
-order by run, layer, "group"
+order by run, layer, block

@@ -1,15 +1,6 @@
 -- the 20 heads of each run with the largest relative error
-with
-    -- Where a group was encoded twice, the later encoding is the group's.
-    current as (
-        from groups
-        qualify row_number() over (
-            partition by run, "group" order by started_at desc nulls last, task_id desc
-        ) = 1
-    )
-select run, layer, "group", projection, head, density, nnz, core_bytes, relative_error
-from slices
-semi join current using (run, task_id)
+select run, layer, block, projection, head, density, nnz, core_bytes, relative_error
+from current_slices
 qualify
-    row_number() over (partition by run order by relative_error desc nulls last, layer, "group", projection, head) <= 20
-order by run, relative_error desc nulls last, layer, "group", projection, head
+    row_number() over (partition by run order by relative_error desc nulls last, layer, block, projection, head) <= 20
+order by run, relative_error desc nulls last, layer, block, projection, head

@@ -1,16 +1,8 @@
 -- the 20 groups of each run with the largest relative error, and their share of the squared error
-with
-    -- Where a group was encoded twice, the later encoding is the group's.
-    current as (
-        from groups
-        qualify row_number() over (
-            partition by run, "group" order by started_at desc nulls last, task_id desc
-        ) = 1
-    )
 select
     run,
     layer,
-    "group",
+    block,
     relative_error,
     squared_error / sum(squared_error) over (partition by run) as share_of_error,
     stored_bytes / dense_bytes as keep,
@@ -21,6 +13,6 @@ select
 from current
 qualify
     row_number() over (
-        partition by run order by relative_error desc nulls last, layer, "group"
+        partition by run order by relative_error desc nulls last, layer, block
     ) <= 20
-order by run, relative_error desc nulls last, layer, "group"
+order by run, relative_error desc nulls last, layer, block

@@ -56,7 +56,7 @@ def test_groups_are_the_modules_of_the_loaded_model(
     groups = groups_of(tiny_models[family])
     assert [group.layer for group in groups] == list(range(model.config.num_hidden_layers))
     for group in groups:
-        block = model.get_submodule(group.group)
+        block = model.get_submodule(group.block)
         linear = {name for name, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
         assert set(group.tensors) == linear == {m.name for m in group.layout.modules}
         weights = weights_of(group)
@@ -122,7 +122,7 @@ def test_fused_heads_are_those_the_model_uses(tiny_models: dict[str, Path]) -> N
     unfolding = unfold_weights(weights_of(group), group.layout)
     position = group.layout.slices.index(("q", head))
     unfolding[:, position * p : (position + 1) * p] = 0
-    block = model.get_submodule(group.group)
+    block = model.get_submodule(group.block)
     with torch.no_grad():
         folded = fold_weights(unfolding, group.layout)
         block.query_key_value.weight.copy_(folded["query_key_value"])
@@ -144,8 +144,8 @@ def test_a_checkpoint_of_the_base_model(
     full, base = groups_of(tiny_models[family]), groups_of(tmp_path / "base")
     prefix = model.base_model_prefix + "."
     for group, expected in zip(base, full, strict=True):
-        assert group.group == expected.group == prefix + group.tensor_prefix
-        assert expected.tensor_prefix == expected.group
+        assert group.block == expected.block == prefix + group.tensor_prefix
+        assert expected.tensor_prefix == expected.block
         for name, ref in group.tensors.items():
             assert ref.name == f"{group.tensor_prefix}.{name}.weight"
             assert torch.equal(read_tensor(ref), read_tensor(expected.tensors[name]))

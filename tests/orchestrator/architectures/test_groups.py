@@ -75,12 +75,12 @@ def test_feed_forward_blocks(family: str, tiny_models: dict[str, Path]) -> None:
     groups = groups_of(tiny_models[family], "ffn")
     assert [group.layer for group in groups] == dense_layers(family)
     for group in groups:
-        assert (group.scope, group.group) == ("ffn", path.format(group.layer))
-        assert group.tensor_prefix == group.group
+        assert (group.scope, group.block) == ("ffn", path.format(group.layer))
+        assert group.tensor_prefix == group.block
         weights = weights_of(group)
         assert tuple(weights) == names
         for name in names:
-            assert torch.equal(weights[name], model.get_submodule(f"{group.group}.{name}").weight)
+            assert torch.equal(weights[name], model.get_submodule(f"{group.block}.{name}").weight)
         up, down = group.layout.modules[-2:]
         assert (up.slices, down.slices) == ((("up", 0),), (("down", 0),))
         assert (up.reads, down.reads) == ("in", "hidden")
@@ -115,8 +115,8 @@ def test_experts(family: str, tiny_models: dict[str, Path]) -> None:
     groups = groups_of(tiny_models[family], "experts")
     assert [group.layer for group in groups] == expert_layers(family)
     for group in groups:
-        assert (group.scope, group.group) == ("experts", f"model.layers.{group.layer}.mlp.experts")
-        expected = experts_of(model.get_submodule(group.group))
+        assert (group.scope, group.block) == ("experts", f"model.layers.{group.layer}.mlp.experts")
+        expected = experts_of(model.get_submodule(group.block))
         weights = weights_of(group)
         assert list(weights) == list(expected)
         for name, weight in expected.items():
@@ -222,7 +222,7 @@ def test_all_is_every_block_of_every_layer(family: str, tiny_models: dict[str, P
         if layer in where
     ]
     assert kinds == expected
-    assert len({group.group for group in groups}) == len(groups)
+    assert len({group.block for group in groups}) == len(groups)
     names = [ref.name for group in groups for ref in group.tensors.values()]
     ranges = {(r.shard, r.byte_range) for g in groups for r in g.tensors.values()}
     assert len(ranges) == len(names)  # No byte belongs to two matrices.
@@ -237,7 +237,7 @@ def test_a_checkpoint_of_the_base_model(
     full = groups_of(tiny_models[family], "all")
     base = groups_of(tmp_path / "base", "all")
     for group, expected in zip(base, full, strict=True):
-        assert group.group == expected.group
+        assert group.block == expected.block
         assert group.tensor_prefix == expected.tensor_prefix.removeprefix("model.")
         for source, matrix in matrices_of(expected).items():
             assert torch.equal(read_tensor(group.tensors[source]), matrix)

@@ -45,7 +45,7 @@ def task(
             "task_id": name,
             "place": 0,
             "layer": 0,
-            "group": name,
+            "block": name,
             "scope": "attention",
             "tensors": refs,
             "layout": layout,
@@ -64,8 +64,8 @@ def audited(asked: AuditTask) -> AuditResult:
 
 
 def verdict_on(result: AuditResult) -> dict[str, Any]:
-    assert result.block is not None
-    return verdict(result.block["predictions"], margin_of(result.block))
+    assert result.findings is not None
+    return verdict(result.findings["predictions"], margin_of(result.findings))
 
 
 # Verdicts flip with the weights.
@@ -111,17 +111,17 @@ def test_experts_and_feed_forward_blocks(tmp_path: Path) -> None:
     layout = feed_forward(48, 24, 4)
     W = orthonormal(48, 12) @ normal(12, 288)
     result = audited(task(W, layout, tmp_path, scope="experts", keeps=(0.2,)))
-    assert result.block is not None
-    assert (result.block["unit"], result.block["units"]) == ("expert", 4)
+    assert result.findings is not None
+    assert (result.findings["unit"], result.findings["units"]) == ("expert", 4)
     assert verdict_on(result)["text"] == "shared basis pays"
     # The hidden units of one expert have nothing to do with those of another.
-    assert abs(margin_of(result.block, "columns")) < 0.15
-    assert [one["mode"] for one in result.block["spectra"]] == [1, 2, 3]
-    assert result.block["spectra"][0]["rank_99"] <= 12
+    assert abs(margin_of(result.findings, "columns")) < 0.15
+    assert [one["mode"] for one in result.findings["spectra"]] == [1, 2, 3]
+    assert result.findings["spectra"][0]["rank_99"] <= 12
     one = audited(task(W[:, :72], feed_forward(48, 24, 1), tmp_path, "ffn"))
-    assert one.block is not None
-    assert (one.block["unit"], one.block["units"]) == ("block", 8)
-    assert math.isnan(margin_of(one.block, "columns"))
+    assert one.findings is not None
+    assert (one.findings["unit"], one.findings["units"]) == ("block", 8)
+    assert math.isnan(margin_of(one.findings, "columns"))
 
 
 def test_the_rule_by_hand() -> None:
@@ -172,7 +172,7 @@ def test_bases_of_other_layers(tmp_path: Path) -> None:
     ):
         held = task(W, layout, tmp_path, name, references=((5, bases),), whole=False)
         result = audited(held)
-        assert result.block is None
+        assert result.findings is None
         found = {(row["kind"], row["rank"]): row for row in result.across}
         assert found.keys() == {("layer", 8), ("layer", 16), ("unit", 16)}
         assert {row["reference"] for row in found.values()} == {5}
@@ -218,12 +218,12 @@ def test_the_figures_of_the_example(done: tuple[dict[str, Any], Path]) -> None:
     assert found["complete"]
     assert [block["layer"] for block in found["blocks"]] == [0, 1, 2, 3]
     for block in found["blocks"]:
-        assert block["block"]["compared"] == [f"head {i}" for i in range(8)]
-        assert {len(row) for one in block["block"]["explained"] for row in one["energy"]} == {8}
+        assert block["findings"]["compared"] == [f"head {i}" for i in range(8)]
+        assert {len(row) for one in block["findings"]["explained"] for row in one["energy"]} == {8}
         references = {row["reference"] for row in block["across"]}
         assert references == {0, 1, 2, 3} - {block["layer"]}
         assert all(0 < row["energy"] <= row["optimum"] + 1e-3 for row in block["across"])
-        assert len(block["block"]["entries"]) == 4
+        assert len(block["findings"]["entries"]) == 4
     [scope] = found["scopes"]
     assert scope["verdict"]["pays"]["svd"] == [0.8, 0.6, 0.4, 0.2]
     # All layers together are between the best and the worst of them.
@@ -231,7 +231,7 @@ def test_the_figures_of_the_example(done: tuple[dict[str, Any], Path]) -> None:
         errors = [
             other["relative_error"]
             for block in found["blocks"]
-            for other in block["block"]["predictions"]
+            for other in block["findings"]["predictions"]
             if (other["method"], other["keep"]) == (one["method"], one["keep"])
         ]
         assert min(errors) <= one["relative_error"] <= max(errors)
@@ -265,8 +265,8 @@ def test_the_page_is_whole_and_escaped(done: tuple[dict[str, Any], Path]) -> Non
     evil = "</script><img src=x onerror=alert(1)>"
     hostile = json.loads(json.dumps(found))
     hostile["model"] = f"dir/{evil}"
-    hostile["blocks"][0]["group"] = evil
-    for one in hostile["blocks"][0]["block"]["entries"]:
+    hostile["blocks"][0]["block"] = evil
+    for one in hostile["blocks"][0]["findings"]["entries"]:
         one["largest"] = [{"tensor": evil, "row": 0, "column": 0, "value": 1.0, "sigmas": 9.0}]
     assert evil not in render(hostile)
     assert "candidates for super weights" in render(hostile)

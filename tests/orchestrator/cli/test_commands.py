@@ -12,7 +12,7 @@ from support.cli import lestd
 
 from lestd_kernels.methods import METHODS
 from orchestrator.cli import compress, sweep
-from orchestrator.cli.options import MethodOption
+from orchestrator.config.options import MethodChoice, described
 from orchestrator.config.run import RunConfig
 from orchestrator.manifest.manifest import Manifest
 from orchestrator.run.directory import RunDirectory
@@ -21,7 +21,7 @@ from orchestrator.source.checkpoint import resolve_source
 
 
 def test_help_names_every_method() -> None:
-    [option] = MethodOption.__metadata__
+    [option] = [one.option for one in described(MethodChoice) if one.name == "method"]
     words = option.help.replace(",", " ").replace(":", " ").replace(".", " ").split()
     assert not METHODS.keys() - set(words)
 

@@ -105,7 +105,7 @@ def bundle(tmp_path: Path) -> Bundle:
     task = Task(
         task_id="",
         layer=0,
-        group="block",
+        block="block",
         tensor_prefix="block",
         tensors={m.name: refs[f"{m.name}.weight"] for m in layout.modules},
         layout=layout,

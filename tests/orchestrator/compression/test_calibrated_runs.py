@@ -21,7 +21,8 @@ from orchestrator.compression.pipeline import compress_model
 from orchestrator.config.run import RunConfig
 from orchestrator.execution.executor import Listener, WorkerSpec
 from orchestrator.execution.serial import SerialExecutor
-from orchestrator.experiments.sweep import compress_keeps
+from orchestrator.experiments.engine import compress_all
+from orchestrator.experiments.variants import Contender
 from orchestrator.planning.calibration_costs import blocks_of
 from orchestrator.source.checkpoint import resolve_source
 from orchestrator.source.texts import read_samples
@@ -140,14 +141,15 @@ def test_a_sweep_calibrates_once(
     source = resolve_source(str(tiny_llama))
     common: dict[str, Any] = {"calibrate_on": str(wikitext), "samples": 2, "sample_tokens": 20}
     configs = {keep: RunConfig(keep=keep, **common) for keep in (0.5, 0.6)}
+    sizes = {Contender("", {}): configs}
     executor = CountingExecutor()
-    compress_keeps(source, configs, executor, tmp_path)
+    compress_all(source, sizes, executor, tmp_path)
     assert executor.workers == ["CalibrationWorker", "DecomposeWorker"]
     assert len(seen) == 4
     assert all("q_proj" in metrics for metrics in seen)
     assert not [*tmp_path.glob("keep-*.run/calibration")]
 
-    compress_keeps(source, configs, executor, tmp_path, fresh=fresh)
+    compress_all(source, sizes, executor, tmp_path, fresh=fresh)
     assert executor.workers[2:] == executor.workers[:2] * fresh
 
 

@@ -66,7 +66,7 @@ def test_inputs_are_named_by_who_reads_them(tmp_path: Path) -> None:
 
 def test_a_block_of_the_layer_itself(tmp_path: Path) -> None:
     block = all_blocks(tiny_source("opt", tmp_path))[3]
-    assert block.group == "model.decoder.layers.1"
+    assert block.path == "model.decoder.layers.1"
     assert (block.file, block.layers) == ("layer-00001-layer.safetensors", "model.decoder.layers")
     assert block.modules == {"fc1": "in", "fc2": "hidden"}
 

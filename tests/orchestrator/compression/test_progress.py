@@ -100,7 +100,7 @@ def test_a_log_has_plain_lines(tiny_llama: Path, tmp_path: Path) -> None:
     rows = pq.read_table(tmp_path / "out" / "manifest" / "groups.parquet").to_pylist()
     for number, (line, row) in enumerate(zip(lines[1:5], rows, strict=True), 1):
         assert line.startswith(f"compress: {25 * number} %")
-        assert f"[{number}/4] {row['group']} ({row['task_id'][:8]}): ranks" in line
+        assert f"[{number}/4] {row['block']} ({row['task_id'][:8]}): ranks" in line
         assert (" s left | " in line) == (number < 4)
     again = lestd("compress", tiny_llama, "--keep", 0.5, "--out", tmp_path / "out", *SERIAL)
     assert again.err.splitlines() == [
@@ -124,7 +124,7 @@ def test_json_lines_tell_of_every_task(tiny_llama: Path, tmp_path: Path) -> None
     assert lines[-1].items() >= {"event": "run_ended", "state": "complete", "tasks": 4}.items()
     rows = pq.read_table(out / "manifest" / "groups.parquet").to_pylist()
     done = [line for line in lines if line["event"] == "task_done" and line["pass"] == "compress"]
-    names = ("task_id", "group", "layer", "attempt", "worker", "dense_bytes", "stored_bytes")
+    names = ("task_id", "block", "layer", "attempt", "worker", "dense_bytes", "stored_bytes")
     assert [{n: line[n] for n in names} for line in done] == [
         {n: r[n] for n in names} for r in rows
     ]
@@ -168,7 +168,7 @@ def test_json_lines_tell_of_a_failed_task(tiny_llama: Path, tmp_path: Path) -> N
 
 
 def test_events_of_any_kind_are_told(capfd: pytest.CaptureFixture[str]) -> None:
-    task = type("Made", (), {"task_id": "ab" * 16, "group": "g.3", "layer": 3, "dense_bytes": 10})()
+    task = type("Made", (), {"task_id": "ab" * 16, "block": "g.3", "layer": 3, "dense_bytes": 10})()
     logs.use(logs.LogFormat.json)
     try:
         with CompressionProgress("run", None) as shown:

@@ -9,9 +9,11 @@ from support.paths import ROOT
 
 from lestd_kernels.errors import LestdError
 from orchestrator.config.cluster import ClusterConfig
-from orchestrator.config.files import load_yaml, validated
+from orchestrator.config.files import Strict, load_yaml, validated
 from orchestrator.config.layers import parse_layers
-from orchestrator.config.run import RunConfig, RunFile, scope_keep
+from orchestrator.config.options import described
+from orchestrator.config.reference import page
+from orchestrator.config.run import RunConfig, RunFile, run_options, scope_keep
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,53 @@ def test_a_wrong_value_is_named(values: dict[str, object], words: list[str]) -> 
         assert word in message
 
 
+@pytest.mark.parametrize("model", [RunFile, ClusterConfig])
+def test_every_key_is_described(model: type[Strict]) -> None:
+    assert {one.name for one in described(model)} == model.model_fields.keys()
+
+
+def test_the_page_of_options_is_made_from_them() -> None:
+    assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == page(), "make reference"
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: there\nkeep_model: 0.8\nthreads: 3\nsamples: 5\n")
+    given = {"model": None, "config": file, "keep": 0.4, "samples": 7, "device": None}
+    model, _, config = run_options(given)
+    assert (model, config.keep, config.keep_model) == ("there", 0.4, None)
+    assert (config.samples, config.threads, config.device) == (7, 3, "auto")
+
+
+@pytest.mark.parametrize(
+    ("given", "variant", "start"),
+    [
+        ({"keep": 1.0}, {}, "--keep: Input should be less than 1, got 1.0"),
+        (
+            {"keep": 0.5, "max_flops": 0.0},
+            {},
+            "--max-flops: Input should be greater than 0, got 0.0",
+        ),
+        ({"keep": 0.5}, {"value_bits": 5}, "--methods: value_bits: Input should be 16, 8, 4"),
+        (
+            {"keep": 0.5, "samples": 0},
+            {"rank_step": 2},
+            "--samples: Input should be at least 1, got 0",
+        ),
+        ({}, {}, "FILE: keep: Input should be less than 1, got 2.0"),
+        ({"samples": 2}, {}, "FILE: keep: "),
+    ],
+)
+def test_a_wrong_value_is_called_what_the_user_called_it(
+    tmp_path: Path, given: dict[str, object], variant: dict[str, object], start: str
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: there\nkeep: 2.0\n")
+    with pytest.raises(LestdError) as caught:
+        run_options({"config": file, **given}, variant)
+    assert str(caught.value).startswith(start.replace("FILE", str(file)))
+
+
 def test_a_misspelt_cluster_key_is_named() -> None:
     with pytest.raises(LestdError, match=r"wokers.*workers"):
         validated(ClusterConfig, {"wokers": 2}, "cluster.yaml")
@@ -105,13 +154,11 @@ def test_a_file_that_is_no_mapping_is_named(
     assert "\n" not in str(caught.value)
 
 
-def test_the_readmes_examples_are_valid() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    run, cluster = (
-        yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", readme, re.S)
-    )
-    assert validated(RunFile, run, "README.md").keep == 0.4
-    assert validated(ClusterConfig, cluster, "README.md").workers == 4
+def test_the_examples_in_the_docs_are_valid() -> None:
+    page = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
+    run, cluster = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.S))
+    assert validated(RunFile, run, "running.md").keep == 0.4
+    assert validated(ClusterConfig, cluster, "running.md").workers == 4
 
 
 def test_layers_are_selected_and_checked() -> None:

@@ -67,7 +67,7 @@ def judge(model: Path, *options: object) -> Finished:
 def figures(result: Finished, place: int = -1) -> dict[tuple[str, str, str], Any]:
     """(task, metric, filter) -> value and standard error."""
     return {
-        (one["task"], one["metric"], one["filter"]): (
+        (one["task"], one["metric"], one["answer_filter"]): (
             one["models"][place]["value"],
             one["models"][place]["stderr"],
         )
@@ -124,13 +124,13 @@ def test_figures_are_recorded_with_the_compressed_model(
 ) -> None:
     entries = json.loads(judged[1].out)["judgements"]
     rows = {
-        (row["model"], row["task"], row["metric"], row["filter"]): row
+        (row["model"], row["task"], row["metric"], row["answer_filter"]): row
         for row in Manifest(compressed).evaluations().to_pylist()
     }
     assert len(rows) == 2 * len(entries)
     for entry in entries:
         for one in entry["models"]:
-            row = rows[one["model"], entry["task"], entry["metric"], entry["filter"]]
+            row = rows[one["model"], entry["task"], entry["metric"], entry["answer_filter"]]
             assert (row["value"], row["stderr"]) == (one["value"], one["stderr"])
             assert row["evaluation_id"] == one["evaluation_id"]
             assert row["compressed"] is (one["model"] == str(compressed))
@@ -157,7 +157,9 @@ def test_differences_and_their_standard_errors(judged: tuple[Path, Finished]) ->
         for one in entry["models"]:
             path = run_dir / one["evaluation_id"] / "samples.jsonl"
             samples = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-            answers.append([s[entry["metric"]] for s in samples if s["filter"] == entry["filter"]])
+            answers.append(
+                [s[entry["metric"]] for s in samples if s["filter"] == entry["answer_filter"]]
+            )
         by_document = [b - a for a, b in zip(*answers, strict=True)]
         expected = statistics.stdev(by_document) / math.sqrt(len(by_document))
         assert entry["difference_stderr"] == pytest.approx(expected, rel=1e-9, abs=1e-12)

@@ -78,7 +78,7 @@ def test_without_lm_eval_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 def test_judging_alone_imports_lm_eval() -> None:
     code = (
         "import sys, orchestrator.cli, orchestrator.evaluation.perplexity_table\n"
-        "import orchestrator.experiments.sweep\n"
+        "import orchestrator.experiments.engine, orchestrator.experiments.tables\n"
         "print({'lm_eval', 'datasets'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -108,8 +108,8 @@ def test_figures_of_groups_are_lm_evals(tmp_path: Path) -> None:
     assert {entry["task"] for entry in entries} == set(group["task"]) | {"both_ways"}
     for entry in entries:
         found = expected[entry["task"]]
-        key = f"{entry['metric']},{entry['filter']}"
-        stderr = found[f"{entry['metric']}_stderr,{entry['filter']}"]
+        key = f"{entry['metric']},{entry['answer_filter']}"
+        stderr = found[f"{entry['metric']}_stderr,{entry['answer_filter']}"]
         assert entry["models"][0]["value"] == found[key]
         assert entry["models"][0]["stderr"] == stderr
     rows = Manifest(tmp_path / "run").evaluations().to_pylist()

@@ -56,7 +56,7 @@ def test_both_models_are_recorded_with_the_compressed_one(model: Path, text: Pat
         for metric in ("token_perplexity", "word_perplexity"):
             row = found[one["model"], metric]
             assert row["value"] == one[metric]
-            assert (row["task"], row["filter"], row["samples"]) == ("text", "none", 3)
+            assert (row["task"], row["answer_filter"], row["samples"]) == ("text", "none", 3)
             assert row["tokens"] == one["tokens"] == 3 * 64
             assert row["higher_is_better"] is False
             assert row["compressed"] is is_compressed
@@ -80,7 +80,7 @@ def test_the_same_again_replaces_and_another_setting_adds(model: Path, text: Pat
     evaluate(model, text)
     again = Manifest(model).evaluations().to_pylist()
     assert [row["evaluation_id"] for row in again] == [row["evaluation_id"] for row in before]
-    assert again[0]["at"] > before[0]["at"]
+    assert again[0]["time"] > before[0]["time"]
     evaluate(model, text, "--dtype", "float16")
     assert len({row["evaluation_id"] for row in Manifest(model).evaluations().to_pylist()}) == 2
 

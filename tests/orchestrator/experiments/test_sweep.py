@@ -15,9 +15,9 @@ from support.judging import DATA
 from orchestrator.config.layers import parse_keeps
 from orchestrator.config.run import RunConfig
 from orchestrator.execution.serial import SerialExecutor
-from orchestrator.experiments.sweep import model_dir
-from orchestrator.experiments.sweep_table import Point, Quality, save_curve
-from orchestrator.experiments.sweep_tasks import _main_figures
+from orchestrator.experiments.curves import save_curve
+from orchestrator.experiments.engine import model_dir
+from orchestrator.experiments.quality import Point, Quality, _main_figures
 from orchestrator.manifest.manifest import Manifest
 from orchestrator.planning.plan import make_plan
 from orchestrator.source.checkpoint import resolve_source
@@ -101,7 +101,9 @@ def test_the_whole_command(tiny_llama: Path, wikitext: Path, tmp_path: Path) -> 
     assert apart.code == 0, apart.err
     expected = json.loads(apart.out)
     for place, entry in enumerate((found["dense"], last)):
-        quality = {(one["task"], one["metric"], one["filter"]): one for one in entry["quality"]}
+        quality = {
+            (one["task"], one["metric"], one["answer_filter"]): one for one in entry["quality"]
+        }
         assert {task for task, _, _ in quality} == {"text", "mathqa", "truthfulqa_mc2"}
         assert len(quality) == 2 + len(expected["judgements"])
         model = expected["models"][place]
@@ -115,7 +117,7 @@ def test_the_whole_command(tiny_llama: Path, wikitext: Path, tmp_path: Path) -> 
             else:
                 assert one["difference"] == 0
         for judgement in expected["judgements"]:
-            one = quality[judgement["task"], judgement["metric"], judgement["filter"]]
+            one = quality[judgement["task"], judgement["metric"], judgement["answer_filter"]]
             assert one["higher_is_better"] is judgement["higher_is_better"]
             for name in ("value", "stderr"):
                 assert one[name] == judgement["models"][place][name]
@@ -232,7 +234,7 @@ def test_a_sweep_on_two_workers_has_the_same_bytes(many_layers: Path, tmp_path: 
         for row in Manifest(model_dir(tmp_path / "out", keep)).groups().to_pylist()
     ]
     # Both budgets of a layer were one worker's.
-    assert len({(row["group"], row["worker"]) for row in rows}) == 32
+    assert len({(row["block"], row["worker"]) for row in rows}) == 32
     require_same_as_apart(many_layers, tmp_path / "out", tmp_path / "apart", *few)
 
 
@@ -318,7 +320,7 @@ def test_the_table_shows_one_figure_of_each_task() -> None:
         "another": [("f1", "none"), ("recall", "none")],
     }
     entries = [
-        {"task": task, "metric": metric, "filter": name}
+        {"task": task, "metric": metric, "answer_filter": name}
         for task, figures in names.items()
         for metric, name in figures
     ]

@@ -27,7 +27,7 @@ def result(payloads: Path, task_id: str, layer: int) -> Result:
     return Result(
         task_id=task_id,
         layer=layer,
-        group=f"model.layers.{layer}.self_attn",
+        block=f"model.layers.{layer}.self_attn",
         tensors=("a.weight", "b.weight"),
         method="lestd",
         pattern="unstructured",
@@ -147,13 +147,13 @@ def test_events_are_kept_in_order(tmp_path: Path) -> None:
     manifest.record_event(Event("retried", "t", 1, "the worker died", worker="host:8"), TASK)
     manifest.record_failure(Failure("t", "infrastructure", "Died", "gave up", "trace", 2), TASK)
     events = manifest.events().to_pylist()
-    assert [(e["layer"], e["group"]) for e in events] == [(3, "model.layers.3.self_attn")] * 3
+    assert [(e["layer"], e["block"]) for e in events] == [(3, "model.layers.3.self_attn")] * 3
     found = [(e["worker"], e["node"]) for e in events]
     assert found == [("fe80::1:7", "fe80::1"), ("host:8", "host"), (None, None)]
     assert [e["kind"] for e in events] == ["started", "retried", "failed"]
     assert events[2]["message"] == "gave up"
     assert events[2]["attempt"] == 2
-    assert events[0]["at"] <= events[1]["at"] <= events[2]["at"]
+    assert events[0]["time"] <= events[1]["time"] <= events[2]["time"]
 
 
 def test_files_of_a_newer_schema_are_read(tmp_path: Path, payloads: Path) -> None:

@@ -60,11 +60,11 @@ def parts_of(spec: TableSpec, count: int) -> dict[str, list[dict[str, Any]]]:
     """Part files by name: some of several rows, some with ties in the table's order."""
     found = {}
     for number in range(count):
-        ties = {"task_id": f"task{number}", "layer": number // 3, "group": f"g{number // 3}"}
+        ties = {"task_id": f"task{number}", "layer": number // 3, "block": f"g{number // 3}"}
         if spec is EVENTS:
-            ties |= {"at": number // 2, "kind": "retried"}
+            ties |= {"time": number // 2, "kind": "retried"}
         if spec is EVALUATIONS:
-            ties = {"evaluation_id": f"e{number}", "at": number // 2, "filter": None}
+            ties = {"evaluation_id": f"e{number}", "time": number // 2, "answer_filter": None}
         if spec is RUNS:
             ties = {"invocation": f"r{number}", "started_at": number // 2}
         several = range(1 if spec in (GROUPS, EVENTS, RUNS) else 1 + number % 4)

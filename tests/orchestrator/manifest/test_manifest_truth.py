@@ -277,7 +277,7 @@ def test_statistics_are_those_of_the_payloads(name: str, tiny_llama: Path, tmp_p
         assert tables["out"].table(table).equals(tables["out.run"].table(table))
     groups = tables["out"].groups().to_pylist()
     slices = tables["out"].slices().to_pylist()
-    assert [row["group"] for row in groups] == list(layouts)
+    assert [row["block"] for row in groups] == list(layouts)
 
     learned, bf16 = "learned" in case.options, case.dtype == torch.bfloat16
     # Errors and the mixing by U3 are computed in float32.
@@ -286,7 +286,7 @@ def test_statistics_are_those_of_the_payloads(name: str, tiny_llama: Path, tmp_p
     near |= {"squared_energy_stage1": 2e-4} if bf16 else {}
     codecs = set()
     for layer, row in enumerate(groups):
-        group, layout = row["group"], layouts[row["group"]]
+        group, layout = row["block"], layouts[row["block"]]
         path = tmp_path / "out.run" / "payloads" / row["payload"]
         content = path.read_bytes()
         names = [f"{group}.{module.name}.weight" for module in layout.modules]
@@ -312,7 +312,7 @@ def test_statistics_are_those_of_the_payloads(name: str, tiny_llama: Path, tmp_p
         own = [one for one in slices if one["task_id"] == row["task_id"]]
         assert len(own) == len(layout.slices)
         for one, expected in zip(own, truth.slices, strict=True):
-            assert (one["layer"], one["group"]) == (layer, group)
+            assert (one["layer"], one["block"]) == (layer, group)
             agrees(one, expected, near)
 
         sums = {key: sum(one[key] for one in own) for key in ("squared_norm", "core_bytes")}

@@ -161,7 +161,7 @@ def refused(result: Finished, *words: str) -> None:
         '{"layers": {}}',
         '{"layers": [3]}',
         '{"layers": [{"task_id": "x"}]}',
-        '{"layers": [{"task_id": "x", "layer": "0", "group": "g", "byte_budget": 1}]}',
+        '{"layers": [{"task_id": "x", "layer": "0", "block": "g", "byte_budget": 1}]}',
     ],
 )
 def test_status_of_a_damaged_plan(out: Path, plan: str) -> None:

@@ -47,7 +47,7 @@ def test_every_task_gets_seconds(tiny_llama):
     threads = torch.get_num_threads()
     seconds = predict_seconds(plan, "cpu", 1)
     assert torch.get_num_threads() == threads
-    assert seconds.keys() == {planned.task.group for planned in plan.tasks}
+    assert seconds.keys() == {planned.task.block for planned in plan.tasks}
     assert all(0 < value < math.inf for value in seconds.values())
     assert len(set(seconds.values())) == 2  # one for each kind: the same layout at two budgets
 
@@ -60,27 +60,27 @@ def test_a_gpu_that_is_not_here_is_not_measured(tiny_llama):
 
 
 def test_the_plan_says_seconds_and_the_end_sets_them_beside_the_actual_ones(tiny_llama, tmp_path):
-    planned = json.loads(lestd("plan", tiny_llama, "--keep", 0.4, "--calibrate", "--json").out)
+    planned = json.loads(lestd("plan", tiny_llama, "--keep", 0.4, "--time", "--json").out)
     assert planned["total"]["predicted_seconds"] == pytest.approx(
         sum(layer["predicted_seconds"] for layer in planned["layers"])
     )
-    assert "decomposing takes about" in lestd("plan", tiny_llama, "--keep", 0.4, "--calibrate").out
+    assert "decomposing takes about" in lestd("plan", tiny_llama, "--keep", 0.4, "--time").out
     assert "decomposing" not in lestd("plan", tiny_llama, "--keep", 0.4).out
     command = ("compress", tiny_llama, "--keep", 0.4, "--out", tmp_path / "out")
-    run = lestd(*command, "--executor", "serial", "--calibrate", "--json")
+    run = lestd(*command, "--executor", "serial", "--time", "--json")
     figures = json.loads(run.out)
     predicted, actual = figures["predicted"], figures["actual"]
     assert predicted["decomposition_seconds"] > 0
     assert actual["decomposition_seconds"] > 0
     assert 0 < actual["run_disk_bytes"] <= predicted["run_disk_bytes"]
     assert actual["worker_memory_bytes"] > 0
-    shown = lestd(*command, "--executor", "serial").out  # complete already, and not calibrated
+    shown = lestd(*command, "--executor", "serial").out  # complete already, and not timed
     assert "disk of the run, at most" in shown
     assert "decomposing" not in shown
 
 
 def test_global_allocation_is_predicted_with_both_of_its_passes(tiny_llama, tmp_path):
-    command = ("compress", tiny_llama, "--keep", 0.4, "--allocation", "global", "--calibrate")
+    command = ("compress", tiny_llama, "--keep", 0.4, "--allocation", "global", "--time")
     run = lestd(*command, "--out", tmp_path / "out", "--executor", "serial", "--json")
     actual = json.loads(run.out)["actual"]["decomposition_seconds"]
     manifest = Manifest(tmp_path / "out" / "manifest")

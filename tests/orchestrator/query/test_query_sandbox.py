@@ -1,6 +1,5 @@
 """A query reads the tables it is given, and nothing can make it do anything else: by attempt."""
 
-import shutil
 import socket
 from pathlib import Path
 
@@ -8,11 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.cli import lestd
-from support.paths import TESTS
+from support.manifests import run_of
 
 from orchestrator.query import sql as query
-
-FORMAT_1 = TESTS / "data" / "manifest-v1" / "model"
 
 
 def state(directory: Path) -> dict[str, bytes]:
@@ -22,7 +19,7 @@ def state(directory: Path) -> dict[str, bytes]:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory to work in, with a model, and files that no query may see."""
-    shutil.copytree(FORMAT_1, tmp_path / "out" / "manifest")
+    run_of(tmp_path / "out")
     (tmp_path / "secret.csv").write_text("word\nswordfish\n")
     pq.write_table(pa.table({"word": ["swordfish"]}), tmp_path / "secret.parquet")
     (tmp_path / "home").mkdir()

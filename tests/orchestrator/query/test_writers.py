@@ -5,7 +5,6 @@ import io
 import json
 import os
 import resource
-import shutil
 import signal
 import sys
 import threading
@@ -19,20 +18,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.cli import lestd
-from support.paths import TESTS
+from support.manifests import run_of
 
 from lestd_kernels.errors import LestdError
 from orchestrator.query import sql as query
 from orchestrator.query import writers
 
-FORMAT_1 = TESTS / "data" / "manifest-v1" / "model"
 ESCAPES = "'x\\[/b]' as a, 'x\\[red]hello' as b, 'c' || chr(27) || '[31m:boom:' as \"[/c]\""
 
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    shutil.copytree(FORMAT_1, tmp_path / "out" / "manifest")
-    return tmp_path / "out"
+    return run_of(tmp_path / "out")
 
 
 @pytest.mark.parametrize("more", ["", ", repeat('w', 200) as w, 'long' as " + "n" * 120])

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from support.cli import lestd
 from support.manifests import at, call, evaluation, event, group, run_of, slices, write
-from support.paths import TESTS
 
 from orchestrator.manifest.schemas import STAGES
 from orchestrator.report.data import gather
@@ -128,13 +127,11 @@ def test_a_run_without_a_finished_layer_has_a_page(tmp_path: Path) -> None:
     assert "No layer is finished yet." in page.text
 
 
-@pytest.mark.parametrize("kind", ["model", "run"])
-def test_manifests_of_the_first_format_have_a_report(tmp_path: Path, kind: str) -> None:
-    old = TESTS / "data" / "manifest-v1" / kind
-    (tmp_path / "manifest").symlink_to(old)
-    page = report(tmp_path, tmp_path / "page.html")
+def test_a_run_without_calls_and_spectra_has_a_page(tmp_path: Path) -> None:
+    bare = group(0, 32, 8, 1, singular_values_1=None, singular_values_2=None)
+    page = report(write(tmp_path / "run", groups=[bare]), tmp_path / "page.html")
     assert "layers done" in page.text
-    assert "This manifest has no singular values" in page.text
+    assert "no singular values" in page.text
     assert "not recorded in this manifest" in page.text
 
 
@@ -142,13 +139,13 @@ def test_evaluations_say_what_they_were_measured_on(tmp_path: Path) -> None:
     def judged(windows: int, seconds: float, value: float, **more: Any) -> list[dict[str, Any]]:
         settings = {"text": "t.txt", "windows": windows, "window": 512} | more.pop("settings", {})
         more |= {"settings": json.dumps(settings), "samples": windows, "tokens": windows * 511}
-        names = {"at": at(seconds), "evaluation_id": f"{seconds}", **more}
+        names = {"time": at(seconds), "evaluation_id": f"{seconds}", **more}
         return [
             evaluation(False, "ppl", 40.0, **names),
             evaluation(True, "ppl", value, **names),
         ]
 
-    shots = {"task": "arc", "samples": 1172, "fewshot": 25, "at": at(0)}
+    shots = {"task": "arc", "samples": 1172, "fewshot": 25, "time": at(0)}
     rows = [
         *(evaluation(compressed, "acc", 0.5, **shots) for compressed in (False, True)),
         *judged(718, 1, 44.0),
@@ -222,10 +219,10 @@ def test_a_spectrum_is_thinned_but_keeps_its_ends_and_its_rank(tmp_path: Path) -
 
 
 def test_names_and_messages_stay_text(tmp_path: Path) -> None:
-    groups = [group(layer, 32, 8, 2, group=f"layers.{layer}", worker=EVIL) for layer in range(6)]
+    groups = [group(layer, 32, 8, 2, block=f"layers.{layer}", worker=EVIL) for layer in range(6)]
     events = [event(3, "failed", 5, error_type=EVIL, message=EVIL, worker=EVIL)]
     runs = [call(0, "complete", 6, model=EVIL, family=EVIL)]
-    judged = [evaluation(True, EVIL, 1.0, task=EVIL, filter=EVIL)]
+    judged = [evaluation(True, EVIL, 1.0, task=EVIL, answer_filter=EVIL)]
     run = run_of(tmp_path / "run", groups=groups, events=events, runs=runs, evaluations=judged)
     plain = report(run_of(tmp_path / "plain", events=events[:0]), tmp_path / "plain.html")
     page = report(run, tmp_path / "page.html")

@@ -44,7 +44,7 @@ def test_all_planned_layers_are_known(tmp_path: Path) -> None:
     runs = [call(0, "failed", 6)]
     run = run_of(tmp_path / "run", 6, 2, runs=runs)
     assert [row["layer"] for row in gather(str(run)).missing] == [2, 3, 4, 5]
-    planned = [{"layer": n, "group": group_name(n)} for n in (0, 1, 7, 9)]
+    planned = [{"layer": n, "block": group_name(n)} for n in (0, 1, 7, 9)]
     (run / "plan.json").write_text(json.dumps({"layers": planned}))
     assert gather(str(run)).missing == planned[2:]
 
@@ -82,7 +82,7 @@ def test_lost_attempts_have_their_start_their_end_and_their_reason(tmp_path: Pat
     ]
     data = gather(str(run_of(tmp_path / "run", events=events)))
     one, other = data.lost
-    assert (one["started_at"], one["at"], one["worker"]) == (at(3), at(31), "node-1:7")
+    assert (one["started_at"], one["time"], one["worker"]) == (at(3), at(31), "node-1:7")
     assert (one["layer"], one["error_type"]) == (5, "WorkerDied")
     assert (other["started_at"], other["kind"], other["worker"]) == (None, "failed", None)
     assert (data.summary["retried"], data.summary["failed"]) == (1, 1)
@@ -90,10 +90,10 @@ def test_lost_attempts_have_their_start_their_end_and_their_reason(tmp_path: Pat
 
 def test_the_latest_evaluation_of_each_side_is_compared(tmp_path: Path) -> None:
     rows = [
-        evaluation(False, "ppl", 50.0, at=at(1), evaluation_id="old"),
-        evaluation(False, "ppl", 40.0, at=at(2)),
-        evaluation(True, "ppl", 44.0, at=at(3)),
-        evaluation(True, "ppl", 60.0, at=at(4), settings='{"window": 9}', evaluation_id="other"),
+        evaluation(False, "ppl", 50.0, time=at(1), evaluation_id="old"),
+        evaluation(False, "ppl", 40.0, time=at(2)),
+        evaluation(True, "ppl", 44.0, time=at(3)),
+        evaluation(True, "ppl", 60.0, time=at(4), settings='{"window": 9}', evaluation_id="other"),
     ]
     found = gather(str(run_of(tmp_path / "run", evaluations=rows))).evaluations
     assert [(row["before"], row["after"]) for row in found] == [(40.0, 44.0), (None, 60.0)]

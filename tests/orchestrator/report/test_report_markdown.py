@@ -85,10 +85,10 @@ def test_figures_are_the_manifests(out: Path) -> None:
     actual = {row[0]: row[2] for row in found["Planned and actual"]}
     assert actual["memory of a worker, at most"] == f"{peak / 2**20:,.2f} MiB"
     assert [row[0] for row in found["Projections"][1:]] == ["q", "k", "v", "o"]
-    ranks = {row["group"]: row["R1"] * row["R2"] for row in groups}
+    ranks = {row["block"]: row["R1"] * row["R2"] for row in groups}
     for projection, heads, nnz, density, core_bytes, error in found["Projections"][1:]:
         own = [row for row in slices if row["projection"] == projection]
-        elements = sum(ranks[row["group"]] for row in own)
+        elements = sum(ranks[row["block"]] for row in own)
         norm = sum(row["squared_norm"] for row in own)
         squares = sum(row["relative_error"] ** 2 * row["squared_norm"] for row in own)
         count = sum(row["nnz"] for row in own)
@@ -124,9 +124,14 @@ def test_a_cell_shows_its_text_and_nothing_else(text: str) -> None:
 
 def test_what_happened_and_what_was_measured_is_told(out: Path) -> None:
     at = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
-    lost = {"at": at, "group": None, "task_id": "t1", "attempt": 1, "kind": "retried"}
+    lost = {"time": at, "block": None, "task_id": "t1", "attempt": 1, "kind": "retried"}
     lost |= {"error_type": "NodeLost", "message": NASTY}
-    metric = {"task": "wiki|text", "metric": "word_perplexity", "filter": "none", "fewshot": None}
+    metric = {
+        "task": "wiki|text",
+        "metric": "word_perplexity",
+        "answer_filter": "none",
+        "fewshot": None,
+    }
     metric |= {"before": 20.0, "after": 25.0, "change": 0.25, "before_stderr": None}
     metric |= {
         "after_stderr": None,
@@ -134,7 +139,7 @@ def test_what_happened_and_what_was_measured_is_told(out: Path) -> None:
         "after_model": "/home/me/o|ut",
     }
     metric |= {"measured_on": "t|xt, the first 20 windows"}
-    accuracy = metric | {"metric": "acc", "filter": "strict", "fewshot": 5, "before": 0.5}
+    accuracy = metric | {"metric": "acc", "answer_filter": "strict", "fewshot": 5, "before": 0.5}
     accuracy |= {"after": None, "after_model": None, "before_stderr": 0.03, "change": None}
     accuracy |= {"measured_on": "5-shot"}
     data = gather(str(out))

@@ -1,21 +1,18 @@
-"""A comparison as a table for the terminal, as JSON, as Markdown, and drawn."""
+"""The models of an experiment as a table for the terminal, as JSON, and as Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from orchestrator.console import output
 from orchestrator.console.markdown import cell
-from orchestrator.console.plots import write_figure
-from orchestrator.evaluation.perplexity import TEXT_TASK
-from orchestrator.experiments.compare import Missing, Row
-from orchestrator.experiments.sweep_table import Quality
+from orchestrator.experiments.compare import Measured, Missing
+from orchestrator.experiments.quality import Point, Quality
 from workers.storage.files import atomic_write
 
-_PANELS_IN_A_ROW = 3
 _NOTES = (
     "bytes are data bytes; keep is stored / dense bytes of the weights in scope, in parentheses by "
     "how much the budget is undershot",
@@ -28,8 +25,41 @@ _NOTES = (
 )
 
 
+def print_sweep(points: Sequence[Point], asked: dict[str, Any], json: bool) -> None:
+    """Print a sweep as a table, or as one JSON object.
+
+    Args:
+        points: the dense model first.
+        asked: what JSON says besides; ``plot`` is named below the table.
+        json: which of the two.
+    """
+    dense = points[0]
+    if json:
+        entries = [asdict(point) for point in points]
+        output.print_json(asked | {"dense": entries[0], "points": entries[1:]})
+        return
+    columns = ["keep", "weights in scope", "files on disk", "relative error"]
+    # In two lines, so that the columns of several tasks find place beside each other.
+    columns += [quality.title.replace(" ", "\n", 1) for quality in dense.quality if quality.main]
+    rows = []
+    for point in points:
+        row = ["dense" if point.keep is None else f"{point.keep:g}"]
+        row += [output.size(point.stored_bytes), output.size(point.model_bytes_on_disk)]
+        row.append(f"{point.relative_error:.4f}")
+        for quality in point.quality:
+            if quality.main:
+                told = "" if point.keep is None else f"\n({quality.difference:+.4f})"
+                row.append(f"{quality.value:.4f}{told}")
+        rows.append(row)
+    output.print_table(dense.model, columns, rows)
+    if dense.quality:
+        output.out.print("In parentheses the difference to the dense model")
+    if asked["plot"] is not None:
+        output.out.print(f"plot {asked['plot']}", soft_wrap=True)
+
+
 def print_rows(
-    rows: Sequence[Row], missing: Sequence[Missing], asked: dict[str, Any], json: bool
+    rows: Sequence[Measured], missing: Sequence[Missing], asked: dict[str, Any], json: bool
 ) -> None:
     """Print a comparison as a table, or as one JSON object.
 
@@ -53,7 +83,9 @@ def print_rows(
             output.out.print(f"{name} {asked[name]}", soft_wrap=True)
 
 
-def save_markdown(rows: Sequence[Row], missing: Sequence[Missing], title: str, path: Path) -> None:
+def save_markdown(
+    rows: Sequence[Measured], missing: Sequence[Missing], title: str, path: Path
+) -> None:
     """Write the table as Markdown."""
     columns, body = _cells(rows, " ")
     lines = [f"# {cell(title)}", "", " | ".join(("", *columns, "")).strip()]
@@ -65,12 +97,12 @@ def save_markdown(rows: Sequence[Row], missing: Sequence[Missing], title: str, p
     atomic_write(path, lambda file: file.write(content))
 
 
-def undershoot(row: Row) -> float:
+def undershoot(row: Measured) -> float:
     """By how much of its budget a model stays below it."""
     return 1 - row.point.stored_bytes / row.byte_budget if row.byte_budget else 0.0
 
 
-def _cells(rows: Sequence[Row], newline: str) -> tuple[list[str], list[list[str]]]:
+def _cells(rows: Sequence[Measured], newline: str) -> tuple[list[str], list[list[str]]]:
     """Columns, and the cells of every row; columns that say nothing are left out."""
     dense = rows[0]
     calibrated = any(row.activation_error is not None for row in rows)
@@ -109,89 +141,9 @@ def _quality(quality: Quality, is_dense: bool, newline: str) -> str:
     return f"{quality.value:.4f}{newline}({told})"
 
 
-def _notes(rows: Sequence[Row], missing: Sequence[Missing]) -> list[str]:
+def _notes(rows: Sequence[Measured], missing: Sequence[Missing]) -> list[str]:
     notes = []
     worst = max(rows, key=lambda row: row.operator_error)
     if worst.operator_module:
         notes.append(f"the largest operator error is that of {worst.operator_module}")
     return notes + [f"left out: {one.label} at keep {one.keep:g}: {one.reason}" for one in missing]
-
-
-def save_comparison(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Draw bytes against each main figure, a line for each method; dense is the line to beat.
-
-    Of a text only the token perplexity is drawn, with bars of one paired standard error; where
-    nothing was judged, the errors of the weights are. Perplexities have a logarithmic axis.
-
-    Args:
-        rows: the dense model first.
-        title: what stands above.
-        path: the file; `bench.check_plot` has accepted it.
-    """
-    # An extra of the package, and slow to import: only who asks for a plot needs it.
-    from matplotlib.figure import Figure
-
-    quality = rows[0].point.quality
-    places = [
-        place
-        for place, one in enumerate(quality)
-        if one.main and (one.task, one.metric) != (TEXT_TASK, "word_perplexity")
-    ]
-    panels: list[Callable[[Any], None]] = [
-        lambda axes, place=place: _draw_quality(axes, rows, place)  # type: ignore[misc]
-        for place in places
-    ]
-    panels.append(lambda axes: _draw_error(axes, rows, "relative error", _relative_error))
-    panels.append(lambda axes: _draw_error(axes, rows, "largest operator error", _operator_error))
-    count = len(panels)
-    lines = -(-count // _PANELS_IN_A_ROW)
-    columns = -(-count // lines)
-    figure = Figure(figsize=(4.2 * columns, 0.8 + 3.6 * lines), layout="constrained")
-    found = figure.subplots(lines, columns, squeeze=False).ravel()
-    for axes, draw in zip(found, panels, strict=False):
-        draw(axes)
-        axes.set_xlabel("weights in scope, MiB")
-    for axes in found[count:]:
-        axes.set_axis_off()
-    handles, labels = found[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
-    figure.suptitle(title, fontsize="medium")
-    write_figure(figure, path)
-
-
-def _relative_error(row: Row) -> float:
-    return row.point.relative_error
-
-
-def _operator_error(row: Row) -> float:
-    return row.operator_error
-
-
-def _lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The compressed models of each method, by size."""
-    lines: dict[str, list[Row]] = {}
-    for row in sorted(rows[1:], key=lambda row: row.point.stored_bytes):
-        lines.setdefault(row.label, []).append(row)
-    return {label: lines[label] for label in dict.fromkeys(row.label for row in rows[1:])}
-
-
-def _draw_quality(axes: Any, rows: Sequence[Row], place: int) -> None:
-    dense = rows[0].point.quality[place]
-    axes.axhline(dense.value, color="0.4", linestyle="--", linewidth=1)
-    for label, line in _lines(rows).items():
-        found = [row.point.quality[place] for row in line]
-        sizes = [row.point.stored_bytes / 2**20 for row in line]
-        errors = [one.difference_stderr or 0.0 for one in found]
-        axes.errorbar(sizes, [q.value for q in found], errors, fmt="o-", capsize=3, label=label)
-    if dense.title.endswith("ppl"):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set_ylabel(dense.title + {True: " ↑", False: " ↓", None: ""}[dense.higher_is_better])
-
-
-def _draw_error(axes: Any, rows: Sequence[Row], title: str, value: Callable[[Row], float]) -> None:
-    for label, line in _lines(rows).items():
-        sizes = [row.point.stored_bytes / 2**20 for row in line]
-        axes.plot(sizes, [value(row) for row in line], "o-", label=label)
-    axes.set_ylabel(f"{title} ↓")

@@ -1,4 +1,4 @@
-"""Super weights: a share of the weights, exact in a sparse side matrix, beside any method.
+"""Outliers: a share of the weights, exact in a sparse side matrix, beside any method.
 
 Shapes: W (in, out) of a module, y = x W.
 
@@ -37,12 +37,12 @@ from lestd_kernels.storage.matrix import EncodedCore
 from lestd_kernels.tensorize import GroupLayout
 
 
-def super_weight_count(elements: int, share: float) -> int:
+def outlier_count(elements: int, share: float) -> int:
     """How many weights of a module are kept exactly."""
     return math.ceil(elements * share)
 
 
-def find_super_weights(
+def find_outliers(
     W: Tensor, count: int, max_abs: Tensor | None = None, out_max_abs: Tensor | None = None
 ) -> Tensor:
     """Choose the weights of a module that are kept exactly.
@@ -67,7 +67,7 @@ def side_bytes(layout: GroupLayout, value_dtype: torch.dtype, share: float) -> i
     total = 0
     for module in layout.modules:
         columns, rows = layout.weight_shape(module)
-        count = super_weight_count(rows * columns, share)
+        count = outlier_count(rows * columns, share)
         total += min(
             codec.stored_bytes(rows, columns, count, value_dtype.itemsize)
             for codec in CODECS.values()
@@ -96,12 +96,12 @@ def as_chain(stored: SharedTucker) -> Chain:
 
 @dataclass
 class Protected:
-    """A group whose super weights were taken out before the method saw it.
+    """A group whose outliers were taken out before the method saw it.
 
     Attributes:
         method: what the method prepared of the rest.
         group: the weights as they were.
-        masks: where the super weights of each module are.
+        masks: where the outliers of each module are.
         seconds: what preparing took, by stage.
     """
 
@@ -111,8 +111,8 @@ class Protected:
     seconds: dict[str, float]
 
 
-def with_super_weights(method: Method) -> Method:
-    """The method, and what it does where `MethodArgs.super_weights` asks for more than none."""
+def with_outliers(method: Method) -> Method:
+    """The method, and what it does where `MethodArgs.keep_outliers` asks for more than none."""
 
     def prepare(
         unfolding: Tensor,
@@ -121,15 +121,15 @@ def with_super_weights(method: Method) -> Method:
         args: MethodArgs,
         metrics: Metrics,
     ) -> Any:
-        if not args.super_weights:
+        if not args.keep_outliers:
             return method.prepare(unfolding, layout, value_dtype, args, metrics)
         group = PreparedGroup(unfolding.clone(), layout, value_dtype, args, metrics, {})
         masks = {}
         for module in layout.modules:
             W = group.weight(module)
-            mask = find_super_weights(
+            mask = find_outliers(
                 W,
-                super_weight_count(W.numel(), args.super_weights),
+                outlier_count(W.numel(), args.keep_outliers),
                 metrics.get(f"{module.name}.max_abs"),
                 metrics.get(f"{module.name}.out_max_abs"),
             )
@@ -146,7 +146,7 @@ def with_super_weights(method: Method) -> Method:
             return method.encode(prepared, byte_budget, curve_budgets, reuse=reuse)
         group = prepared.group
         bounds(group.layout, byte_budget, group.value_dtype, group.args)
-        taken = side_bytes(group.layout, group.value_dtype, group.args.super_weights)
+        taken = side_bytes(group.layout, group.value_dtype, group.args.keep_outliers)
         rest = method.encode(
             prepared.method,
             byte_budget - taken,
@@ -171,16 +171,16 @@ def with_super_weights(method: Method) -> Method:
     def bounds(
         layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
     ) -> Bounds:
-        if not args.super_weights:
+        if not args.keep_outliers:
             return method.bounds(layout, byte_budget, value_dtype, args)
         least = least_bytes(layout, value_dtype, args)
         if byte_budget < least:
             raise LestdError(
                 f"the byte budget of a slice group is {byte_budget:,} bytes, but method "
-                f"{method.name!r} with {args.super_weights:g} of the weights kept exactly needs "
-                f"{least:,} bytes; raise keep or lower keep_super_weights"
+                f"{method.name!r} with {args.keep_outliers:g} of the weights kept exactly needs "
+                f"{least:,} bytes; raise keep or lower keep_outliers"
             )
-        taken = side_bytes(layout, value_dtype, args.super_weights)
+        taken = side_bytes(layout, value_dtype, args.keep_outliers)
         rest = method.bounds(layout, byte_budget - taken, value_dtype, _without(args))
         return replace(
             rest,
@@ -190,18 +190,18 @@ def with_super_weights(method: Method) -> Method:
         )
 
     def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
-        if not args.super_weights:
+        if not args.keep_outliers:
             return method.least_bytes(layout, value_dtype, args)
         if args.type_mode != MethodArgs.type_mode:
             raise LestdError(
-                f"keep_super_weights needs type_mode {MethodArgs.type_mode!r}, found "
+                f"keep_outliers needs type_mode {MethodArgs.type_mode!r}, found "
                 f"{args.type_mode!r}; change one of the two"
             )
         rest = method.least_bytes(layout, value_dtype, _without(args))
-        return rest + side_bytes(layout, value_dtype, args.super_weights)
+        return rest + side_bytes(layout, value_dtype, args.keep_outliers)
 
     return Method(method.name, prepare, encode, bounds, least_bytes, method.metrics)
 
 
 def _without(args: MethodArgs) -> MethodArgs:
-    return replace(args, super_weights=0.0)
+    return replace(args, keep_outliers=0.0)
