@@ -98,7 +98,7 @@ def run_status(run_dir: AnyPath, out: AnyPath) -> dict[str, Any]:
         passes = {"budgets_decided": decided, "curves": _counts(pass_one)}
     about = {"state": state, "cleaned": False, "damaged": _damaged(run.manifest)}
     waiting = locked and not done and not curves and not last_event
-    finished = _CALIBRATED.get(next((one.get("metric") for one in planned_layers), None))
+    finished = _CALIBRATED.get(str(next((one.get("metric") for one in planned_layers), None)))
     if waiting and finished is not None:
         names = list_names(run_dir / _CALIBRATION)
         passes["calibrating"] = sum(finished.fullmatch(name) is not None for name in names)
