@@ -15,6 +15,7 @@ from torch import Tensor
 from lestd_kernels.formats.chain import ModuleChain
 from lestd_kernels.formats.ops import Multiply
 from lestd_kernels.linalg.error_feedback import inverse_factor, round_with_feedback
+from lestd_kernels.linalg.metric import Metric, diagonal_of
 from lestd_kernels.methods.common.base import ACTIVATION, MethodArgs
 from lestd_kernels.methods.common.per_module import module_method
 from lestd_kernels.methods.common.quantizing import fitting_bits, least_module_bytes
@@ -23,15 +24,16 @@ from lestd_kernels.storage.matrix import EncodedCore
 
 
 def encode_module(
-    W: Tensor, metric: Tensor | None, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
+    W: Tensor, metric: Metric, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
 ) -> tuple[ModuleChain, float]:
     """Round one module ``(in, out)`` in the metric of its Gram matrix."""
-    assert metric is not None, "in the metric 'activation' every module has a Gram matrix"
+    gram = metric.input
+    assert gram is not None, "in the metric 'activation' every module has a Gram matrix"
     bits = fitting_bits(W.numel(), byte_budget, value_dtype.itemsize, args)
     order = torch.arange(len(W), device=W.device)
     if W.shape[1] % GROUP == 0:
-        order = metric.diagonal().argsort(descending=True, stable=True)
-    U = inverse_factor(metric[order][:, order])
+        order = diagonal_of(gram).argsort(descending=True, stable=True)
+    U = inverse_factor(gram[order][:, order])
     rounded, scales = round_with_feedback(W[order], U, bits, value_dtype)
     assert scales is not None
     if W.shape[1] % GROUP == 0:

@@ -59,7 +59,7 @@ def test_svd_llm_reaches_the_optimum_that_brute_force_finds(
 ) -> None:
     W = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     X = inputs(shape[0])
-    root = Root.of(X.T @ X)
+    root = Root.of_gram(X.T @ X)
     pair = fit_pair(W, root, spectrum(W, root), rank, FP32, Bits())
     residual = (W - pair.left.decode().T @ pair.right.decode()).double().numpy()
     C = metric_matrix(X.T @ X)
@@ -132,7 +132,7 @@ def test_fewer_bits_mean_larger_ranks_in_the_same_bytes(
 def test_values_are_fitted_to_the_factor_as_it_is_stored() -> None:
     X = inputs(64)
     W = torch.randn(64, 96, generator=torch.Generator().manual_seed(5))
-    root = Root.of(X.T @ X)
+    root = Root.of_gram(X.T @ X)
     pair = fit_pair(W, root, spectrum(W, root), 16, BF16, Bits(factor=4))
     A = pair.left.decode().double().T.numpy()
     S = np.linalg.cholesky(metric_matrix(X.T @ X)).T

@@ -19,9 +19,12 @@ from lestd_kernels.storage.codecs import UNSTRUCTURED
 from lestd_kernels.storage.few_bits import FULL_BITS
 from lestd_kernels.tensorize import GroupLayout
 
-WEIGHT, NORM, ACTIVATION = METRICS = ("weight", "norm", "activation")
-"""In which norm an error is made small: Frobenius, with inputs scaled by the preceding norm, or
-with the inputs of a calibration text."""
+WEIGHT, NORM, ACTIVATION, LOSS = METRICS = ("weight", "norm", "activation", "loss")
+"""In which norm an error is made small: Frobenius, with inputs scaled by the preceding norm, with
+the inputs of a calibration text, or with them and with what outputs do to the model's own
+predictions on it."""
+CALIBRATED = (ACTIVATION, LOSS)
+"""The metrics that are made of a text."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +138,10 @@ class Decomposed:
         singular_values: of the mode-1 unfolding (d) and of the mode-2 unfolding (p), descending;
             empty where the method does not need them.
         metric_squared_norm: ``||S W||^2`` with the root S of the metric, ``G = S^T S``, summed over
-            the modules; `squared_norm` where there is no metric.
-        metric_squared_error: ``||S (W - W_hat)||^2``; likewise.
+            the modules; `squared_norm` where there is no metric. In the metric loss
+            ``tr(A W B W^T)``.
+        metric_squared_error: ``||S (W - W_hat)||^2``; likewise. In the metric loss
+            ``tr(A D B D^T)`` with D = W - W_hat: twice the expected loss in nats per token.
         expected_squared_error: what it is to be by what is left out, before anything is rounded;
             None where the method does not know, or knows it in another metric only.
     """
@@ -162,7 +167,13 @@ Metrics = Mapping[str, Tensor]
 """Of modules the metric of their input, float32: a Gram matrix ``(in, in)`` or its diagonal
 ``(in,)``. A module that is absent is measured as it is. Where calibration has recorded them there
 are also ``<module>.mean_abs`` ``(in,)``, ``<module>.max_abs`` ``(in,)`` and
-``<module>.out_max_abs`` ``(out,)``: the mean and the largest magnitude of each channel."""
+``<module>.out_max_abs`` ``(out,)``: the mean and the largest magnitude of each channel.
+
+In the metric ``"loss"`` a module's metric is ``A = E[x^T x]``, the mean over the tokens that it
+saw, and ``<module>.output`` is ``B``, float32: ``(out, out)``, its diagonal blocks
+``(heads, p, p)`` in the order of the module's slices, or its diagonal ``(out,)``; without it B is
+the identity. ``tr(A D B D^T) / 2`` is the loss to expect of a change D of the module, in nats per
+token; how many of the tokens an expert sees is in its B."""
 
 STATISTICS = ("mean_abs", "max_abs", "out_max_abs")
 """What calibration records of an input beside its Gram matrix."""

@@ -42,7 +42,6 @@ from lestd_kernels.methods.common.base import (
 from lestd_kernels.methods.common.per_module import (
     PreparedGroup,
     chain_result,
-    metric_squares,
     module_workspace_bytes,
 )
 from lestd_kernels.methods.common.stopwatch import Stopwatch
@@ -165,7 +164,7 @@ def _left_out(prepared: PreparedPairs, choice: Choice) -> float:
     for module in prepared.layout.modules:
         rank, energies = choice[module.name], prepared.spectra[module.name].energies
         if rank is not None and rank < len(energies):
-            norm = metric_squares(prepared.weight(module), prepared.metrics.get(module.name))
+            norm = prepared.metric(module).squares(prepared.weight(module))
             total += float(energies[rank:].sum()) * norm
     return total
 
@@ -202,7 +201,7 @@ def pair_method(
         with clock("stage1"):
             for module in layout.modules:
                 if module.reads not in inputs:
-                    inputs[module.reads] = Root.of(metric_of(metrics, module.name, args))
+                    inputs[module.reads] = Root.of_gram(metric_of(metrics, module.name, args))
                 roots[module.name] = inputs[module.reads]
                 spectra[module.name] = spectrum(prepared.weight(module), roots[module.name])
         return prepared
@@ -247,7 +246,7 @@ def pair_method(
         }
         kept = sum(4 * min(shape) ** 2 for shape in shapes) + sum(4 * n**2 for n in inputs.values())
         most = _most_bytes(layout, value_dtype, args)
-        workspace = module_workspace_bytes(layout) + kept
+        workspace = module_workspace_bytes(layout, args) + kept
         return Bounds(None, None, None, min(byte_budget, most), workspace, 0)
 
     def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
