@@ -46,11 +46,19 @@ class Metric(NamedTuple):
     input: Tensor | None
     output: Tensor | None = None
 
+    @property
+    def transposed(self) -> Metric:
+        """That of the transposed module."""
+        return Metric(self.output, self.input)
+
+    def apply(self, X: Tensor) -> Tensor:
+        """``A X B`` of ``X (in, out)``."""
+        weighted = X if self.input is None else apply_metric(self.input, X)
+        return weighted if self.output is None else apply_metric(self.output, weighted.T).T
+
     def squares(self, X: Tensor) -> float:
         """``tr(A X B X^T)`` of ``X (in, out)``, accumulated in float64."""
-        weighted = X if self.input is None else apply_metric(self.input, X)
-        if self.output is not None:
-            weighted = apply_metric(self.output, weighted.T).T
+        weighted = self.apply(X)
         total = 0.0
         for left, right in zip(torch.split(X, 512), torch.split(weighted, 512), strict=True):
             total += float((left.double() * right).sum())
@@ -95,10 +103,7 @@ def apply_metric(C: Tensor, X: Tensor) -> Tensor:
 
 def diagonal_of(C: Tensor) -> Tensor:
     """The diagonal ``(n,)``."""
-    if C.dim() == 1:
-        return C
-    diagonal: Tensor = C.diagonal(dim1=-2, dim2=-1)
-    return diagonal.reshape(-1)
+    return C if C.dim() == 1 else C.diagonal(dim1=-2, dim2=-1).reshape(-1)
 
 
 def _cholesky(C: Tensor) -> Tensor:
@@ -106,16 +111,16 @@ def _cholesky(C: Tensor) -> Tensor:
 
     One in float32 may have been left by rounding with eigenvalues below zero.
     """
-    exact = C.double()
+    lower: Tensor
     if C.dtype == torch.float64:
-        return torch.linalg.cholesky(exact)
-    exact = exact.clone()
+        lower = torch.linalg.cholesky(C)
+        return lower
+    exact = C.double()
     diagonal = exact.diagonal(dim1=-2, dim2=-1)
     ridge = 1e-7 * float(diagonal.mean())
     while True:
         # The share keeps columns of any size apart, the ridge columns of zeros.
         diagonal.mul_(1 + 1e-7).add_(1e-5 * ridge)
-        lower: Tensor
         lower, failed = torch.linalg.cholesky_ex(exact)
         if not bool(failed.any()):
             return lower
@@ -162,6 +167,28 @@ class Root:
         blocks = X if S.dim() == 2 else X.reshape(len(S), -1, X.shape[1])
         solved: Tensor = torch.linalg.solve_triangular(S.mT, blocks, upper=True)
         return solved.reshape(X.shape)
+
+
+class Roots(NamedTuple):
+    """Of the metric of a module.
+
+    Attributes:
+        input: of its inputs' metric.
+        output: of its outputs'.
+    """
+
+    input: Root
+    output: Root = Root(None)
+
+    @property
+    def transposed(self) -> Roots:
+        """Those of the transposed module."""
+        return Roots(self.output, self.input)
+
+    def apply(self, X: Tensor) -> Tensor:
+        """``S_A^T X S_B`` of ``X (in, out)``."""
+        X = self.input.apply(X)
+        return X if self.output.factor is None else self.output.apply(X.T).T
 
 
 def solver(H: Tensor) -> Callable[[Tensor], Tensor]:
