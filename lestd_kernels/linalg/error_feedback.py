@@ -94,23 +94,26 @@ def largest(scores: Tensor, count: int) -> Tensor:
     return mask.view_as(scores)
 
 
-def prune(W: Tensor, U: Tensor, count: int) -> Tensor:
+def prune(W: Tensor, U: Tensor, count: int, outputs: Tensor | None = None) -> Tensor:
     """Choose which weights to keep, with error feedback and without rounding.
 
-    The weights of each block of inputs are chosen by ``(w / U_ii)^2``, the error that removing
-    one causes, as they are after the errors of the blocks before. How many a block keeps is what
-    it would keep if all were chosen at once, before any error: blocks differ, other than in the
-    paper, which keeps the same share of each.
+    The weights of each block of inputs are chosen by ``(w / U_ii)^2``, the error that removing one
+    causes, times what its output counts, as they are after the errors of the blocks before. How
+    many a block keeps is what it would keep if all were chosen at once, before any error: blocks
+    differ, other than in the paper, which keeps the same share of each.
 
     Args:
         W: ``(in, out)``, float32.
         U: see `inverse_factor`.
         count: of weights to keep.
+        outputs: ``(out,)``, what the error of each output counts; default: the same.
 
     Returns:
         Mask ``(in, out)``, bool, with `count` elements set.
     """
     diagonal = U.diagonal()[:, None]
+    if outputs is not None:
+        diagonal = diagonal / outputs.clamp(min=torch.finfo(outputs.dtype).tiny).sqrt()
     initial = largest((W / diagonal).square(), count)
     quotas = [int(part.sum()) for part in torch.split(initial, _BLOCK)]
     W, mask = W.clone(), torch.empty(W.shape, dtype=torch.bool, device=W.device)
@@ -152,54 +155,68 @@ def round_with_feedback(
     W = W.clone(memory_format=torch.contiguous_format)
     groups = None if bits == FULL_BITS else _Groups(W, mask, bits, value_dtype, V)
     kept = None if mask is None else mask.float()
-    U = U.diag() if U.dim() == 1 else U
+
+    def round_rows(first: int, stop: int) -> None:
+        if groups is not None:
+            groups.round_rows(first, stop)
+        else:
+            own = None if kept is None else kept[first:stop]
+            W[first:stop] = _sixteen_bits(W[first:stop], own, value_dtype, V)
+
+    if U.dim() == 1:
+        round_rows(0, len(W))
+        return W, None if groups is None else groups.scales
     for start in range(0, len(W), _BLOCK):
         block = slice(start, min(start + _BLOCK, len(W)))
         errors = W[block].clone()
         for i in range(len(errors)):
             row = start + i
             exact = W[row].clone()
-            if groups is not None:
-                groups.round_row(row)
-            else:
-                W[row] = _sixteen_bits(exact, None if kept is None else kept[row], value_dtype, V)
+            round_rows(row, row + 1)
             errors[i] = (exact - W[row]) / U[row, row]
             W[row + 1 : block.stop] -= U[row, row + 1 : block.stop, None] * errors[i]
         W[block.stop :] -= U[block, block.stop :].T @ errors
     return W, None if groups is None else groups.scales
 
 
-def _sixteen_bits(row: Tensor, kept: Tensor | None, dtype: torch.dtype, V: Tensor | None) -> Tensor:
-    """A row ``(out,)`` in the value dtype, zeros where `kept` is zero."""
+def _sixteen_bits(
+    rows: Tensor, kept: Tensor | None, dtype: torch.dtype, V: Tensor | None
+) -> Tensor:
+    """Rows ``(n, out)`` in the value dtype, zeros where `kept` is zero."""
     if V is not None:
-        kept = torch.ones_like(row) if kept is None else kept
-        return _in_turn(row, kept, V, lambda exact, own: exact.to(dtype).float() * own)
-    rounded = row.to(dtype).float()
+        kept = torch.ones_like(rows) if kept is None else kept
+        return _in_turn(rows, kept, V, lambda exact, own: exact.to(dtype).float() * own)
+    rounded = rows.to(dtype).float()
     return rounded if kept is None else rounded.masked_fill(kept == 0, 0)
 
 
 def _in_turn(
-    row: Tensor, given: Tensor, V: Tensor, nearest: Callable[[Tensor, Tensor], Tensor]
+    rows: Tensor, given: Tensor, V: Tensor, nearest: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Round a row, feeding the error of each output back into those after it in its block.
+    """Round rows, feeding the error of each output back into those after it in its block.
 
     Args:
-        row: ``(out,)``.
-        given: ``(out,)``, what `nearest` must know of each output; zero rounds to zero.
+        rows: ``(n, out)``.
+        given: ``(n, out)``, what `nearest` must know of each output; zero rounds to zero.
         V: ``(k, p, p)``.
-        nearest: ``(values (k,), given (k,))``: what they round to.
+        nearest: ``(values (k, n), given (k, n))``: what they round to.
     """
     blocks, size, _ = V.shape
-    more = (0, blocks * size - len(row))
-    left = functional.pad(row, more).view(blocks, size)
-    given = functional.pad(given, more).view(blocks, size)
-    passed_on = V / V.diagonal(dim1=1, dim2=2)[:, :, None]
-    done = torch.zeros_like(left)
+
+    def by_output(X: Tensor) -> Tensor:
+        X = functional.pad(X, (0, blocks * size - rows.shape[1]))
+        return X.view(len(rows), blocks, size).permute(2, 1, 0).contiguous()
+
+    left, given = by_output(rows), by_output(given)
+    # Output j, block, output after it.
+    passed_on = (
+        (V / V.diagonal(dim1=1, dim2=2)[:, :, None]).permute(1, 2, 0)[..., None].contiguous()
+    )
     for j in range(size):
-        done[:, j] = nearest(left[:, j], given[:, j])
-        error = left[:, j : j + 1] - done[:, j : j + 1]
-        left = torch.addcmul(left, passed_on[:, j], error, value=-1)
-    return done.view(-1)[: len(row)]
+        exact = left[j].clone()
+        left[j] = nearest(exact, given[j])
+        left[j + 1 :].addcmul_(passed_on[j, j + 1 :], exact - left[j], value=-1)
+    return left.permute(2, 1, 0).reshape(len(rows), -1)[:, : rows.shape[1]]
 
 
 class _Groups:
@@ -227,33 +244,39 @@ class _Groups:
         self.scales = W.new_zeros(scale_count(self._ends[-1]))
         self._chosen = torch.zeros_like(self.scales, dtype=torch.bool)
 
-    def round_row(self, row: int) -> None:
-        """Round the stored elements of a row, set its others to zero."""
-        first, stop = self._ends[row], self._ends[row + 1]
+    def round_rows(self, begin: int, end: int) -> None:
+        """Round the stored elements of rows, set their others to zero."""
+        first, stop = self._ends[begin], self._ends[end]
         groups = slice(first // GROUP, scale_count(stop))
-        begin = groups.start * GROUP
-        members = slice(begin, min(groups.stop * GROUP, self._ends[-1]))
+        before = groups.start * GROUP
+        members = slice(before, min(groups.stop * GROUP, self._ends[-1]))
         where = members if self._positions is None else self._positions[members]
         values = self._flat[where]
         fresh = group_scales(values, self._bits, self._dtype, self._has_zero)
         scales = torch.where(self._chosen[groups], self.scales[groups], fresh)
         self.scales[groups], self._chosen[groups] = scales, True
-        own = slice(first - begin, stop - begin)
+        own = slice(first - before, stop - before)
         spread = spread_scales(scales, len(values))[own]
-        whole = slice(row * self._columns, (row + 1) * self._columns)
-        if self._factor is not None:
-            every = torch.zeros_like(self._flat[whole])
-            every[
-                slice(None)
-                if self._positions is None
-                else self._positions[first:stop] - whole.start
-            ] = spread
-            self._flat[whole] = _in_turn(self._flat[whole], every, self._factor, self._nearest)
-        elif self._positions is None:
-            self._flat[whole] = self._nearest(values[own], spread)
-        else:
-            self._flat[whole] = 0
-            self._flat[self._positions[first:stop]] = self._nearest(values[own], spread)
+        whole = slice(begin * self._columns, end * self._columns)
+        inside = (
+            slice(None) if self._positions is None else self._positions[first:stop] - whole.start
+        )
+        rows = self._flat[whole]
+        if self._factor is None:
+            rounded = self._nearest(values[own], spread)
+            if self._positions is not None:
+                rows.zero_()
+            rows[inside] = rounded
+            return
+        given = torch.zeros_like(rows)
+        given[inside] = spread
+        rounded = _in_turn(
+            rows.view(-1, self._columns),
+            given.view(-1, self._columns),
+            self._factor,
+            self._nearest,
+        )
+        rows.copy_(rounded.reshape(-1))
 
     def _nearest(self, values: Tensor, scales: Tensor) -> Tensor:
         codes = nearest_codes(values, scales, self._bits, self._has_zero)

@@ -24,11 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lestd_kernels.linalg.error_feedback import (
-    inverse_factor,
-    output_factor,
-    round_with_feedback,
-)
+from lestd_kernels.linalg.error_feedback import output_factor, round_with_feedback
 from lestd_kernels.linalg.metric import Metric, Root, Roots
 from lestd_kernels.linalg.stage1 import gram_matrix, leading_eigenvectors
 from lestd_kernels.storage.codecs import CODECS
@@ -112,7 +108,7 @@ def fit_pair(
 ) -> Pair:
     """The pair of a rank; Q is fitted to P as it is stored.
 
-    In few bits both are rounded with the error fed back, where a metric with two sides is given.
+    In few bits both are rounded with the error fed back along the sides of a metric that is given.
     """
     root, X = roots.input, roots.input.apply(W)
     leading = found.vectors[:, :rank]
@@ -120,21 +116,20 @@ def fit_pair(
         leading = roots.apply(W) @ leading
         leading = leading / leading.norm(dim=0).clamp(min=torch.finfo(X.dtype).tiny)
     P = root.solve(leading).T.contiguous()
-    left = _stored(P, bits.factor, value_dtype, None, metric and metric.input)
-    whitened = root.apply(left.decode().float().T)
-    Q = least_squares(whitened, X)
-    rows = None if metric is None else gram_matrix(whitened.T)
-    return Pair(left, _stored(Q, bits.value, value_dtype, rows, metric and metric.output))
+    left = _stored(P, bits.factor, value_dtype, metric and metric.input)
+    Q = least_squares(root.apply(left.decode().float().T), X)
+    return Pair(left, _stored(Q, bits.value, value_dtype, metric and metric.output))
 
 
-def _stored(
-    M: Tensor, bits: int, value_dtype: torch.dtype, rows: Tensor | None, columns: Tensor | None
-) -> EncodedCore:
-    """A dense matrix, rounded with the error fed back along the sides whose metric is given."""
-    if bits == FULL_BITS or (rows is None and columns is None):
+def _stored(M: Tensor, bits: int, value_dtype: torch.dtype, columns: Tensor | None) -> EncodedCore:
+    """A dense matrix, rounded with the error fed back along its columns where they have a metric.
+
+    The directions of a pair are all but orthogonal: they cannot make up for each other.
+    """
+    V = output_factor(columns)
+    if bits == FULL_BITS or V is None:
         return EncodedCore.quantized(M, bits, value_dtype)
-    U = M.new_ones(len(M)) if rows is None else inverse_factor(rows)
-    M, scales = round_with_feedback(M, U, bits, value_dtype, V=output_factor(columns))
+    M, scales = round_with_feedback(M, M.new_ones(len(M)), bits, value_dtype, V=V)
     return EncodedCore.quantized(M, bits, value_dtype, scales, codec="dense")
 
 
