@@ -34,7 +34,7 @@ from lestd_kernels.methods.common.base import (
     Metrics,
 )
 from lestd_kernels.methods.common.one_sided_basis import IDENTITY, SidedGroup, readers_of
-from lestd_kernels.methods.common.per_module import PreparedGroup, chain_result, metric_squares
+from lestd_kernels.methods.common.per_module import PreparedGroup, chain_result
 from lestd_kernels.methods.common.stopwatch import Stopwatch
 from lestd_kernels.search.basis_rank import SidedShape
 from lestd_kernels.search.budget import CurvePoint
@@ -165,7 +165,7 @@ def _projection_norms(group: PreparedGroup) -> dict[str, float]:
     """For each module the norm of all weights of its projection, in their metrics; 1 if it is 0."""
     squares: dict[tuple[str, ...], float] = {}
     for module in group.layout.modules:
-        found = metric_squares(group.weight(module), group.metrics.get(module.name))
+        found = group.metric(module).squares(group.weight(module))
         squares[_projection(module)] = squares.get(_projection(module), 0.0) + found
     return {m.name: math.sqrt(squares[_projection(m)]) or 1.0 for m in group.layout.modules}
 

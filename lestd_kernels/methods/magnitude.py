@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.formats.chain import ModuleChain
+from lestd_kernels.linalg.metric import Metric
 from lestd_kernels.methods.common.base import MethodArgs
 from lestd_kernels.methods.common.per_module import module_method
 from lestd_kernels.methods.common.pruning import keep_largest, least_module_bytes
 
 
 def encode_module(
-    W: Tensor, metric: Tensor | None, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
+    W: Tensor, metric: Metric, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
 ) -> tuple[ModuleChain, float]:
     """Prune one module ``(in, out)`` by ``|w|``."""
     return keep_largest(W, W.abs(), metric, byte_budget, value_dtype, args)

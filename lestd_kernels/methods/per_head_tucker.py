@@ -278,7 +278,7 @@ def bounds(
     n = len(units.members[0]) * layout.head_dim
     # The bases of every unit, and eigenvectors of one.
     bases = 4 * units.count * (layout.width * min(layout.width, n) + layout.head_dim**2)
-    workspace = module_workspace_bytes(layout) + bases + 48 * min(layout.width, n) ** 2
+    workspace = module_workspace_bytes(layout, args) + bases + 48 * min(layout.width, n) ** 2
     return Bounds(None, None, None, byte_budget, workspace, 0)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lestd_kernels.formats.chain import ModuleChain
 from lestd_kernels.formats.ops import Multiply
+from lestd_kernels.linalg.metric import Metric
 from lestd_kernels.methods.common.base import MethodArgs
 from lestd_kernels.methods.common.per_module import module_method
 from lestd_kernels.methods.common.quantizing import fitting_bits, least_module_bytes
@@ -20,7 +21,7 @@ from lestd_kernels.storage.matrix import EncodedCore
 
 
 def encode_module(
-    W: Tensor, metric: Tensor | None, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
+    W: Tensor, metric: Metric, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
 ) -> tuple[ModuleChain, float]:
     """Round one module ``(in, out)``."""
     bits = fitting_bits(W.numel(), byte_budget, value_dtype.itemsize, args)

@@ -16,26 +16,33 @@ from torch import Tensor
 from lestd_kernels.formats.chain import ModuleChain
 from lestd_kernels.formats.ops import Multiply
 from lestd_kernels.linalg.error_feedback import inverse_factor, prune, round_with_feedback
-from lestd_kernels.methods.common.base import ACTIVATION, MethodArgs
-from lestd_kernels.methods.common.per_module import metric_squares, module_method
+from lestd_kernels.linalg.metric import Metric, diagonal_of
+from lestd_kernels.methods.common.base import ACTIVATION, LOSS, MethodArgs
+from lestd_kernels.methods.common.per_module import module_method
 from lestd_kernels.methods.common.pruning import largest_nnz, least_module_bytes
+from lestd_kernels.methods.common.quantizing import of_least_error
 from lestd_kernels.storage.matrix import EncodedCore
 
 
 def encode_module(
-    W: Tensor, metric: Tensor | None, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
+    W: Tensor, metric: Metric, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
 ) -> tuple[ModuleChain, float]:
-    """Prune one module ``(in, out)`` in the metric of its Gram matrix, and round what is left."""
-    assert metric is not None, "in the metric 'activation' every module has a Gram matrix"
+    """Prune one module ``(in, out)`` in its metric, and round what is left."""
+    assert metric.input is not None, "in a calibrated metric every module has a Gram matrix"
     bits = args.value_bits
     rows, columns = W.shape
     count, codec = largest_nnz(rows, columns, byte_budget, value_dtype.itemsize, bits)
-    U = inverse_factor(metric)
-    mask = prune(W, U, count) if codec != "dense" else None
-    rounded, scales = round_with_feedback(W, U, bits, value_dtype, mask)
-    stored = EncodedCore.quantized(rounded, bits, value_dtype, scales, codec, mask)
-    lost = 0.0 if mask is None else metric_squares(W * ~mask, metric)
+    U = inverse_factor(metric.input)
+    outputs = None if metric.output is None else diagonal_of(metric.output)
+    mask = prune(W, U, count, outputs) if codec != "dense" else None
+
+    def candidate(V: Tensor | None) -> EncodedCore:
+        rounded, scales = round_with_feedback(W, U, bits, value_dtype, mask, V)
+        return EncodedCore.quantized(rounded, bits, value_dtype, scales, codec, mask)
+
+    stored = of_least_error(W, metric, candidate)
+    lost = 0.0 if mask is None else metric.squares(W * ~mask)
     return ModuleChain((Multiply(0),), (stored,)), lost
 
 
-METHOD = module_method("sparsegpt", encode_module, least_module_bytes, (ACTIVATION,))
+METHOD = module_method("sparsegpt", encode_module, least_module_bytes, (ACTIVATION, LOSS))

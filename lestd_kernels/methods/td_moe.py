@@ -47,7 +47,6 @@ from lestd_kernels.methods.common.low_rank_pairs import traffic
 from lestd_kernels.methods.common.per_module import (
     PreparedGroup,
     chain_result,
-    metric_squares,
     module_workspace_bytes,
 )
 from lestd_kernels.methods.common.stopwatch import Stopwatch
@@ -143,8 +142,10 @@ def _prepare_projection(prepared: PreparedExperts, modules: list[ModuleLayout]) 
     whitening = args.whitening if args.metric == ACTIVATION else "none"
     grams = [metrics.get(module.name) for module in modules]
     matrices = [prepared.weight(module) for module in modules]
-    root_in = Root.of(_sum(grams) if whitening in ("input", "both") else None)
-    root_out = Root.of(_output_gram(matrices, grams) if whitening in ("output", "both") else None)
+    root_in = Root.of_gram(_sum(grams) if whitening in ("input", "both") else None)
+    root_out = Root.of_gram(
+        _output_gram(matrices, grams) if whitening in ("output", "both") else None
+    )
     counts = traffic(prepared)
     weights = torch.tensor([math.sqrt(counts[module.name]) for module in modules])
     if whitening == "none":
@@ -249,9 +250,7 @@ def _expected_error(prepared: PreparedExperts, chosen: Mapping[str, StackRanks])
     total = 0.0
     for name, ranks in chosen.items():
         one = prepared.projections[name]
-        norm = sum(
-            metric_squares(prepared.weight(m), prepared.metrics.get(m.name)) for m in one.modules
-        )
+        norm = sum(prepared.metric(m).squares(prepared.weight(m)) for m in one.modules)
         whole = float(one.energies[-1, -1, -1])
         missing = whole - kept_energy(one.energies, one.grid, ranks)
         total += norm * missing / max(whole, 1e-300)
@@ -308,7 +307,9 @@ def bounds(
     # The stacks; copies of one, in turn projected and unfolded; eigenvectors and Gram matrices.
     largest = layout.elements // len(_by_projection(layout))
     squares = max(layout.width, layout.head_dim) ** 2
-    workspace = 4 * layout.elements + 32 * largest + 64 * squares + module_workspace_bytes(layout)
+    workspace = (
+        4 * layout.elements + 32 * largest + 64 * squares + module_workspace_bytes(layout, args)
+    )
     return Bounds(None, None, None, byte_budget, workspace, 0)
 
 

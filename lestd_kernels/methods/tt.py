@@ -23,10 +23,10 @@ from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.chain import ModuleChain
 from lestd_kernels.formats.ops import Multiply, Op, Permute
 from lestd_kernels.linalg.low_rank import matrix_bytes
-from lestd_kernels.linalg.metric import Root
+from lestd_kernels.linalg.metric import Metric, Root
 from lestd_kernels.linalg.stage1 import squared_sum
 from lestd_kernels.methods.common.base import NORM, WEIGHT, MethodArgs
-from lestd_kernels.methods.common.per_module import metric_squares, module_method
+from lestd_kernels.methods.common.per_module import module_method
 from lestd_kernels.search.tucker_stack import (
     StackFactors,
     StackRanks,
@@ -82,9 +82,6 @@ def stack_of(W: Tensor, modes: TrainModes) -> Tensor:
     return T.reshape(a2 * b2, a1 * b1, a3 * b3)
 
 
-pass
-
-
 def _train_bytes(modes: TrainModes, ranks: StackRanks, value_bytes: int, args: MethodArgs) -> int:
     (a1, a2, a3), (b1, b2, b3) = modes
     _, r1, r2 = ranks
@@ -101,14 +98,14 @@ def _least_bytes(rows: int, columns: int, value_bytes: int, args: MethodArgs) ->
 
 
 def encode_module(
-    W: Tensor, metric: Tensor | None, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
+    W: Tensor, metric: Metric, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
 ) -> tuple[ModuleChain, float]:
     """The train of one module ``(in, out)``.
 
     Raises:
         LestdError: no ranks fit the budget.
     """
-    modes, root = train_modes(*W.shape), Root.of(metric)
+    modes, root = train_modes(*W.shape), Root.of_gram(metric.input)
     first: tuple[EncodedCore, ...] = ()
     if root.factor is not None:
         inverse = (1 / root.factor)[:, None]
@@ -130,7 +127,7 @@ def encode_module(
     V = leading_vectors(U.T @ T, 2)[:, : ranks.Rb]
     cores = _encode_cores(T, StackFactors(U, V, None), modes, value_dtype, args)
     share = 1 - kept_energy(energies, grid, ranks) / max(squared_sum(T), 1e-300)
-    expected = max(share, 0.0) * metric_squares(W, metric)
+    expected = max(share, 0.0) * metric.squares(W)
     return ModuleChain(_ops(modes, ranks, len(first)), (*first, *cores)), expected
 
 

@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.formats.chain import ModuleChain
+from lestd_kernels.linalg.metric import Metric, diagonal_of
 from lestd_kernels.methods.common.base import ACTIVATION, MethodArgs
 from lestd_kernels.methods.common.per_module import module_method
 from lestd_kernels.methods.common.pruning import keep_largest, least_module_bytes
 
 
 def encode_module(
-    W: Tensor, metric: Tensor | None, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
+    W: Tensor, metric: Metric, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
 ) -> tuple[ModuleChain, float]:
     """Prune one module ``(in, out)`` by the scores of its Gram matrix' diagonal."""
-    assert metric is not None, "in the metric 'activation' every module has a Gram matrix"
-    scores = W.abs() * metric.diagonal().sqrt()[:, None]
+    assert metric.input is not None, "in the metric 'activation' every module has a Gram matrix"
+    scores = W.abs() * diagonal_of(metric.input).sqrt()[:, None]
     return keep_largest(W, scores, metric, byte_budget, value_dtype, args)
 
 

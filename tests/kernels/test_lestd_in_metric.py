@@ -9,14 +9,7 @@ from support.groups import gqa, mha
 from torch import Tensor
 
 from lestd_kernels.errors import LestdError
-from lestd_kernels.linalg.metric import (
-    feedback_root,
-    mean_diagonal,
-    regularized,
-    root,
-    unwhiten,
-    whiten,
-)
+from lestd_kernels.linalg.metric import Root, feedback_root, mean_diagonal, regularized
 from lestd_kernels.methods import METHODS, MethodArgs
 from lestd_kernels.methods.common.base import Decomposed
 from lestd_kernels.methods.common.one_sided_basis import SidedGroup, readers_of
@@ -90,20 +83,20 @@ def test_roots_are_roots(shape: tuple[int, ...]) -> None:
         full = (X.T @ X).diagonal().diag() if shape == (6,) else X.T @ X
         expected = full / full.diagonal().mean() + 1e-3 * torch.eye(6)
         torch.testing.assert_close(dense, expected)
-    S, R = root(C), feedback_root(C)
-    S_dense, R_dense = (one.diag() if one.dim() == 1 else one for one in (S, R))
+    root, R = Root.of(C), feedback_root(C)
+    S_dense, R_dense = (one.diag() if one.dim() == 1 else one for one in (root.factor, R))
     torch.testing.assert_close(S_dense @ S_dense.T, dense)
     torch.testing.assert_close(R_dense @ R_dense.T, dense)
     assert torch.equal(R_dense, R_dense.triu())
     W = torch.randn(6, 4)
-    torch.testing.assert_close(whiten(S, W), S_dense.T @ W)
-    torch.testing.assert_close(unwhiten(S, whiten(S, W)), W)
+    torch.testing.assert_close(root.apply(W), S_dense.T @ W)
+    torch.testing.assert_close(root.solve(root.apply(W)), W)
 
 
 def test_a_metric_that_rounding_made_indefinite_has_a_root() -> None:
     v = torch.linspace(1, 2, 50)
     C = torch.outer(v, v) - 1e-5 * torch.eye(50)
-    S = root(C)
+    S = Root.of(C).factor
     torch.testing.assert_close(S @ S.T, C, atol=1e-3, rtol=1e-3)
 
 

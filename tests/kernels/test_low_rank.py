@@ -11,10 +11,12 @@ from torch import Tensor
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.linalg.low_rank import Bits, common_slope, fit_pair, pair_bytes, spectrum
-from lestd_kernels.linalg.metric import Root
+from lestd_kernels.linalg.metric import Root, Roots
 from lestd_kernels.methods import METHODS, MethodArgs
-from lestd_kernels.methods.common.base import ACTIVATION, NORM, WEIGHT
+from lestd_kernels.methods.common.base import ACTIVATION, LOSS, NORM, WEIGHT
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout, fold_weights
+
+PLAIN = Roots(Root(None))
 
 
 def metric_matrix(gram: Tensor) -> np.ndarray:
@@ -27,8 +29,8 @@ def metric_matrix(gram: Tensor) -> np.ndarray:
 def test_a_pair_is_the_truncated_svd_of_numpy(shape: tuple[int, int], rank: int) -> None:
     rank = min(rank, *shape)
     W = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    found = spectrum(W, Root(None))
-    pair = fit_pair(W, Root(None), found, rank, FP32, Bits())
+    found = spectrum(W, PLAIN)
+    pair = fit_pair(W, PLAIN, found, rank, FP32, Bits())
     U, s, Vt = np.linalg.svd(W.double().numpy(), full_matrices=False)
     expected = (U[:, :rank] * s[:rank]) @ Vt[:rank]
     np.testing.assert_allclose(
@@ -59,8 +61,8 @@ def test_svd_llm_reaches_the_optimum_that_brute_force_finds(
 ) -> None:
     W = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     X = inputs(shape[0])
-    root = Root.of(X.T @ X)
-    pair = fit_pair(W, root, spectrum(W, root), rank, FP32, Bits())
+    roots = Roots(Root.of_gram(X.T @ X))
+    pair = fit_pair(W, roots, spectrum(W, roots), rank, FP32, Bits())
     residual = (W - pair.left.decode().T @ pair.right.decode()).double().numpy()
     C = metric_matrix(X.T @ X)
     error = float((residual * (C @ residual)).sum())
@@ -132,8 +134,8 @@ def test_fewer_bits_mean_larger_ranks_in_the_same_bytes(
 def test_values_are_fitted_to_the_factor_as_it_is_stored() -> None:
     X = inputs(64)
     W = torch.randn(64, 96, generator=torch.Generator().manual_seed(5))
-    root = Root.of(X.T @ X)
-    pair = fit_pair(W, root, spectrum(W, root), 16, BF16, Bits(factor=4))
+    roots = Roots(Root.of_gram(X.T @ X))
+    pair = fit_pair(W, roots, spectrum(W, roots), 16, BF16, Bits(factor=4))
     A = pair.left.decode().double().T.numpy()
     S = np.linalg.cholesky(metric_matrix(X.T @ X)).T
     expected = np.linalg.lstsq(S @ A, S @ W.double().numpy(), rcond=None)[0]
@@ -259,4 +261,5 @@ def test_an_expert_counts_as_often_as_tokens_came_to_it() -> None:
 
 def test_plain_weights_need_no_calibration() -> None:
     assert METHODS["svd"].metrics == METHODS["laser"].metrics == (WEIGHT, NORM)
-    assert METHODS["svd_llm"].metrics == METHODS["asvd"].metrics == (ACTIVATION,)
+    assert METHODS["svd_llm"].metrics == (ACTIVATION, LOSS)
+    assert METHODS["asvd"].metrics == (ACTIVATION,)

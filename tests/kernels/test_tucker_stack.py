@@ -313,7 +313,7 @@ def test_whitening_the_inputs_minimizes_the_error_of_the_outputs() -> None:
         random_unfolding(layout), layout, budget, FP32, args, (), grams
     )
     ranks = done.decomposition.ranks
-    S = Root.of(X.T @ X).factor
+    S = Root.of_gram(X.T @ X).factor
     assert S is not None
     W = stacks(layout, fold_weights(random_unfolding(layout), layout))["up"]
     found = stacks(layout, done.decomposition.to_dense())["up"]

@@ -108,8 +108,10 @@ class Decomposed:
         singular_values: of the mode-1 unfolding (d) and of the mode-2 unfolding (p), descending;
             empty where the method does not need them.
         metric_squared_norm: ``||S W||^2`` with the root S of the metric, ``G = S^T S``, summed over
-            the modules; `squared_norm` where there is no metric.
-        metric_squared_error: ``||S (W - W_hat)||^2``; likewise.
+            the modules; `squared_norm` where there is no metric. In the metric loss
+            ``tr(A W B W^T)``.
+        metric_squared_error: ``||S (W - W_hat)||^2``; likewise. In the metric loss
+            ``tr(A D B D^T)`` with D = W - W_hat: twice the expected loss in nats per token.
         expected_squared_error: what it is to be by what is left out, before anything is rounded;
             None where the method does not know, or knows it in another metric only.
     """

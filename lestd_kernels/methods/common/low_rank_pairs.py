@@ -2,16 +2,17 @@
 
 Shapes: W (in, out) of a module, y = x W; see lestd_kernels.linalg.low_rank.
 
-The bytes of a group are shared between its modules by one common slope of error against bytes. The
-errors are relative, those of each module to its own norm in the metric: q and k, whose norms are
-large, do not matter more than v and o. On trained models that is ahead of equal shares and far
-ahead of absolute errors. An expert's errors count as often as tokens came to it.
+The bytes of a group are shared between its modules by one common slope of error against bytes. In
+the metric loss errors are what they cost, in nats. In the others they are relative, those of each
+module to its own norm in the metric: q and k, whose norms are large, do not matter more than v and
+o. On trained models that is ahead of equal shares and far ahead of absolute errors. There an
+expert's errors count as often as tokens came to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -28,9 +29,10 @@ from lestd_kernels.linalg.low_rank import (
     pair_bytes,
     spectrum,
 )
-from lestd_kernels.linalg.metric import Root
+from lestd_kernels.linalg.metric import Root, Roots
 from lestd_kernels.linalg.stage1 import Ranks
 from lestd_kernels.methods.common.base import (
+    LOSS,
     Bounds,
     Decomposed,
     Method,
@@ -42,7 +44,6 @@ from lestd_kernels.methods.common.base import (
 from lestd_kernels.methods.common.per_module import (
     PreparedGroup,
     chain_result,
-    metric_squares,
     module_workspace_bytes,
 )
 from lestd_kernels.methods.common.stopwatch import Stopwatch
@@ -59,11 +60,11 @@ class PreparedPairs(PreparedGroup):
     """A group with the spectrum of every module.
 
     Attributes:
-        roots: of the modules' metrics; modules with the same input share one.
+        roots: of the modules' metrics; modules with the same input share that of the input.
         spectra: of the modules.
     """
 
-    roots: dict[str, Root]
+    roots: dict[str, Roots]
     spectra: dict[str, Spectrum]
 
 
@@ -125,18 +126,20 @@ Choose = Callable[[PreparedPairs, int], Choice]
 
 
 def choose_ranks(prepared: PreparedPairs, byte_budget: int) -> Choice:
-    """The ranks of least summed relative error, see `common_slope`."""
-    layout, weights = prepared.layout, traffic(prepared)
+    """The ranks of least summed error, see `common_slope`: expected loss, or relative error."""
+    layout = prepared.layout
     modules, value_bytes = layout.modules, prepared.value_dtype.itemsize
     sizes = [
         partial(module_bytes, layout, module, value_bytes=value_bytes, args=prepared.args)
         for module in modules
     ]
-    energies = [
-        (prepared.spectra[module.name].energies * weights[module.name]).tolist()
-        for module in modules
-    ]
-    ranks = common_slope(energies, sizes, byte_budget)
+    energies = [prepared.spectra[module.name].energies for module in modules]
+    if prepared.args.metric != LOSS:
+        counts = traffic(prepared)
+        energies = [
+            one * counts[module.name] for one, module in zip(energies, modules, strict=True)
+        ]
+    ranks = common_slope([one.tolist() for one in energies], sizes, byte_budget)
     return {module.name: rank for module, rank in zip(modules, ranks, strict=True)}
 
 
@@ -153,7 +156,9 @@ def _encode_choice(
                 whole = EncodedCore.quantized(W, bits.value, dtype)
                 chains[name] = ModuleChain((Multiply(0),), (whole,))
                 continue
-            pair = fit_pair(W, prepared.roots[name], prepared.spectra[name], rank, dtype, bits)
+            metric = prepared.metric(module) if prepared.args.metric == LOSS else None
+            roots, found = prepared.roots[name], prepared.spectra[name]
+            pair = fit_pair(W, roots, found, rank, dtype, bits, metric)
             ops = (Multiply(0, transposed=True), Multiply(1))
             chains[name] = ModuleChain(ops, (pair.left, pair.right))
     return chains
@@ -165,8 +170,10 @@ def _left_out(prepared: PreparedPairs, choice: Choice) -> float:
     for module in prepared.layout.modules:
         rank, energies = choice[module.name], prepared.spectra[module.name].energies
         if rank is not None and rank < len(energies):
-            norm = metric_squares(prepared.weight(module), prepared.metrics.get(module.name))
-            total += float(energies[rank:].sum()) * norm
+            lost = float(energies[rank:].sum())
+            if prepared.args.metric != LOSS:
+                lost *= prepared.metric(module).squares(prepared.weight(module))
+            total += lost
     return total
 
 
@@ -193,7 +200,7 @@ def pair_method(
         metrics: Metrics,
     ) -> PreparedPairs:
         clock = Stopwatch(unfolding.device)
-        roots: dict[str, Root] = {}
+        roots: dict[str, Roots] = {}
         spectra: dict[str, Spectrum] = {}
         prepared = PreparedPairs(
             unfolding, layout, value_dtype, args, metrics, clock.seconds, roots, spectra
@@ -202,9 +209,12 @@ def pair_method(
         with clock("stage1"):
             for module in layout.modules:
                 if module.reads not in inputs:
-                    inputs[module.reads] = Root.of(metric_of(metrics, module.name, args))
-                roots[module.name] = inputs[module.reads]
-                spectra[module.name] = spectrum(prepared.weight(module), roots[module.name])
+                    inputs[module.reads] = Root.of_gram(metric_of(metrics, module.name, args))
+                metric = prepared.metric(module)
+                mine = Roots(inputs[module.reads], Root.of_gram(metric.output))
+                roots[module.name] = mine
+                known = metric if args.metric == LOSS else None
+                spectra[module.name] = spectrum(prepared.weight(module), mine, known)
         return prepared
 
     def encode(
@@ -224,8 +234,13 @@ def pair_method(
             ]
         chains = _encode_choice(prepared, choice, clock)
         expected = _left_out(prepared, choice) if metric_of is own_metric else None
-        ranks = _named_ranks(choice)
-        return chain_result(prepared, chains, clock, None, ranks, curve, expected)
+        done = chain_result(prepared, chains, clock, None, _named_ranks(choice), curve, expected)
+        if prepared.args.metric != LOSS or expected is None:
+            return done
+        # Few-bit values lose about the same at every rank.
+        rounding = max(done.metric_squared_error - expected, 0.0)
+        curve = [replace(point, squared_error=point.squared_error + rounding) for point in curve]
+        return replace(done, curve=tuple(curve))
 
     def expected_error(prepared: PreparedPairs, choice: Choice) -> float:
         if metric_of is own_metric:
@@ -246,8 +261,10 @@ def pair_method(
             module.reads: shape[1] for module, shape in zip(layout.modules, shapes, strict=True)
         }
         kept = sum(4 * min(shape) ** 2 for shape in shapes) + sum(4 * n**2 for n in inputs.values())
+        if args.metric == LOSS:
+            kept += sum(4 * out**2 for out, _ in shapes)
         most = _most_bytes(layout, value_dtype, args)
-        workspace = module_workspace_bytes(layout) + kept
+        workspace = module_workspace_bytes(layout, args) + kept
         return Bounds(None, None, None, min(byte_budget, most), workspace, 0)
 
     def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:

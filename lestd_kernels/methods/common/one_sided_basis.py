@@ -28,15 +28,13 @@ from torch import Tensor
 
 from lestd_kernels.linalg.error_feedback import round_with_feedback
 from lestd_kernels.linalg.metric import (
+    Root,
     apply_metric,
     diagonal_of,
     feedback_root,
     mean_diagonal,
     regularized,
-    root,
     solver,
-    unwhiten,
-    whiten,
 )
 from lestd_kernels.linalg.stage1 import gram_matrix, leading_eigenvectors
 from lestd_kernels.linalg.stage2 import select_largest
@@ -79,10 +77,10 @@ class SidedGroup:
     def _find_basis(self) -> tuple[Tensor, tuple[float, ...]]:
         """All columns of A ``(d, d)``, float32, the strongest first, and their singular values."""
         if self.shape.rank_first:
-            S = root(_mean([reader.C for reader in self._readers]))
-            gram = _sum(gram_matrix(whiten(S, reader.W)) for reader in self._readers)
+            S = Root.of(_mean([reader.C for reader in self._readers]))
+            gram = _sum(gram_matrix(S.apply(reader.W)) for reader in self._readers)
             energies, U = leading_eigenvectors(gram)
-            A = unwhiten(S, U)
+            A = S.solve(U)
         else:
             gram = _sum(r.W.T @ apply_metric(r.C, r.W) for r in self._readers)
             energies, A = leading_eigenvectors((gram + gram.T) / 2)

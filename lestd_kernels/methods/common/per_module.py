@@ -14,9 +14,11 @@ from torch import Tensor
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.chain import Chain, ModuleChain
+from lestd_kernels.linalg.metric import Metric
 from lestd_kernels.linalg.stage1 import Ranks
 from lestd_kernels.methods.common.base import (
     BUFFERS_BYTES,
+    LOSS,
     WEIGHT,
     Bounds,
     Decomposed,
@@ -43,7 +45,7 @@ class PreparedGroup:
         layout: the group.
         value_dtype: of the stored tensors.
         args: of the method.
-        metrics: of the modules' inputs.
+        metrics: of the modules.
         seconds: what preparing took, by stage.
     """
 
@@ -59,6 +61,10 @@ class PreparedGroup:
         block = self.unfolding[:, self.layout.columns(module)]
         return block if module.basis_side == "input" else block.T
 
+    def metric(self, module: ModuleLayout) -> Metric:
+        """The metric of a module."""
+        return Metric(self.metrics.get(module.name), self.metrics.get(f"{module.name}.output"))
+
 
 def prepare(
     unfolding: Tensor,
@@ -69,20 +75,6 @@ def prepare(
 ) -> PreparedGroup:
     """Keep a group for `encode`; see `Method.prepare`."""
     return PreparedGroup(unfolding, layout, value_dtype, args, metrics, {})
-
-
-def metric_squares(X: Tensor, metric: Tensor | None) -> float:
-    """``tr(X^T G X)`` of ``X (in, out)``, accumulated in float64; ``||X||^2`` without a metric."""
-    if metric is None:
-        weighted = X
-    elif metric.dim() == 1:
-        weighted = metric[:, None] * X
-    else:
-        weighted = metric @ X
-    total = 0.0
-    for left, right in zip(torch.split(X, 512), torch.split(weighted, 512), strict=True):
-        total += float((left.double() * right).sum())
-    return max(total, 0.0)
 
 
 def chain_result(
@@ -122,9 +114,9 @@ def chain_result(
                     f"{prepared.value_dtype}; convert the checkpoint to bfloat16"
                 )
             residual = W - W_hat
-            metric = prepared.metrics.get(module.name)
-            metric_norm += metric_squares(W, metric)
-            metric_error += metric_squares(residual, metric)
+            metric = prepared.metric(module)
+            metric_norm += metric.squares(W)
+            metric_error += metric.squares(residual)
             slices += _slice_stats(module, W, W_hat, residual, modules[module.name])
     squared_norm = sum(one.squared_norm for one in slices)
     squared_error = sum(one.relative_error**2 * one.squared_norm for one in slices)
@@ -179,12 +171,9 @@ def _slice_squares(X: Tensor, module: ModuleLayout) -> list[float]:
     return [float(one) for one in total.tolist()]
 
 
-EncodeModule = Callable[
-    [Tensor, Tensor | None, int, torch.dtype, MethodArgs], tuple[ModuleChain, float]
-]
+EncodeModule = Callable[[Tensor, Metric, int, torch.dtype, MethodArgs], tuple[ModuleChain, float]]
 """``(W (in, out), metric, byte_budget, value_dtype, args)``: the chain of one module, and the
-squared error to expect of it, see `Decomposed`. W is not to be written to; the metric is that of
-`Metrics`."""
+squared error to expect of it, see `Decomposed`. W is not to be written to."""
 
 ModuleBytes = Callable[[int, int, int, MethodArgs], int]
 """``(in, out, value_bytes, args)``: the fewest bytes in which one module can be stored."""
@@ -248,7 +237,7 @@ def module_method(
     ) -> Bounds:
         least = least_bytes(layout, value_dtype, args)
         require_budget(name, byte_budget, least)
-        return Bounds(None, None, None, byte_budget, module_workspace_bytes(layout), 0)
+        return Bounds(None, None, None, byte_budget, module_workspace_bytes(layout, args), 0)
 
     return Method(name, prepare, encode, bounds, least_bytes, metrics)
 
@@ -264,7 +253,7 @@ def _encode_modules(
             try:
                 chains[module.name], lost = encode_module(
                     prepared.weight(module),
-                    prepared.metrics.get(module.name),
+                    prepared.metric(module),
                     budget,
                     prepared.value_dtype,
                     prepared.args,
@@ -275,16 +264,19 @@ def _encode_modules(
     return chain_result(prepared, chains, clock, expected=expected)
 
 
-def module_workspace_bytes(layout: GroupLayout) -> int:
+def module_workspace_bytes(layout: GroupLayout, args: MethodArgs) -> int:
     """Upper bound of the memory of working on one module at a time, beside the unfolding.
 
     A copy of the module, its singular vectors and the work space of an SVD, or in a metric two
-    square matrices of its input; the residual and the reconstruction when the error is measured.
+    square matrices of its input, and in the metric loss of its output; the residual and the
+    reconstruction when the error is measured.
     """
     most = 0
     for module in layout.modules:
         out_features, in_features = layout.weight_shape(module)
         elements, square = out_features * in_features, in_features**2
+        if args.metric == LOSS:
+            elements, square = 2 * elements, square + out_features**2
         smaller = min(out_features, in_features) ** 2
         most = max(most, 24 * elements + 24 * square + 24 * smaller)
     return most + BUFFERS_BYTES

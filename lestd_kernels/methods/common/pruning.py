@@ -13,8 +13,8 @@ from torch import Tensor
 from lestd_kernels.formats.chain import ModuleChain
 from lestd_kernels.formats.ops import Multiply
 from lestd_kernels.linalg.error_feedback import largest
+from lestd_kernels.linalg.metric import Metric
 from lestd_kernels.methods.common.base import MethodArgs
-from lestd_kernels.methods.common.per_module import metric_squares
 from lestd_kernels.storage.codecs import CODECS, Codec
 from lestd_kernels.storage.matrix import EncodedCore
 
@@ -46,7 +46,7 @@ def least_module_bytes(rows: int, columns: int, value_bytes: int, args: MethodAr
 def keep_largest(
     W: Tensor,
     scores: Tensor,
-    metric: Tensor | None,
+    metric: Metric,
     byte_budget: int,
     value_dtype: torch.dtype,
     args: MethodArgs,
@@ -56,4 +56,4 @@ def keep_largest(
     count, codec = largest_nnz(rows, columns, byte_budget, value_dtype.itemsize, args.value_bits)
     mask = largest(scores, count) & (W != 0)
     kept = EncodedCore.quantized(W * mask, args.value_bits, value_dtype, codec=codec, mask=mask)
-    return ModuleChain((Multiply(0),), (kept,)), metric_squares(W * ~mask, metric)
+    return ModuleChain((Multiply(0),), (kept,)), metric.squares(W * ~mask)
