@@ -183,7 +183,8 @@ class Result(Finished):
     manifest's table of that name. `singular_values_1` and `_2` are those of the mode-1 and mode-2
     unfoldings of the weights, descending. `most_expected_squared_error` is what
     `metric_squared_error` is at most where nothing went wrong, see
-    `lestd_kernels.audit.rounding.most_expected`.
+    `lestd_kernels.audit.rounding.most_expected`. `expected_loss` is in nats per token, and None
+    where the metric is not that of the loss.
     """
 
     payload: str
@@ -212,6 +213,7 @@ class Result(Finished):
     metric_squared_norm: float
     metric_squared_error: float
     most_expected_squared_error: float | None
+    expected_loss: float | None
 
 
 @dataclass(frozen=True)

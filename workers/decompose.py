@@ -35,7 +35,7 @@ from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.chain import Chain
 from lestd_kernels.formats.entries import with_stored_path
 from lestd_kernels.formats.kinds import Decomposition
-from lestd_kernels.methods import METHODS, NORM, Decomposed, MethodArgs
+from lestd_kernels.methods import LOSS, METHODS, NORM, Decomposed, MethodArgs
 from lestd_kernels.methods.common.base import STATISTICS, add_seconds
 from lestd_kernels.methods.common.stopwatch import Stopwatch
 from lestd_kernels.tensorize import unfold_weights
@@ -259,6 +259,7 @@ class DecomposeWorker:
                     metric_squared_norm=done.metric_squared_norm,
                     metric_squared_error=done.metric_squared_error,
                     most_expected_squared_error=most,
+                    expected_loss=done.metric_squared_error / 2 if args.metric == LOSS else None,
                     **known,
                 )
             )

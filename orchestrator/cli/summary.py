@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from orchestrator.compression.pipeline import Outcome
 from orchestrator.config.run import RunConfig
 from orchestrator.console import logs, output
 from orchestrator.execution.retries import retries
-from orchestrator.manifest.result_rows import is_far
+from orchestrator.manifest.result_rows import is_far, total_expected_loss
 from orchestrator.manifest.schemas import COMPUTING_STAGES
 from orchestrator.model.export import Export
 from orchestrator.planning.plan import Plan
@@ -146,6 +147,7 @@ def outcome_figures(
         "model_bytes": plan.model_bytes,
         "model_stored_bytes": plan.untouched_bytes + stored,
         "relative_error": (error / norm) ** 0.5 if norm else 0.0,
+        "expected_loss": total_expected_loss(rows),
         "far_from_expected": [row["block"] for row in rows if is_far(row)],
         "seconds": outcome.seconds,
         "predicted": {
@@ -252,6 +254,8 @@ def print_outcome(
         before, after = (each["decomposition_seconds"] for each in (predicted, actual))
         kept.append(("decomposing, all workers", f"{before:.1f} s", f"{after:.1f} s"))
     output.print_table("the plan", ("", "predicted", "actual"), kept)
+    if (loss := figures["expected_loss"]) is not None:
+        output.out.print(f"expected loss {expected_loss(loss)}", soft_wrap=True)
     output.out.print(
         f"relative error {figures['relative_error']:.4f} over {figures['tasks']} blocks, "
         f"{figures['finished_before']} of them finished before; {figures['seconds']:.1f} s\n"
@@ -330,6 +334,11 @@ def print_status(state: dict[str, Any], json: bool) -> None:
             f"{count} {'file' if count == 1 else 'files'} of the manifest cannot be read: {remedy}",
             soft_wrap=True,
         )
+
+
+def expected_loss(nats: float) -> str:
+    """An expected loss, and what perplexity makes of it: the quadratic form is good when small."""
+    return f"{nats:.4f} nats per token, perplexity about {math.expm1(nats):+.1%}"
 
 
 def _error(layer: dict[str, Any]) -> str:

@@ -189,5 +189,6 @@ def describe_result(result: Result | CurveResult) -> str:
         f"{ranks}density {result.density:.4f} ({result.codec}), "
         f"{output.size(result.dense_bytes)} -> {output.size(result.stored_bytes)}, relative error "
         f"{result.relative_error:.4f}"
+        + ("" if result.expected_loss is None else f", {result.expected_loss:.4f} nats per token")
         + (", far more than its ranks and bits explain" if is_far(vars(result)) else "")
     )

@@ -64,12 +64,13 @@ class Allocation:
     """Which layer gets how many bytes."""
 
     allocation: Annotated[
-        Literal["uniform", "global"],
+        Literal["uniform", "global"] | None,
         HOW(
             "uniform: each layer the same keep. global: bytes where they lower the error "
-            "most; two passes."
+            "most; two passes.",
+            default="global in the metric loss, else uniform",
         ),
-    ] = "uniform"
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,8 @@ class MethodChoice:
         Metric | None,
         HOW(
             "Norm of the error: weight (Frobenius), norm (scaled by the preceding norm), "
-            "activation (of the calibration text).",
+            "activation (of the outputs on the calibration text), loss (of the model's "
+            "predictions there, in nats per token).",
             default="activation with --calibrate-on, else the method's own",
         ),
     ] = None

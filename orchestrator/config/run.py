@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from lestd_kernels.errors import LestdError
-from lestd_kernels.methods import ACTIVATION, CALIBRATED, METHODS, MethodArgs
+from lestd_kernels.methods import ACTIVATION, CALIBRATED, LOSS, METHODS, MethodArgs
 from lestd_kernels.options import MethodOptions
 from orchestrator.config.files import Strict, load_yaml, option_name, typed, validated
 from orchestrator.config.layers import check_layers, parse_layers
@@ -109,6 +109,11 @@ class RunConfig(
         known = METHODS[self.method].metrics
         calibrated = self.calibrate_on is not None and ACTIVATION in known
         return ACTIVATION if calibrated else known[0]
+
+    @property
+    def used_allocation(self) -> str:
+        """The allocation; nats are the same currency in every layer, other errors are not."""
+        return self.allocation or ("global" if self.used_metric == LOSS else "uniform")
 
     @model_validator(mode="after")
     def _one_target(self) -> RunConfig:

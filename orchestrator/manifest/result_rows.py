@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -28,6 +29,13 @@ def is_far(group: Mapping[str, Any]) -> bool:
     """Whether a group's error, of a result or of a row, is far from what was to be expected."""
     error, most = group["metric_squared_error"], group["most_expected_squared_error"]
     return error is not None and most is not None and error > most
+
+
+def total_expected_loss(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """Sum of the groups' expected losses, nats per token; None where one has none."""
+    losses = [row["expected_loss"] for row in rows]
+    known = losses and all(loss is not None for loss in losses)
+    return math.fsum(losses) if known else None
 
 
 def group_row(result: Result) -> dict[str, Any]:

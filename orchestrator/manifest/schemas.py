@@ -190,7 +190,7 @@ GROUPS = TableSpec(
         Column(
             "scope", _TEXT, "what the block is: attention, ffn or experts", check=_is_module_path
         ),
-        Column("metric", _TEXT, "norm of the error: weight, norm or activation"),
+        Column("metric", _TEXT, "norm of the error: weight, norm, activation or loss"),
         Column("value_bits", _INT, "bits of a core value; 16 stands for the value dtype"),
         Column("factor_bits", _INT, "bits of an element of a factor; likewise"),
         Column("metric_squared_norm", _REAL, "||S W||^2, S the metric's root", "metric^2"),
@@ -200,6 +200,13 @@ GROUPS = TableSpec(
             _REAL,
             "beyond it metric_squared_error is far from what ranks and bits say; null: unknown",
             "metric^2",
+        ),
+        Column(
+            "expected_loss",
+            _REAL,
+            "loss that the block's error is expected to cost: half its square in the metric loss; "
+            "null in others",
+            "nats/token",
         ),
     ),
     key=("task_id",),

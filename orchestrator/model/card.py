@@ -11,6 +11,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from orchestrator.config.yaml_text import parse_yaml
 from orchestrator.console import logs
 from orchestrator.console.markdown import template
+from orchestrator.manifest.result_rows import total_expected_loss
 from orchestrator.planning.plan import Plan
 from orchestrator.source.checkpoint import Source
 from workers.storage.files import AnyPath, list_files
@@ -35,6 +36,7 @@ def model_card(
         metric=rows[0]["metric"],
         value_bits=rows[0]["value_bits"],
         factor_bits=rows[0]["factor_bits"],
+        expected_loss=total_expected_loss(rows),
         scopes=sorted({row["scope"] for row in rows}),
         metadata=card_metadata(source.directory),
         stored_bytes=sum(row["stored_bytes"] for row in rows),

@@ -34,6 +34,7 @@ _CALIBRATED = {
 _FIGURES = (
     *("R1", "R2", "R3", "nnz", "density", "codec", "dense_bytes", "stored_bytes"),
     *("relative_error", "metric_squared_error", "most_expected_squared_error"),
+    "expected_loss",
     *("attempt", "worker"),
 )
 

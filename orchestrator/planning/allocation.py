@@ -10,7 +10,8 @@ every machine.
 What is minimized is the sum of the relative squared errors, so that no group counts for more
 because its weights are large: a sum of absolute ones starves small layers, which perplexity
 resents. But it is minimized only as far as the sum of the absolute ones allows, which is not to
-rise either: neither sum is ever above that of uniform allocation.
+rise either: neither sum is ever above that of uniform allocation. In the metric loss errors are
+nats per token, the same currency in every group, and their plain sum is minimized.
 
 References: Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", IEEE
 Transactions on Acoustics, Speech, and Signal Processing 36(9), 1988.
@@ -102,23 +103,24 @@ def predicted_error(curve: Curve, size: int) -> Fraction:
 
 
 def better_than_uniform(
-    curves: Sequence[Curve], squared_norms: Sequence[float], uniform: Sequence[int]
+    curves: Sequence[Curve], squared_norms: Sequence[float] | None, uniform: Sequence[int]
 ) -> list[int] | None:
-    """Budgets with a lower sum of relative squared errors, in the bytes that uniform ones take.
+    """Budgets with a lower sum of errors, in the bytes that uniform ones take.
 
-    A weighted sum of relative and absolute errors is minimized: the one with the smallest share
-    of absolute ones whose solution has both sums below those of uniform budgets, by a part in a
-    thousand.
+    Without norms that is the plain sum. With them a weighted sum of relative and absolute errors is
+    minimized: the one with the smallest share of absolute ones whose solution has both sums below
+    those of uniform budgets, by a part in a thousand.
 
     Args:
         curves: one per group.
-        squared_norms: ``||W||^2`` of each group.
+        squared_norms: ``||W||^2`` of each group; None where errors are nats.
         uniform: the budgets of uniform allocation, each on its curve.
 
     Returns:
         Budgets whose sum is at most that of `uniform`; None where no such are found.
     """
-    norms = [Fraction(norm) for norm in squared_norms]
+    # Nats: as if all norms were one, and relative errors were absolute ones.
+    norms = [Fraction(norm) for norm in squared_norms or [1] * len(curves)]
     relative = [1 / norm if norm else Fraction(0) for norm in norms]
     absolute = Fraction(len(norms)) / sum(norms) if any(norms) else Fraction(0)
 

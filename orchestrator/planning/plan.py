@@ -17,7 +17,7 @@ import torch
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.shared_tucker import FORMAT_VERSION
-from lestd_kernels.methods import CALIBRATED, METHODS, NORM, Bounds, MethodArgs
+from lestd_kernels.methods import CALIBRATED, LOSS, METHODS, NORM, Bounds, MethodArgs
 from orchestrator.architectures import SliceGroup, find_architecture
 from orchestrator.config.run import RunConfig, scope_keep
 from orchestrator.planning.allocation import better_than_uniform, curve_budgets
@@ -201,12 +201,12 @@ def make_plan(source: Source, config: RunConfig) -> Plan:
     tasks = tuple(
         _plan_task(group, config, config.keep_of(group.layer, keep), digest) for group in groups
     )
-    decided = config.allocation == "uniform"
+    decided = config.used_allocation == "uniform"
     if not decided:
         own = config.layers_with_own_keep()
         tasks = tuple(p if p.task.layer in own else _undecided(p) for p in tasks)
     untouched = tuple(ref for name, ref in sorted(refs.items()) if name not in in_scope)
-    return Plan(architecture.family, tasks, untouched, model_bytes, config.allocation, decided)
+    return Plan(architecture.family, tasks, untouched, model_bytes, config.used_allocation, decided)
 
 
 def _plan_task(
@@ -307,7 +307,8 @@ def decide(plan: Plan, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> lis
     tasks = plan.curve_tasks
     rows = [curves[task.task_id] for task in tasks]
     points = [[(row["byte_budget"], row["predicted_squared_error"]) for row in c] for c in rows]
-    norms = [curve[0]["squared_norm"] for curve in rows]
+    in_nats = tasks[0].method_args["metric"] == LOSS
+    norms = None if in_nats else [curve[0]["squared_norm"] for curve in rows]
     uniform = [task.byte_budget for task in tasks]
     better = better_than_uniform(points, norms, uniform)
     groups = [task.block for task in tasks]
@@ -323,7 +324,8 @@ def no_worse_than_uniform(
 ) -> bool:
     """Whether relative and absolute squared errors sum up to at most what uniform budgets give.
 
-    Both sides are measured from tensors as they are stored.
+    Both sides are measured from tensors as they are stored. In the metric loss the absolute ones
+    are nats, and decide alone.
 
     Args:
         rows: group rows of all tasks.
@@ -347,7 +349,10 @@ def no_worse_than_uniform(
         )
         return found <= uniform
 
-    return holds([1.0] * len(pairs)) and holds([1 / norm if norm else 0.0 for *_, norm in pairs])
+    if not holds([1.0] * len(pairs)):
+        return False
+    in_nats = any(row["metric"] == LOSS for row in rows)
+    return in_nats or holds([1 / norm if norm else 0.0 for *_, norm in pairs])
 
 
 def _task_id(task: Task, more: Mapping[str, Any] | None = None) -> str:

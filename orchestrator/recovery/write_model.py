@@ -43,7 +43,7 @@ from workers.storage.names import MANIFEST_DIR
 _OF_OTHER_VALUES = {
     GROUPS.name: (
         *("relative_error", "squared_error", "squared_energy_stage1", "squared_energy_stage2"),
-        *("threshold", "metric_squared_error"),
+        *("threshold", "metric_squared_error", "expected_loss"),
     ),
     SLICES.name: ("relative_error", "squared_energy"),
 }

@@ -18,6 +18,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from orchestrator.manifest.manifest import Manifest
+from orchestrator.manifest.result_rows import total_expected_loss
 from orchestrator.manifest.schemas import COMPUTING_STAGES, STAGES, Row
 from orchestrator.report.quality import before_and_after
 from orchestrator.report.state import ended_calls, planned_layers, run_state, task_span, wall_time
@@ -194,7 +195,8 @@ def _summary(
     ``dense_bytes``, ``byte_budget`` and ``stored_bytes`` of the finished groups;
     ``scope_dense_bytes`` and ``scope_byte_budget`` of all;
     ``model_bytes``, ``untouched_bytes``, and ``model_stored_bytes``, None until complete;
-    ``relative_error`` over the finished groups; ``curves``, finished ones of pass one.
+    ``relative_error`` and ``expected_loss`` over the finished groups; ``curves``, finished ones of
+    pass one.
     """
     last = calls[-1] if calls else {}
     tasks = last.get("tasks")
@@ -239,6 +241,7 @@ def _summary(
         "untouched_bytes": untouched,
         "model_stored_bytes": untouched + stored if whole and untouched is not None else None,
         "relative_error": root_ratio((row["squared_error"], row["squared_norm"]) for row in groups),
+        "expected_loss": total_expected_loss(groups),
     }
 
 
@@ -287,7 +290,13 @@ def _planned(groups: Sequence[Row], work: Sequence[Row], calls: Sequence[Row]) -
 _OF_A_LAYER = (
     *("layer", "block", "scope", "R1", "R2", "R3", "nnz", "density", "codec"),
     *("dense_bytes", "byte_budget", "stored_bytes", "payload_bytes", "relative_error"),
-    *("squared_norm", "squared_error", "squared_energy_stage1", "squared_energy_stage2"),
+    *(
+        "expected_loss",
+        "squared_norm",
+        "squared_error",
+        "squared_energy_stage1",
+        "squared_energy_stage2",
+    ),
     *("hooi_iterations", "peak_memory_bytes", "worker", "node", "device", "attempt"),
 )
 

@@ -49,6 +49,7 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, Any]]:
         ("keep, as planned", figure(summary["keep"])),
         ("allocation", summary["allocation"]),
         ("relative error", figure(summary["relative_error"])),
+        ("expected loss, nats per token", figure(summary["expected_loss"])),
         ("wall time", _wall_time(summary)),
         ("from first to last task", _quantity(summary["span_seconds"], "seconds")),
         ("time of all workers", _quantity(summary["worker_seconds"], "seconds")),

@@ -91,7 +91,8 @@ def fingerprint(source: Source, config: RunConfig, device: str) -> dict[str, Any
     Not in it: paths, the executor, the number of workers. `device` is the class that ``auto``
     came to mean.
     """
-    chosen = config.model_dump(mode="json") | {"device": device}
+    chosen = config.model_dump(mode="json")
+    chosen |= {"device": device, "allocation": config.used_allocation}
     if config.used_metric in CALIBRATED:
         chosen["calibrate_on"] = calibration_digest(config)
     else:  # A text that nothing is computed with, as a comparison gives to all of its methods.

@@ -66,6 +66,7 @@ def result(payloads: Path, task_id: str, layer: int) -> Result:
         factor_bits=8,
         metric_squared_norm=8.0,
         metric_squared_error=0.02,
+        expected_loss=0.01,
         most_expected_squared_error=0.03,
     )
 
