@@ -23,6 +23,7 @@ from orchestrator.execution.executor import Listener, WorkerSpec
 from orchestrator.execution.serial import SerialExecutor
 from orchestrator.experiments.engine import compress_all
 from orchestrator.experiments.variants import Contender
+from orchestrator.manifest import Manifest
 from orchestrator.planning.calibration_costs import blocks_of
 from orchestrator.source.checkpoint import resolve_source
 from orchestrator.source.texts import read_samples
@@ -210,3 +211,42 @@ def test_calibration_on_the_command_line(tiny_llama: Path, wikitext: Path, tmp_p
     refused = lestd(*command, tmp_path / "three", "--calibrate-on", short, "--fresh")
     assert refused.code == 2
     assert "2 samples of 16 take 32; give a longer text" in " ".join(refused.err.split())
+
+
+def test_bytes_go_where_the_expected_loss_falls_most(
+    tiny_llama: Path, wikitext: Path, tmp_path: Path
+) -> None:
+    source, rows = resolve_source(str(tiny_llama)), {}
+    for allocation in (None, "uniform"):
+        config = RunConfig(
+            keep=0.3,
+            method="svd_llm",
+            metric="loss",
+            allocation=allocation,
+            calibrate_on=str(wikitext),
+            samples=8,
+            sample_tokens=64,
+        )
+        out = tmp_path / f"{allocation}"
+        compress_model(
+            source,
+            config,
+            SerialExecutor(),
+            out,
+            tmp_path / f"{allocation}.run",
+            calibration=tmp_path / "calibration",
+        )
+        manifest = Manifest(out / "manifest")
+        rows[allocation] = manifest.groups().to_pylist()
+        [run] = manifest.runs().to_pylist()
+        assert run["allocation"] == (allocation or "global")
+        assert "nats per token" in (out / "README.md").read_text(encoding="utf-8")
+    budgets, losses = (
+        {name: sum(row[column] for row in found) for name, found in rows.items()}
+        for column in ("byte_budget", "expected_loss")
+    )
+    assert budgets[None] <= budgets["uniform"]
+    assert 0 < losses[None] < losses["uniform"]
+    assert len({row["byte_budget"] for row in rows[None]}) > 1
+    for row in rows[None]:
+        assert row["expected_loss"] == row["metric_squared_error"] / 2

@@ -148,25 +148,35 @@ class StoppingExecutor(SerialExecutor):
         raise KeyboardInterrupt
 
 
-def calibrated(family: str, root: Path, executor: Executor, **options: Any) -> dict[str, bytes]:
+def calibrated(
+    family: str, root: Path, executor: Executor, metric: str = "loss", **options: Any
+) -> dict[str, bytes]:
     source = tiny_source(family, root / "model")
-    blocks = all_blocks(source)
+    blocks = all_blocks(source, metric)
     calibrate(source, blocks, some_samples(), executor, root / "calibration", **options)
     return contents(root / "calibration")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("family", "metric", "stops"),
+    [  # Each layer has six pieces and their sums; the loss six pieces, and the way back as many.
+        ("llama", "activation", (1, 3, 4, 5)),
+        ("llama", "loss", (13, 3, 4, 5, 4)),
+        ("qwen3_moe", "loss", (8, 8, 1, 6, 6)),
+    ],
+)
 def test_an_interrupted_calibration_goes_on_and_changes_no_byte(
-    family: str, tmp_path: Path
+    family: str, metric: str, stops: tuple[int, ...], tmp_path: Path
 ) -> None:
-    expected = calibrated(family, tmp_path / "whole", SerialExecutor())
+    expected = calibrated(family, tmp_path / "whole", SerialExecutor(), metric)
     begun: list[str] = []
-    for items in (1, 3, 4, 5):  # Of each layer six pieces and their sums.
+    for items in stops:
         with pytest.raises(KeyboardInterrupt):
             calibrated(
                 family,
                 tmp_path / "parts",
                 StoppingExecutor(items),
+                metric,
                 on_event=lambda event: begun.append(event.task_id),
             )
     seen: list[tuple[Any, int, int]] = []
@@ -175,6 +185,7 @@ def test_an_interrupted_calibration_goes_on_and_changes_no_byte(
         family,
         tmp_path / "parts",
         SerialExecutor(),
+        metric,
         on_start=lambda *at: planned.append(at),
         on_progress=lambda *at: seen.append(at),
         on_event=lambda event: begun.append(event.task_id),
@@ -182,9 +193,8 @@ def test_an_interrupted_calibration_goes_on_and_changes_no_byte(
     assert found == expected
     # What the interrupted calls had begun last was done, too, but nobody asked for its result.
     assert sorted(set(begun)) == sorted(begun)
-    assert (
-        len(begun) == 7 * resolve_source(str(tmp_path / "parts" / "model")).config.num_hidden_layers
-    )
+    layers = resolve_source(str(tmp_path / "parts" / "model")).config.num_hidden_layers
+    assert len(begun) == (7 * layers if metric == "activation" else 14 * layers + 6)
     [(name, items, finished)] = planned
     assert (name, finished) == ("calibrate", set())
     assert [(outcome.task_id, at, of) for outcome, at, of in seen] == [
@@ -193,7 +203,7 @@ def test_an_interrupted_calibration_goes_on_and_changes_no_byte(
 
 
 def test_blocks_that_are_asked_for_later_are_added(tmp_path: Path) -> None:
-    expected = calibrated("llama", tmp_path / "whole", SerialExecutor())
+    expected = calibrated("llama", tmp_path / "whole", SerialExecutor(), "activation")
     source = tiny_source("llama", tmp_path / "model")
     blocks, directory = all_blocks(source), tmp_path / "calibration"
     with pytest.raises(KeyboardInterrupt):
@@ -205,6 +215,9 @@ def test_blocks_that_are_asked_for_later_are_added(tmp_path: Path) -> None:
     assert attention.refs.items() < everything.refs.items()
     again = calibrate(source, blocks, some_samples(), StoppingExecutor(0), directory)
     assert again.refs == everything.refs
+    # Gradients are added to what is there, and what is there serves either metric.
+    calibrate(source, all_blocks(source, "loss"), some_samples(), SerialExecutor(), directory)
+    assert contents(directory) == calibrated("llama", tmp_path / "gradients", SerialExecutor())
 
 
 class ShuffledExecutor(SerialExecutor):
@@ -250,7 +263,7 @@ def test_two_workers_one_of_them_killed_change_no_byte(tmp_path: Path) -> None:
 def test_a_calibration_in_an_object_store(tmp_path: Path) -> None:
     expected = calibrated("qwen3", tmp_path / "disk", SerialExecutor())
     source = tiny_source("qwen3", tmp_path / "model")
-    arguments: Any = (source, all_blocks(source), some_samples())
+    arguments: Any = (source, all_blocks(source, "loss"), some_samples())
     with s3_server() as (url, _):
         directory = as_path(f"{url}/run/calibration")
         with pytest.raises(KeyboardInterrupt):

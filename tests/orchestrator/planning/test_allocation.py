@@ -1,6 +1,7 @@
 """Curves of error against bytes, and the budgets that follow from them."""
 
 from fractions import Fraction
+from itertools import product
 
 import pytest
 import torch
@@ -194,3 +195,20 @@ def test_groups_of_different_spectra_exchange_bytes():
     same = [curves[1]] * n
     assert better_than_uniform(same, [1.0] * n, [uniform] * n) is None
     assert better_than_uniform([[(1, 0.0), (2, 0.0)]] * 2, [0.0] * 2, [1, 2]) is None
+
+
+def test_nats_are_added_up_as_they_are():
+    """The best of all choices of points on convex curves, by trying every one."""
+    grids = [(10, 20, 30, 40)] * 3
+    errors = [(9.0, 5.0, 2.0, 1.0), (0.9, 0.5, 0.2, 0.1), (90.0, 30.0, 10.0, 5.0)]
+    curves = [list(zip(*pair, strict=True)) for pair in zip(grids, errors, strict=True)]
+    uniform = [20, 20, 20]
+    budgets = better_than_uniform(curves, None, uniform)
+    best = min(
+        (sum(error for _, error in chosen), [size for size, _ in chosen])
+        for chosen in product(*curves)
+        if sum(size for size, _ in chosen) <= sum(uniform)
+    )
+    assert budgets == best[1] == [10, 10, 40]
+    # By relative errors the second counts like the others.
+    assert better_than_uniform(curves, [9.0, 0.9, 90.0], uniform) != budgets
