@@ -203,7 +203,8 @@ def test_bytes_stay_within_the_budget_in_every_dtype(
 
 @pytest.mark.parametrize("form", ["full", "head", "diagonal"])
 @pytest.mark.parametrize(
-    ("method", "bits"), [("svd_llm", 16), ("lestd", 16), ("sparsegpt", 16), ("gptq", 4)]
+    ("method", "bits"),
+    [("svd_llm", 16), ("lestd", 16), ("wanda", 16), ("sparsegpt", 16), ("gptq", 4)],
 )
 def test_the_metric_lowers_the_loss_below_that_of_the_inputs_alone(
     method: str, bits: int, form: str
