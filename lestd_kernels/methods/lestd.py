@@ -22,9 +22,7 @@ from lestd_kernels.linalg.stage1 import Ranks
 from lestd_kernels.linalg.stage2 import gram_factors, one_shot, prune_refit, refit_targets
 from lestd_kernels.methods import lestd_in_metric
 from lestd_kernels.methods.common.base import (
-    ACTIVATION,
-    NORM,
-    WEIGHT,
+    METRICS,
     Bounds,
     Decomposed,
     Method,
@@ -255,11 +253,4 @@ def _least_bytes_any(layout: GroupLayout, value_dtype: torch.dtype, args: Method
     return chosen(layout, value_dtype, args)
 
 
-METHOD = Method(
-    "lestd",
-    _prepare_any,
-    _encode_any,
-    _bounds_any,
-    _least_bytes_any,
-    (WEIGHT, NORM, ACTIVATION),
-)
+METHOD = Method("lestd", _prepare_any, _encode_any, _bounds_any, _least_bytes_any, METRICS)

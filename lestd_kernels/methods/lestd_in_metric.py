@@ -5,7 +5,8 @@ lestd_kernels.methods.common.one_sided_basis: Q, K and V share one on their inpu
 one on its output side; so gate, up and down; the gates and ups of all experts share one, and their
 downs. The bytes of a group are divided between the two sides as the dense ones are. What is made
 small is the sum of the projections' squared errors, each relative to the projection's norm:
-otherwise V, whose weights are small, would be pruned first.
+otherwise V, whose weights are small, would be pruned first. In the metric loss it is the loss to
+expect, which decides as well what each side gets of the bytes.
 
 References: LeSTD (ICLR 2026), Stages I and II; "Rethinking the Role of Tensor Decompositions in
 Post-Training LLM Compression", arXiv 2606.03465, on the metric.
@@ -14,7 +15,7 @@ Post-Training LLM Compression", arXiv 2606.03465, on the metric.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -28,6 +29,8 @@ from lestd_kernels.linalg.stage1 import Ranks
 from lestd_kernels.methods.common.base import (
     ACTIVATION,
     BUFFERS_BYTES,
+    CALIBRATED,
+    LOSS,
     Bounds,
     Decomposed,
     MethodArgs,
@@ -36,6 +39,7 @@ from lestd_kernels.methods.common.base import (
 from lestd_kernels.methods.common.one_sided_basis import IDENTITY, SidedGroup, readers_of
 from lestd_kernels.methods.common.per_module import PreparedGroup, chain_result
 from lestd_kernels.methods.common.stopwatch import Stopwatch
+from lestd_kernels.methods.common.two_sided_basis import LossGroup, TwoSided
 from lestd_kernels.search.basis_rank import SidedShape
 from lestd_kernels.search.budget import CurvePoint
 from lestd_kernels.storage.few_bits import FULL_BITS
@@ -47,6 +51,8 @@ _NAMES: dict[BasisSide, str] = {"input": U1_NAME, "output": U1_OUTPUT_NAME}
 _RANKS: dict[BasisSide, str] = {"input": "R1", "output": "R1_output"}
 # An expected error so much larger than the other basis' is not made up for by rounding.
 _NEAR = 4
+# Ways to divide bytes between two sides that are tried in the metric loss, less one.
+_DIVISIONS = 32
 
 
 def serves(layout: GroupLayout, args: MethodArgs) -> bool:
@@ -123,10 +129,10 @@ class PreparedSides(PreparedGroup):
     Attributes:
         groups: one per side.
         scales: module name -> what its weight in `groups` was divided by: the norm of all weights
-            of its projection in the metric.
+            of its projection in the metric; 1 in the metric loss.
     """
 
-    groups: dict[BasisSide, SidedGroup]
+    groups: dict[BasisSide, SidedGroup | LossGroup]
     scales: dict[str, float]
 
 
@@ -142,18 +148,35 @@ def prepare(
     clock = Stopwatch(unfolding.device)
     group = PreparedGroup(unfolding, layout, value_dtype, args, metrics, clock.seconds)
     with clock("stage1"):
-        scales = _projection_norms(group)
-        groups = {}
+        loss = args.metric == LOSS
+        scales = {m.name: 1.0 for m in layout.modules} if loss else _projection_norms(group)
+        groups: dict[BasisSide, SidedGroup | LossGroup] = {}
         for side, modules in sides(layout).items():
             weights = {module.name: group.weight(module) for module in modules}
             reads = {module.name: module.reads for module in modules}
             if side == "output":
                 # Each has a core of its own, even where inputs are the same.
                 reads = {module.name: module.name for module in modules}
+            if loss:
+                groups[side] = LossGroup(_in_loss(group, modules, reads), shapes[side])
+                continue
             readers, unit = readers_of(weights, reads, metrics, scales)
             groups[side] = SidedGroup(readers, shapes[side], unit)
     known = {field.name: getattr(group, field.name) for field in fields(group)}
     return PreparedSides(**known, groups=groups, scales=scales)
+
+
+def _in_loss(
+    group: PreparedGroup, modules: Sequence[ModuleLayout], reads: Mapping[str, str]
+) -> list[TwoSided]:
+    """The modules of a side, those of the output side transposed."""
+    found = []
+    for module in modules:
+        W, metric = group.weight(module), group.metric(module)
+        if module.basis_side == "output":
+            W, metric = W.T, metric.transposed
+        found.append(TwoSided(W, metric, reads[module.name]))
+    return found
 
 
 def _projection(module: ModuleLayout) -> tuple[str, ...]:
@@ -183,8 +206,13 @@ def encode(
     clock = Stopwatch(prepared.unfolding.device)
     shapes = {side: group.shape for side, group in prepared.groups.items()}
     budgets = [byte_budget, *curve_budgets]
-    shares = [_shares(shapes, budget) for budget in budgets]
     expected = [0.0] * len(budgets)
+    with clock("rank_search"):
+        if args.metric == LOSS:
+            shares = _shares_by_loss(prepared.groups, budgets, args)
+        else:
+            shares = [_shares(shapes, budget) for budget in budgets]
+    known = 0.0
     shared: dict[str, EncodedCore] = {}
     chains: dict[str, ModuleChain] = {}
     ranks: dict[str, int] = {}
@@ -197,15 +225,16 @@ def encode(
                 expected[i] += options[0][1]
         with clock("stage2"):
             scales = [prepared.scales[module.name] for module in sides(layout)[side]]
-            best = None
+            best, several = None, len(found[0]) > 1
             for R, _ in found[0]:
                 encoded = group.encode(R, shares[0][side], prepared.value_dtype, scales)
                 # What rounding does to the two, no search knows.
-                error = group.error(*encoded, scales) if len(found[0]) > 1 else 0.0
+                error = group.error(encoded.factor, encoded.cores, scales) if several else 0.0
                 if best is None or error < best[0]:
                     best = error, R, *encoded
             assert best is not None
-            _, R, factor, cores = best
+            _, R, factor, cores, before = best
+            known += before or 0.0
             U1 = Multiply(_NAMES[side], transposed=side == "output")
             ops: tuple[Multiply, ...] = (Multiply(0),)
             if factor is not None:
@@ -215,28 +244,55 @@ def encode(
                 chains[module.name] = ModuleChain(ops, (core,))
     modules = {module.name: chains[module.name] for module in layout.modules}
     done = chain_result(prepared, modules, clock, shared, ranks)
-    # The search knows the sum of the projections' relative errors before anything is rounded. What
-    # came of it for this budget says how much to expect of the others.
-    each = done.metric_squared_norm / len({_projection(module) for module in layout.modules})
-    ratio = done.metric_squared_error / expected[0] if expected[0] else each
+    if args.metric == LOSS:
+        # What is left out, cores that are fitted make up for in part; what rounding loses, it loses
+        # whatever is left out.
+        ratio = known / expected[0] if expected[0] else 1.0
+        rounding = max(done.metric_squared_error - known, 0.0)
+        bound: float | None = known
+    else:
+        # The search knows the sum of the projections' relative errors before anything is rounded.
+        # What came of it for this budget says how much to expect of the others.
+        each = done.metric_squared_norm / len({_projection(module) for module in layout.modules})
+        ratio = done.metric_squared_error / expected[0] if expected[0] else each
+        rounding, bound = 0.0, None
+        if args.metric != ACTIVATION:  # There what the search knows is too low, see `SidedGroup`.
+            # A sum of relative errors, and none of their norms is larger.
+            bound = expected[0] * max(prepared.scales.values()) ** 2
     first = every.get("input", [0] * len(budgets))
     curve = tuple(
-        CurvePoint(budget, Ranks(R, 0, 0), error * ratio)
+        CurvePoint(budget, Ranks(R, 0, 0), error * ratio + rounding)
         for budget, R, error in zip(budgets, first, expected, strict=True)
     )
     # Of the weights divided by their projections' norms.
     values = tuple(group.singular_values for group in prepared.groups.values())
-    bound = None
-    if args.metric != ACTIVATION:  # There what the search knows is too low, see `SidedGroup`.
-        # A sum of relative errors, and none of their norms is larger.
-        bound = expected[0] * max(prepared.scales.values()) ** 2
     return replace(
         done, curve=curve[1:], singular_values=(values[0], ()), expected_squared_error=bound
     )
 
 
+def _shares_by_loss(
+    groups: Mapping[BasisSide, SidedGroup | LossGroup], budgets: Sequence[int], args: MethodArgs
+) -> list[dict[BasisSide, int]]:
+    """The bytes of each side for each budget: the division of least expected loss."""
+    if len(groups) == 1:
+        return [dict.fromkeys(groups, budget) for budget in budgets]
+    (one, first), (other, second) = groups.items()
+    least, spare = (group.shape.least_bytes(args.rank_step) for group in (first, second))
+    shares = []
+    for budget in budgets:
+        most = budget - spare
+        parts = [least + (most - least) * i // _DIVISIONS for i in range(_DIVISIONS + 1)]
+        found = _search(first, parts, args, reuse=True)
+        others = _search(second, [budget - part for part in parts], args, reuse=True)
+        errors = [mine[0][1] + theirs[0][1] for mine, theirs in zip(found, others, strict=True)]
+        best = parts[errors.index(min(errors))]
+        shares.append({one: best, other: budget - best})
+    return shares
+
+
 def _search(
-    group: SidedGroup, budgets: Sequence[int], args: MethodArgs, reuse: bool
+    group: SidedGroup | LossGroup, budgets: Sequence[int], args: MethodArgs, reuse: bool
 ) -> list[list[tuple[int, float]]]:
     """For each budget the ranks worth encoding, and the error to expect; the best one first."""
     shape = group.shape
@@ -247,7 +303,7 @@ def _search(
         return [[one] for one in found]
     options = []
     for (R, error), whole in zip(found, group.search_identity(budgets), strict=True):
-        if args.metric != ACTIVATION and whole > 0:
+        if args.metric not in CALIBRATED and whole > 0:
             # Pruned by what it knows of the weights alone, a model falls apart at errors at which
             # a shared basis does not.
             options.append([(R, error)])
@@ -269,6 +325,8 @@ def bounds(
             f"take {least:,} bytes; raise keep, or lower rank_step or bits"
         )
     shares = _shares(shapes, byte_budget)
+    if args.metric == LOSS:  # The loss divides them, which shapes do not know.
+        shares = dict.fromkeys(shapes, byte_budget)
     largest, nnz, most_bytes = {}, 0, 0
     for side, shape in shapes.items():
         grid = shape.grid(args.rank_step, args.max_flops)
@@ -289,7 +347,7 @@ def bounds(
         max_R1=largest.get("input", largest.get("output")),
         max_R2=None,
         max_nnz=nnz,
-        max_bytes=most_bytes,
+        max_bytes=min(most_bytes, byte_budget),
         workspace_bytes=_workspace_bytes(layout, shapes, args),
         reuse_bytes=4 * layout.elements,
     )
@@ -319,7 +377,10 @@ def _workspace_bytes(
             readers[reader] = readers.get(reader, 0) + layout.width * columns
         largest = max(largest, *readers.values())
     inputs = {m.reads: layout.weight_shape(m)[1] for m in layout.modules}
-    squares = sum(width**2 for width in inputs.values()) if args.metric == "activation" else 0
+    squares = sum(width**2 for width in inputs.values()) if args.metric in CALIBRATED else 0
+    if args.metric == LOSS:  # The outputs' metrics, and the steps of fitting a core to its support.
+        squares += sum(layout.weight_shape(m)[0] ** 2 for m in layout.modules)
+        largest *= 2
     widest = max([layout.width, *inputs.values()] if squares else [layout.width])
     groups = 4 * layout.elements + 12 * most + 18 * largest
     return groups + 8 * squares + 40 * widest**2 + BUFFERS_BYTES

@@ -1,5 +1,8 @@
 """Wanda: pruning by weight and activation, ``|w_ij| ||x_i||`` with x_i the i-th input's values.
 
+In the metric loss also times the root mean square of the loss' gradient by output j: the square is
+what the weight alone costs.
+
 Weights are compared over the whole matrix, not within every output as in the paper. Measured on
 trained attention weights (perplexity, dense 41.07, at keep 0.8, 0.6, 0.4, 0.2):
 
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from lestd_kernels.formats.chain import ModuleChain
 from lestd_kernels.linalg.metric import Metric, diagonal_of
-from lestd_kernels.methods.common.base import ACTIVATION, MethodArgs
+from lestd_kernels.methods.common.base import ACTIVATION, LOSS, MethodArgs
 from lestd_kernels.methods.common.per_module import module_method
 from lestd_kernels.methods.common.pruning import keep_largest, least_module_bytes
 
@@ -25,10 +28,12 @@ from lestd_kernels.methods.common.pruning import keep_largest, least_module_byte
 def encode_module(
     W: Tensor, metric: Metric, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
 ) -> tuple[ModuleChain, float]:
-    """Prune one module ``(in, out)`` by the scores of its Gram matrix' diagonal."""
-    assert metric.input is not None, "in the metric 'activation' every module has a Gram matrix"
+    """Prune one module ``(in, out)`` by the diagonals of its metric."""
+    assert metric.input is not None, "in a calibrated metric every module has a Gram matrix"
     scores = W.abs() * diagonal_of(metric.input).sqrt()[:, None]
+    if metric.output is not None:
+        scores = scores * diagonal_of(metric.output).sqrt()
     return keep_largest(W, scores, metric, byte_budget, value_dtype, args)
 
 
-METHOD = module_method("wanda", encode_module, least_module_bytes, (ACTIVATION,))
+METHOD = module_method("wanda", encode_module, least_module_bytes, (ACTIVATION, LOSS))

@@ -168,7 +168,7 @@ def test_dense_cores_are_the_whitened_optimum(rank_first: bool, R: int) -> None:
     other = columns if rank_first else rows
     shape = SidedShape(16, (other,), rank_first, 1, 4, 16, 16)
     group = SidedGroup(readers, shape, unit)
-    A, [core] = group.encode(R, 10**6, FP32)
+    A, [core], _ = group.encode(R, 10**6, FP32)
     W_hat = A.decode() @ core.decode() if rank_first else core.decode() @ A.decode().T
     D = (W - W_hat).double().numpy()
     C = readers[0].C.double().numpy()
@@ -187,7 +187,7 @@ def test_the_refit_never_raises_the_error_of_the_stored_factor() -> None:
     C = readers[0].C.double()
     for bits in (8, 4, 2):
         shape = SidedShape(24, (30,), True, 1, 4, 16, bits)
-        A, [core] = SidedGroup(readers, shape, unit).encode(12, 10**6, FP32)
+        A, [core], _ = SidedGroup(readers, shape, unit).encode(12, 10**6, FP32)
         F, M = A.decode().double(), core.decode().double()
 
         def error(M: Tensor, F: Tensor = F) -> float:
@@ -200,7 +200,7 @@ def test_the_refit_never_raises_the_error_of_the_stored_factor() -> None:
         )
         # The core of the exact factor, taken over unchanged.
         exact = SidedGroup(readers, SidedShape(24, (30,), True, 1, 4, 16, 16), unit)
-        [unfitted] = exact.encode(12, 10**6, FP32)[1]
+        [unfitted] = exact.encode(12, 10**6, FP32).cores
         assert error(M) <= error(unfitted.decode().double())
 
 

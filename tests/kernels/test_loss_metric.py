@@ -17,6 +17,7 @@ from lestd_kernels.linalg.error_feedback import (
 )
 from lestd_kernels.linalg.low_rank import Bits, fit_pair, spectrum
 from lestd_kernels.linalg.metric import Metric, Root, Roots, apply_metric, diagonal_of
+from lestd_kernels.linalg.support_fit import fit_on_support
 from lestd_kernels.methods import METHODS, MethodArgs
 from lestd_kernels.methods.common.base import ACTIVATION, LOSS, Decomposed
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout
@@ -172,7 +173,7 @@ def test_feedback_along_both_sides_lowers_the_error(form: str, bits: int) -> Non
     assert errors["both"] < errors["inputs"] < errors["nearest"]
 
 
-@pytest.mark.parametrize("method", ["svd_llm"])
+@pytest.mark.parametrize("method", ["svd_llm", "lestd"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_errors_are_nats_and_those_that_were_expected(name: str, form: str, method: str) -> None:
@@ -181,6 +182,7 @@ def test_errors_are_nats_and_those_that_were_expected(name: str, form: str, meth
     assert done.metric_squared_error == pytest.approx(measured(done, layout, form), rel=1e-4)
     assert done.expected_squared_error == pytest.approx(done.metric_squared_error, rel=1e-3)
     half, whole = done.curve
+    assert done.metric_squared_norm > done.metric_squared_error > 0
     assert whole.squared_error == pytest.approx(done.metric_squared_error, rel=1e-3)
     assert half.squared_error > whole.squared_error
 
@@ -191,7 +193,7 @@ def test_bytes_stay_within_the_budget_in_every_dtype(
     name: str, bits: int, dtype: torch.dtype
 ) -> None:
     layout = LAYOUTS[name]
-    for method in ("svd_llm", "sparsegpt", "gptq"):
+    for method in ("svd_llm", "lestd", "sparsegpt", "gptq"):
         if method == "gptq" and bits == 16:
             continue  # It is its bits that fit.
         done = decompose(method, layout, 0.7, "head", dtype, value_bits=bits, factor_bits=bits)
@@ -200,7 +202,10 @@ def test_bytes_stay_within_the_budget_in_every_dtype(
 
 
 @pytest.mark.parametrize("form", ["full", "head", "diagonal"])
-@pytest.mark.parametrize(("method", "bits"), [("svd_llm", 16), ("sparsegpt", 16), ("gptq", 4)])
+@pytest.mark.parametrize(
+    ("method", "bits"),
+    [("svd_llm", 16), ("lestd", 16), ("wanda", 16), ("sparsegpt", 16), ("gptq", 4)],
+)
 def test_the_metric_lowers_the_loss_below_that_of_the_inputs_alone(
     method: str, bits: int, form: str
 ) -> None:
@@ -213,3 +218,19 @@ def test_the_metric_lowers_the_loss_below_that_of_the_inputs_alone(
     lost, other_lost = measured(done, GQA, form), measured(other, GQA, form)
     # But a diagonal does not change what rounding to a dense matrix feeds back.
     assert lost == other_lost if (method, form) == ("gptq", "diagonal") else lost < other_lost
+
+
+def test_a_core_on_its_support_is_the_least_squares_of_the_kronecker_product() -> None:
+    X = torch.randn(6, 7, generator=torch.Generator().manual_seed(0))
+    metric = Metric(gram(6, 1) + torch.eye(6), gram(7, 2) + torch.eye(7))
+    mask = torch.rand(6, 7, generator=torch.Generator().manual_seed(3)) < 0.4
+    kron = torch.kron(dense(metric.input, 6), dense(metric.output, 7)).numpy()
+    root = np.linalg.cholesky(kron).T
+    chosen, x = mask.reshape(-1).numpy(), X.double().numpy().reshape(-1)
+    expected = np.zeros(42)
+    expected[chosen] = np.linalg.lstsq(root[:, chosen], root @ x, rcond=None)[0]
+    found = fit_on_support(X, mask, metric)
+    assert torch.equal(found != 0, mask)
+    least = float(np.square(root @ (x - expected)).sum())
+    assert least * (1 - 1e-5) <= metric.squares(X - found) <= least * 1.001
+    assert metric.squares(X - found) < metric.squares(X * ~mask)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +60,21 @@ class Reader:
     C: Tensor
 
 
+class Encoded(NamedTuple):
+    """What is stored of the modules of one side.
+
+    Attributes:
+        factor: the basis (d, R); None for the identity.
+        cores: in the order of the modules.
+        expected: the squared error that was known before anything was rounded; None where it is
+            not.
+    """
+
+    factor: EncodedCore | None
+    cores: list[EncodedCore]
+    expected: float | None
+
+
 class SidedGroup:
     """Modules that share one basis on one of their sides.
 
@@ -77,7 +93,7 @@ class SidedGroup:
     def _find_basis(self) -> tuple[Tensor, tuple[float, ...]]:
         """All columns of A ``(d, d)``, float32, the strongest first, and their singular values."""
         if self.shape.rank_first:
-            S = Root.of(_mean([reader.C for reader in self._readers]))
+            S = Root.of(mean_metric([reader.C for reader in self._readers]))
             gram = _sum(gram_matrix(S.apply(reader.W)) for reader in self._readers)
             energies, U = leading_eigenvectors(gram)
             A = S.solve(U)
@@ -156,7 +172,7 @@ class SidedGroup:
         byte_budget: int,
         value_dtype: torch.dtype,
         scales: Sequence[float] | None = None,
-    ) -> tuple[EncodedCore | None, list[EncodedCore]]:
+    ) -> Encoded:
         """The factor (d, R) and the cores, in at most `byte_budget` bytes.
 
         Args:
@@ -196,23 +212,23 @@ class SidedGroup:
         for i, scale in enumerate(scales or [1.0] * len(cores)):
             if roots[i] is not known:
                 known = roots[i]
-                inverse = _inverse(known)
+                inverse = feedback_inverse(known)
             core = cores[i].mul_(scale).contiguous()
-            stores.append(_store(core, masks[i], inverse, shape.value_bits, value_dtype))
-        return A, stores
+            stores.append(store_rounded(core, masks[i], inverse, shape.value_bits, value_dtype))
+        return Encoded(A, stores, None)
 
     def _factor(self, R: int, value_dtype: torch.dtype) -> EncodedCore:
         """The leading columns of the basis as they are stored."""
         # Their rows are the channels of the input; on the output side they have no metric.
         rows = (
-            _mean([reader.C for reader in self._readers])
+            mean_metric([reader.C for reader in self._readers])
             if self.shape.rank_first
             else self._basis.new_ones(self.shape.width)
         )
         basis = self._basis[:, :R].contiguous()
         every = torch.ones_like(basis, dtype=torch.bool)
-        inverse = _inverse(feedback_root(rows))
-        return _store(basis, every, inverse, self.shape.factor_bits, value_dtype)
+        inverse = feedback_inverse(feedback_root(rows))
+        return store_rounded(basis, every, inverse, self.shape.factor_bits, value_dtype)
 
     def error(
         self, A: EncodedCore | None, cores: Sequence[EncodedCore], scales: Sequence[float]
@@ -262,7 +278,7 @@ class _Fit:
         return self._solved(self._A.T @ W.T).T.contiguous()
 
 
-def _inverse(row_root: Tensor) -> Tensor | None:
+def feedback_inverse(row_root: Tensor) -> Tensor | None:
     """What `round_with_feedback` needs; None where rows apart cannot make up for each other."""
     if row_root.dim() == 1:
         return None
@@ -271,29 +287,36 @@ def _inverse(row_root: Tensor) -> Tensor | None:
     return inverse
 
 
-def _store(
-    M: Tensor, mask: Tensor, inverse: Tensor | None, value_bits: int, value_dtype: torch.dtype
+def store_rounded(
+    M: Tensor,
+    mask: Tensor,
+    inverse: Tensor | None,
+    value_bits: int,
+    value_dtype: torch.dtype,
+    V: Tensor | None = None,
 ) -> EncodedCore:
     """Store the chosen elements of a matrix, rounded with the error fed back to later rows.
 
     Args:
         M: ``(m, n)``, float32.
         mask: the elements to store.
-        inverse: see `_inverse`.
+        inverse: see `feedback_inverse`.
         value_bits: 16, 8, 4, 3 or 2.
         value_dtype: of values or scales.
+        V: to feed the error back to later columns, see `output_factor`.
     """
     rows, columns = M.shape
     nnz, value_bytes = int(mask.sum()), value_dtype.itemsize
     codec = cheapest_codec(rows, columns, nnz, value_bytes, value_bits).name
     chosen = None if codec == "dense" else mask
-    if inverse is None:
+    if inverse is None and V is None:
         return EncodedCore.quantized(M, value_bits, value_dtype, codec=codec, mask=chosen)
-    rounded, scales = round_with_feedback(M, inverse, value_bits, value_dtype, chosen)
+    U = M.new_ones(rows) if inverse is None else inverse
+    rounded, scales = round_with_feedback(M, U, value_bits, value_dtype, chosen, V)
     return EncodedCore.quantized(rounded, value_bits, value_dtype, scales, codec, chosen)
 
 
-def _mean(metrics: Sequence[Tensor]) -> Tensor:
+def mean_metric(metrics: Sequence[Tensor]) -> Tensor:
     """The mean of metrics; diagonal if all are."""
     if len(metrics) == 1:
         return metrics[0]
