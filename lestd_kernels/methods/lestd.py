@@ -22,7 +22,6 @@ from lestd_kernels.linalg.stage1 import Ranks
 from lestd_kernels.linalg.stage2 import gram_factors, one_shot, prune_refit, refit_targets
 from lestd_kernels.methods import lestd_in_metric
 from lestd_kernels.methods.common.base import (
-    METRICS,
     Bounds,
     Decomposed,
     Method,
@@ -41,6 +40,7 @@ from lestd_kernels.methods.common.shared_basis import (
     workspace_bytes,
 )
 from lestd_kernels.methods.common.stopwatch import Stopwatch
+from lestd_kernels.options import METRICS
 from lestd_kernels.search.budget import GroupShape, Limits, rank_grid, require_feasible
 from lestd_kernels.search.tucker_ranks import search_sparse
 from lestd_kernels.search.two_of_four import (
