@@ -23,13 +23,12 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lestd_kernels.errors import LestdError
-from workers.calibration.layerwise import LayerwiseModel
 from workers.calibration.statistics import Watch, watched_inputs
 from workers.checkpoint.tensors import read_header, read_tensor, write_safetensors
 from workers.contracts import Failure, TensorRef
@@ -44,6 +43,9 @@ from workers.storage.files import (
     not_shared,
     remove_file,
 )
+
+if TYPE_CHECKING:
+    from workers.calibration.layerwise import LayerwiseModel
 
 PIECES_DIR = "pieces"
 
@@ -173,6 +175,9 @@ class CalibrationWorker:
         device: str = "cpu",
         threads: int = 1,
     ) -> None:
+        # Takes seconds, for which every run would wait, calibrated or not.
+        from workers.calibration.layerwise import LayerwiseModel
+
         self._directory = as_path(directory)
         if isinstance(self._directory, Path) and not self._directory.is_dir():
             raise LestdError(not_shared([socket.gethostname()], [directory]))
