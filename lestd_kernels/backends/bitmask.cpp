@@ -2,28 +2,20 @@
 //
 // Work is cut into blocks by the core alone, each of which one thread computes, and partial sums are
 // added in the order of the blocks: a result does not depend on the number of threads.
-#include "bitmask_paths.h"
+#include "bitmask.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
 #include <omp.h>
 #include <torch/library.h>
 
 #include <optional>
 #include <string>
 
-#define DISPATCH_VALUES(TYPE, NAME, ...)                                                     \
-  AT_DISPATCH_SWITCH(TYPE, NAME, AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__)                   \
-                     AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__)                            \
-                     AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__))
-
 extern "C" int MKL_Set_Num_Threads_Local(int count) __attribute__((weak));  // null without MKL
 
+namespace lestd {
 namespace {
 
 constexpr int64_t kBlocks = 16;          // blocks of rows, or products of tiles: for as many threads
@@ -31,19 +23,11 @@ constexpr int64_t kTileBytes = 1 << 21;  // of a dense tile, to stay in a cache 
 constexpr int64_t kTileTokens = 64;      // tokens for which one such tile is enough
 constexpr int64_t kPartTokens = 1024;    // for which expanding a tile again costs next to nothing
 constexpr int64_t kMostParts = 4;        // parts of the tokens
-constexpr int64_t kRowsAhead = 8;        // how early a row of a tile is asked for
 
-enum class Path { kPortable, kNeon, kAvx2, kAvx512 };
-
-#if defined(HAVE_X86_PATHS)
-#define BY_PATH(PATH, ...)                                \
-  (PATH == Path::kAvx512 ? avx512::__VA_ARGS__            \
-   : PATH == Path::kAvx2 ? avx2::__VA_ARGS__              \
-                         : portable::__VA_ARGS__)
-#elif defined(HAVE_NEON_PATH)
-#define BY_PATH(PATH, ...) (PATH == Path::kNeon ? neon::__VA_ARGS__ : portable::__VA_ARGS__)
+#ifdef __x86_64__
+#define POPCNT __attribute__((target("popcnt")))  // every x86-64 CPU that PyTorch still runs on
 #else
-#define BY_PATH(PATH, ...) portable::__VA_ARGS__
+#define POPCNT
 #endif
 
 // Paths that this CPU has, the fastest first. What bounds PyTorch's vectors, ATEN_CPU_CAPABILITY,
@@ -61,21 +45,50 @@ std::vector<std::string> paths() {
   return names;
 }
 
-Path open_path(c10::string_view name) {
+const Path& open_path(c10::string_view name) {
   static const std::vector<std::string> known = paths();
   TORCH_CHECK(std::find(known.begin(), known.end(), name) != known.end(), "this CPU has no path ",
               name, ", expected one of ", known);
-  return name == "avx512" ? Path::kAvx512
-      : name == "avx2" ? Path::kAvx2 : name == "neon" ? Path::kNeon : Path::kPortable;
+#if defined(HAVE_X86_PATHS)
+  if (name == "avx512") return kAvx512;
+  if (name == "avx2") return kAvx2;
+#elif defined(HAVE_NEON_PATH)
+  if (name == "neon") return kNeon;
+#endif
+  return kPortable;
 }
 
-template <typename T>
-Core<T> open_core(
+Type type_of(const at::Tensor& values) {
+  const at::ScalarType type = values.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
+              "values must be float32, bfloat16 or float16, not ", type);
+  return type == at::kFloat ? Type::kFloat
+      : type == at::kBFloat16 ? Type::kBFloat16 : Type::kHalf;
+}
+
+// Number of values among the `left` elements from element `bit` on.
+POPCNT int64_t count_values(const Core& core, int64_t bit, int64_t left) {
+  if (core.mask == nullptr) return left;
+  int64_t step = std::min(-bit & 7, left);  // up to the first whole byte
+  int64_t count = __builtin_popcountll(mask_bits(core, bit, step));
+  bit += step, left -= step;
+  for (; left >= 64; bit += 64, left -= 64) {
+    uint64_t word;
+    std::memcpy(&word, core.mask + (bit >> 3), 8);
+    count += __builtin_popcountll(word);
+  }
+  for (; left > 0; bit += step, left -= step) {
+    step = std::min(kChunk, left);
+    count += __builtin_popcountll(mask_bits(core, bit, step));
+  }
+  return count;
+}
+
+Core open_core(
     const at::Tensor& values, const std::optional<at::Tensor>& mask, int64_t rows, int64_t columns) {
   TORCH_CHECK(values.dim() == 1 && values.is_contiguous(), "values must be 1-D and contiguous");
-  const T* first = values.const_data_ptr<T>();
-  Core<T> core{first, first + values.numel(), nullptr, 0, rows, columns,
-               std::vector<int64_t>(rows + 1, columns)};
+  Core core{values.const_data_ptr(), type_of(values), nullptr, 0, rows, columns,
+            std::vector<int64_t>(rows + 1, columns)};
   core.starts[0] = 0;
   if (mask.has_value()) {
     TORCH_CHECK(mask->dim() == 1 && mask->is_contiguous() && mask->scalar_type() == at::kByte &&
@@ -96,10 +109,10 @@ Core<T> open_core(
 }
 
 // Bounds (kBlocks + 1) of blocks of rows that take about the same bytes each.
-template <typename T>
-std::vector<int64_t> block_bounds(const Core<T>& core) {
+std::vector<int64_t> block_bounds(const Core& core) {
+  const int64_t value_bytes = core.type == Type::kFloat ? 4 : 2;
   const auto bytes = [&](int64_t row) {
-    return core.starts[row] * int64_t(sizeof(T)) + row * (core.columns / 8 + 1);
+    return core.starts[row] * value_bytes + row * (core.columns / 8 + 1);
   };
   std::vector<int64_t> bounds(kBlocks + 1, core.rows);
   int64_t row = 0;
@@ -112,32 +125,31 @@ std::vector<int64_t> block_bounds(const Core<T>& core) {
 
 // x (tokens, n) as float32, each token padded with zeros to `stride` elements.
 at::Tensor padded(const at::Tensor& x, int64_t stride) {
-  at::Tensor wide = at::zeros({x.size(0), stride}, x.options().dtype(at::kFloat));
+  at::Tensor wide = x.new_zeros({x.size(0), stride}, at::kFloat);
   wide.narrow(1, 0, x.size(1)).copy_(x);
   return wide;
 }
 
-template <typename T>
-at::Tensor apply(const at::Tensor& x, const Core<T>& core, bool transposed, Path path) {
+at::Tensor apply(const at::Tensor& x, const Core& core, bool transposed, const Path& path) {
   const int64_t tokens = x.size(0), stride = (core.columns + kChunk - 1) / kChunk * kChunk;
   const std::vector<int64_t> bounds = block_bounds(core);
   const at::Tensor wide = padded(x, transposed ? stride : core.rows);
   const float* in = wide.const_data_ptr<float>();
-  at::Tensor out = at::empty({tokens, transposed ? core.rows : core.columns}, wide.options());
+  at::Tensor out = wide.new_empty({tokens, transposed ? core.rows : core.columns});
   float* sums = out.mutable_data_ptr<float>();
   if (transposed) {
     at::parallel_for(0, kBlocks, 1, [&](int64_t begin, int64_t end) {
-      BY_PATH(path, multiply<true>(core, bounds[begin], bounds[end], tokens, stride, in, sums));
+      path.multiply(core, true, bounds[begin], bounds[end], tokens, stride, in, sums);
     });
     return out.to(x.scalar_type());
   }
-  at::Tensor partial = at::empty({kBlocks, tokens, stride}, out.options());
+  at::Tensor partial = out.new_empty({kBlocks, tokens, stride});
   float* parts = partial.mutable_data_ptr<float>();
   at::parallel_for(0, kBlocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       float* part = parts + b * tokens * stride;
       std::fill_n(part, tokens * stride, 0.0f);
-      BY_PATH(path, multiply<false>(core, bounds[b], bounds[b + 1], tokens, stride, in, part));
+      path.multiply(core, false, bounds[b], bounds[b + 1], tokens, stride, in, part);
     }
   });
   at::parallel_for(0, tokens, 1, [&](int64_t begin, int64_t end) {
@@ -163,27 +175,7 @@ at::Tensor bitmask_apply(const at::Tensor& x, const at::Tensor& values,
                          const std::optional<at::Tensor>& mask, int64_t rows, int64_t columns,
                          bool transposed, c10::string_view path) {
   check_operands(x, values, rows, columns, transposed, false);
-  return DISPATCH_VALUES(values.scalar_type(), "bitmask_apply", [&] {
-    const Core<scalar_t> core = open_core<scalar_t>(values, mask, rows, columns);
-    return apply(x, core, transposed, open_path(path));
-  });
-}
-
-// A tile of M, the rows [r0, r1) of the columns [c0, c1), as dense (r1 - r0, c1 - c0). `from`
-// (r1 - r0) says where the values of each row of the tile start.
-template <typename T, typename Out>
-void expand_tile(const Core<T>& core, int64_t r0, int64_t r1, int64_t c0, int64_t c1,
-                 const int64_t* from, Out* dense, Path path) {
-  // What a row of the tile takes, on average. Hardware does not foresee the jump to the next row.
-  const int64_t share = (core.starts[core.rows] * (c1 - c0)) / (core.rows * core.columns) + 1;
-  for (int64_t r = r0; r < r1; ++r) {
-    const int64_t ahead = std::min(r + kRowsAhead, r1 - 1);
-    if (core.mask != nullptr) __builtin_prefetch(core.mask + (ahead * core.columns + c0) / 8);
-    for (int64_t i = 0; i < share; i += 64 / int64_t(sizeof(T)))
-      __builtin_prefetch(core.values + from[ahead - r0] + i);
-    const T* value = core.values + from[r - r0];
-    BY_PATH(path, expand_row(core, r, c0, c1, value, dense + (r - r0) * (c1 - c0)));
-  }
+  return apply(x, open_core(values, mask, rows, columns), transposed, open_path(path));
 }
 
 // While it lives, what this thread calls runs on no other: at::mm splits its sums by the number of
@@ -201,15 +193,14 @@ struct OneThread {
 
 // Products tile by tile: each is expanded, and multiplied by at::mm while it is in the cache of the
 // thread. A tile spans the whole length of the sums. Many tokens are cut into parts, with wider tiles
-// in turn, since each tile reads all of x. Out is T or float.
-template <typename Out, typename T>
-at::Tensor matmul(const at::Tensor& x, const Core<T>& core, bool transposed, Path path) {
+// in turn, since each tile reads all of x. Tiles are of the dtype of x.
+at::Tensor matmul(const at::Tensor& x, const Core& core, bool transposed, const Path& path) {
   const int64_t length = transposed ? core.columns : core.rows;
   const int64_t width = transposed ? core.rows : core.columns, tokens = x.size(0);
   const int64_t parts = std::clamp(tokens / kPartTokens, int64_t{1}, kMostParts);
   const int64_t part_tokens = (tokens + parts - 1) / parts;
   const int64_t fitting = std::max(part_tokens / kTileTokens, int64_t{1}) * kTileBytes /
-                          (length * int64_t(sizeof(Out)));
+                          (length * x.element_size());
   const int64_t most = std::min(fitting, width * parts / kBlocks);
   const int64_t step = std::max(most / kChunk * kChunk, kChunk);
   const int64_t tiles = (width + step - 1) / step;
@@ -223,27 +214,28 @@ at::Tensor matmul(const at::Tensor& x, const Core<T>& core, bool transposed, Pat
                                  count_values(core, r * width + (i - 1) * step, step);
     });
   }
-  at::Tensor out = at::empty({tokens, width}, x.options());
+  const bool wide = x.scalar_type() == at::kFloat;
+  at::Tensor out = x.new_empty({tokens, width});
   at::parallel_for(0, tiles * parts, 1, [&](int64_t begin, int64_t end) {
     const OneThread alone;
     const at::AutoDispatchBelowADInplaceOrView below;  // as the caller, whose guard is its thread's
-    const at::Tensor buffer = at::empty({length * step}, x.options());
-    Out* dense = buffer.mutable_data_ptr<Out>();
+    const at::Tensor buffer = x.new_empty({length * step});
+    void* dense = buffer.mutable_data_ptr();
     for (int64_t i = begin; i < end; ++i) {
       const int64_t index = i / parts, part = i % parts * part_tokens;
       const int64_t first = index * step, count = std::min(step, width - first);
       const at::Tensor tile = buffer.narrow(0, 0, length * count);
       if (i == begin || i % parts == 0) {  // else it is expanded already
         if (transposed)
-          expand_tile(core, first, first + count, 0, length, from.data() + first, dense, path);
+          path.expand(core, first, first + count, 0, length, from.data() + first, wide, dense);
         else
-          expand_tile(core, 0, length, first, first + count, from.data() + index * length, dense,
-                      path);
+          path.expand(core, 0, length, first, first + count, from.data() + index * length, wide,
+                      dense);
       }
       const at::Tensor M =
           transposed ? tile.view({count, length}).t() : tile.view({length, count});
       at::Tensor product = out.slice(0, part, part + part_tokens).narrow(1, first, count);
-      at::mm_out(product, x.slice(0, part, part + part_tokens), M);
+      product.addmm_(x.slice(0, part, part + part_tokens), M, 0);
     }
   });
   return out;
@@ -254,29 +246,22 @@ at::Tensor bitmask_matmul(const at::Tensor& x, const at::Tensor& values,
                           const std::optional<at::Tensor>& mask, int64_t rows, int64_t columns,
                           bool transposed, c10::string_view path) {
   check_operands(x, values, rows, columns, transposed, true);
-  return DISPATCH_VALUES(values.scalar_type(), "bitmask_matmul", [&] {
-    const Core<scalar_t> core = open_core<scalar_t>(values, mask, rows, columns);
-    const auto product =
-        x.scalar_type() == at::kFloat ? matmul<float, scalar_t> : matmul<scalar_t, scalar_t>;
-    return product(x, core, transposed, open_path(path));
-  });
+  return matmul(x, open_core(values, mask, rows, columns), transposed, open_path(path));
 }
 
 at::Tensor bitmask_expand(const at::Tensor& values, const at::Tensor& mask, int64_t rows,
                           int64_t columns, c10::string_view path) {
-  at::Tensor dense = at::empty({rows, columns}, values.options());
-  DISPATCH_VALUES(values.scalar_type(), "bitmask_expand", [&] {
-    const Core<scalar_t> core = open_core<scalar_t>(values, mask, rows, columns);
-    scalar_t* out = dense.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, rows, 16, [&](int64_t first, int64_t last) {
-      expand_tile(core, first, last, 0, columns, core.starts.data() + first,
-                  out + first * columns, open_path(path));
-    });
+  const Core core = open_core(values, mask, rows, columns);
+  const Path& way = open_path(path);
+  at::Tensor dense = values.new_empty({rows, columns});
+  char* bytes = static_cast<char*>(dense.mutable_data_ptr());
+  const int64_t row_bytes = columns * dense.element_size();
+  at::parallel_for(0, rows, 16, [&](int64_t first, int64_t last) {
+    way.expand(core, first, last, 0, columns, core.starts.data() + first, false,
+               bytes + first * row_bytes);
   });
   return dense;
 }
-
-}  // namespace
 
 TORCH_LIBRARY(lestd, library) {
   library.def(
@@ -295,3 +280,6 @@ TORCH_LIBRARY_IMPL(lestd, CPU, library) {
   library.impl("bitmask_matmul", bitmask_matmul);
   library.impl("bitmask_expand", bitmask_expand);
 }
+
+}  // namespace
+}  // namespace lestd

@@ -4,40 +4,62 @@
 // lowest bit first (lestd_kernels/storage/codecs.py). Where the values of each row start is counted from
 // the mask in every call: one popcount per 64 elements, and no state that could become stale.
 //
-// Here: the core, and what one thread does over a range of rows on any CPU. bitmask_paths.h has the
-// same for CPUs whose vectors we know. Sums are in float32.
+// Here: the core, and what a path of the kernel does, on one thread. Paths are for CPUs with certain
+// vector instructions, each in a file of its own (bitmask_avx2.cpp, ...), so that they are compiled
+// at the same time, and without PyTorch's headers, which cost most. Sums are in float32.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
-#ifdef __x86_64__
-#define POPCNT __attribute__((target("popcnt")))  // every x86-64 CPU that PyTorch still runs on
-#else
-#define POPCNT
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HAVE_X86_PATHS 1
+#elif defined(__aarch64__) && defined(__GNUC__)
+#define HAVE_NEON_PATH 1
 #endif
 
-namespace {
+namespace lestd {
 
 constexpr int64_t kChunk = 32;  // elements of a row that are expanded at a time
 
-template <typename T>
+enum class Type { kFloat, kBFloat16, kHalf };
+
 struct Core {
-  const T* values;
-  const T* end;         // of the values
+  const void* values;
+  Type type;            // of the values
   const uint8_t* mask;  // null: every element is a value
   int64_t mask_bytes, rows, columns;
   std::vector<int64_t> starts;  // (rows + 1): where the values of each row start
 };
 
-// The `count` <= 56 bits of the mask from `bit` on, in the low bits.
+struct Path {
+  // Over the rows [first, last): y (tokens, stride) += x (tokens, rows) M, or with `transposed`
+  // y (tokens, rows) = x (tokens, stride) M^T. Rows of `stride` elements are padded to whole chunks.
+  void (*multiply)(const Core& core, bool transposed, int64_t first, int64_t last, int64_t tokens,
+                   int64_t stride, const float* x, float* y);
+
+  // A tile of M, the rows [r0, r1) of the columns [c0, c1), as dense (r1 - r0, c1 - c0), of the type
+  // of the values or, if `wide`, float. `from` (r1 - r0) says where the values of each row of the
+  // tile start.
+  void (*expand)(const Core& core, int64_t r0, int64_t r1, int64_t c0, int64_t c1,
+                 const int64_t* from, bool wide, void* dense);
+};
+
+extern const Path kPortable, kAvx2, kAvx512, kNeon;
+
 template <typename T>
+const T* values_at(const Core& core, int64_t index) {
+  return static_cast<const T*>(core.values) + index;
+}
+
+// The `count` <= 56 bits of the mask from `bit` on, in the low bits.
 inline __attribute__((always_inline)) uint64_t mask_bits(
-    const Core<T>& core, int64_t bit, int64_t count) {
+    const Core& core, int64_t bit, int64_t count) {
   if (core.mask == nullptr) return (uint64_t{1} << count) - 1;
   const int64_t byte = bit >> 3, left = core.mask_bytes - byte;
   uint64_t word = 0;
@@ -48,60 +70,11 @@ inline __attribute__((always_inline)) uint64_t mask_bits(
   return word >> (bit & 7) & ((uint64_t{1} << count) - 1);
 }
 
-// Number of values among the `left` elements from element `bit` on.
-template <typename T>
-POPCNT int64_t count_values(const Core<T>& core, int64_t bit, int64_t left) {
-  if (core.mask == nullptr) return left;
-  int64_t step = std::min(-bit & 7, left);  // up to the first whole byte
-  int64_t count = __builtin_popcountll(mask_bits(core, bit, step));
-  bit += step, left -= step;
-  for (; left >= 64; bit += 64, left -= 64) {
-    uint64_t word;
-    std::memcpy(&word, core.mask + (bit >> 3), 8);
-    count += __builtin_popcountll(word);
-  }
-  for (; left > 0; bit += step, left -= step) {
-    step = std::min(kChunk, left);
-    count += __builtin_popcountll(mask_bits(core, bit, step));
-  }
-  return count;
+// Values below element `lane` of those that `bits` tells of.
+inline __attribute__((always_inline)) int values_below(uint32_t bits, int lane) {
+  return __builtin_popcount(bits & ((1u << lane) - 1));
 }
 
-namespace portable {  // one non-zero at a time
+#define UNROLL _Pragma("GCC unroll 8")
 
-// Over the rows [first, last): y (tokens, stride) += x (tokens, rows) M, or with kTransposed
-// y (tokens, rows) = x (tokens, stride) M^T. Rows of `stride` elements are padded to whole chunks.
-template <bool kTransposed, typename T>
-void multiply(const Core<T>& core, int64_t first, int64_t last, int64_t tokens, int64_t stride,
-              const float* x, float* y) {
-  for (int64_t r = first; r < last; ++r) {
-    const T* value = core.values + core.starts[r];
-    for (int64_t t = 0; kTransposed && t < tokens; ++t) y[t * core.rows + r] = 0;
-    for (int64_t c = 0; c < core.columns; c += kChunk) {
-      uint32_t bits = mask_bits(core, r * core.columns + c, std::min(kChunk, core.columns - c));
-      for (; bits; bits &= bits - 1, ++value) {
-        for (int64_t t = 0; t < tokens; ++t) {
-          const int64_t narrow = t * core.rows + r, wide = t * stride + c + __builtin_ctz(bits);
-          const int64_t from = kTransposed ? wide : narrow, to = kTransposed ? narrow : wide;
-          y[to] += x[from] * static_cast<float>(*value);
-        }
-      }
-    }
-  }
-}
-
-// dense (last - first) = the columns [first, last) of a row, whose values start at `value`. Out is
-// T or float.
-template <typename T, typename Out>
-void expand_row(const Core<T>& core, int64_t row, int64_t first, int64_t last, const T* value,
-                Out* dense) {
-  std::fill_n(dense, last - first, Out(0));
-  for (int64_t c = first; c < last; c += kChunk) {
-    uint32_t bits = mask_bits(core, row * core.columns + c, std::min(kChunk, last - c));
-    for (; bits; bits &= bits - 1) dense[c - first + __builtin_ctz(bits)] = *value++;
-  }
-}
-
-}  // namespace portable
-
-}  // namespace
+}  // namespace lestd

@@ -3,9 +3,10 @@
 More tokens multiply tiles of M that are expanded one after the other and stay in the cache. M never
 exists as a whole.
 
-The kernel is C++ (`bitmask.h`, `bitmask.cpp`), compiled on first use with PyTorch's own tooling and
-cached where PyTorch caches extensions (``TORCH_EXTENSIONS_DIR``). It needs a C++ compiler and
-ninja; where there is none, or compiling fails, one warning says so and `eager` does the work.
+The kernel is C++ (`bitmask.h`, `bitmask*.cpp`), compiled on first use with PyTorch's own tooling,
+several files at a time, and cached where PyTorch caches extensions (``TORCH_EXTENSIONS_DIR``). It
+needs a C++ compiler and ninja; where there is none, or compiling fails, one warning says so and
+`eager` does the work.
 
 Results do not depend on the number of threads. Where the CPU has no arithmetic for 16-bit values,
 they are multiplied in float32, tile by tile.
@@ -32,8 +33,8 @@ from lestd_kernels.backends.cpu import emulated
 from lestd_kernels.storage.matrix import EncodedCore
 
 _NAME = "lestd_bitmask"
-_SOURCE = Path(__file__).with_suffix(".cpp")
 _HEADERS = sorted(Path(__file__).parent.glob("bitmask*.h"))
+_SOURCES = sorted(Path(__file__).parent.glob("bitmask*.cpp"))  # the one that takes longest is first
 # GCC would keep the pointers to several rows in one vector register, and take them out again.
 _FLAGS = ["-O3", "-fopenmp", "-fno-tree-slp-vectorize"]
 _VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,9 +42,12 @@ _loading = threading.Lock()
 
 
 def _library_path() -> Path:
-    """Where the compiled kernel lies: one place for each source, PyTorch and architecture."""
+    """Where the compiled kernel lies: one place for each source, PyTorch and architecture.
+
+    It has every path of the architecture, whatever CPU compiles it: others may share the cache.
+    """
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
-    code = [file.read_text(encoding="utf-8") for file in (*_HEADERS, _SOURCE)]
+    code = [file.read_text(encoding="utf-8") for file in (*_HEADERS, *_SOURCES)]
     what = "\n".join([*code, *_FLAGS, torch.__version__])
     digest = hashlib.sha256(what.encode()).hexdigest()[:16]
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
@@ -60,7 +64,7 @@ def _build(library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         load(
             _NAME,
-            [str(_SOURCE)],
+            [*map(str, _SOURCES)],
             extra_cflags=_FLAGS,
             extra_ldflags=["-fopenmp"],
             build_directory=scratch,

@@ -1,5 +1,4 @@
-// The loops of one path: 32 elements of a row at a time, zeros included. bitmask_paths.h includes this
-// file once for each path, in a namespace of its own, after it has defined there:
+// The loops of a path with vectors: 32 elements of a row at a time, zeros included. Defined before:
 //
 //   TARGET       the instructions that its functions may use; TARGET_INLINE, that they are inlined
 //   kLanes       floats in a vector
@@ -26,8 +25,7 @@ TARGET_INLINE void expand(uint32_t bits, const T* value, Out* out) {
 // chunks, and if so, whether a mask is to be read at all.
 enum class Place { kEdge, kMasked, kDense };
 
-template <typename T>
-Place place_of(const Core<T>& core, int64_t last) {
+inline Place place_of(const Core& core, int64_t last) {
   const bool room = !kReadsAhead || core.starts[last] + kChunk <= core.starts[core.rows];
   if (room && core.mask == nullptr) return Place::kDense;
   const bool words = core.mask != nullptr && last * core.columns / 8 + 8 <= core.mask_bytes;
@@ -43,7 +41,7 @@ Place place_of(const Core<T>& core, int64_t last) {
 // Expand the `count` elements from element `bit` on, and step over their values. `mask` is that of
 // the core, kept in a register.
 template <Place kPlace, typename T, typename Out>
-TARGET_INLINE void take(const Core<T>& core, const uint8_t* mask, int64_t bit, int64_t count,
+TARGET_INLINE void take(const Core& core, const uint8_t* mask, int64_t bit, int64_t count,
                         const T*& value, Out* out) {
   uint32_t bits = static_cast<uint32_t>((uint64_t{1} << count) - 1);
   if (kPlace == Place::kMasked) {
@@ -53,10 +51,11 @@ TARGET_INLINE void take(const Core<T>& core, const uint8_t* mask, int64_t bit, i
   } else if (kPlace == Place::kEdge) {
     bits = static_cast<uint32_t>(mask_bits(core, bit, count));
   }
-  if (kPlace == Place::kEdge && kReadsAhead && core.end - value < kChunk) {
+  const T* end = values_at<T>(core, core.starts[core.rows]);
+  if (kPlace == Place::kEdge && kReadsAhead && end - value < kChunk) {
     T last[kChunk];
     std::memset(static_cast<void*>(last), 0, sizeof(last));
-    std::copy(value, core.end, last);
+    std::copy(value, end, last);
     expand(bits, last, out);
   } else {
     expand(bits, value, out);
@@ -66,7 +65,7 @@ TARGET_INLINE void take(const Core<T>& core, const uint8_t* mask, int64_t bit, i
 
 // The columns [c, c + count) of kRows_ rows and N tokens of y += x M; `bit` is the first's element.
 template <Place kPlace, int kRows_, int N, typename T>
-TARGET_INLINE void multiply_chunk(const Core<T>& core, const uint8_t* mask, int64_t columns,
+TARGET_INLINE void multiply_chunk(const Core& core, const uint8_t* mask, int64_t columns,
                                   int64_t bit, int64_t count, const T* (&value)[kRows_],
                                   const float (&scale)[kRows_][N], int64_t stride, float* y) {
   Floats sums[N][kParts], chunk[kParts];
@@ -86,14 +85,14 @@ TARGET_INLINE void multiply_chunk(const Core<T>& core, const uint8_t* mask, int6
 
 // kRows_ rows and N tokens of y += x M: one pass over y.
 template <Place kPlace, int kRows_, int N, typename T>
-TARGET void multiply_rows(const Core<T>& core, int64_t row, int64_t stride, const float* x,
+TARGET void multiply_rows(const Core& core, int64_t row, int64_t stride, const float* x,
                           float* y) {
   const uint8_t* mask = core.mask;
   const int64_t columns = core.columns;
   const T* value[kRows_];
   float scale[kRows_][N];
   for (int i = 0; i < kRows_; ++i) {
-    value[i] = core.values + core.starts[row + i];
+    value[i] = values_at<T>(core, core.starts[row + i]);
     for (int t = 0; t < N; ++t) scale[i][t] = x[t * core.rows + row + i];
   }
   int64_t c = 0;
@@ -107,11 +106,11 @@ TARGET void multiply_rows(const Core<T>& core, int64_t row, int64_t stride, cons
 
 // One row and N tokens of y = x M^T.
 template <Place kPlace, int N, typename T>
-TARGET void multiply_row_transposed(const Core<T>& core, int64_t row, int64_t stride,
+TARGET void multiply_row_transposed(const Core& core, int64_t row, int64_t stride,
                                     const float* x, float* y) {
   const uint8_t* mask = core.mask;
   const int64_t columns = core.columns;
-  const T* value = core.values + core.starts[row];
+  const T* value = values_at<T>(core, core.starts[row]);
   Floats sums[N][kParts] = {};
   for (int64_t c = 0; c < columns; c += kChunk) {
     Floats chunk[kParts], scale;
@@ -133,29 +132,41 @@ TARGET void multiply_row_transposed(const Core<T>& core, int64_t row, int64_t st
   }
 }
 
-// As portable::multiply.
-template <bool kTransposed, int N = kTokens, typename T>
-void multiply(const Core<T>& core, int64_t first, int64_t last, int64_t tokens, int64_t stride,
-              const float* x, float* y) {
+// Blocks of N tokens, then of half as many. Few rows are at the end of the core or left over: they
+// are taken one by one, and need no code for each number of them.
+template <bool kTransposed, int N, typename T>
+void multiply_tokens(const Core& core, int64_t first, int64_t last, int64_t tokens,
+                     int64_t stride, const float* x, float* y) {
   for (; tokens >= N; tokens -= N) {
-    const int step = kTransposed ? 1 : kRows;
-    for (int64_t r = first; r < last; r += r + step <= last ? step : 1) {
-      const Place place = place_of(core, std::min(r + step, last));
-      if constexpr (kTransposed)
-        BY_PLACE(place, multiply_row_transposed, N, T)(core, r, stride, x, y);
-      else if (r + kRows <= last)
-        BY_PLACE(place, multiply_rows, kRows, N, T)(core, r, stride, x, y);
-      else
-        BY_PLACE(place, multiply_rows, 1, N, T)(core, r, stride, x, y);
+    for (int64_t r = first, step = 1; r < last; r += step) {
+      if constexpr (kTransposed) {
+        BY_PLACE(place_of(core, r + 1), multiply_row_transposed, N, T)(core, r, stride, x, y);
+      } else {
+        const Place place = r + kRows <= last ? place_of(core, r + kRows) : Place::kEdge;
+        step = place == Place::kEdge ? 1 : kRows;
+        if (place == Place::kEdge)
+          multiply_rows<Place::kEdge, 1, N, T>(core, r, stride, x, y);
+        else if (place == Place::kMasked)
+          multiply_rows<Place::kMasked, kRows, N, T>(core, r, stride, x, y);
+        else
+          multiply_rows<Place::kDense, kRows, N, T>(core, r, stride, x, y);
+      }
     }
     x += N * (kTransposed ? stride : core.rows);
     y += N * (kTransposed ? core.rows : stride);
   }
-  if constexpr (N > 1) multiply<kTransposed, N / 2>(core, first, last, tokens, stride, x, y);
+  if constexpr (N > 1)
+    multiply_tokens<kTransposed, N / 2, T>(core, first, last, tokens, stride, x, y);
+}
+
+template <bool kTransposed, typename T>
+void multiply(const Core& core, int64_t first, int64_t last, int64_t tokens, int64_t stride,
+              const float* x, float* y) {
+  multiply_tokens<kTransposed, kTokens, T>(core, first, last, tokens, stride, x, y);
 }
 
 template <Place kPlace, typename T, typename Out>
-TARGET void expand_row_at(const Core<T>& core, int64_t row, int64_t first, int64_t last,
+TARGET void expand_row_at(const Core& core, int64_t row, int64_t first, int64_t last,
                           const T* value, Out* dense) {
   const uint8_t* mask = core.mask;
   const int64_t bit = row * core.columns;
@@ -169,13 +180,8 @@ TARGET void expand_row_at(const Core<T>& core, int64_t row, int64_t first, int64
   }
 }
 
-// As portable::expand_row.
 template <typename T, typename Out>
-void expand_row(const Core<T>& core, int64_t row, int64_t first, int64_t last, const T* value,
+void expand_row(const Core& core, int64_t row, int64_t first, int64_t last, const T* value,
                 Out* dense) {
   BY_PLACE(place_of(core, row + 1), expand_row_at, T, Out)(core, row, first, last, value, dense);
 }
-
-#undef TARGET
-#undef TARGET_INLINE
-#undef BY_PLACE

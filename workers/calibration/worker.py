@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,7 +35,6 @@ from workers.calibration.contracts import (
     part_path,
 )
 from workers.calibration.gradients import gradient_takers
-from workers.calibration.layerwise import LayerwiseModel
 from workers.calibration.statistics import (
     InputStatistics,
     Take,
@@ -56,6 +55,9 @@ from workers.storage.files import (
     not_shared,
     remove_file,
 )
+
+if TYPE_CHECKING:
+    from workers.calibration.layerwise import LayerwiseModel
 
 
 class CalibrationWorker:
@@ -82,6 +84,9 @@ class CalibrationWorker:
         device: str = "cpu",
         threads: int = 1,
     ) -> None:
+        # Takes seconds, for which every run would wait, calibrated or not.
+        from workers.calibration.layerwise import LayerwiseModel
+
         self._directory = as_path(directory)
         if isinstance(self._directory, Path) and not self._directory.is_dir():
             raise LestdError(not_shared([socket.gethostname()], [directory]))
