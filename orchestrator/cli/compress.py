@@ -38,8 +38,9 @@ def plan(given: Given, time: Time = False, json: Json = False) -> None:
     from orchestrator.source.checkpoint import resolve_source
 
     name, revision, run_config = run_options(given)
-    planned = make_plan(resolve_source(name, revision), run_config)
-    print_plan(name, describe_plan(planned, run_config, time), json)
+    source = resolve_source(name, revision)
+    planned = make_plan(source, run_config)
+    print_plan(name, describe_plan(planned, source, run_config, time), json)
 
 
 @app.command(rich_help_panel="Compress a model")
@@ -79,8 +80,9 @@ def compress(
     if jobs := jobs_address(cluster_config):
         raise typer.Exit(run_as_job(jobs, "compress", given | {"model": name}, cluster_config))
     if dry_run:
-        planned = make_plan(resolve_source(name, revision), run_config)
-        print_plan(name, describe_plan(planned, run_config, time), json)
+        source = resolve_source(name, revision)
+        planned = make_plan(source, run_config)
+        print_plan(name, describe_plan(planned, source, run_config, time), json)
         return
 
     run_dir = run_dir or default_run_dir(out)

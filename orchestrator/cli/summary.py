@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lestd_kernels.methods import CALIBRATED
 from orchestrator.compression.pipeline import Outcome
 from orchestrator.config.run import RunConfig
 from orchestrator.console import logs, output
@@ -15,8 +16,10 @@ from orchestrator.execution.retries import retries
 from orchestrator.manifest.result_rows import is_far, total_expected_loss
 from orchestrator.manifest.schemas import COMPUTING_STAGES
 from orchestrator.model.export import Export
+from orchestrator.planning.calibration_costs import blocks_of, calibration_costs
 from orchestrator.planning.plan import Plan
 from orchestrator.run.directory import RunDirectory
+from orchestrator.source.checkpoint import Source
 from workers.storage.files import AnyPath, is_directory
 
 _COPY_COMMANDS = {
@@ -81,6 +84,13 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
         f"run directory takes at most {output.size(total['run_disk_bytes'])}, the model "
         f"{output.size(total['out_disk_bytes'])} more"
     )
+    if (costs := planned.get("calibration")) is not None:
+        output.out.print(
+            "calibration comes first: a worker needs about "
+            f"{output.size(costs['memory_bytes'])} of memory; of disk it takes "
+            f"{output.size(costs['kept_bytes'])}, and at most "
+            f"{output.size(costs['working_bytes'])} more while it is made"
+        )
     if "predicted_seconds" in total:
         output.out.print(
             f"decomposing takes about {total['predicted_seconds']:.1f} s in all on a machine like "
@@ -88,9 +98,13 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
         )
 
 
-def describe_plan(plan: Plan, config: RunConfig, time: bool) -> dict[str, Any]:
+def describe_plan(plan: Plan, source: Source, config: RunConfig, time: bool) -> dict[str, Any]:
     """The plan as plain values; with `time` predicted seconds for each layer and in total."""
     described = plan.to_dict()
+    if config.used_metric in CALIBRATED:
+        blocks = blocks_of(planned.task for planned in plan.tasks)
+        costs = calibration_costs(source, blocks, config.samples, config.sample_tokens)
+        described["calibration"] = asdict(costs)
     if time:
         seconds = predicted_seconds(plan, config)
         for layer in described["layers"]:
