@@ -33,7 +33,20 @@ FFN = GroupLayout(
 )
 GQA = gqa(23, 5, 6, 2)
 GQA = replace(GQA, modules=(*GQA.modules[:3], replace(GQA.modules[3], reads="heads")))
-LAYOUTS = {"gqa": GQA, "ffn": FFN}
+EXPERTS = GroupLayout(
+    16,
+    10,
+    tuple(
+        ModuleLayout(f"expert_{e}.{t}", side, ((t, e),), f"{reads}_{e}")
+        for e in range(3)
+        for t, side, reads in (
+            ("gate", "input", "in"),
+            ("up", "input", "in"),
+            ("down", "output", "hidden"),
+        )
+    ),
+)
+LAYOUTS = {"gqa": GQA, "ffn": FFN, "experts": EXPERTS}
 FORMS = ("full", "head", "diagonal", "none")
 
 
@@ -63,7 +76,7 @@ def metrics_of(layout: GroupLayout, form: str) -> dict[str, Tensor]:
     found = {}
     for i, module in enumerate(layout.modules):
         out, width = layout.weight_shape(module)
-        found[module.name] = gram(width, len(module.reads))
+        found[module.name] = gram(width, sum(map(ord, module.reads)))
         if form != "none":
             # Modules' losses differ by much, and those of their outputs.
             sizes = torch.arange(1, out + 1).roll(7 * i).sqrt()
@@ -71,6 +84,9 @@ def metrics_of(layout: GroupLayout, form: str) -> dict[str, Tensor]:
             found[f"{module.name}.output"] = in_form(
                 B, form, len(module.slices) if module.basis_side == "input" else 1
             )
+    for name in found:
+        if name.startswith("expert_2"):
+            found[name].zero_()  # No token chose it.
     return found
 
 
