@@ -79,10 +79,11 @@ def output_factor(B: Tensor | None) -> Tensor | None:
     if B is None or B.dim() == 1:
         return None
     if B.dim() == 2:
-        parts = [B[i : i + GROUP, i : i + GROUP] for i in range(0, len(B), GROUP)]
-        missing = len(parts) * GROUP - len(B)
+        size = min(GROUP, len(B))
+        parts = [B[i : i + size, i : i + size] for i in range(0, len(B), size)]
+        missing = len(parts) * size - len(B)
         last = functional.pad(parts[-1], (0, missing, 0, missing))
-        last.diagonal()[GROUP - missing :] = 1
+        last.diagonal()[size - missing :] = 1
         B = torch.stack([*parts[:-1], last])
     return inverse_factor(B)
 

@@ -10,6 +10,7 @@ import torch
 from support.groups import gqa
 from torch import Tensor
 
+from lestd_kernels.errors import LestdError
 from lestd_kernels.linalg.error_feedback import (
     inverse_factor,
     output_factor,
@@ -18,8 +19,8 @@ from lestd_kernels.linalg.error_feedback import (
 from lestd_kernels.linalg.low_rank import Bits, fit_pair, spectrum
 from lestd_kernels.linalg.metric import Metric, Root, Roots, apply_metric, diagonal_of
 from lestd_kernels.linalg.support_fit import fit_on_support
-from lestd_kernels.methods import METHODS, MethodArgs
-from lestd_kernels.methods.common.base import ACTIVATION, LOSS, Decomposed
+from lestd_kernels.methods import METHODS, MethodArgs, auto
+from lestd_kernels.methods.common.base import ACTIVATION, LOSS, Chosen, Decomposed
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -33,7 +34,20 @@ FFN = GroupLayout(
 )
 GQA = gqa(23, 5, 6, 2)
 GQA = replace(GQA, modules=(*GQA.modules[:3], replace(GQA.modules[3], reads="heads")))
-LAYOUTS = {"gqa": GQA, "ffn": FFN}
+EXPERTS = GroupLayout(
+    16,
+    10,
+    tuple(
+        ModuleLayout(f"expert_{e}.{t}", side, ((t, e),), f"{reads}_{e}")
+        for e in range(3)
+        for t, side, reads in (
+            ("gate", "input", "in"),
+            ("up", "input", "in"),
+            ("down", "output", "hidden"),
+        )
+    ),
+)
+LAYOUTS = {"gqa": GQA, "ffn": FFN, "experts": EXPERTS}
 FORMS = ("full", "head", "diagonal", "none")
 
 
@@ -63,7 +77,7 @@ def metrics_of(layout: GroupLayout, form: str) -> dict[str, Tensor]:
     found = {}
     for i, module in enumerate(layout.modules):
         out, width = layout.weight_shape(module)
-        found[module.name] = gram(width, len(module.reads))
+        found[module.name] = gram(width, sum(map(ord, module.reads)))
         if form != "none":
             # Modules' losses differ by much, and those of their outputs.
             sizes = torch.arange(1, out + 1).roll(7 * i).sqrt()
@@ -71,6 +85,9 @@ def metrics_of(layout: GroupLayout, form: str) -> dict[str, Tensor]:
             found[f"{module.name}.output"] = in_form(
                 B, form, len(module.slices) if module.basis_side == "input" else 1
             )
+    for name in found:
+        if name.startswith("expert_2"):
+            found[name].zero_()  # No token chose it.
     return found
 
 
@@ -234,3 +251,30 @@ def test_a_core_on_its_support_is_the_least_squares_of_the_kronecker_product() -
     least = float(np.square(root @ (x - expected)).sum())
     assert least * (1 - 1e-5) <= metric.squares(X - found) <= least * 1.001
     assert metric.squares(X - found) < metric.squares(X * ~mask)
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.4])
+def test_auto_keeps_the_best_of_its_candidates(
+    keep: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "CANDIDATES", auto.CANDIDATES[2::3])
+    small = GroupLayout(16, 5, GQA.modules)
+    budget, dense_budget = (int(share * small.elements * 2) for share in (keep, 0.8))
+    W, metrics = random_weights(small), metrics_of(small, "head")
+    losses = {}
+    for method, bits, factor_bits in auto.CANDIDATES:
+        args = MethodArgs(metric=LOSS, value_bits=bits, factor_bits=factor_bits)
+        if method.least_bytes(small, BF16, args) <= budget:
+            one = method.decompose(W.clone(), small, budget, BF16, args, metrics=metrics)
+            losses[f"{method.name}-{bits}"] = one.metric_squared_error / 2
+    args = MethodArgs(metric=LOSS)
+    budgets = [budget, dense_budget]
+    done = auto.METHOD.decompose(W, small, budget, BF16, args, budgets, metrics)
+    first, second = sorted(losses, key=lambda name: losses[name])[:2]
+    assert done.chosen == Chosen(first, losses[first], second, losses[second])
+    assert done.metric_squared_error == 2 * losses[first]
+    assert done.decomposition.stored_bytes <= budget
+    assert done.curve[0].squared_error <= done.metric_squared_error * (1 + 1e-3)
+    assert done.curve[1].squared_error < done.curve[0].squared_error
+    with pytest.raises(LestdError, match="knows value_bits 16 only"):
+        auto.METHOD.least_bytes(small, BF16, MethodArgs(metric=LOSS, value_bits=4))

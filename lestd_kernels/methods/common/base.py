@@ -89,6 +89,23 @@ class SliceStats:
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """What the method auto stores a group by. Losses are expected ones, nats per token.
+
+    Attributes:
+        candidate: method and bits of a value, such as ``"lestd-4"``.
+        loss: of what is stored.
+        runner_up: the candidate that would be next; None where no other fits the bytes.
+        runner_up_loss: what it would have cost.
+    """
+
+    candidate: str
+    loss: float
+    runner_up: str | None
+    runner_up_loss: float | None
+
+
+@dataclass(frozen=True)
 class Decomposed:
     """A decomposition and what it cost. Sums over elements are accumulated in float64.
 
@@ -114,6 +131,7 @@ class Decomposed:
             ``tr(A D B D^T)`` with D = W - W_hat: twice the expected loss in nats per token.
         expected_squared_error: what it is to be by what is left out, before anything is rounded;
             None where the method does not know, or knows it in another metric only.
+        chosen: of the method auto.
     """
 
     decomposition: Decomposition
@@ -131,6 +149,7 @@ class Decomposed:
     metric_squared_norm: float
     metric_squared_error: float
     expected_squared_error: float | None
+    chosen: Chosen | None = None
 
 
 Metrics = Mapping[str, Tensor]

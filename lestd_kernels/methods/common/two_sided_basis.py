@@ -86,9 +86,9 @@ class LossGroup:
         shared: dict[str, tuple[Tensor, float]] = {}
         for one in self._modules:
             if one.reads not in shared:
-                shared[one.reads] = _regularized(one.exact.input, len(one.W))
+                shared[one.reads] = _regularized(one.exact.input, one.W[:, 0])
             L, unit = shared[one.reads]
-            N, other = _regularized(one.exact.output, one.W.shape[1])
+            N, other = _regularized(one.exact.output, one.W[0])
             # All that makes it nats is on one side, so that those who read the same share L.
             self._metrics.append(Metric(L, N * (unit * other)))
         self._basis, self.singular_values = self._find_basis()
@@ -233,10 +233,15 @@ class LossGroup:
         return total
 
 
-def _regularized(G: Tensor | None, width: int) -> tuple[Tensor, float]:
-    """A metric of mean diagonal 1, positive definite, and what it was divided by."""
+def _regularized(G: Tensor | None, like: Tensor) -> tuple[Tensor, float]:
+    """A metric of mean diagonal 1, positive definite, and what it was divided by.
+
+    Args:
+        G: one side's; None for the identity.
+        like: a vector of that side.
+    """
     if G is None:
-        return torch.ones(width), 1.0
+        return torch.ones_like(like), 1.0
     if G.dim() == 3:
         G = torch.block_diag(*G)  # type: ignore[no-untyped-call]
     unit = mean_diagonal([G])

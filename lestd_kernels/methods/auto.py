@@ -1,0 +1,150 @@
+"""The method of least expected loss for each group, among methods and bits.
+
+Every candidate stores the group within the byte budget in the metric loss; what is kept is the one
+whose error, as stored, is least. The error to expect at another budget is the least that a
+candidate expects there, or has with what it stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lestd_kernels.linalg.stage1 import Ranks
+from lestd_kernels.methods import gptq, lestd, sparsegpt, svd_llm
+from lestd_kernels.methods.common.base import (
+    LOSS,
+    Bounds,
+    Chosen,
+    Decomposed,
+    Method,
+    MethodArgs,
+    Metrics,
+    add_seconds,
+    require_budget,
+    require_default,
+    require_no_core,
+)
+from lestd_kernels.search.budget import CurvePoint
+from lestd_kernels.tensorize import GroupLayout
+
+CANDIDATES: tuple[tuple[Method, int, int], ...] = (
+    *((lestd.METHOD, bits, max(bits, 4)) for bits in (16, 8, 4, 3, 2)),
+    *((svd_llm.METHOD, bits, bits) for bits in (16, 8, 4)),
+    *((gptq.METHOD, bits, 16) for bits in (8, 4, 3, 2)),
+    *((sparsegpt.METHOD, bits, 16) for bits in (4, 3)),
+)
+"""Method, bits of a value and bits of a factor; of equal ones the first is kept."""
+
+
+# The others know what another budget costs only by storing the group for it.
+_FORESEEING = (lestd.METHOD, svd_llm.METHOD)
+
+
+@dataclass
+class PreparedAuto:
+    """A group, which every candidate prepares for itself: one at a time is in memory."""
+
+    unfolding: Tensor
+    layout: GroupLayout
+    value_dtype: torch.dtype
+    args: MethodArgs
+    metrics: Metrics
+    seconds: dict[str, float]
+
+
+def _args_of(args: MethodArgs, value_bits: int, factor_bits: int) -> MethodArgs:
+    return replace(args, value_bits=value_bits, factor_bits=factor_bits)
+
+
+def _least(
+    layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs
+) -> list[tuple[Method, MethodArgs, int]]:
+    """The candidates with their arguments and the fewest bytes that they need."""
+    require_no_core("auto", args)
+    require_default("auto", args, "value_bits", "factor_bits")
+    found = []
+    for method, *bits in CANDIDATES:
+        own = _args_of(args, *bits)
+        found.append((method, own, method.least_bytes(layout, value_dtype, own)))
+    return found
+
+
+def encode(
+    prepared: PreparedAuto,
+    byte_budget: int,
+    curve_budgets: Sequence[int] = (),
+    *,
+    reuse: bool = False,
+) -> Decomposed:
+    """Keep what the best candidate stores; see `Method.encode`."""
+    layout, dtype = prepared.layout, prepared.value_dtype
+    candidates = _least(layout, dtype, prepared.args)
+    require_budget("auto", byte_budget, min(least for _, _, least in candidates))
+    kept: Decomposed | None = None
+    errors: list[tuple[float, str]] = []
+    points: dict[int, CurvePoint] = {}
+    seconds: list[dict[str, float]] = []
+    for method, args, least in candidates:
+        if byte_budget < least:
+            continue
+        budgets = [b for b in curve_budgets if b >= least] if method in _FORESEEING else []
+        W = prepared.unfolding.clone()
+        done = method.decompose(W, layout, byte_budget, dtype, args, budgets, prepared.metrics)
+        stored = done.decomposition.stored_bytes
+        has = [
+            CurvePoint(b, Ranks(0, 0, 0), done.metric_squared_error)
+            for b in curve_budgets
+            if b >= stored
+        ]
+        for point in (*done.curve, *has):
+            known = points.setdefault(point.byte_budget, point)
+            if point.squared_error < known.squared_error:
+                points[point.byte_budget] = point
+        if kept is None or done.metric_squared_error < kept.metric_squared_error:
+            kept = done
+        errors.append((done.metric_squared_error / 2, f"{method.name}-{args.value_bits}"))
+        seconds.append(done.seconds)
+    assert kept is not None, "the budget has room for a candidate"
+    (loss, name), *others = sorted(errors, key=lambda one: one[0])
+    chosen = Chosen(name, loss, *(others[0][::-1] if others else (None, None)))
+    curve = tuple(points[budget] for budget in curve_budgets if budget in points)
+    return replace(kept, curve=curve, chosen=chosen, seconds=add_seconds(*seconds))
+
+
+def prepare(
+    unfolding: Tensor,
+    layout: GroupLayout,
+    value_dtype: torch.dtype,
+    args: MethodArgs,
+    metrics: Metrics,
+) -> PreparedAuto:
+    """Keep the group; see `Method.prepare`."""
+    return PreparedAuto(unfolding, layout, value_dtype, args, metrics, {})
+
+
+def bounds(
+    layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
+) -> Bounds:
+    """See `Method.bounds`."""
+    candidates = _least(layout, value_dtype, args)
+    require_budget("auto", byte_budget, min(least for _, _, least in candidates))
+    each = [
+        method.bounds(layout, byte_budget, value_dtype, own)
+        for method, own, least in candidates
+        if least <= byte_budget
+    ]
+    # A copy of the unfolding, and what the best so far stores.
+    workspace = max(one.workspace_bytes for one in each) + 4 * layout.elements + byte_budget
+    return Bounds(None, None, None, max(one.max_bytes for one in each), workspace, 0)
+
+
+def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
+    """See `Method.least_bytes`."""
+    return min(least for _, _, least in _least(layout, value_dtype, args))
+
+
+METHOD = Method("auto", prepare, encode, bounds, least_bytes, (LOSS,))
