@@ -184,7 +184,7 @@ class Result(Finished):
     unfoldings of the weights, descending. `most_expected_squared_error` is what
     `metric_squared_error` is at most where nothing went wrong, see
     `lestd_kernels.audit.rounding.most_expected`. `expected_loss` is in nats per token, and None
-    where the metric is not that of the loss.
+    where the metric is not that of the loss. `chosen` and the runner-up are of the method auto.
     """
 
     payload: str
@@ -214,6 +214,9 @@ class Result(Finished):
     metric_squared_error: float
     most_expected_squared_error: float | None
     expected_loss: float | None
+    chosen: str | None
+    runner_up: str | None
+    runner_up_loss: float | None
 
 
 @dataclass(frozen=True)

@@ -260,6 +260,9 @@ class DecomposeWorker:
                     metric_squared_error=done.metric_squared_error,
                     most_expected_squared_error=most,
                     expected_loss=done.metric_squared_error / 2 if args.metric == LOSS else None,
+                    chosen=done.chosen.candidate if done.chosen else None,
+                    runner_up=done.chosen.runner_up if done.chosen else None,
+                    runner_up_loss=done.chosen.runner_up_loss if done.chosen else None,
                     **known,
                 )
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lestd_kernels.methods import (
     asvd,
+    auto,
     gptq,
     hosvd,
     laser,
@@ -52,6 +53,7 @@ METHODS: dict[str, Method] = {
         rtn.METHOD,
         gptq.METHOD,
         sparsegpt.METHOD,
+        auto.METHOD,
     )
 }
 

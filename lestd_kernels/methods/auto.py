@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class PreparedAuto:
     seconds: dict[str, float]
 
 
-def _args_of(args: MethodArgs, value_bits: int, factor_bits: int) -> MethodArgs:
+def _args_of(args: MethodArgs, value_bits: Any, factor_bits: Any) -> MethodArgs:
     return replace(args, value_bits=value_bits, factor_bits=factor_bits)
 
 
@@ -112,7 +113,13 @@ def encode(
     (loss, name), *others = sorted(errors, key=lambda one: one[0])
     chosen = Chosen(name, loss, *(others[0][::-1] if others else (None, None)))
     curve = tuple(points[budget] for budget in curve_budgets if budget in points)
-    return replace(kept, curve=curve, chosen=chosen, seconds=add_seconds(*seconds))
+    return replace(
+        kept,
+        curve=curve,
+        chosen=chosen,
+        expected_squared_error=None,  # The choice is by what was measured.
+        seconds=add_seconds(*seconds),
+    )
 
 
 def prepare(

@@ -185,6 +185,7 @@ def describe_result(result: Result | CurveResult) -> str:
             f"{output.size(last.byte_budget)}"
         )
     ranks = f"ranks {output.ranks(result.ranks)}, " if result.ranks else ""
+    ranks = f"{result.chosen}: {ranks}" if result.chosen else ranks
     return (
         f"{ranks}density {result.density:.4f} ({result.codec}), "
         f"{output.size(result.dense_bytes)} -> {output.size(result.stored_bytes)}, relative error "

@@ -67,6 +67,9 @@ def result(payloads: Path, task_id: str, layer: int) -> Result:
         metric_squared_norm=8.0,
         metric_squared_error=0.02,
         expected_loss=0.01,
+        chosen=None,
+        runner_up=None,
+        runner_up_loss=None,
         most_expected_squared_error=0.03,
     )
 
