@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.chain import Chain, ModuleChain
-from lestd_kernels.linalg.metric import Metric
+from lestd_kernels.linalg.metric import Metric, diagonal_of
 from lestd_kernels.linalg.stage1 import Ranks
 from lestd_kernels.methods.common.base import (
     BUFFERS_BYTES,
@@ -64,6 +64,13 @@ class PreparedGroup:
     def metric(self, module: ModuleLayout) -> Metric:
         """The metric of a module."""
         return Metric(self.metrics.get(module.name), self.metrics.get(f"{module.name}.output"))
+
+    def without_feedback_of_outputs(self, module: ModuleLayout) -> Metric:
+        """The metric with the diagonal of its output side: quick, where an estimate will do."""
+        metric = self.metric(module)
+        return (
+            metric if metric.output is None else metric._replace(output=diagonal_of(metric.output))
+        )
 
 
 def prepare(
@@ -225,11 +232,15 @@ def module_method(
         reuse: bool = False,
     ) -> Decomposed:
         bounds(prepared.layout, byte_budget, prepared.value_dtype, prepared.args)
-        done = _encode_modules(prepared, byte_budget, encode_module)
-        points = []
-        for budget in curve_budgets:
-            other = _encode_modules(prepared, budget, encode_module)
-            points.append(CurvePoint(budget, Ranks(0, 0, 0), other.metric_squared_error))
+        done = _encode_modules(prepared, byte_budget, encode_module, prepared.metric, {})
+        stored: dict[str, tuple[ModuleChain, float]] = {}
+        errors = {}
+        for budget in sorted(curve_budgets, reverse=True):
+            other = _encode_modules(
+                prepared, budget, encode_module, prepared.without_feedback_of_outputs, stored
+            )
+            errors[budget] = other.metric_squared_error
+        points = (CurvePoint(budget, Ranks(0, 0, 0), errors[budget]) for budget in curve_budgets)
         return replace(done, curve=tuple(points))
 
     def bounds(
@@ -243,23 +254,27 @@ def module_method(
 
 
 def _encode_modules(
-    prepared: PreparedGroup, byte_budget: int, encode_module: EncodeModule
+    prepared: PreparedGroup,
+    byte_budget: int,
+    encode_module: EncodeModule,
+    metric_of: Callable[[ModuleLayout], Metric],
+    stored: dict[str, tuple[ModuleChain, float]],
 ) -> Decomposed:
+    """Store every module, or take it from what a larger budget has stored, where that fits."""
     clock = Stopwatch(prepared.unfolding.device)
     chains, expected = {}, 0.0
+    shares = split_budget(prepared.layout, byte_budget)
     with clock("stage2"):
         for module in prepared.layout.modules:
-            budget = split_budget(prepared.layout, byte_budget)[module.name]
-            try:
-                chains[module.name], lost = encode_module(
-                    prepared.weight(module),
-                    prepared.metric(module),
-                    budget,
-                    prepared.value_dtype,
-                    prepared.args,
-                )
-            except LestdError as error:
-                raise LestdError(f"{module.name}: {error}") from error
+            budget, known = shares[module.name], stored.get(module.name)
+            if known is None or sum(one.stored_bytes for one in known[0].own) > budget:
+                W, metric = prepared.weight(module), metric_of(module)
+                try:
+                    known = encode_module(W, metric, budget, prepared.value_dtype, prepared.args)
+                except LestdError as error:
+                    raise LestdError(f"{module.name}: {error}") from error
+                stored[module.name] = known
+            chains[module.name], lost = known
             expected += lost
     return chain_result(prepared, chains, clock, expected=expected)
 
