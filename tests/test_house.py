@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.children import run_each
 
 ROOT = Path(__file__).parents[1]
 HOUSE = ("orchestrator", "workers", "lestd_kernels")
@@ -91,24 +92,15 @@ FIRST = (
     "import lestd_kernels.transformers_plugin",
     "import lestd_kernels.formats; from transformers import AutoModelForCausalLM as Auto; Auto",
 )
-# A child each, so that torch, which has no part in it, is imported once.
-REGISTERED = f"""
-import os, torch
-for first in {FIRST}:
-    child = os.fork()
-    if not child:
-        exec(first)
-        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-        os._exit("lestd" not in AUTO_QUANTIZER_MAPPING)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), first, flush=True)
+MAPPED = """
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as mapping
+assert "lestd" in mapping
 """
 
 
 def test_the_format_is_registered_whatever_is_imported_first() -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", REGISTERED], capture_output=True, text=True, check=True
-    )
-    assert run.stdout.splitlines() == [f"0 {first}" for first in FIRST], run.stderr
+    statuses, errors = run_each(*(f"{first}\n{MAPPED}" for first in FIRST))
+    assert dict(zip(FIRST, statuses, strict=True)) == dict.fromkeys(FIRST, 0), errors
 
 
 def test_the_tests_of_the_promises_exist() -> None:

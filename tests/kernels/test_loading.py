@@ -7,12 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.cli import run_lestd
+from support.cli import lestd
 from support.families import save_pair
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -38,7 +37,7 @@ def large(tmp_path_factory) -> Path:
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(root / "dense")
     settings = ("--keep", "0.5", "--executor", "serial", "--out", root / "packed")
-    finished = run_lestd("compress", root / "dense", *settings)
+    finished = lestd("compress", root / "dense", *settings)
     assert finished.code == 0, finished.err
     return root / "packed"
 
@@ -64,65 +63,66 @@ def use(model):
     with torch.no_grad():
         model(torch.arange(2, 9)[None])
 
-directory, options = sys.argv[1], json.loads(sys.argv[2])
-if "dtype" in options:
-    options["dtype"] = getattr(torch, options["dtype"])
-use(load())  # what libraries set up once, and keep, is not the model's
-gc.collect()
-before, low, high = private(), anonymous(), 0
-done = threading.Event()
+directory = sys.argv[1]
+for options in json.loads(sys.argv[2]):
+    if "dtype" in options:
+        options["dtype"] = getattr(torch, options["dtype"])
+    use(load())  # what libraries set up once, and keep, is not the model's
+    gc.collect()
+    before, low, high = private(), anonymous(), 0
+    done = threading.Event()
 
-def watch():
-    global high
-    while not done.wait(0.0005):
-        high = max(high, anonymous())
+    def watch():
+        global high
+        while not done.wait(0.0005):
+            high = max(high, anonymous())
 
-watcher = threading.Thread(target=watch)
-watcher.start()
-model = load()
-done.set()
-watcher.join()
-loaded = private()
-use(model)
-tensors = model.state_dict().values()
-print(json.dumps({
-    "bytes": sum(t.numel() * t.element_size() for t in tensors),
-    "loaded": loaded - before,
-    "peak": high - low,
-    "used": private() - before,
-}))
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = load()
+    done.set()
+    watcher.join()
+    loaded = private()
+    use(model)
+    tensors = model.state_dict().values()
+    print(json.dumps({
+        "bytes": sum(t.numel() * t.element_size() for t in tensors),
+        "loaded": loaded - before,
+        "peak": high - low,
+        "used": private() - before,
+    }))
+    del model, tensors
 """
 
+OPTIONS = {
+    "as stored": {},
+    "auto": {"device_map": "auto"},
+    "converted": {"dtype": "bfloat16"},  # every tensor becomes a copy in private memory
+    "disk": {"device_map": {"": "disk"}},
+}
 
-def measure(directory: Path, **options: Any) -> dict[str, int]:
-    """Private memory of a process of its own, in bytes: loaded, at the peak, after a forward."""
-    command = [sys.executable, "-c", MEASURE, str(directory), json.dumps(options)]
+
+@pytest.fixture(scope="module")
+def found(large: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
+    """Private memory, in bytes: loaded, at the peak, after a forward. Of one process for all."""
+    offload = {"offload_folder": str(tmp_path_factory.mktemp("offload"))}
+    options = [one | (offload if name == "disk" else {}) for name, one in OPTIONS.items()]
+    command = [sys.executable, "-c", MEASURE, str(large), json.dumps(options)]
     # Every large block is a mapping of its own, so that what is freed is gone at once.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    return json.loads(run.stdout)
+    return dict(zip(OPTIONS, map(json.loads, run.stdout.splitlines()), strict=True))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"device_map": "auto"},
-        {"dtype": "bfloat16"},  # every tensor becomes a copy in private memory
-        {"device_map": {"": "disk"}},
-    ],
-    ids=["as stored", "auto", "converted", "disk"],
-)
-def test_private_memory_is_that_of_the_tensors(large, tmp_path, options):
-    if "disk" in str(options):
-        options = options | {"offload_folder": str(tmp_path)}
-    found = measure(large, **options)
-    dense = LAYERS * 4 * HIDDEN * HIDDEN * (2 if "dtype" in options else 4)
-    assert 0.4 * dense < found["bytes"] < 0.6 * dense, "the bounds below tell packed from dense"
-    assert found["loaded"] <= 1.1 * found["bytes"]
-    assert found["peak"] <= 1.1 * found["bytes"]
-    assert found["used"] <= 1.1 * found["bytes"], "a forward left a dense copy behind"
+@pytest.mark.parametrize("name", OPTIONS)
+def test_private_memory_is_that_of_the_tensors(found, name):
+    of = found[name]
+    dense = LAYERS * 4 * HIDDEN * HIDDEN * (2 if "dtype" in OPTIONS[name] else 4)
+    assert 0.4 * dense < of["bytes"] < 0.6 * dense, "the bounds below tell packed from dense"
+    assert of["loaded"] <= 1.1 * of["bytes"]
+    assert of["peak"] <= 1.1 * of["bytes"]
+    assert of["used"] <= 1.1 * of["bytes"], "a forward left a dense copy behind"
 
 
 class Sizes(TorchDispatchMode):

@@ -32,9 +32,21 @@ def lestd(*args: object) -> Finished:
     return Finished(result.exit_code, result.stdout, result.stderr)
 
 
-def start_lestd(*args: object, **options: object) -> subprocess.Popen[str]:
-    """Start the command in a process of its own."""
-    command = [sys.executable, "-m", "orchestrator", *map(str, args)]
+IMPATIENT = """
+from orchestrator.__main__ import main
+from workers.storage import retries
+retries._FIRST_PAUSE_SECONDS = 0.01
+main()
+"""
+"""The command as a program that does not leave a failing server alone for long."""
+
+
+def start_lestd(
+    *args: object, program: str | None = None, **options: object
+) -> subprocess.Popen[str]:
+    """Start the command, or a program that calls it, in a process of its own."""
+    run = ["-c", program] if program else ["-m", "orchestrator"]
+    command = [sys.executable, *run, *map(str, args)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     STARTED.append(subprocess.Popen(command, **(pipes | options)))
     return STARTED[-1]

@@ -17,7 +17,7 @@ import fsspec
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
-from support.cli import PATIENCE, digest_tree, lestd, run_lestd, start_lestd
+from support.cli import IMPATIENT, PATIENCE, digest_tree, lestd, run_lestd, start_lestd
 from support.hub import Hub, hub_environment, serve_hub
 from support.s3 import s3_server
 
@@ -94,7 +94,7 @@ def test_a_run_from_a_hub_that_drops_connections_killed_and_resumed(
     with serve_hub(model.parents[1]) as hub:
         hub.flaky, hub.hold = True, last
         environment = hub_environment(hub.url, tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
-        process = start_lestd(*command, env=environment)
+        process = start_lestd(*command, program=IMPATIENT, env=environment)
         assert hub.held.wait(PATIENCE), process.communicate(timeout=PATIENCE)
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=PATIENCE)
@@ -103,7 +103,7 @@ def test_a_run_from_a_hub_that_drops_connections_killed_and_resumed(
         hub.asked.clear()
         hub.hold = None
 
-        done = run_lestd(*command, env=environment)
+        done = run_lestd(*command, program=IMPATIENT, env=environment)
         assert done.code == 0, done.err
         after = {places[request] for request in hub.asked if request in places}
         sent = sum(n for name, n in hub.sent_bytes.items() if name.endswith(".safetensors"))
