@@ -21,6 +21,7 @@ from transformers import (
     GPTJConfig,
     GPTNeoXConfig,
     GptOssConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -30,6 +31,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 from lestd_kernels.formats.shared_tucker import CORE_NAME, SharedTucker
@@ -104,6 +106,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
         num_experts_per_tok=2,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
     ),
+    "granite": GraniteConfig(**_LLAMA_LIKE | {"num_key_value_heads": 2}),
+    "smollm3": SmolLM3Config(**_LLAMA_LIKE | {"num_key_value_heads": 2}),
     "gpt_neox": GPTNeoXConfig(
         **_COMMON,
         hidden_size=48,

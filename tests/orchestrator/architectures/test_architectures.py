@@ -23,8 +23,20 @@ from orchestrator.architectures import (
 from workers.checkpoint.tensors import ShardIndex, read_tensor
 
 KNOWN = (
-    *("gpt_neox", "gpt_oss", "gptj", "llama", "mistral", "mixtral", "opt", "qwen2", "qwen3"),
+    *(
+        "gpt_neox",
+        "gpt_oss",
+        "gptj",
+        "granite",
+        "llama",
+        "mistral",
+        "mixtral",
+        "opt",
+        "qwen2",
+        "qwen3",
+    ),
     "qwen3_moe",
+    "smollm3",
 )
 
 
