@@ -13,6 +13,7 @@ import torch
 from support.activations import oracle
 from support.cli import digest_tree, lestd, run_lestd, start_lestd
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import METHODS, MethodArgs
@@ -250,3 +251,44 @@ def test_bytes_go_where_the_expected_loss_falls_most(
     assert len({row["byte_budget"] for row in rows[None]}) > 1
     for row in rows[None]:
         assert row["expected_loss"] == row["metric_squared_error"] / 2
+
+
+@pytest.mark.slow
+def test_auto_keeps_the_candidate_of_least_expected_loss(
+    tiny_llama: Path, wikitext: Path, tmp_path: Path
+) -> None:
+    source, losses = resolve_source(str(tiny_llama)), {}
+    for method, bits in (("auto", 16), ("lestd", 4), ("svd_llm", 4), ("gptq", 2)):
+        config = RunConfig(
+            keep=0.15,
+            include="0",
+            method=method,
+            metric="loss",
+            allocation="uniform",
+            value_bits=bits,
+            factor_bits=4 if bits == 4 else 16,
+            calibrate_on=str(wikitext),
+            samples=8,
+            sample_tokens=64,
+        )
+        out = tmp_path / f"{method}-{bits}"
+        compress_model(
+            source,
+            config,
+            SerialExecutor(),
+            out,
+            tmp_path / f"{out.name}.run",
+            calibration=tmp_path / "calibration",
+        )
+        [row] = Manifest(out / "manifest").groups().to_pylist()
+        losses[out.name] = row["expected_loss"]
+        assert (row["chosen"] is None) == (method != "auto")
+        if method == "auto":
+            assert row["stored_bytes"] <= row["byte_budget"]
+            assert row["runner_up"] != row["chosen"]
+            assert row["expected_loss"] <= row["runner_up_loss"]
+            chosen = row["chosen"]
+            AutoModelForCausalLM.from_pretrained(out)
+    best = losses.pop("auto-16")
+    assert best <= min(losses.values())
+    assert losses.get(chosen, best) == best
