@@ -182,7 +182,7 @@ def test_quantized_sources(model: Path, quantization: Any, message: str) -> None
 def test_unknown_families(model: Path, model_type: Any) -> None:
     edit_config(model, model_type=model_type)
     message = refused(model, re.escape(f"model family {model_type!r} is unknown"))
-    assert "gpt_neox, gpt_oss, gptj, llama, mistral, mixtral, opt, qwen2, qwen3" in message
+    assert "gpt_neox, gpt_oss, gptj, granite, llama, mistral, mixtral, opt, qwen2, qwen3" in message
 
 
 def test_no_code_of_the_model_is_run(model: Path, tmp_path: Path) -> None:
