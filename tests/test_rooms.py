@@ -35,6 +35,7 @@ FLOORS = {
         {"methods", "peft_plugin"},
         {"audit", "transformers_plugin"},
         {"registration"},
+        {"vllm_plugin"},
     ],
 }
 
