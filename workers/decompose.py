@@ -35,7 +35,7 @@ from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.chain import Chain
 from lestd_kernels.formats.entries import with_stored_path
 from lestd_kernels.formats.kinds import Decomposition
-from lestd_kernels.methods import LOSS, METHODS, NORM, Decomposed, MethodArgs
+from lestd_kernels.methods import LOSS, METHODS, NORM, Decomposed, Group, MethodArgs
 from lestd_kernels.methods.common.base import STATISTICS, add_seconds
 from lestd_kernels.methods.common.stopwatch import Stopwatch
 from lestd_kernels.tensorize import unfold_weights
@@ -310,13 +310,16 @@ class DecomposeWorker:
                 weights.clear()
                 unfolding = unfold_weights(on_device, task.layout)
                 del on_device
-            prepared = METHODS[task.method].prepare(
+            group = Group(
                 unfolding,
                 task.layout,
                 getattr(torch, task.value_dtype),
                 MethodArgs(**task.method_args),
                 {name: metric.to(self._device) for name, metric in metrics.items()},
             )
+            del unfolding
+            prepared = METHODS[task.method].prepare(group)
+            del group
         clock.seconds.update(add_seconds(clock.seconds, prepared.seconds))
         return prepared
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.linalg.metric import Root
-from lestd_kernels.methods import METHODS, MethodArgs
+from lestd_kernels.methods import METHODS, Group, MethodArgs
 from lestd_kernels.methods.common.base import ACTIVATION, NORM, WEIGHT, Decomposed
 from lestd_kernels.methods.tt import balanced_modes, stack_of, train_modes
 from lestd_kernels.search.tucker_stack import (
@@ -431,7 +431,7 @@ def test_what_is_too_small_is_refused_and_the_least_is_not(method: str) -> None:
 def test_a_curve_tells_the_errors_of_its_budgets(method: str) -> None:
     layout = experts(19, 13, 4) if method == "td_moe" else mha(24, 8, 3)
     budgets = [int(share * layout.elements * 4) for share in (0.3, 0.5, 0.8)]
-    prepared = METHODS[method].prepare(random_unfolding(layout), layout, FP32, MethodArgs(), {})
+    prepared = METHODS[method].prepare(Group(random_unfolding(layout), layout, FP32, MethodArgs()))
     done = METHODS[method].encode(prepared, budgets[1], budgets, reuse=True)
     for point, budget in zip(done.curve, budgets, strict=True):
         alone = METHODS[method].encode(prepared, budget, reuse=True)

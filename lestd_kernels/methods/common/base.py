@@ -6,7 +6,7 @@ Shapes: see lestd_kernels.tensorize and decomposition.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.kinds import Decomposition
+from lestd_kernels.linalg.metric import Metric, diagonal_of
 from lestd_kernels.options import METRICS, MethodOptions
 from lestd_kernels.search.budget import CurvePoint
-from lestd_kernels.tensorize import GroupLayout
+from lestd_kernels.tensorize import GroupLayout, ModuleLayout
 
 WEIGHT, NORM, ACTIVATION, LOSS = METRICS
 
@@ -171,6 +172,43 @@ STATISTICS = ("mean_abs", "max_abs", "out_max_abs")
 """What calibration records of an input beside its Gram matrix."""
 
 
+@dataclass
+class Group:
+    """A slice group as it was read; methods derive what they prepare from it.
+
+    Attributes:
+        unfolding: ``(d, S p)``, float32.
+        layout: the group.
+        value_dtype: of the stored tensors.
+        args: of the method.
+        metrics: of the modules.
+        seconds: what preparing took, by stage.
+    """
+
+    unfolding: Tensor
+    layout: GroupLayout
+    value_dtype: torch.dtype
+    args: MethodArgs
+    metrics: Metrics = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def weight(self, module: ModuleLayout) -> Tensor:
+        """W ``(in, out)`` of a module, float32; a view that is not to be written to."""
+        block = self.unfolding[:, self.layout.columns(module)]
+        return block if module.basis_side == "input" else block.T
+
+    def metric(self, module: ModuleLayout) -> Metric:
+        """The metric of a module."""
+        return Metric(self.metrics.get(module.name), self.metrics.get(f"{module.name}.output"))
+
+    def without_feedback_of_outputs(self, module: ModuleLayout) -> Metric:
+        """The metric with the diagonal of its output side: quick, where an estimate will do."""
+        metric = self.metric(module)
+        return (
+            metric if metric.output is None else metric._replace(output=diagonal_of(metric.output))
+        )
+
+
 class Encode(Protocol):
     """See `Method.encode`."""
 
@@ -244,9 +282,9 @@ class Method:
 
     Attributes:
         name: how configuration and manifest call it.
-        prepare: ``(unfolding (d, S p) float32, layout, value_dtype, args, metrics)``; what no byte
-            budget decides, done once for all of them. What it returns has its cost as `seconds`.
-            The unfolding is used up: it is scaled in place, since a copy would double the memory.
+        prepare: what no byte budget decides, done once for all of them. What it returns has its
+            cost as `seconds`. The unfolding is used up: it is scaled in place, since a copy would
+            double the memory.
             Raises LestdError where the type mode does not go with the layout or the pattern.
         encode: ``(prepared, byte_budget, curve_budgets, reuse=...)``; the result stores at most
             `byte_budget` bytes, and has the error to expect at each of the curve's budgets
@@ -265,7 +303,7 @@ class Method:
     """
 
     name: str
-    prepare: Callable[[Tensor, GroupLayout, torch.dtype, MethodArgs, Metrics], Any]
+    prepare: Callable[[Group], Any]
     encode: Encode
     bounds: Callable[[GroupLayout, int, torch.dtype, MethodArgs], Bounds]
     least_bytes: Callable[[GroupLayout, torch.dtype, MethodArgs], int]
@@ -282,6 +320,6 @@ class Method:
         metrics: Metrics | None = None,
     ) -> Decomposed:
         """Decompose a slice group for one byte budget: `prepare`, then `encode`."""
-        prepared = self.prepare(unfolding, layout, value_dtype, args, metrics or {})
+        prepared = self.prepare(Group(unfolding, layout, value_dtype, args, metrics or {}))
         done = self.encode(prepared, byte_budget, curve_budgets)
         return replace(done, seconds=add_seconds(prepared.seconds, done.seconds))
