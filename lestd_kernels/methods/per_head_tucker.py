@@ -36,13 +36,14 @@ from lestd_kernels.search.tucker_stack import (
     best_ranks,
     fit_core,
     full_bases,
+    full_ranks,
     kept_energy,
     leading_energies,
-    refine,
     search_grid,
 )
 from lestd_kernels.storage.matrix import EncodedCore
 from lestd_kernels.tensorize import PROJECTIONS, GroupLayout, ModuleLayout
+from lestd_kernels.with_tensorly import partial_tucker
 
 _U1, _U2 = "lestd_u1", "lestd_u2"
 
@@ -164,13 +165,10 @@ def store(prepared: PreparedHeads, byte_budget: int, clock: Stopwatch) -> Stored
     with clock("rank_search"):
         ranks = _ranks_for(prepared, byte_budget)
     with clock("stage1"):
-        factors = [
-            refine(prepared.stack(u), bases, ranks, args.hooi_tol, args.hooi_max_iter)
-            for u, bases in enumerate(prepared.bases)
-        ]
+        factors = [_fit(prepared, unit, ranks) for unit in range(prepared.units.count)]
     with clock("stage2"):
-        U1 = torch.cat([one.U for one in factors], dim=1)
-        U2 = torch.cat([one.V for one in factors])
+        U1 = torch.cat([U for U, _ in factors], dim=1)
+        U2 = torch.cat([V for _, V in factors])
         shared = {
             _U1: EncodedCore.quantized(U1, args.factor_bits, dtype),
             _U2: EncodedCore.quantized(U2, args.factor_bits, dtype),
@@ -179,6 +177,15 @@ def store(prepared: PreparedHeads, byte_budget: int, clock: Stopwatch) -> Stored
         modules = {module.name: _chain(prepared, module, cores, ranks) for module in layout.modules}
     [expected] = _left_out(prepared, [ranks])
     return StoredChains(modules, shared, {"R1": ranks.Ra, "R2": ranks.Rb}, expected)
+
+
+def _fit(prepared: PreparedHeads, unit: int, ranks: StackRanks) -> list[Tensor]:
+    """U1 and U2 of a unit, by HOOI from its HOSVD bases."""
+    T, args = prepared.stack(unit), prepared.args
+    start, full = prepared.bases[unit].leading(ranks), full_ranks(T.shape)
+    if ranks.Ra == full.Ra or ranks.Rb == full.Rb:
+        return [start.U, start.V]  # With one mode truncated the HOSVD is the optimum.
+    return partial_tucker(T, (start.U, start.V), (1, 2), args.hooi_tol, args.hooi_max_iter)
 
 
 def _left_out(prepared: PreparedHeads, every: Sequence[StackRanks]) -> list[float]:

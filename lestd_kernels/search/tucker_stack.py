@@ -207,12 +207,6 @@ def project(T: Tensor, factors: StackFactors) -> Tensor:
     return mix_stack(factors.U.T @ T @ factors.V, factors.P)
 
 
-def expand(core: Tensor, factors: StackFactors) -> Tensor:
-    """Invert `project`: the tensor ``(n, a, b)`` of a core."""
-    T = factors.U @ core @ factors.V.T
-    return T if factors.P is None else (factors.P @ T.flatten(1)).view(-1, *T.shape[1:])
-
-
 def fit_core(T: Tensor, factors: StackFactors) -> Tensor:
     """The core of least squared residual for factors that are not orthonormal, as stored ones."""
     P = None if factors.P is None else _dual(factors.P)
