@@ -70,7 +70,7 @@ class CompressedLoraLinear(Linear):
             super().resolve_lora_variant(config=config, **kwargs)
         except ValueError as error:
             raise LestdError(
-                "a compressed projection has no dense weight, which the asked variant of LoRA "
+                "a compressed projection has no dense weight, which the requested variant of LoRA "
                 f"needs ({error}): use plain LoRA there."
             ) from error
 

@@ -223,7 +223,7 @@ def _expect_adapter(directory: Path) -> None:
         return
     if find_spec("peft") is None:
         raise LestdError(
-            f"{directory} has an adapter beside the model, and peft, which loads it, is not "
+            f"{directory} has an adapter beside the model, but peft, which loads it, is not "
             'installed: pip install "lestd[recover]".'
         )
     from lestd_kernels import peft_plugin  # slow to import, and an extra

@@ -122,8 +122,8 @@ class DecomposeWorker:
     def __init__(self, payload_dir: str, device: str = "cpu", threads: int = 1) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise LestdError(
-                f"device cuda asked for, but this worker on {socket.gethostname()} sees no GPU; "
-                "use --device cpu, or run where PyTorch sees one"
+                f"device cuda was requested, but this worker on {socket.gethostname()} sees no "
+                "GPU; use --device cpu, or run where PyTorch sees one"
             )
         self._payload_dir = as_path(payload_dir)
         if isinstance(self._payload_dir, Path) and not self._payload_dir.is_dir():

@@ -103,7 +103,7 @@ def _shapes(
         expected, found = getattr(MethodArgs(), option), getattr(args, option)
         if found != expected:
             raise LestdError(
-                f"{option} {found!r} goes with attention in the metric 'weight' at 16 bits only; "
+                f"{option} {found!r} is for attention in the metric 'weight' at 16 bits only; "
                 f"change it to {expected!r}, or metric, bits and scope"
             )
     return {side: side_shape(layout, side, value_dtype, args) for side in sides(layout)}

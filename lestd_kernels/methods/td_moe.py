@@ -216,7 +216,7 @@ def errors(prepared: PreparedExperts, done: Decomposed, budgets: Sequence[int]) 
 
 
 def _expected_error(prepared: PreparedExperts, chosen: Mapping[str, StackRanks]) -> float:
-    """What the ranks leave of the weights in their metric, as if they were whitened exactly."""
+    """Squared error of the ranks in the metric, as if the weights were whitened exactly."""
     total = 0.0
     for name, ranks in chosen.items():
         one = prepared.projections[name]

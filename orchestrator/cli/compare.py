@@ -24,7 +24,7 @@ from orchestrator.console.logs import LogFormat
 _SPEED_TOKENS = (64, 33)
 
 
-@app.command(rich_help_panel="Judge and compare")
+@app.command(rich_help_panel="Evaluate and compare")
 @options(Evaluation, *RUN, *HOSTS)
 def compare(
     methods: Annotated[
@@ -46,7 +46,7 @@ def compare(
     speed: Annotated[
         bool,
         typer.Option(
-            help="Time decoding of every model beside the dense one.", rich_help_panel="Evaluation"
+            help="Time decoding of every model against the dense one.", rich_help_panel="Evaluation"
         ),
     ] = True,
     fresh: Fresh = False,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # It imports lm_eval.
     from orchestrator.evaluation.lm_eval_tasks import Examination
 
 
-@app.command(rich_help_panel="Judge and compare")
+@app.command(rich_help_panel="Evaluate and compare")
 @options(Evaluation, *HOSTS)
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Directory of a compressed or a dense model.")],
@@ -40,13 +40,13 @@ def evaluate(
         int | None,
         typer.Option(
             min=1,
-            help="GPUs of a worker, for a model that does not fit one.",
+            help="GPUs per worker, for a model too large for one.",
             show_default="1",
             rich_help_panel="Where",
         ),
     ] = None,
     log_samples: Annotated[
-        bool, output_option("--log-samples", help="Keep what was asked and answered, in RUN_DIR.")
+        bool, output_option("--log-samples", help="Keep questions and answers in RUN_DIR.")
     ] = False,
     run_dir: Annotated[
         Path | None,
@@ -100,7 +100,7 @@ def evaluate(
     except KeyboardInterrupt:
         logs.log(
             "message",
-            f"interrupted; what was finished is kept in {run_dir}: run the same command again to "
+            f"interrupted; finished work is kept in {run_dir}: run the same command again to "
             "continue",
         )
         raise typer.Exit(130) from None

@@ -55,16 +55,14 @@ A query reads these tables only, and cannot write or reach files or the network.
 named on standard error; their rows are missing. Dialect: duckdb's."""
 
 
-@app.command(help=_QUERY_HELP, rich_help_panel="Look into a run")
+@app.command(help=_QUERY_HELP, rich_help_panel="Inspect a run")
 def query(
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="RUN... [SQL]", help="Runs, then the statement.")
     ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="A query that comes with lestd, instead of SQL.")
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="A built-in query, instead of SQL.")] = None,
     show_list: Annotated[
-        bool, typer.Option("--list", help="Show the queries that come with lestd; needs no RUN.")
+        bool, typer.Option("--list", help="List the built-in queries; needs no RUN.")
     ] = False,
     csv: Annotated[bool, typer.Option("--csv", help="All rows as CSV.")] = False,
     json: Annotated[
@@ -135,7 +133,7 @@ def _asked(arguments: list[str], name: str | None) -> tuple[list[AnyPath], str]:
     return [as_path(run) for run in dict.fromkeys(runs)], sql
 
 
-@app.command(rich_help_panel="Look into a run")
+@app.command(rich_help_panel="Inspect a run")
 def report(
     run: Annotated[
         str, typer.Argument(help="A compressed model or a run: path or URL, finished or not.")
@@ -166,7 +164,7 @@ def report(
     output.out.print(f"{target}: {output.size(len(content))}", soft_wrap=True)
 
 
-@app.command(rich_help_panel="Look into a run")
+@app.command(rich_help_panel="Inspect a run")
 def diff(
     before: Annotated[str, typer.Argument(help="A model, a run directory, or a URL of one.")],
     after: Annotated[str, typer.Argument(help="What it is compared with.")],
@@ -187,7 +185,7 @@ def diff(
         print_diff(found, every_layer)
 
 
-@app.command(rich_help_panel="Look into a run")
+@app.command(rich_help_panel="Inspect a run")
 def compact(out: Out, run_dir: RunDir = None) -> None:
     """Put a run's manifest together, one file per table: faster to read. Safe at any moment."""
     from orchestrator.run.directory import compact as compact_manifest
@@ -196,7 +194,7 @@ def compact(out: Out, run_dir: RunDir = None) -> None:
     gone, damaged = compact_manifest(place)
     for bad in damaged:
         logs.damaged(bad.path, bad.reason)
-    said = f"{gone} files were put together" if gone else "there was nothing to put together"
+    said = f"{gone} files were merged" if gone else "there was nothing to merge"
     output.out.print(f"{place}: {said}", soft_wrap=True)
     if damaged:
         stay = "file stays where it is" if len(damaged) == 1 else "files stay where they are"

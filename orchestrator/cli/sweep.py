@@ -25,7 +25,7 @@ from orchestrator.config.options import HOSTS, METHOD, RUN, Evaluation, chosen
 from orchestrator.console.logs import LogFormat
 
 
-@app.command(rich_help_panel="Judge and compare")
+@app.command(rich_help_panel="Evaluate and compare")
 @options(Evaluation, *RUN, *METHOD, *HOSTS)
 def sweep(
     keep: Annotated[str, typer.Option(help="Several keeps, like 0.8,0.6,0.4,0.2.")],

@@ -67,7 +67,7 @@ class Outcome:
         rows: group rows of the finished tasks, by layer.
         curves: a row of each curve that is found; what belongs to its group stands in each row.
         failures: tasks that have no result.
-        skipped: tasks that were finished before this call.
+        skipped: tasks that were already finished this call.
         seconds: wall time of this call.
     """
 

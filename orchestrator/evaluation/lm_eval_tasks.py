@@ -99,7 +99,7 @@ def open_examination(settings: JudgeSettings) -> Examination:
     if settings.dtype not in DTYPES:
         raise LestdError(f"dtype must be one of {', '.join(DTYPES)}, got {settings.dtype!r}")
     if not settings.tasks:
-        raise LestdError("--tasks names no task; give one or several, with commas between them")
+        raise LestdError("--tasks names no task; give one or several, separated by commas")
     tasks: dict[str, tuple[str, BuiltTask]] = {}
     groups: dict[str, Any] = {}
     for name in dict.fromkeys(settings.tasks):
@@ -170,8 +170,8 @@ def judge(
     for outcome in outcomes:
         if isinstance(outcome, Failure):
             raise LestdError(
-                f"{model.directory} could not be judged: {outcome.message}; what was finished is "
-                f"kept in {run_dir}"
+                f"{model.directory} could not be evaluated: {outcome.message}; what was finished "
+                f"is kept in {run_dir}"
             )
         finish()
     ordered = [judgements[sitting.built.name] for sitting in sittings]

@@ -44,7 +44,7 @@ class ModelFacts:
         model: the model, as it was named.
         model_id: sha256 of its config and of samples of its weights.
         tokenizer_sha256: of the files of its tokenizer.
-        compressed: whether it is a model of lestd.
+        compressed: whether lestd compressed it.
         model_bytes: bytes of its safetensors files, headers included.
         dense_bytes: bytes of its weights in scope when they were dense; None if not compressed.
         stored_bytes: bytes that these are stored in; None if not compressed.

@@ -69,7 +69,7 @@ Listener = Callable[[Event], None]
 
 
 def retried(again: Again) -> Event:
-    """The event of an attempt that is followed by another."""
+    """The event of an attempt that is retried."""
     task_id, attempt = again.attempt.item.task_id, again.attempt.number - 1
     return Event(
         "retried",

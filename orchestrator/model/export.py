@@ -148,7 +148,7 @@ def export_dense(
 def _require_free(out: Path) -> None:
     if not is_free(out):
         raise LestdError(
-            f"{out} is there already, and is no plain empty directory; choose a new name for "
+            f"{out} already exists and is not an empty directory; choose a new name for "
             "--dense, or remove it"
         )
 

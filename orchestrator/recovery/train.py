@@ -1,6 +1,6 @@
 """Win back by training what compression has lost; judged on held-out text before and after.
 
-OUT.recover/      kept, so that the same command continues, or shows its result again
+OUT.recover/      kept, so that run the same command again to continue, or shows its result again
     recover.json  what is done: settings, the model, the text
     held-out.txt  the end of the text, which is not trained on, where no other text is given
     state.json    see workers.recover: the last state, and the tensors that it names

@@ -118,8 +118,8 @@ def resolve_source(model: str, revision: str | None = None) -> Source:
     shards = set(weight_map.values()) or {WEIGHTS_FILE}
     if absent := sorted(shards - names):
         raise LestdError(
-            f"{model} has no file {absent[0]}, but its {INDEX_FILE} names it; tell its publisher, "
-            "or choose another --revision"
+            f"{model} has no file {absent[0]}, but its {INDEX_FILE} names it; report it to the "
+            "publisher, or choose another --revision"
         )
     if are_cached(model, commit, shards):
         directory = fetch_side_files(names, partial(download, model, commit))

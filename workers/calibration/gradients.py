@@ -63,7 +63,7 @@ def logit_gradient(logits: Tensor, window: int) -> Tensor:
     if not bool(torch.isfinite(logits).all()):
         raise LestdError(
             "the model's predictions are not finite, computed in float32; the weights are broken, "
-            "get the checkpoint again"
+            "download the checkpoint again"
         )
     labels = sampled_labels(logits, window)
     gradient = logits.softmax(dim=-1)

@@ -173,7 +173,7 @@ def _manager(name: str, include_path: str | None) -> TaskManager:
     paths: list[str | Path] = [folder / each for each in TASK_FOLDERS]
     if include_path is not None:
         if not Path(include_path).is_dir():
-            raise LestdError(f"{include_path} is no directory; check --include-path")
+            raise LestdError(f"{include_path} is not a directory; check --include-path")
         paths.append(include_path)
     manager = TaskManager(include_path=paths, include_defaults=False)
     # Groups and tags may have members anywhere.

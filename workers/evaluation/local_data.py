@@ -61,7 +61,7 @@ def _text(path: Path) -> str:
         return read_regular(path, MAX_TEXT_BYTES).decode("utf-8-sig")
     except OSError as error:
         raise LestdError(
-            f"the data {path} cannot be read ({error.strerror}); expected there is the file that "
+            f"the data {path} cannot be read ({error.strerror}); expected the file that "
             "docs/judging.md describes, check --data"
         ) from error
     except UnicodeDecodeError as error:

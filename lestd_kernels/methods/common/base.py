@@ -1,4 +1,4 @@
-"""What every method takes and gives.
+"""Arguments and results of every method.
 
 Shapes: see lestd_kernels.tensorize and decomposition.
 """
@@ -41,7 +41,7 @@ class MethodArgs(MethodOptions):
 
 @dataclass(frozen=True)
 class Bounds:
-    """What is known of a decomposition from shapes alone.
+    """Bounds of a decomposition that shapes alone give.
 
     Attributes:
         max_R1: the largest R1 that fits, beside the smallest other ranks; None where there is none.
@@ -71,7 +71,7 @@ class SliceStats:
         head: index of the head, or of the expert.
         nnz: non-zeros of the slice's M_s (mixed, with a learned type mode); of a chain, the slice's
             share of the module's own matrices.
-        density: nnz / elements that it could have had.
+        density: nnz / elements of the core slice.
         core_bytes: the slice's share of its core's bytes, in proportion to nnz; with a learned
             type mode a fourth of its head's share.
         relative_error: ``||W_s - W_hat_s|| / ||W_s||``.
@@ -91,7 +91,7 @@ class SliceStats:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What the method auto stores a group by. Losses are expected ones, nats per token.
+    """Choice of the method auto for a group. Losses are expected ones, in nats per token.
 
     Attributes:
         candidate: method and bits of a value, such as ``"lestd-4"``.
@@ -251,10 +251,10 @@ def require_default(name: str, args: MethodArgs, *options: str) -> None:
     plain = MethodArgs()
     for option in options:
         if (found := getattr(args, option)) != (known := getattr(plain, option)):
-            takes = f"no {option}" if known is None else f"{option} {known!r} only"
-            raise LestdError(
-                f"method {name!r} knows {takes}, found {found!r}; change one of the two"
-            )
+            takes = f"does not support {option}"
+            if known is not None:
+                takes = f"supports only {option} {known!r}"
+            raise LestdError(f"method {name!r} {takes}, found {found!r}; change one of the two")
 
 
 def require_budget(name: str, byte_budget: int, least: int) -> None:

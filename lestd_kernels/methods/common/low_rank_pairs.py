@@ -157,7 +157,7 @@ def _encode_choice(prepared: PreparedPairs, choice: Choice) -> dict[str, ModuleC
 
 
 def _left_out(prepared: PreparedPairs, choice: Choice) -> float:
-    """What the choice leaves of the weights in their metric, before anything is rounded."""
+    """Squared error of the choice in the metric, before anything is rounded."""
     total = 0.0
     for module in prepared.layout.modules:
         rank, energies = choice[module.name], prepared.spectra[module.name].energies

@@ -40,7 +40,7 @@ from lestd_kernels.tensorize import GroupLayout, ModuleLayout
 
 
 class StoredChains(NamedTuple):
-    """What a method makes of a group for one byte budget.
+    """The chains of a group for one byte budget.
 
     Attributes:
         modules: a chain for each of its modules.

@@ -46,15 +46,15 @@ def group_shape(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs)
     if learned and args.pattern != UNSTRUCTURED:
         raise LestdError(
             f"pattern {args.pattern!r} needs type_mode 'identity', found 'learned', which mixes "
-            "cores and so fills the pattern up; change one of the two"
+            "cores and so breaks the pattern; change one of the two"
         )
     heads = range(len(layout.slices) // len(PROJECTIONS))
     if learned and set(layout.slices) != {(t, i) for t in PROJECTIONS for i in heads}:
         counts = (sum(s[0] == t for s in layout.slices) for t in PROJECTIONS)
         found = ", ".join(f"{t} {count}" for t, count in zip(PROJECTIONS, counts, strict=True))
         raise LestdError(
-            "type_mode 'learned' needs equally many query, key, value and output heads, but this "
-            f"group has {found}; use type_mode 'identity'"
+            "type_mode 'learned' needs equal numbers of query, key, value and output heads, but "
+            f"this group has {found}; use type_mode 'identity'"
         )
     return GroupShape(layout, learned, value_dtype.itemsize, args.pattern)
 

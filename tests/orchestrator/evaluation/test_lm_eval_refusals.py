@@ -53,7 +53,7 @@ def data(tmp_path: Path) -> Path:
         (("--tasks", " , "), "--tasks names no task"),
         (("--tasks", "mathqa", "--data", DATA, "--dtype", "int8"), "dtype must be one of"),
         (("--tasks", "mathqa", "--data", "/nowhere"), "/nowhere/mathqa/test.jsonl cannot be read"),
-        (("--tasks", "x", "--include-path", "/nowhere"), "/nowhere is no directory"),
+        (("--tasks", "x", "--include-path", "/nowhere"), "/nowhere is not a directory"),
         (("--tasks", "gsm8k", "--data", DATA), "train.jsonl to take them from; .* --fewshot 0"),
         (("--tasks", "mathqa", "--data", DATA, "--fewshot", 2), "shows 2 examples"),
     ],

@@ -154,14 +154,14 @@ def test_the_whole_command(tiny_llama: Path, wikitext: Path, tmp_path: Path) -> 
     again = lestd(*sweep(tiny_llama, out, *judged, "--json"))
     assert json.loads(again.out) == found
     assert results(out) == before
-    assert again.err.count("4 of 4 windows were finished before") == len(models)
+    assert again.err.count("4 of 4 windows were already finished") == len(models)
     # Of another text only the evaluation is new.
     text = beginning(wikitext, 3000, tmp_path / "short.txt")
     other = lestd(*sweep(tiny_llama, out, "--text", text, *FEW, *TASKS, *SERIAL))
     assert other.code == 0, other.err
-    assert "tasks were finished before" in other.err
-    assert other.err.count("4 of 4 samples were finished before") == len(models)
-    assert "windows were finished before" not in other.err
+    assert "tasks were already finished" in other.err
+    assert other.err.count("4 of 4 samples were already finished") == len(models)
+    assert "windows were already finished" not in other.err
     for words in ("dense", "truthfulqa_mc2", "mathqa", f"{KEEPS[1]}", "plot"):
         assert words in other.out
 
@@ -183,7 +183,7 @@ def test_a_sweep_killed_while_judging_judges_the_rest(
     result = lestd(*sweep(tiny_llama, out, *options))
     assert result.code == 0, result.err
     assert kept.items() <= results(out).items()
-    assert result.err.count("60 of 60 windows were finished before") == 1
+    assert result.err.count("60 of 60 windows were already finished") == 1
     assert len(list(out.glob("evaluations/*/pieces/*.json"))) == 3 * 15
 
 
