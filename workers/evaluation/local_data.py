@@ -62,7 +62,7 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise LestdError(
             f"the data {path} cannot be read ({error.strerror}); expected the file that "
-            "docs/judging.md describes, check --data"
+            "docs/evaluation.md describes, check --data"
         ) from error
     except UnicodeDecodeError as error:
         raise LestdError(f"the data {path} is not UTF-8; convert it to UTF-8") from error
