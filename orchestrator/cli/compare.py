@@ -53,7 +53,7 @@ def compare(
     log_format: LogFormatOption = LogFormat.text,
     json: Json = False,
 ) -> None:
-    """Compress a model by several methods to the same bytes, and measure and judge each.
+    """Compress a model by several methods to the same bytes, and measure and evaluate each.
 
     Errors of the weights, perplexity, tasks, time and decode speed, in one table and plot. The same
     command again continues; sizes that a method does not reach are left out, with the reason.

@@ -1,4 +1,4 @@
-"""The command that judges models: perplexity on a text, and tasks of lm-eval."""
+"""The command that evaluates models: perplexity on a text, and tasks of lm-eval."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def evaluate(
     log_format: LogFormatOption = LogFormat.text,
     json: Json = False,
 ) -> None:
-    """Measure perplexity over non-overlapping windows of a text, or judge by tasks of lm-eval.
+    """Measure perplexity over non-overlapping windows of a text, or evaluate by tasks of lm-eval.
 
     Run the same command again to continue what was interrupted.
     """
@@ -87,16 +87,16 @@ def evaluate(
     keep = partial(record, manifest=manifest_of_evaluations(model, run_dir))
     common: dict[str, Any] = {"dtype": asked.dtype, **asdict(host), "gpus": gpus or 1}
     examination = None if asked.tasks is None else examine(asked, common)
-    evaluations, judged = [], []  # type: list[Any], list[Any]
+    evaluations, evaluated = [], []  # type: list[Any], list[Any]
     try:
         with open_executor(cluster_config) as runner:
             if asked.text is not None:
                 settings = {**common, "max_windows": asked.max_windows}
                 evaluations = evaluate_models(opened, asked.text, runner, run_dir, keep, settings)
             if examination is not None:
-                from orchestrator.evaluation.lm_eval_table import judge_models
+                from orchestrator.evaluation.lm_eval_table import evaluate_tasks
 
-                judged = judge_models(opened, examination, runner, run_dir, keep, log_samples)
+                evaluated = evaluate_tasks(opened, examination, runner, run_dir, keep, log_samples)
     except KeyboardInterrupt:
         logs.log(
             "message",
@@ -110,11 +110,11 @@ def evaluate(
         if not json:
             print_evaluations(evaluations)
     if examination is not None:
-        from orchestrator.evaluation.lm_eval_table import describe_judgements, print_judgements
+        from orchestrator.evaluation.lm_eval_table import describe_scores, print_scores
 
-        shown["judgements"] = describe_judgements(judged, examination)
+        shown["tasks"] = describe_scores(evaluated, examination)
         if not json:
-            print_judgements(shown["judgements"], run_dir if log_samples else None)
+            print_scores(shown["tasks"], run_dir if log_samples else None)
     if json:
         output.print_json(shown)
 
@@ -125,7 +125,7 @@ def examine(asked: Evaluation, common: dict[str, Any]) -> Examination:
     Raises:
         LestdError: see `open_examination`.
     """
-    from orchestrator.evaluation.lm_eval_tasks import JudgeSettings, open_examination
+    from orchestrator.evaluation.lm_eval_tasks import LmEvalSettings, open_examination
     from workers.evaluation.lm_eval_tasks import TaskSource
 
     names = tuple(filter(None, (name.strip() for name in (asked.tasks or "").split(","))))
@@ -133,4 +133,4 @@ def examine(asked: Evaluation, common: dict[str, Any]) -> Examination:
         None if path is None else str(path.absolute()) for path in (asked.data, asked.include_path)
     )
     source = TaskSource(local, included, asked.fewshot, asked.limit)
-    return open_examination(JudgeSettings(names, source, asked.batch_size, **common))
+    return open_examination(LmEvalSettings(names, source, asked.batch_size, **common))

@@ -119,7 +119,7 @@ _BELONG = {
 
 
 def refuse_unused(given: Mapping[str, Any]) -> None:
-    """Refuse what belongs to one way of judging and would be ignored in the other.
+    """Refuse what belongs to one way of evaluating and would be ignored in the other.
 
     Args:
         given: the options.

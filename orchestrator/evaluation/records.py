@@ -1,8 +1,8 @@
 """Evaluations as rows of the manifest's table `evaluations`.
 
-They are kept with the compressed model that was judged, those of the dense model that it was held
-against too: ``MODEL/manifest/evaluations/<evaluation_id>.parquet``. A dense model has no manifest;
-when it is judged alone they are kept beside it, in ``MODEL.eval/manifest``.
+They are kept with the compressed model that was evaluated, also those of the dense model it was
+compared with: ``MODEL/manifest/evaluations/<evaluation_id>.parquet``. A dense model has no
+manifest; when it is evaluated alone they are kept beside it, in ``MODEL.eval/manifest``.
 
 An evaluation's id is a hash of the model and of all that decides the figure, so the same
 evaluation made again replaces its rows, and one with another setting does not.

@@ -80,7 +80,7 @@ def render(data: ReportData) -> str:
         scripts=[Markup(script) for script in scripts],
         hashes=" ".join(map(csp_hash, scripts)),
         style=Markup(package_file("report/report.css")),
-        judged=headline(data.evaluations),
+        evaluated=headline(data.evaluations),
         ranks=ranks,
     )
 

@@ -1,7 +1,7 @@
 """Tasks of lm-eval, found by name, with their requests built as lm-eval itself builds them.
 
 A task that is asked for is loaded after the random generators are seeded as lm-eval seeds them, so
-it is what `lm_eval.simple_evaluate` makes of that task alone, whatever else is judged. All its
+it is what `lm_eval.simple_evaluate` makes of that task alone, whatever else is evaluated. All its
 requests are built at once and in order, because lm-eval draws the examples that are shown before
 the questions one question after the other.
 """
@@ -226,7 +226,7 @@ def _refuse_unsupported(task: Any) -> None:
         )
     if getattr(task, "MULTIMODAL", False):
         raise LestdError(
-            f"task {task.task_name} shows images or sounds, and lestd judges language models; "
+            f"task {task.task_name} shows images or sounds, and lestd evaluates language models; "
             "choose another task"
         )
 

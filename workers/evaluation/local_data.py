@@ -1,4 +1,4 @@
-"""The judgements of the paper on local files: which files, and what lm-eval's tasks read in them.
+"""The scores of the paper on local files: which files, and what lm-eval's tasks read in them.
 
     DIR/wikitext-2/test.txt         WikiText-2, the word-level text; articles become documents
     DIR/mathqa/test.jsonl           Problem, options, correct

@@ -168,7 +168,7 @@ def test_a_run_dir_that_is_a_file(text_file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("absent", ["config.json", "tokenizer.json", "model.safetensors", "window"])
-def test_a_second_model_is_looked_at_before_the_first_is_judged(
+def test_a_second_model_is_looked_at_before_the_first_is_evaluated(
     absent: str, copied_model: Path, text_file: Path
 ) -> None:
     if absent == "window":

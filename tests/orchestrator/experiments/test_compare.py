@@ -1,4 +1,4 @@
-"""`lestd compare`: a sweep for each method, measured, judged, tabled and drawn."""
+"""`lestd compare`: a sweep for each method, measured, evaluated, tabled and drawn."""
 
 import json
 import math
