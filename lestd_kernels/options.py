@@ -21,7 +21,7 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 
 @dataclass(frozen=True)
 class Option:
-    """Description of an option for people, and bounds beyond its type: ``Annotated[T, Option]``.
+    """Description of an option for readers, and bounds beyond its type: ``Annotated[T, Option]``.
 
     Attributes:
         panel: heading that it stands under.

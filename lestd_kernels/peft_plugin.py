@@ -89,7 +89,7 @@ class CompressedLoraLinear(Linear):
 
 @functools.cache
 def register() -> None:
-    """Let every `LoraConfig` made from now on know compressed projections.
+    """Let every `LoraConfig` made from now on support compressed projections.
 
     peft takes custom layers from the configuration that an adapter is made with
     (``LoraConfig._register_custom_module``) and does not write them to the adapter's files. Each

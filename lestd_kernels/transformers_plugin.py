@@ -165,7 +165,7 @@ class LestdQuantizer(HfQuantizer):
 
 
 def register() -> None:
-    """Make the plug-in known to Transformers; a second call changes nothing."""
+    """Register the plug-in with Transformers; a second call changes nothing."""
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(QUANT_METHOD)(LestdConfig)
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
@@ -214,7 +214,7 @@ def _check_headers(
 
 
 def _expect_adapter(directory: Path) -> None:
-    """Have peft know compressed projections where an adapter will be loaded with the model.
+    """Have peft support compressed projections where an adapter will be loaded with the model.
 
     Raises:
         LestdError: peft is not there; Transformers would leave the adapter out, and say nothing.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # They import torch, which readers of a manifest need not wai
 
 @dataclass(frozen=True)
 class TensorRef:
-    """Where one tensor lies, as its shard's header says.
+    """Location of one tensor, from its shard's header.
 
     Attributes:
         name: name of the tensor in the checkpoint.

@@ -96,7 +96,7 @@ class _Line:
                 station.release()
 
     def last(self) -> threading.Lock:
-        """The last station, for who looks in there before the end."""
+        """The last station, for a task that needs it before the end."""
         return self._stations[-1]
 
 

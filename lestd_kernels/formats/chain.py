@@ -75,7 +75,7 @@ class Chain:
         layout: the group.
         shared: matrices that several modules use, by name.
         modules: module name -> its chain; every module of the layout.
-        ranks: named ranks of the group, for people; ``R1``, ``R2`` and ``R3`` have columns in the
+        ranks: named ranks of the group, to show; ``R1``, ``R2`` and ``R3`` have columns in the
             manifest.
         value_dtype: of values and scales.
     """

@@ -356,7 +356,7 @@ def expected_loss(nats: float) -> str:
 
 
 def _error(layer: dict[str, Any]) -> str:
-    """A relative error; of values that were trained nobody knows it."""
+    """A relative error; unknown for values that were trained."""
     value = layer["relative_error"]
     far = " (far more than expected)" if is_far(layer) else ""
     return "" if value is None else f"{value:.4f}{far}"

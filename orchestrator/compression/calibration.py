@@ -93,7 +93,7 @@ class Calibration:
 
 
 def with_metrics(task: TaskT, calibration: Calibration) -> TaskT:
-    """The task with the place of what its metric is made of."""
+    """The task with the location of its metric's tensors."""
     wanted = {
         reads + suffix: f"{task.block}.{reads}{suffix}"
         for reads in {module.reads: None for module in task.layout.modules}
@@ -116,7 +116,7 @@ def calibrate_for(
     directory: AnyPath,
     **listeners: Any,
 ) -> Calibration:
-    """The activations that the slice groups of a run with a calibration text want to know.
+    """The activations that the slice groups of a run with a calibration text need.
 
     `device` is the class that ``auto`` came to mean; the other arguments, and what is raised, are
     those of `calibrate` and `orchestrator.source.texts.read_samples`.

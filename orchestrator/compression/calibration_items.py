@@ -149,7 +149,7 @@ def items_left(
 
 
 def _steps(inputs: Wanted, outputs: Wanted, layers: int) -> list[_Step]:
-    """The way of a piece: no further than anybody wants to know."""
+    """The steps of a piece: no further than the last block that needs it."""
     last = layers - 1 if outputs else max(inputs, default=-1)
     lowest = min(outputs, default=layers)
     there = [

@@ -1,4 +1,4 @@
-"""Who runs the items: this process, or actors on a Ray cluster. Neither knows what an item is.
+"""The executors' interface: items run in this process, or on actors of a Ray cluster.
 
 An executor maps a worker class over items. Items and results are small dataclasses; a worker
 reads and writes its tensors itself, so no weight passes through the driver or the object store.

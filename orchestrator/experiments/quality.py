@@ -50,7 +50,7 @@ class Quality:
 
     @property
     def title(self) -> str:
-        """Name for people."""
+        """Name to show."""
         if self.task == TEXT_TASK:
             return self.metric.replace("_perplexity", " ppl")
         return f"{self.task} {self.metric}".replace("_perplexity", " ppl")

@@ -1,4 +1,4 @@
-"""A compressed model -> an ordinary dense checkpoint, for tools that do not know the format.
+"""A compressed model -> an ordinary dense checkpoint, for tools that do not support the format.
 
 In place of each group's factors and cores stands its reconstruction W-hat, with the adapter beside
 the model, if there is one, merged into it; every other tensor is copied byte for byte. The

@@ -1,4 +1,4 @@
-"""Tensors that are copied as they are, from a source that lies elsewhere.
+"""Tensors that are copied unchanged from a remote source.
 
 They are most of a model, and fetching them may take hours. A shard of them grows in the run
 directory, and a progress file beside it says how much of it is whole: it is written after each

@@ -157,7 +157,7 @@ def _drawn_spectra(data: ReportData) -> list[Row]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people."""
+    """Seconds as text."""
     if seconds < 120:
         return f"{seconds:.1f} s"
     minutes, left = divmod(round(seconds), 60)
@@ -167,7 +167,7 @@ def duration(seconds: float) -> str:
 
 
 def moment(at: datetime) -> str:
-    """A time for people."""
+    """A time as text."""
     return at.strftime("%Y-%m-%d %H:%M UTC")
 
 

@@ -1,4 +1,4 @@
-"""The run directory: everything a run knows, and the right of one driver to write it.
+"""The run directory: the files of a run, and the lock that lets one driver write them.
 
 OUT.run/          on a disk or in an object store
     lock          held by the driver while it runs: a lock, in an object store a lease

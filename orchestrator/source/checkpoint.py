@@ -1,4 +1,4 @@
-"""A checkpoint that can be compressed, wherever it lies: found, and checked once.
+"""A checkpoint that can be compressed, local or remote: resolved, and checked once.
 
 Of a model elsewhere only config, index and headers are fetched here: its tensors are read by byte
 range where they are needed. No weight is read here, and no code that comes with a model is run.

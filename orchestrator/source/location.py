@@ -1,4 +1,4 @@
-"""Where a model lies, as its user names it, and how its small files come here.
+"""The location of a model, as its user names it, and the fetching of its small files.
 
 A model is a directory, a Hub id ``OWNER/NAME`` (also ``hf://OWNER/NAME@REVISION``), or the URL of
 a directory in a store that fsspec knows: ``s3://BUCKET/PREFIX``, ``gs://BUCKET/PREFIX``.

@@ -121,7 +121,7 @@ class LmEvalWorker(ModelWorker):
                 one.resps.append(response)
 
     def _require_known_tokens(self, requests: list[Any]) -> None:
-        """Refuse what the embedding does not know, where it would be an index out of range."""
+        """Refuse token ids that the embedding lacks, which would be an index out of range."""
         model = self._lm
         texts = {text for one in requests for text in one.args if isinstance(text, str)}
         largest = max(max(model.tok_encode(text), default=0) for text in texts)

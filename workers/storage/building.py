@@ -1,4 +1,4 @@
-"""Paths that are ours only by their name: made, told from others', replaced and deleted.
+"""Paths that LeSTD owns by name: created, recognized, replaced and deleted.
 
 A directory is built beside its name, and gets it when it is whole:
 

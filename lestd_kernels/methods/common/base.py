@@ -224,7 +224,7 @@ class Encode(Protocol):
 
 
 def require_plain(name: str, args: MethodArgs) -> None:
-    """Refuse what a method of shared bases in the weights' own norm does not know.
+    """Refuse options that the shared-basis methods in the weights' own norm do not support.
 
     Raises:
         LestdError: another metric, few-bit values, or outliers.
@@ -233,7 +233,7 @@ def require_plain(name: str, args: MethodArgs) -> None:
 
 
 def require_no_core(name: str, args: MethodArgs) -> None:
-    """Refuse what is of sparse cores in a shared basis only.
+    """Refuse options that only sparse cores in a shared basis have.
 
     Raises:
         LestdError: a type mode, a kind of Stage II, a pattern or a limit of arithmetic is asked
@@ -243,7 +243,7 @@ def require_no_core(name: str, args: MethodArgs) -> None:
 
 
 def require_default(name: str, args: MethodArgs, *options: str) -> None:
-    """Refuse other values of options than their defaults, which are all that a method knows.
+    """Refuse options that are not at their defaults, which are all that a method supports.
 
     Raises:
         LestdError: there is one.
@@ -298,8 +298,8 @@ class Method:
             mode or the kind of Stage II does not go with the pattern.
         least_bytes: ``(layout, value_dtype, args)``; the smallest feasible byte budget. Raises
             LestdError as `bounds` does, but for the budget and `max_flops`.
-        metrics: the metrics that it knows; the first is the one that it takes without calibration,
-            or where that is ``"activation"`` it cannot do without.
+        metrics: the metrics that it supports. The first is the one used without calibration; if
+            it is ``"activation"`` or ``"loss"``, the method needs a calibration.
     """
 
     name: str
