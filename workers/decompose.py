@@ -53,6 +53,7 @@ from workers.contracts import (
 from workers.host.devices import (
     device_name,
     peak_memory_bytes,
+    require_exact_products,
     reset_peak_memory,
     return_freed_memory,
     software_versions,
@@ -134,8 +135,7 @@ class DecomposeWorker:
         self._computing = ThreadPoolExecutor(
             1, initializer=torch.set_num_threads, initargs=(threads,)
         )
-        # TF32 keeps 10 bits of mantissa: too few for factors that are to be orthonormal.
-        torch.backends.cuda.matmul.allow_tf32 = False
+        require_exact_products()
         self._device = torch.device(device)
         self._name = f"{socket.gethostname()}:{os.getpid()}"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lestd_kernels.backends.base import Backend, is_plain
-from lestd_kernels.backends.kept import Kept
+from lestd_kernels.backends.cache import Kept
 from lestd_kernels.errors import LestdError
 from lestd_kernels.storage.codecs import TWO_OF_FOUR
 from lestd_kernels.storage.matrix import EncodedCore

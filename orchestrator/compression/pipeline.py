@@ -23,7 +23,7 @@ from typing import Any
 from lestd_kernels.errors import OutOfSpaceError
 from lestd_kernels.methods import CALIBRATED
 from orchestrator.compression.calibration import CALIBRATION_DIR, calibrate_for, with_metrics
-from orchestrator.compression.refusals import (
+from orchestrator.compression.preflight import (
     file_bytes,
     require_apart,
     require_disk,

@@ -7,8 +7,8 @@
     DIR/manifest            their rows; those of a model and the dense one are in its own as well
 
 The compressions of one method share what no byte budget decides (see
-`orchestrator.compression.together`). Whatever is finished, a task or a piece of an evaluation, is
-kept and found again by the same call.
+`orchestrator.compression.several_sizes`). Every finished task, and every finished piece of an
+evaluation, is kept and found again by the same call.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from orchestrator.compression.calibration import (
     calibrate_for,
 )
 from orchestrator.compression.pipeline import Outcome, compress_model, device_of
-from orchestrator.compression.refusals import require_usable
-from orchestrator.compression.together import compress_together
+from orchestrator.compression.preflight import require_usable
+from orchestrator.compression.several_sizes import compress_together
 from orchestrator.config.run import RunConfig
 from orchestrator.console import logs, output
 from orchestrator.console.progress_bar import Meter

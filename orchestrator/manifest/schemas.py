@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from workers.storage.regular import parse_json
+from workers.storage.untrusted_files import parse_json
 
 Row = dict[str, Any]
 """A row of a table as plain values, by the columns' names."""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lestd_kernels import LestdConfig
 from lestd_kernels.errors import LestdError, first_line
+from lestd_kernels.formats.as_tensorly import Opened, open_modules
 from lestd_kernels.formats.kinds import KINDS, Decomposition
-from lestd_kernels.formats.opened import Opened, open_modules
 from lestd_kernels.formats.shared_tucker import QUANT_METHOD
 from lestd_kernels.storage.codecs import TensorSpec
 from lestd_kernels.tensorize import GroupLayout, dense_tensors

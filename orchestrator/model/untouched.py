@@ -24,7 +24,7 @@ from workers.contracts import TensorRef
 from workers.storage.building import make_own_directory
 from workers.storage.files import explain_os_errors
 from workers.storage.json_files import write_json
-from workers.storage.regular import parse_json, read_regular
+from workers.storage.untrusted_files import parse_json, read_regular
 
 UNTOUCHED_DIR = "untouched"
 

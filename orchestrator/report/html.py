@@ -18,8 +18,8 @@ from markupsafe import Markup
 
 from orchestrator.console.output import finite, ranks, size
 from orchestrator.manifest.schemas import STAGES, Row
-from orchestrator.report.answers import answers
 from orchestrator.report.data import ReportData, calls_in_words, model_name
+from orchestrator.report.highlights import answers
 from orchestrator.report.page import column_table, csp_hash, inline_script, package_file, plotly_js
 from orchestrator.report.quality import headline
 

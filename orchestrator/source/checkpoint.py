@@ -35,7 +35,7 @@ from workers.checkpoint.tensors import INDEX_FILE, WEIGHTS_FILE, ShardIndex, rea
 from workers.storage.files import as_source, list_files, list_tree, require_content
 from workers.storage.hub import HUB_SCHEME
 from workers.storage.ranges import is_url
-from workers.storage.regular import parse_json, read_regular
+from workers.storage.untrusted_files import parse_json, read_regular
 
 CONFIG_FILE = "config.json"
 BIN_FILE = "pytorch_model.bin"

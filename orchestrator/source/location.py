@@ -25,8 +25,8 @@ from lestd_kernels.errors import LestdError
 from workers.storage.files import as_source, in_parallel, read_file
 from workers.storage.hub import HUB_SCHEME, TIMEOUT_SECONDS, HubUnreachableError, explain_hub_errors
 from workers.storage.ranges import is_url
-from workers.storage.regular import MAX_SMALL_BYTES
 from workers.storage.retries import patiently
+from workers.storage.untrusted_files import MAX_SMALL_BYTES
 
 _FILE_SCHEME = "file://"
 _USERINFO = re.compile(r"([\w+.-]+)://([^/?#]*)@")

@@ -44,7 +44,7 @@ from workers.calibration.statistics import (
 )
 from workers.checkpoint.tensors import read_header, read_tensor, write_safetensors
 from workers.contracts import Failure, TensorRef
-from workers.host.devices import return_freed_memory
+from workers.host.devices import require_exact_products, return_freed_memory
 from workers.host.failures import failure_of
 from workers.storage.files import (
     AnyPath,
@@ -92,7 +92,7 @@ class CalibrationWorker:
             raise LestdError(not_shared([socket.gethostname()], [directory]))
         return_freed_memory()
         self._threads = threads
-        torch.backends.cuda.matmul.allow_tf32 = False
+        require_exact_products()
         self._device = torch.device(device)
         self._make_model: Callable[[], LayerwiseModel] = partial(
             LayerwiseModel, config_json, tensors, layers, self._device

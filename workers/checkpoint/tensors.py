@@ -34,7 +34,7 @@ from workers.contracts import TensorRef
 from workers.storage import ranges
 from workers.storage.files import AnyPath, in_parallel, open_binary, read_file
 from workers.storage.names import is_inside
-from workers.storage.regular import parse_json
+from workers.storage.untrusted_files import parse_json
 
 if TYPE_CHECKING:
     from hashlib import _Hash

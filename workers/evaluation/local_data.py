@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lestd_kernels.errors import LestdError
-from workers.storage.regular import MAX_TEXT_BYTES, parse_json, read_regular
+from workers.storage.untrusted_files import MAX_TEXT_BYTES, parse_json, read_regular
 
 Document = dict[str, Any]
 """A row of a data set, by its columns' names."""

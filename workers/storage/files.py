@@ -28,7 +28,7 @@ from upath import UPath
 from lestd_kernels.errors import LestdError, OutOfSpaceError
 from workers.storage import objects, ranges
 from workers.storage.names import TEMPORARY
-from workers.storage.regular import open_regular, read_regular
+from workers.storage.untrusted_files import open_regular, read_regular
 
 AnyPath = Path | UPath
 

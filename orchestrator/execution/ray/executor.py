@@ -24,13 +24,13 @@ from orchestrator.console.output import size
 from orchestrator.execution.executor import Listener, WorkerSpec, retried, started
 from orchestrator.execution.ray.connect import join_or_start
 from orchestrator.execution.ray.deaths import Place
-from orchestrator.execution.ray.pool import Died, NotStarted, Pool, Ran, Started
-from orchestrator.execution.ray.words import (
+from orchestrator.execution.ray.messages import (
     in_use,
     never_begun,
     say_that_others_go_on,
     say_what_is_waited_for,
 )
+from orchestrator.execution.ray.pool import Died, NotStarted, Pool, Ran, Started
 from orchestrator.execution.retries import (
     Again,
     Deadlines,

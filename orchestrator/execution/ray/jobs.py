@@ -33,7 +33,7 @@ from orchestrator.config.cluster import ClusterConfig
 from orchestrator.console import logs
 from orchestrator.source.location import store_url
 from orchestrator.source.texts import read_calibration
-from workers.storage.regular import read_regular
+from workers.storage.untrusted_files import read_regular
 
 PACKAGES = (orchestrator, workers, lestd_kernels)
 """Packages that every node of the job runs, whatever is installed there."""

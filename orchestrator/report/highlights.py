@@ -1,4 +1,4 @@
-"""The questions that one has of a run, answered in a sentence each."""
+"""The highlights of a run: a question and its answer in a sentence each."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from tensorly.tt_matrix import TTMatrix
 from tensorly.tucker_tensor import TuckerTensor
 from torch import Tensor
 
-from lestd_kernels.formats.opened import Opened, open_modules
+from lestd_kernels.formats.as_tensorly import Opened, open_modules
 from lestd_kernels.methods import METHODS, MethodArgs
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout
 
