@@ -21,6 +21,7 @@ from safetensors.torch import save
 from upath import UPath
 
 from lestd_kernels.errors import LestdError, OutOfSpaceError
+from orchestrator.compression import preflight
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.run import RunConfig
 from orchestrator.execution.ray.jobs import job_command
