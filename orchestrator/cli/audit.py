@@ -45,11 +45,11 @@ def audit(
     log_format: LogFormatOption = LogFormat.text,
     json: Json = False,
 ) -> None:
-    """Look at a model before compressing it: is a subspace shared, and what would each method do?
+    """Inspect a model before compressing it: is a subspace shared, and what would each method do?
 
     Explained energies of heads on each other and across layers, spectra, outliers, and predicted
     errors of every method at the same bytes, with a verdict for each layer. The model is read block
-    by block; the same command again continues what was interrupted.
+    by block; run the same command again to continue.
     """
     from orchestrator.audit.audit import audit as audit_blocks
     from orchestrator.audit.audit import check_keeps, default_audit_dir

@@ -56,7 +56,7 @@ def compare(
     """Compress a model by several methods to the same bytes, and measure and evaluate each.
 
     Errors of the weights, perplexity, tasks, time and decode speed, in one table and plot. The same
-    command again continues; sizes that a method does not reach are left out, with the reason.
+    command again continues an interrupted run; sizes that a method does not reach are left out, with the reason.
     """
     asked = chosen(Evaluation, given)
     refuse_unused(given)

@@ -59,7 +59,7 @@ def evaluate(
     log_format: LogFormatOption = LogFormat.text,
     json: Json = False,
 ) -> None:
-    """Measure perplexity over non-overlapping windows of a text, or evaluate by tasks of lm-eval.
+    """Measure perplexity over non-overlapping windows of a text, or run tasks of lm-eval.
 
     Run the same command again to continue what was interrupted.
     """

@@ -29,11 +29,11 @@ _STATEMENT = re.compile(
     r"\s*(-\s*$|(select|from|with|describe|summarize|show|pivot|unpivot)\s.*)",
     re.IGNORECASE | re.DOTALL,
 )
-_QUERY_HELP = """Ask the manifests of runs in SQL, while a run goes on or after it.
+_QUERY_HELP = """Query the manifests of runs in SQL, during a run or after it.
 
-Each RUN is a directory or URL: a compressed model, its run directory, or an OUT still in the
-making. The last argument is one SELECT statement (`-`: read it from standard input), or a query
-that comes with lestd is asked for by `--name`.
+Each RUN is a directory or URL: a compressed model, its run directory, or an unfinished
+OUT. The last argument is one SELECT statement (`-`: read it from standard input); `--name`
+chooses a built-in query instead.
 
 Tables: **groups** (a row per finished block), **slices** (per head of a projection), **curves**
 (points of global allocation), **events** (starts, retries, failures), **runs** (calls of compress),
@@ -51,7 +51,7 @@ Views: **current** and **current_slices** (of the groups that the model is made 
 
     lestd query s3://BUCKET/OUT "from slices" --parquet slices.parquet
 
-A query reads these tables only, and cannot write or reach files or the network. Damaged files are
+A query reads these tables only; it cannot write, or reach files or the network. Damaged files are
 named on standard error; their rows are missing. Dialect: duckdb's."""
 
 
@@ -167,9 +167,9 @@ def report(
 @app.command(rich_help_panel="Inspect a run")
 def diff(
     before: Annotated[str, typer.Argument(help="A model, a run directory, or a URL of one.")],
-    after: Annotated[str, typer.Argument(help="What it is compared with.")],
+    after: Annotated[str, typer.Argument(help="The run to compare with the first.")],
     every_layer: Annotated[
-        bool, typer.Option("--all", help="Every layer, not only those that differ most.")
+        bool, typer.Option("--all", help="Show every layer, not only those that differ most.")
     ] = False,
     json: Json = False,
 ) -> None:
@@ -187,7 +187,7 @@ def diff(
 
 @app.command(rich_help_panel="Inspect a run")
 def compact(out: Out, run_dir: RunDir = None) -> None:
-    """Put a run's manifest together, one file per table: faster to read. Safe at any moment."""
+    """Merge a run's manifest into one file per table: faster to read. Safe at any moment."""
     from orchestrator.run.directory import compact as compact_manifest
 
     place = run_dir or out

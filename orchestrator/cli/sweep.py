@@ -49,9 +49,9 @@ def sweep(
     log_format: LogFormatOption = LogFormat.text,
     json: Json = False,
 ) -> None:
-    """Compress a model to several sizes and evaluate each. The same command again continues.
+    """Compress a model to several sizes and evaluate each. Run it again to continue.
 
-    Size against quality, with the dense model as the line to beat. The weights are read, and Stage
+    Size against quality, with the dense model as a line. The weights are read, and Stage
     I is done, once for all sizes. Without --text and --tasks nothing is evaluated or drawn.
     """
     asked = chosen(Evaluation, given)
