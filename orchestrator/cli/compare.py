@@ -55,8 +55,8 @@ def compare(
 ) -> None:
     """Compress a model by several methods to the same bytes, and measure and evaluate each.
 
-    Errors of the weights, perplexity, tasks, time and decode speed, in one table and plot. The same
-    command again continues an interrupted run; sizes that a method does not reach are left out, with the reason.
+    Errors of the weights, perplexity, tasks, time and decode speed, in one table and plot. Run it
+    again to continue. Sizes that a method does not reach are left out, with the reason.
     """
     asked = chosen(Evaluation, given)
     refuse_unused(given)
