@@ -166,7 +166,7 @@ class LestdQuantizer(HfQuantizer):
 
 
 def register() -> None:
-    """Make the plug-in known to Transformers; a second call changes nothing."""
+    """Register the plug-in with Transformers; a second call changes nothing."""
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(QUANT_METHOD)(LestdConfig)
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
@@ -216,7 +216,7 @@ def _check_headers(
 
 
 def _expect_adapter(directory: Path) -> None:
-    """Have peft know compressed projections where an adapter will be loaded with the model.
+    """Have peft support compressed projections where an adapter will be loaded with the model.
 
     Raises:
         LestdError: peft is not there; Transformers would leave the adapter out, and say nothing.
@@ -225,7 +225,7 @@ def _expect_adapter(directory: Path) -> None:
         return
     if find_spec("peft") is None:
         raise LestdError(
-            f"{directory} has an adapter beside the model, and peft, which loads it, is not "
+            f"{directory} has an adapter beside the model, but peft, which loads it, is not "
             'installed: pip install "lestd[recover]".'
         )
     from lestd_kernels import peft_plugin  # slow to import, and an extra

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from orchestrator.compression.pipeline import OnProgress, Outcome
-    from orchestrator.evaluation.lm_eval_scores import Judgement
+    from orchestrator.evaluation.lm_eval_scores import TaskScores
     from orchestrator.evaluation.lm_eval_tasks import Examination
     from orchestrator.evaluation.perplexity import Evaluation as Perplexity
     from orchestrator.execution.executor import Listener
@@ -130,12 +130,12 @@ class Evaluated:
     Attributes:
         perplexities: on the text, one of each model: `against` first, then the model; empty
             without a text.
-        judgements: of each model in that order, of each task; empty without tasks.
+        scores: of each model in that order, of each task; empty without tasks.
         examination: the tasks; None without.
     """
 
     perplexities: list[Perplexity]
-    judgements: list[list[Judgement]]
+    scores: list[list[TaskScores]]
     examination: Examination | None
 
 
@@ -148,7 +148,7 @@ def evaluate(
     run_dir: Location | None = None,
     **options: Unpack[EvaluateOptions],
 ) -> Evaluated:
-    """Measure perplexity over windows of a text, or judge by tasks of lm-eval, or both.
+    """Measure perplexity over windows of a text, or scores in tasks of lm-eval, or both.
 
     Finished parts are kept; the same call again continues. Progress is shown on standard error.
 
@@ -191,10 +191,10 @@ def evaluate(
                 evaluate_models(opened, asked.text, executor, kept, keep, settings)
             )
         if examination is not None:
-            from orchestrator.evaluation.lm_eval_table import judge_models
+            from orchestrator.evaluation.lm_eval_table import evaluate_tasks
 
-            found.judgements.extend(
-                judge_models(opened, examination, executor, kept, keep, log_samples)
+            found.scores.extend(
+                evaluate_tasks(opened, examination, executor, kept, keep, log_samples)
             )
     return found
 

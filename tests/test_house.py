@@ -32,7 +32,14 @@ ALLOWED = {
         "workers",
         "lestd_kernels",
     },
-    "lestd_kernels": {"torch", "transformers", "safetensors", "triton", "lestd_kernels"},
+    "lestd_kernels": {
+        "torch",
+        "transformers",
+        "safetensors",
+        "tensorly",
+        "triton",
+        "lestd_kernels",
+    },
 }
 
 

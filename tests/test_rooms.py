@@ -28,7 +28,7 @@ FLOORS = {
         {"audit", "bench", "recover"},
     ],
     "lestd_kernels": [
-        {"errors", "tensorize", "options"},
+        {"errors", "tensorize", "options", "with_tensorly"},
         {"storage"},
         {"linalg", "formats", "backends"},
         {"search", "modules"},

@@ -19,11 +19,14 @@ def example(url: str, name: str, chat: bool) -> str:
         name: of the model in requests.
         chat: whether the model has a template for messages.
     """
-    path, asked = "completions", {"prompt": "The city of"}  # type: str, dict[str, Any]
+    asked: dict[str, Any] = {"model": name, "max_tokens": 20}
     if chat:
         path = "chat/completions"
-        asked = {"messages": [{"role": "user", "content": "Who are you?"}]}
-    body = shlex.quote(json.dumps({"model": name, "max_tokens": 20} | asked))
+        asked["messages"] = [{"role": "user", "content": "Who are you?"}]
+    else:
+        path = "completions"
+        asked["prompt"] = "The city of"
+    body = shlex.quote(json.dumps(asked))
     return f"curl {url}/v1/{path} -H 'Content-Type: application/json' -d {body}"
 
 

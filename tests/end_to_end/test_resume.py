@@ -140,7 +140,7 @@ def test_a_run_begun_serially_is_finished_on_ray(
     assert 5 <= len(finished) < LAYERS
     result = run_lestd("compress", many_layers, "--out", out, *KEEP)
     assert result.code == 0, result.err
-    assert f"{len(finished)} of {LAYERS} tasks were finished before" in result.err
+    assert f"{len(finished)} of {LAYERS} tasks were already finished" in result.err
     assert finished.items() <= committed(tmp_path / "out.run").items()
     assert digest_tree(out) == undisturbed
 

@@ -188,7 +188,7 @@ def test_where_some_workers_cannot_be_made_the_others_do_the_work(
     assert sorted(r.number for r in results) == [i * i for i in range(12)]
     assert len({r.pid for r in results}) == 1
     assert len(told) == 1
-    assert "could not be made (this node sees no GPU)" in told[0]
+    assert "could not be started (this node sees no GPU)" in told[0]
 
 
 @pytest.mark.ray
