@@ -62,7 +62,10 @@ def partial_tucker(
     with pytorch_backend():
         from tensorly import decomposition
 
-        (_, found), _ = decomposition.partial_tucker(T, ranks, list(modes), max_iter, start, tol)
+        # The seed is for columns beyond the rank of a projected unfolding, which tensorly draws.
+        (_, found), _ = decomposition.partial_tucker(
+            T, ranks, list(modes), max_iter, start, tol, random_state=0
+        )
     return [factor.contiguous() for factor in found]
 
 

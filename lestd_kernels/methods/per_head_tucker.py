@@ -164,6 +164,10 @@ def store(prepared: PreparedHeads, byte_budget: int, clock: Stopwatch) -> Stored
     layout, dtype, args = prepared.layout, prepared.value_dtype, prepared.args
     with clock("rank_search"):
         ranks = _ranks_for(prepared, byte_budget)
+        [expected] = _left_out(prepared, [ranks])
+        # Slices that one factor has projected span no more directions of the other mode.
+        n, Ra, Rb = len(prepared.units.members[0]), ranks.Ra, ranks.Rb
+        ranks = ranks._replace(Ra=min(Ra, n * Rb), Rb=min(Rb, n * Ra))
     with clock("stage1"):
         factors = [_fit(prepared, unit, ranks) for unit in range(prepared.units.count)]
     with clock("stage2"):
@@ -175,7 +179,6 @@ def store(prepared: PreparedHeads, byte_budget: int, clock: Stopwatch) -> Stored
         }
         cores = _fit_cores(prepared, shared)
         modules = {module.name: _chain(prepared, module, cores, ranks) for module in layout.modules}
-    [expected] = _left_out(prepared, [ranks])
     return StoredChains(modules, shared, {"R1": ranks.Ra, "R2": ranks.Rb}, expected)
 
 

@@ -156,7 +156,7 @@ def run_experiment(
     except KeyboardInterrupt:
         logs.log(
             "message",
-            f"interrupted; what is done is kept in {out}: run the same command again to continue",
+            f"interrupted; finished work is kept in {out}: run the same command again to continue",
         )
         raise typer.Exit(130) from None
     return Experiment(name, source, config, plot, outcomes, missing, qualities, calibration)

@@ -173,7 +173,7 @@ def outcome_figures(outcome: Outcome, out: AnyPath, run_dir: AnyPath) -> dict[st
 
 
 def told_retries(plan: Plan, run_dir: AnyPath) -> list[dict[str, Any]]:
-    """Every attempt of a run that another followed, in order, by the names of the groups.
+    """Every retried attempt of a run, in order, by the names of the groups.
 
     None once the run is cleaned up.
     """

@@ -1,4 +1,4 @@
-"""Scores of documents put together: lm-eval's figures, and their rows in the manifest."""
+"""Merged scores of documents: lm-eval's figures, and their rows in the manifest."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def run_tasks(
     for outcome in outcomes:
         if isinstance(outcome, Failure):
             raise LestdError(
-                f"{model.directory} could not be evaluated: {outcome.message}; what was finished "
+                f"{model.directory} could not be evaluated: {outcome.message}; finished work "
                 f"is kept in {run_dir}"
             )
         finish()

@@ -6,7 +6,7 @@ OUT.run/          on a disk or in an object store
     plan.json     what is to be done
     payloads/     <task_id>-<sha256>.safetensors, one per finished task
     manifest/     see orchestrator.manifest.manifest
-    untouched/    see orchestrator.model.untouched; there while a model is put together
+    untouched/    see orchestrator.model.untouched; there while a model is assembled
     calibration/  see orchestrator.compression.calibration; of a run in the metric of activations
 
 The directory, and those above it, may be links, say to a scratch disk: what is deleted lies in it
@@ -130,7 +130,7 @@ class RunDirectory:
             for name in _OURS - {"lock"}:
                 if is_file(self.path / name) or list_names(self.path / name):
                     raise LestdError(
-                        f"{self.path} holds {name}, but no run.json, and so is no run of lestd; "
+                        f"{self.path} holds {name}, but no run.json, so it is not a lestd run; "
                         "choose another --run-dir"
                     )
 

@@ -151,7 +151,7 @@ def test_rays_own_command_submits_a_run(
     assert "[4/4]" in result.out
     again = head.submit("python", "-m", "orchestrator", *words)
     assert again.code == 0, again.err + again.out
-    assert "4 of them finished before" in again.out
+    assert "4 of them already finished" in again.out
 
 
 @pytest.mark.ray

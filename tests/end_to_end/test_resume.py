@@ -178,5 +178,5 @@ def test_what_a_dead_worker_leaves_behind_is_kept_and_told(
     # The command is run again, and tells that it was.
     result = lestd("compress", tiny_llama, "--out", out, *KEEP, "--executor", "serial")
     assert result.code == 0, result.err
-    assert "attempts that another followed: 1" in result.out
+    assert "retried attempts: 1" in result.out
     assert "WorkerDied" in result.out

@@ -406,6 +406,21 @@ def test_heads_stay_within_their_bytes(name: str, dtype: torch.dtype, bits: int)
         assert torch.equal(matrix, done.decomposition.to_dense()[key])
 
 
+@pytest.mark.filterwarnings("error")
+def test_heads_of_rank_one_need_no_more_ranks_than_they_have() -> None:
+    layout = mha(64, 8, 2)
+    generator = torch.Generator().manual_seed(3)
+    u, v = torch.randn(64, 1, generator=generator), torch.randn(1, 8, generator=generator)
+    W = (u @ v).repeat(1, len(layout.slices))
+    done = METHODS["per_head_tucker"].decompose(
+        W.clone(), layout, int(0.1 * layout.elements * 4), FP32, MethodArgs()
+    )
+    R1, R2 = done.decomposition.ranks.values()
+    assert R1 <= 4 * R2
+    assert R2 <= 4 * R1
+    assert done.relative_error < 1e-5
+
+
 def test_heads_in_no_order_and_other_blocks_are_refused() -> None:
     mixed = GroupLayout(
         20,

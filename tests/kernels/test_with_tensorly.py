@@ -67,3 +67,12 @@ def test_a_train_of_full_ranks_is_the_tensor() -> None:
     assert [tuple(core.shape) for core in cores] == [(1, 2, 3, 6), (6, 3, 2, 8), (8, 4, 2, 1)]
     full = torch.einsum("xadr,rbes,scfy->abcdef", *cores)
     torch.testing.assert_close(full, T)
+
+
+def test_columns_that_nothing_decides_are_the_same_each_time() -> None:
+    """A rank beyond that of the projected unfolding, here 6 of 2: tensorly draws the rest."""
+    T = torch.randn(2, 12, 9, generator=torch.Generator().manual_seed(1))
+    start = [torch.eye(n)[:, :rank] for n, rank in ((12, 6), (9, 1))]
+    first, second = (partial_tucker(T, start, (1, 2), 1e-6, 5) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    torch.testing.assert_close(first[0].T @ first[0], torch.eye(6), atol=1e-5, rtol=0)
