@@ -11,6 +11,7 @@ Reference: Kossaifi, Panagakis, Anandkumar, Pantic, "TensorLy: Tensor learning i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -49,7 +50,8 @@ def partial_tucker(
         T: float32, any scale.
         factors: to begin with, orthonormal columns, one factor for each mode.
         modes: that are decomposed.
-        tol: stop when the relative error changes by less than this; after three sweeps at least.
+        tol: stop when the fit ``1 - ||T - T_hat|| / ||T||`` changes by less than this, relatively;
+            after three sweeps at least.
         max_iter: sweeps at most.
 
     Returns:
@@ -58,7 +60,11 @@ def partial_tucker(
     # Squares of very large or small elements would leave the range of float32.
     T = T / T.abs().max().clamp(min=torch.finfo(T.dtype).tiny)
     ranks = [factor.shape[1] for factor in factors]
-    start = project_modes(T, factors, modes), list(factors)
+    core = project_modes(T, factors, modes)
+    # tensorly compares absolute changes, and the fit only grows from here.
+    kept = float(core.norm()) / max(float(T.norm()), 1e-300)
+    tol *= 1 - math.sqrt(max(1 - kept**2, 0.0))
+    start = core, list(factors)
     with pytorch_backend():
         from tensorly import decomposition
 

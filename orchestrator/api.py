@@ -150,7 +150,7 @@ def evaluate(
     run_dir: Location | UPath | None = None,
     **options: Unpack[EvaluateOptions],
 ) -> Evaluated:
-    """Measure perplexity over windows of a text, or scores in tasks of lm-eval, or both.
+    """Measure perplexity over windows of a text, or evaluate by tasks of lm-eval, or both.
 
     Finished parts are kept; the same call again continues. Progress is shown on standard error.
 

@@ -34,6 +34,7 @@ _STORY = [
     "sweep",
     "bench",
     "recover",
+    "serve",
     "export",
     "push",
     "report",

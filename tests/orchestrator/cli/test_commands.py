@@ -12,12 +12,21 @@ from support.cli import lestd
 
 from lestd_kernels.methods import METHODS
 from orchestrator.cli import compress, sweep
+from orchestrator.cli.application import app
 from orchestrator.config.options import MethodChoice, described
 from orchestrator.config.run import RunConfig
 from orchestrator.manifest.manifest import Manifest
 from orchestrator.run.directory import RunDirectory
 from orchestrator.run.fingerprint import fingerprint
 from orchestrator.source.checkpoint import resolve_source
+
+
+def test_help_lists_every_command() -> None:
+    shown = lestd("--help")
+    assert shown.code == 0, shown.err
+    for command in app.registered_commands:
+        assert command.callback is not None
+        assert f" {command.name or command.callback.__name__} " in shown.out
 
 
 def test_help_names_every_method() -> None:
