@@ -280,7 +280,7 @@ def print_outcome(
         )
     if is_directory(run_dir):
         output.out.print(
-            f"run   {run_dir} (payloads and manifest; lestd clean drops it)", soft_wrap=True
+            f"run   {run_dir} (payloads and manifest; lestd clean deletes it)", soft_wrap=True
         )
 
 
