@@ -34,14 +34,14 @@ def serve(directory: Path, host: str, port: int, dtype: str, ready: Callable[[st
     Raises:
         LestdError: the server ended by itself; it has said why.
     """
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(directory)]
-    command += ["--model-impl", "transformers", "--dtype", dtype, "--host", host]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(directory), "--model-impl", "transformers", "--dtype", dtype]
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     # In a session of its own: Ctrl-C reaches it through us, once.
     server = subprocess.Popen(
-        [*command, "--port", str(port)], stdout=sys.stderr, start_new_session=True
+        [*command, "--host", host, "--port", str(port)], stdout=sys.stderr, start_new_session=True
     )
     url = f"http://{host}:{port}"
     try:
