@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lestd_kernels.linalg.error_feedback import output_factor
 from lestd_kernels.linalg.metric import Metric
+from lestd_kernels.linalg.two_sided_feedback import output_factor
 from lestd_kernels.methods.common.base import MethodArgs
 from lestd_kernels.storage.few_bits import FULL_BITS, QUANTIZED_BITS, values_bytes
 from lestd_kernels.storage.matrix import EncodedCore
