@@ -54,6 +54,9 @@ _NEAR = 4
 # Ways to divide bytes between two sides that are tried in the metric loss, less one.
 _DIVISIONS = 32
 
+# Ranks worth encoding, with the squared error to expect; the best one first.
+_Options = list[tuple[int, float]]
+
 
 def serves(layout: GroupLayout, args: MethodArgs) -> bool:
     """Whether a group is stored by this file: in a metric, in few bits, or beyond attention."""
@@ -209,25 +212,28 @@ def encode(
     expected = [0.0] * len(budgets)
     with clock("rank_search"):
         if args.metric == LOSS:
-            shares = _shares_by_loss(prepared.groups, budgets, args)
+            divided = _divide_by_loss(prepared.groups, budgets, args)
         else:
             shares = [_shares(shapes, budget) for budget in budgets]
+            divided = {}
+            for side, group in prepared.groups.items():
+                own = [share[side] for share in shares]
+                divided[side] = own, _search(group, own, args, reuse)
     known = 0.0
     shared: dict[str, EncodedCore] = {}
     chains: dict[str, ModuleChain] = {}
     ranks: dict[str, int] = {}
     every: dict[BasisSide, list[int]] = {}
     for side, group in prepared.groups.items():
-        with clock("rank_search"):
-            found = _search(group, [share[side] for share in shares], args, reuse)
-            every[side] = [options[0][0] for options in found]
-            for i, options in enumerate(found):
-                expected[i] += options[0][1]
+        own, found = divided[side]
+        every[side] = [options[0][0] for options in found]
+        for i, options in enumerate(found):
+            expected[i] += options[0][1]
         with clock("stage2"):
             scales = [prepared.scales[module.name] for module in sides(layout)[side]]
             best, several = None, len(found[0]) > 1
             for R, _ in found[0]:
-                encoded = group.encode(R, shares[0][side], prepared.value_dtype, scales)
+                encoded = group.encode(R, own[0], prepared.value_dtype, scales)
                 # What rounding does to the two, no search knows.
                 error = group.error(encoded.factor, encoded.cores, scales) if several else 0.0
                 if best is None or error < best[0]:
@@ -271,29 +277,40 @@ def encode(
     )
 
 
-def _shares_by_loss(
+def _divide_by_loss(
     groups: Mapping[BasisSide, SidedGroup | LossGroup], budgets: Sequence[int], args: MethodArgs
-) -> list[dict[BasisSide, int]]:
-    """The bytes of each side for each budget: the division of least expected loss."""
+) -> dict[BasisSide, tuple[list[int], list[_Options]]]:
+    """Of each side its bytes for each budget, and what `_search` has for them.
+
+    The bytes are divided where the expected loss is least.
+    """
     if len(groups) == 1:
-        return [dict.fromkeys(groups, budget) for budget in budgets]
+        [(side, group)] = groups.items()
+        return {side: (list(budgets), _search(group, budgets, args, reuse=True))}
     (one, first), (other, second) = groups.items()
     least, spare = (group.shape.least_bytes(args.rank_step) for group in (first, second))
-    shares = []
-    for budget in budgets:
-        most = budget - spare
-        parts = [least + (most - least) * i // _DIVISIONS for i in range(_DIVISIONS + 1)]
-        found = _search(first, parts, args, reuse=True)
-        others = _search(second, [budget - part for part in parts], args, reuse=True)
-        errors = [mine[0][1] + theirs[0][1] for mine, theirs in zip(found, others, strict=True)]
-        best = parts[errors.index(min(errors))]
-        shares.append({one: best, other: budget - best})
-    return shares
+    ways = [
+        [least + (budget - spare - least) * i // _DIVISIONS for i in range(_DIVISIONS + 1)]
+        for budget in budgets
+    ]
+    parts = [part for way in ways for part in way]
+    rests = [budget - part for budget, way in zip(budgets, ways, strict=True) for part in way]
+    found = _search(first, parts, args, reuse=True)
+    others = _search(second, rests, args, reuse=True)
+    errors = [mine[0][1] + theirs[0][1] for mine, theirs in zip(found, others, strict=True)]
+    best = []
+    for start in range(0, len(parts), _DIVISIONS + 1):
+        tried = errors[start : start + _DIVISIONS + 1]
+        best.append(start + tried.index(min(tried)))
+    return {
+        one: ([parts[i] for i in best], [found[i] for i in best]),
+        other: ([rests[i] for i in best], [others[i] for i in best]),
+    }
 
 
 def _search(
     group: SidedGroup | LossGroup, budgets: Sequence[int], args: MethodArgs, reuse: bool
-) -> list[list[tuple[int, float]]]:
+) -> list[_Options]:
     """For each budget the ranks worth encoding, and the error to expect; the best one first."""
     shape = group.shape
     found = group.search(shape.grid(args.rank_step, args.max_flops), budgets)
