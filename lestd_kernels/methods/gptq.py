@@ -24,6 +24,7 @@ from lestd_kernels.methods.common.quantizing import (
     fitting_bits,
     least_module_bytes,
     of_least_error,
+    with_jumps,
 )
 from lestd_kernels.storage.few_bits import GROUP
 from lestd_kernels.storage.matrix import EncodedCore
@@ -53,4 +54,4 @@ def encode_module(
     return ModuleChain((Multiply(0),), (stored,)), 0.0
 
 
-METHOD = module_method("gptq", encode_module, least_module_bytes, (ACTIVATION, LOSS))
+METHOD = with_jumps(module_method("gptq", encode_module, least_module_bytes, (ACTIVATION, LOSS)))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -137,6 +138,14 @@ class PreparedSides(PreparedGroup):
 
     groups: dict[BasisSide, SidedGroup | LossGroup]
     scales: dict[str, float]
+
+    def in_bits(self, args: MethodArgs) -> PreparedSides:
+        """See `PreparedGroup.in_bits`; the bases are the same."""
+        shapes, groups = _shapes(self.layout, self.value_dtype, args), {}
+        for side, group in self.groups.items():
+            groups[side] = copy(group)
+            groups[side].shape = shapes[side]
+        return replace(self, args=args, groups=groups)
 
 
 def prepare(

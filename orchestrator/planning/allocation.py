@@ -33,16 +33,18 @@ _SHARES = (Fraction(0), *(Fraction(1, 2**k) for k in range(12, -1, -1)))
 _WORTHWHILE = Fraction(1, 1000)
 
 
-def curve_budgets(least: int, uniform: int, most: int) -> tuple[int, ...]:
+def curve_budgets(
+    least: int, uniform: int, most: int, jumps: Sequence[int] = ()
+) -> tuple[int, ...]:
     """Where a group's curve is looked at: from the least bytes to the most, ascending.
 
     The budget of uniform allocation is one of the points. They lie close together around it, where
-    most groups end, and ever wider apart away from it.
+    most groups end, and ever wider apart away from it; and where the method's curve jumps.
     """
     n = _POINTS_PER_SIDE
     below = {uniform - (uniform - least) * i**2 // n**2 for i in range(n + 1)}
     above = {uniform + (most - uniform) * i**2 // n**2 for i in range(n + 1)}
-    return tuple(sorted(below | above))
+    return tuple(sorted(below | above | {jump for jump in jumps if least < jump < most}))
 
 
 def lower_hull(curve: Curve) -> list[tuple[int, Fraction]]:

@@ -272,10 +272,11 @@ def calibration_digest(config: RunConfig) -> str:
 def _undecided(planned: PlannedTask) -> PlannedTask:
     """A task whose budget its curve shall decide: it may get any from the least to all bytes."""
     task = planned.task
-    least = METHODS[task.method].least_bytes(
-        task.layout, getattr(torch, task.value_dtype), MethodArgs(**task.method_args)
-    )
-    budgets = curve_budgets(least, task.byte_budget, task.dense_bytes)
+    method, dtype = METHODS[task.method], getattr(torch, task.value_dtype)
+    args = MethodArgs(**task.method_args)
+    least = method.least_bytes(task.layout, dtype, args)
+    jumps = method.jumps(task.layout, dtype, args)
+    budgets = curve_budgets(least, task.byte_budget, task.dense_bytes, jumps)
     curve = CurveTask(**vars(task), curve_budgets=budgets)
     curve = replace(curve, task_id=_task_id(curve, {"curve_budgets": budgets}))
     largest = _with_budget(task, budgets[-1])

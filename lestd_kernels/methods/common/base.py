@@ -262,6 +262,8 @@ class Method:
             LestdError as `bounds` does, but for the budget and `max_flops`.
         metrics: the metrics that it knows; the first is the one that it takes without calibration,
             or where that is ``"activation"`` it cannot do without.
+        jumps: ``(layout, value_dtype, args)``; the byte budgets from which on it stores what it
+            does not below, of a method of a few fixed sizes: where a curve is worth a look.
     """
 
     name: str
@@ -270,6 +272,9 @@ class Method:
     bounds: Callable[[GroupLayout, int, torch.dtype, MethodArgs], Bounds]
     least_bytes: Callable[[GroupLayout, torch.dtype, MethodArgs], int]
     metrics: tuple[str, ...] = (WEIGHT,)
+    jumps: Callable[[GroupLayout, torch.dtype, MethodArgs], tuple[int, ...]] = (
+        lambda layout, value_dtype, args: ()
+    )
 
     def decompose(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -64,6 +65,10 @@ class PreparedGroup:
     def metric(self, module: ModuleLayout) -> Metric:
         """The metric of a module."""
         return Metric(self.metrics.get(module.name), self.metrics.get(f"{module.name}.output"))
+
+    def in_bits(self, args: MethodArgs) -> Self:
+        """The same group for other bits of values and factors, which preparing does not ask for."""
+        return replace(self, args=args)
 
     def without_feedback_of_outputs(self, module: ModuleLayout) -> Metric:
         """The metric with the diagonal of its output side: quick, where an estimate will do."""
