@@ -90,6 +90,29 @@ def allocate(curves: Sequence[Curve], weights: Sequence[Fraction], total: int) -
     return budgets
 
 
+def cheapest_within(curves: Sequence[Curve], limit: Fraction) -> list[int] | None:
+    """The fewest bytes, one budget per curve, with a sum of errors on the hulls within a limit.
+
+    As in `allocate` at most one budget lies inside a segment of its hull. None where all bytes
+    together leave more.
+    """
+    hulls = [lower_hull(curve) for curve in curves]
+    budgets = [hull[0][0] for hull in hulls]
+    excess = sum((hull[0][1] for hull in hulls), Fraction(0)) - limit
+    segments = sorted(
+        (_slope(a, b), group, b[0] - a[0])
+        for group, hull in enumerate(hulls)
+        for a, b in pairwise(hull)
+    )
+    for slope, group, length in segments:
+        if excess <= 0:
+            break
+        taken = min(length, -(excess // slope))
+        budgets[group] += taken
+        excess += slope * taken
+    return budgets if excess <= 0 else None
+
+
 def predicted_error(curve: Curve, size: int) -> Fraction:
     """The squared error at a number of bytes on the curve, interpolated between its points.
 

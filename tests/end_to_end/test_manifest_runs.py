@@ -354,8 +354,8 @@ def test_a_group_that_is_encoded_twice_counts_once(
     def moved(_curves: Any, _norms: Any, uniform: list[int]) -> list[int]:
         return [uniform[0] - 2000, uniform[1] + 2000, *uniform[2:]]
 
-    monkeypatch.setattr("orchestrator.planning.plan.better_than_uniform", moved)
-    monkeypatch.setattr("orchestrator.compression.pipeline.no_worse_than_uniform", lambda *_: False)
+    monkeypatch.setattr("orchestrator.planning.decide.better_than_uniform", moved)
+    monkeypatch.setattr("orchestrator.planning.decide.no_worse_than_uniform", lambda *_: False)
     out, run_dir = tmp_path / "out", tmp_path / "out.run"
     source = resolve_source(str(tiny_llama))
     config = RunConfig(keep=0.5, allocation="global")
