@@ -215,6 +215,9 @@ def measure_divergence(
         common | {"answer_filter": one.name, "value": one.measured, "stderr": one.stderr}
         for one in parts
     ]
+    if found.correlation is not None:
+        more = {"metric": "correlation", "higher_is_better": True, "value": found.correlation}
+        rows.append(common | more | {"answer_filter": "model", "stderr": None})
     return found, rows
 
 
