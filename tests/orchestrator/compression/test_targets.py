@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -81,13 +82,13 @@ def test_a_run_that_was_stopped_decides_the_same(
     )
     arguments = resolve_source(str(tiny_llama)), config, SerialExecutor(), tmp_path / "out"
 
-    def stop(result: object, done: int, planned: int) -> None:
-        if (type(result).__name__, done) in stops:
+    def stop(at: tuple[str, int], result: object, done: int, planned: int) -> None:
+        if (type(result).__name__, done) == at:
             raise KeyboardInterrupt
 
-    for stops in ({("CurveResult", 2)}, {("Result", 1)}, {("Result", 3)}):
+    for at in (("CurveResult", 2), ("Result", 1), ("Result", 3)):
         with pytest.raises(KeyboardInterrupt):
-            compress_model(*arguments, tmp_path / "out.run", on_progress=stop)
+            compress_model(*arguments, tmp_path / "out.run", on_progress=partial(stop, at))
     assert compress_model(*arguments, tmp_path / "out.run").complete
     kept = [p.name for p in (made.iterdir()) if p.suffix == ".safetensors"]
     assert kept
