@@ -302,7 +302,8 @@ def _judge_groups(
             continue
         members = {task.task_name for task in group.get_all_tasks()}
         parts = [judgement for judgement in judgements if judgement.task in members]
-        deciding = {"task": name, "settings": json.dumps([one.evaluation_id for one in parts])}
+        settings = {"evaluations": [one.evaluation_id for one in parts]}
+        deciding = {"task": name, "settings": json.dumps(settings)}
         judgement = Judgement(
             evaluation_id(facts, deciding),
             facts.model,
