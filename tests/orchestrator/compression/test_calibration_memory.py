@@ -28,7 +28,8 @@ from orchestrator.source.texts import Samples
 model, out, windows, tokens = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 source = resolve_source(model)
 planned = make_plan(source, RunConfig(keep=0.5, scope="all", method="svd"))
-tasks = [replace(p.task, method_args=p.task.method_args | {"metric": "loss"}) for p in planned.tasks]
+tasks = [p.task for p in planned.tasks]
+tasks = [replace(t, method_args=t.method_args | {"metric": "loss"}) for t in tasks]
 blocks = blocks_of(tasks)
 ids = tuple(tuple((7 * i + 3 * w) % 9973 for i in range(tokens)) for w in range(windows))
 samples = Samples(ids, {"samples": windows, "sample_tokens": tokens})
