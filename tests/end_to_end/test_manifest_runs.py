@@ -365,7 +365,7 @@ def test_a_group_that_is_encoded_twice_counts_once(
     (row,) = calls(run_dir)
     assert [row[name] for name in ("tasks", "finished_before", "finished")] == [4, 0, 4]
 
-    figures = outcome_figures(outcome, out, run_dir, None)
+    figures = outcome_figures(outcome, out, run_dir)
     planned = make_plan(source, config)
     assert figures["predicted"]["worker_memory_bytes"] == planned.worker_memory_bytes
     assert figures["predicted"]["run_disk_bytes"] == planned.run_disk_bytes
