@@ -8,12 +8,11 @@ candidate expects there, or has with what it stored.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lestd_kernels.linalg.stage1 import Ranks
 from lestd_kernels.methods import gptq, lestd, sparsegpt, svd_llm
@@ -22,15 +21,14 @@ from lestd_kernels.methods.common.base import (
     Bounds,
     Chosen,
     Decomposed,
+    Group,
     Method,
     MethodArgs,
-    Metrics,
     add_seconds,
     require_budget,
     require_default,
     require_no_core,
 )
-from lestd_kernels.methods.common.per_module import PreparedGroup
 from lestd_kernels.search.budget import CurvePoint
 from lestd_kernels.tensorize import GroupLayout
 
@@ -45,18 +43,6 @@ CANDIDATES: tuple[tuple[Method, int, int], ...] = (
 
 # The others know what another budget costs only by storing the group for it.
 _FORESEEING = (lestd.METHOD, svd_llm.METHOD)
-
-
-@dataclass
-class PreparedAuto:
-    """A group, which every candidate prepares for itself: one at a time is in memory."""
-
-    unfolding: Tensor
-    layout: GroupLayout
-    value_dtype: torch.dtype
-    args: MethodArgs
-    metrics: Metrics
-    seconds: dict[str, float]
 
 
 def _args_of(args: MethodArgs, value_bits: Any, factor_bits: Any) -> MethodArgs:
@@ -77,7 +63,7 @@ def _least(
 
 
 def encode(
-    prepared: PreparedAuto,
+    prepared: Group,
     byte_budget: int,
     curve_budgets: Sequence[int] = (),
     *,
@@ -93,13 +79,13 @@ def encode(
     points: dict[int, CurvePoint] = {}
     seconds: list[dict[str, float]] = []
     for method, of_method in groupby(candidates, key=lambda one: one[0]):
-        own: PreparedGroup | None = None
+        own: Group | None = None
         for _, args, least in of_method:
             if least > reach:
                 continue
             if own is None:
                 W = prepared.unfolding.clone()
-                own = method.prepare(W, layout, dtype, args, prepared.metrics)
+                own = method.prepare(Group(W, layout, dtype, args, prepared.metrics))
                 seconds.append(own.seconds)
             # One that is too large for the budget may be what a larger one is best spent on.
             room = max(byte_budget, least)
@@ -134,17 +120,6 @@ def encode(
     )
 
 
-def prepare(
-    unfolding: Tensor,
-    layout: GroupLayout,
-    value_dtype: torch.dtype,
-    args: MethodArgs,
-    metrics: Metrics,
-) -> PreparedAuto:
-    """Keep the group; see `Method.prepare`."""
-    return PreparedAuto(unfolding, layout, value_dtype, args, metrics, {})
-
-
 def bounds(
     layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
 ) -> Bounds:
@@ -172,4 +147,4 @@ def jumps(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> tu
     return tuple(jump for own in every for jump in own)
 
 
-METHOD = Method("auto", prepare, encode, bounds, least_bytes, (LOSS,), jumps)
+METHOD = Method("auto", lambda group: group, encode, bounds, least_bytes, (LOSS,), jumps)

@@ -1,4 +1,4 @@
-"""Model families: where each keeps its weights, and how they divide into slices.
+"""Model families: the names of their weights, and how these divide into slices.
 
 A family is one JSON file in this directory, and adding one is adding a file:
 
@@ -59,7 +59,7 @@ __all__ = [
 
 @cache
 def architectures() -> dict[str, Architecture]:
-    """Every known family: model type -> architecture, sorted.
+    """Every supported family: model type -> architecture, sorted.
 
     Raises:
         LestdError: a file is not a valid architecture.

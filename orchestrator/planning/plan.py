@@ -40,7 +40,7 @@ _KEEP_OF_TARGETS = 0.3
 
 @dataclass(frozen=True)
 class PlannedTask:
-    """A task and what is known of its outcome before any weight is read.
+    """A task and the bounds of its outcome, before any weight is read.
 
     Attributes:
         task: the task. While its budget is undecided it has that of uniform allocation.
