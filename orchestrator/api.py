@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from orchestrator.compression.pipeline import OnProgress, Outcome
+    from orchestrator.evaluation.divergence import Divergence
     from orchestrator.evaluation.lm_eval_scores import TaskScores
     from orchestrator.evaluation.lm_eval_tasks import Examination
     from orchestrator.evaluation.perplexity import Evaluation as Perplexity
@@ -134,11 +135,13 @@ class Evaluated:
             without a text.
         scores: of each model in that order, of each task; empty without tasks.
         examination: the tasks; None without.
+        divergence: with `sensitivity` expected loss and measured divergence.
     """
 
     perplexities: list[Perplexity]
     scores: list[list[TaskScores]]
     examination: Examination | None
+    divergence: Divergence | None = None
 
 
 def evaluate(
@@ -146,6 +149,7 @@ def evaluate(
     *,
     against: Location | None = None,
     gpus: int = 1,
+    sensitivity: int | None = None,
     log_samples: bool = False,
     run_dir: Location | UPath | None = None,
     **options: Unpack[EvaluateOptions],
@@ -158,6 +162,8 @@ def evaluate(
         model: directory of a compressed or a dense model.
         against: a second model, usually the dense one, to compare with.
         gpus: GPUs of a worker.
+        sensitivity: of so many blocks, and of the model, measure on the text the divergence from
+            `against`, to hold it against the expected loss.
         log_samples: keep what was asked and answered.
         run_dir: where finished parts are kept; None for ``MODEL.eval``, beside MODEL.
         options: such as ``text="test.txt", max_windows=100`` or ``tasks="gsm8k"``.
@@ -165,7 +171,9 @@ def evaluate(
     Raises:
         LestdError: an option is unknown or not valid, or a model cannot be evaluated.
     """
+    from orchestrator.evaluation.divergence import measure_divergence
     from orchestrator.evaluation.perplexity_table import evaluate_models
+    from orchestrator.evaluation.progress import PieceProgress
     from orchestrator.evaluation.records import manifest_of_evaluations, open_models, record
     from orchestrator.manifest.manifest import default_evaluation_dir
 
@@ -173,6 +181,8 @@ def evaluate(
     asked = validated(_Asked, typed(_Asked, given), "options")
     if asked.text is None and asked.tasks is None:
         raise LestdError("there is nothing to evaluate; give --text FILE, --tasks NAMES or both")
+    if sensitivity is not None and (against is None or asked.text is None):
+        raise LestdError("--sensitivity needs the dense model and a text: --against and --text")
     cluster = _here(given)
     directories = [Path(one) for one in (against, model) if one is not None]
     opened = open_models(directories, asked.window)
@@ -186,19 +196,34 @@ def evaluate(
 
         examination = examine(asked, common)
     found = Evaluated([], [], examination)
+    divergence = None
     with open_executor(cluster) as executor:
         if asked.text is not None:
             settings = {**common, "max_windows": asked.max_windows}
             found.perplexities.extend(
                 evaluate_models(opened, asked.text, executor, kept, keep, settings)
             )
+            if sensitivity is not None:
+                with PieceProgress("divergence", "windows") as shown:
+                    divergence, rows = measure_divergence(
+                        opened[1],
+                        opened[0],
+                        asked.text,
+                        executor,
+                        kept,
+                        blocks=sensitivity,
+                        progress=shown.update,
+                        on_event=shown.on_event,
+                        **settings,
+                    )
+                keep(rows)
         if examination is not None:
             from orchestrator.evaluation.lm_eval_table import evaluate_tasks
 
             found.scores.extend(
                 evaluate_tasks(opened, examination, executor, kept, keep, log_samples)
             )
-    return found
+    return replace(found, divergence=divergence)
 
 
 def load(

@@ -8,28 +8,20 @@ it make up for as well as they can: ``w_j -= (U_ij / U_ii) e_i``, where U is the
 factor of the inverse, ``C^-1 = U^T U``. Its row i is, up to that factor, the row of the inverse of
 what is left of C, so that no inverse is ever updated.
 
-Where the metric has an output side, ``tr(A (W - Q) B (W - Q)^T)``, the outputs of an input are
-fixed in turn as well, with the upper factor V of B's inverse: the Cholesky factor of A (x) B is
-that of A (x) that of B, so that the two feedbacks go one after the other (two-sided LDLQ). They go
-along the diagonal blocks of B: those of the heads, or 64 outputs each.
-
 Groups that share a scale lie along the outputs, in storage order. A scale is chosen when the first
 member of its group is rounded, from all members as they are by then.
 
 References: Frantar et al., "GPTQ: Accurate post-training quantization for generative pre-trained
 transformers", ICLR 2023, section 3 and algorithm 1; Frantar, Alistarh, "SparseGPT: Massive language
-models can be accurately pruned in one-shot", ICML 2023, section 3 and algorithm 1; Tseng, Sun, De
-Sa, "Model-preserving adaptive rounding" (YAQA), arXiv 2505.22988, section 3, for the two sides.
+models can be accurately pruned in one-shot", ICML 2023, section 3 and algorithm 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from lestd_kernels.storage.few_bits import (
     FULL_BITS,
@@ -63,29 +55,6 @@ def inverse_factor(gram: Tensor) -> Tensor:
     C = torch.cholesky_inverse(torch.linalg.cholesky(C))
     factor: Tensor = torch.linalg.cholesky(C, upper=True).float()
     return factor
-
-
-def output_factor(B: Tensor | None) -> Tensor | None:
-    """V of the metric of the outputs.
-
-    Args:
-        B: in one of the forms of lestd_kernels.linalg.metric.
-
-    Returns:
-        ``(k, p, p)``, float32: of the k blocks of B, or of the diagonal blocks of 64 outputs of a
-        full one, the last of them with ones to its end. None where outputs cannot make up for each
-        other.
-    """
-    if B is None or B.dim() == 1:
-        return None
-    if B.dim() == 2:
-        size = min(GROUP, len(B))
-        parts = [B[i : i + size, i : i + size] for i in range(0, len(B), size)]
-        missing = len(parts) * size - len(B)
-        last = functional.pad(parts[-1], (0, missing, 0, missing))
-        last.diagonal()[size - missing :] = 1
-        B = torch.stack([*parts[:-1], last])
-    return inverse_factor(B)
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
@@ -136,7 +105,6 @@ def round_with_feedback(
     bits: int,
     value_dtype: torch.dtype,
     mask: Tensor | None = None,
-    V: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Round weights to few bits, and those outside of the mask to zero.
 
@@ -147,22 +115,20 @@ def round_with_feedback(
         value_dtype: of values or scales.
         mask: bool ``(in, out)``, which elements are stored; default: all. It decides the grid,
             see `grid_has_zero`.
-        V: see `output_factor`.
 
     Returns:
         The rounded weights ``(in, out)``, float32, exact in the value dtype, and their scales,
         float32, one per group of stored elements in row-major order; None with 16 bits.
     """
     W = W.clone(memory_format=torch.contiguous_format)
-    groups = None if bits == FULL_BITS else _Groups(W, mask, bits, value_dtype, V)
-    kept = None if mask is None else mask.float()
+    groups = None if bits == FULL_BITS else _Groups(W, mask, bits, value_dtype)
 
     def round_rows(first: int, stop: int) -> None:
         if groups is not None:
             groups.round_rows(first, stop)
-        else:
-            own = None if kept is None else kept[first:stop]
-            W[first:stop] = _sixteen_bits(W[first:stop], own, value_dtype, V)
+            return
+        rounded = W[first:stop].to(value_dtype).float()
+        W[first:stop] = rounded if mask is None else rounded.masked_fill(~mask[first:stop], 0)
 
     if U.dim() == 1:
         round_rows(0, len(W))
@@ -180,46 +146,6 @@ def round_with_feedback(
     return W, None if groups is None else groups.scales
 
 
-def _sixteen_bits(
-    rows: Tensor, kept: Tensor | None, dtype: torch.dtype, V: Tensor | None
-) -> Tensor:
-    """Rows ``(n, out)`` in the value dtype, zeros where `kept` is zero."""
-    if V is not None:
-        kept = torch.ones_like(rows) if kept is None else kept
-        return _in_turn(rows, kept, V, lambda exact, own: exact.to(dtype).float() * own)
-    rounded = rows.to(dtype).float()
-    return rounded if kept is None else rounded.masked_fill(kept == 0, 0)
-
-
-def _in_turn(
-    rows: Tensor, given: Tensor, V: Tensor, nearest: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """Round rows, feeding the error of each output back into those after it in its block.
-
-    Args:
-        rows: ``(n, out)``.
-        given: ``(n, out)``, what `nearest` must know of each output; zero rounds to zero.
-        V: ``(k, p, p)``.
-        nearest: ``(values (k, n), given (k, n))``: what they round to.
-    """
-    blocks, size, _ = V.shape
-
-    def by_output(X: Tensor) -> Tensor:
-        X = functional.pad(X, (0, blocks * size - rows.shape[1]))
-        return X.view(len(rows), blocks, size).permute(2, 1, 0).contiguous()
-
-    left, given = by_output(rows), by_output(given)
-    # Output j, block, output after it.
-    passed_on = (
-        (V / V.diagonal(dim1=1, dim2=2)[:, :, None]).permute(1, 2, 0)[..., None].contiguous()
-    )
-    for j in range(size):
-        exact = left[j].clone()
-        left[j] = nearest(exact, given[j])
-        left[j + 1 :].addcmul_(passed_on[j, j + 1 :], exact - left[j], value=-1)
-    return left.permute(2, 1, 0).reshape(len(rows), -1)[:, : rows.shape[1]]
-
-
 class _Groups:
     """The groups of a matrix that is rounded in place, and their scales as they are chosen.
 
@@ -228,14 +154,10 @@ class _Groups:
         mask: which of its elements are stored; None for all.
         bits: of a code.
         dtype: to whose precision values and scales are rounded.
-        V: see `output_factor`.
     """
 
-    def __init__(
-        self, W: Tensor, mask: Tensor | None, bits: int, dtype: torch.dtype, V: Tensor | None
-    ) -> None:
+    def __init__(self, W: Tensor, mask: Tensor | None, bits: int, dtype: torch.dtype) -> None:
         rows, columns = W.shape
-        self._factor = V
         self._flat, self._columns = W.view(-1), columns
         self._bits, self._dtype, self._has_zero = bits, dtype, grid_has_zero(mask is None, bits)
         # Where the stored elements stand in W; None for everywhere.
@@ -263,22 +185,15 @@ class _Groups:
             slice(None) if self._positions is None else self._positions[first:stop] - whole.start
         )
         rows = self._flat[whole]
-        if self._factor is None:
-            rounded = self._nearest(values[own], spread)
-            if self._positions is not None:
-                rows.zero_()
-            rows[inside] = rounded
-            return
-        given = torch.zeros_like(rows)
-        given[inside] = spread
-        rounded = _in_turn(
-            rows.view(-1, self._columns),
-            given.view(-1, self._columns),
-            self._factor,
-            self._nearest,
-        )
-        rows.copy_(rounded.reshape(-1))
+        rounded = nearest(values[own], spread, self._bits, self._dtype, self._has_zero)
+        if self._positions is not None:
+            rows.zero_()
+        rows[inside] = rounded
 
-    def _nearest(self, values: Tensor, scales: Tensor) -> Tensor:
-        codes = nearest_codes(values, scales, self._bits, self._has_zero)
-        return levels(codes, scales, self._bits, self._has_zero).to(self._dtype).float()
+
+def nearest(
+    values: Tensor, scales: Tensor, bits: int, dtype: torch.dtype, has_zero: bool
+) -> Tensor:
+    """The level nearest to each value, float32, as it is in the value dtype; any shape."""
+    codes = nearest_codes(values, scales, bits, has_zero)
+    return levels(codes, scales, bits, has_zero).to(dtype).float()

@@ -24,9 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lestd_kernels.linalg.error_feedback import output_factor, round_with_feedback
 from lestd_kernels.linalg.metric import Metric, Root, Roots
 from lestd_kernels.linalg.stage1 import gram_matrix, leading_eigenvectors
+from lestd_kernels.linalg.two_sided_feedback import output_factor, round_both_ways
 from lestd_kernels.storage.codecs import CODECS
 from lestd_kernels.storage.few_bits import FULL_BITS
 from lestd_kernels.storage.matrix import EncodedCore
@@ -129,8 +129,8 @@ def _stored(M: Tensor, bits: int, value_dtype: torch.dtype, columns: Tensor | No
     V = output_factor(columns)
     if bits == FULL_BITS or V is None:
         return EncodedCore.quantized(M, bits, value_dtype)
-    M, scales = round_with_feedback(M, M.new_ones(len(M)), bits, value_dtype, V=V)
-    return EncodedCore.quantized(M, bits, value_dtype, scales, codec="dense")
+    rounded, scales = round_both_ways(M, M.new_ones(len(M)), V, bits, value_dtype)
+    return EncodedCore.quantized(rounded, bits, value_dtype, scales, codec="dense")
 
 
 def least_squares(A: Tensor, X: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -72,30 +73,40 @@ def encode(
     layout, dtype = prepared.layout, prepared.value_dtype
     candidates = _least(layout, dtype, prepared.args)
     require_budget("auto", byte_budget, min(least for _, _, least in candidates))
+    reach = max((byte_budget, *curve_budgets))
     kept: Decomposed | None = None
     errors: list[tuple[float, str]] = []
     points: dict[int, CurvePoint] = {}
     seconds: list[dict[str, float]] = []
-    for method, args, least in candidates:
-        if byte_budget < least:
-            continue
-        budgets = [b for b in curve_budgets if b >= least] if method in _FORESEEING else []
-        W = prepared.unfolding.clone()
-        done = method.decompose(W, layout, byte_budget, dtype, args, budgets, prepared.metrics)
-        stored = done.decomposition.stored_bytes
-        has = [
-            CurvePoint(b, Ranks(0, 0, 0), done.metric_squared_error)
-            for b in curve_budgets
-            if b >= stored
-        ]
-        for point in (*done.curve, *has):
-            known = points.setdefault(point.byte_budget, point)
-            if point.squared_error < known.squared_error:
-                points[point.byte_budget] = point
-        if kept is None or done.metric_squared_error < kept.metric_squared_error:
-            kept = done
-        errors.append((done.metric_squared_error / 2, f"{method.name}-{args.value_bits}"))
-        seconds.append(done.seconds)
+    for method, of_method in groupby(candidates, key=lambda one: one[0]):
+        own: Group | None = None
+        for _, args, least in of_method:
+            if least > reach:
+                continue
+            if own is None:
+                W = prepared.unfolding.clone()
+                own = method.prepare(Group(W, layout, dtype, args, prepared.metrics))
+                seconds.append(own.seconds)
+            # One that is too large for the budget may be what a larger one is best spent on.
+            room = max(byte_budget, least)
+            budgets = [b for b in curve_budgets if b >= least] if method in _FORESEEING else []
+            done = method.encode(own.in_bits(args), room, budgets, reuse=True)
+            seconds.append(done.seconds)
+            stored = done.decomposition.stored_bytes
+            has = [
+                CurvePoint(b, Ranks(0, 0, 0), done.metric_squared_error)
+                for b in curve_budgets
+                if b >= stored
+            ]
+            for point in (*done.curve, *has):
+                known = points.setdefault(point.byte_budget, point)
+                if point.squared_error < known.squared_error:
+                    points[point.byte_budget] = point
+            if room > byte_budget:
+                continue
+            errors.append((done.metric_squared_error / 2, f"{method.name}-{args.value_bits}"))
+            if kept is None or done.metric_squared_error < kept.metric_squared_error:
+                kept = done
     assert kept is not None, "the budget has room for a candidate"
     (loss, name), *others = sorted(errors, key=lambda one: one[0])
     chosen = Chosen(name, loss, *(others[0][::-1] if others else (None, None)))
@@ -130,5 +141,10 @@ def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs)
     return min(least for _, _, least in _least(layout, value_dtype, args))
 
 
-# Every candidate prepares the group for itself: one at a time is in memory.
-METHOD = Method("auto", lambda group: group, encode, bounds, least_bytes, (LOSS,))
+def jumps(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> tuple[int, ...]:
+    """See `Method.jumps`."""
+    every = (m.jumps(layout, value_dtype, own) for m, own, _ in _least(layout, value_dtype, args))
+    return tuple(jump for own in every for jump in own)
+
+
+METHOD = Method("auto", lambda group: group, encode, bounds, least_bytes, (LOSS,), jumps)

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from lestd_kernels.formats.chain import ModuleChain
 from lestd_kernels.formats.ops import Multiply
-from lestd_kernels.linalg.error_feedback import inverse_factor, round_with_feedback
+from lestd_kernels.linalg.error_feedback import inverse_factor
 from lestd_kernels.linalg.metric import Metric, diagonal_of
+from lestd_kernels.linalg.two_sided_feedback import round_both_ways
 from lestd_kernels.methods.common.base import ACTIVATION, LOSS, MethodArgs
 from lestd_kernels.methods.common.per_module import module_method
 from lestd_kernels.methods.common.quantizing import (
     fitting_bits,
     least_module_bytes,
     of_least_error,
+    with_jumps,
 )
 from lestd_kernels.storage.few_bits import GROUP
 from lestd_kernels.storage.matrix import EncodedCore
@@ -42,7 +44,7 @@ def encode_module(
     U = inverse_factor(gram[order][:, order])
 
     def candidate(V: Tensor | None) -> EncodedCore:
-        rounded, scales = round_with_feedback(W[order], U, bits, value_dtype, V=V)
+        rounded, scales = round_both_ways(W[order], U, V, bits, value_dtype)
         assert scales is not None
         if W.shape[1] % GROUP == 0:
             rounded, scales = rounded[back], scales.view(len(W), -1)[back].view(-1)
@@ -52,4 +54,4 @@ def encode_module(
     return ModuleChain((Multiply(0),), (stored,)), 0.0
 
 
-METHOD = module_method("gptq", encode_module, least_module_bytes, (ACTIVATION, LOSS))
+METHOD = with_jumps(module_method("gptq", encode_module, least_module_bytes, (ACTIVATION, LOSS)))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,6 +38,7 @@ from lestd_kernels.methods.common.base import (
 )
 from lestd_kernels.methods.common.one_sided_basis import IDENTITY, SidedGroup, readers_of
 from lestd_kernels.methods.common.per_module import StoredChains, chain_result
+from lestd_kernels.methods.common.side_budgets import Lost, divide_by_loss, errors_by_kind, search
 from lestd_kernels.methods.common.stopwatch import Stopwatch
 from lestd_kernels.methods.common.two_sided_basis import LossGroup, TwoSided
 from lestd_kernels.search.basis_rank import SidedShape
@@ -48,10 +50,6 @@ from lestd_kernels.tensorize import PROJECTIONS, BasisSide, GroupLayout, ModuleL
 U1_OUTPUT_NAME = "lestd_u1_output"
 _NAMES: dict[BasisSide, str] = {"input": U1_NAME, "output": U1_OUTPUT_NAME}
 _RANKS: dict[BasisSide, str] = {"input": "R1", "output": "R1_output"}
-# An expected error so much larger than the other basis' is not made up for by rounding.
-_NEAR = 4
-# Ways to divide bytes between two sides that are tried in the metric loss, less one.
-_DIVISIONS = 32
 
 
 def serves(layout: GroupLayout, args: MethodArgs) -> bool:
@@ -134,6 +132,14 @@ class PreparedSides(Group):
     groups: dict[BasisSide, SidedGroup | LossGroup]
     scales: dict[str, float]
 
+    def in_bits(self, args: MethodArgs) -> PreparedSides:
+        """See `Group.in_bits`; the bases are the same."""
+        shapes, groups = _shapes(self.layout, self.value_dtype, args), {}
+        for side, group in self.groups.items():
+            groups[side] = copy(group)
+            groups[side].shape = shapes[side]
+        return replace(self, args=args, groups=groups)
+
 
 def prepare(group: Group) -> PreparedSides:
     """Find the basis of each side; see `Method.prepare`."""
@@ -202,27 +208,36 @@ def encode(
     expected = [0.0] * len(budgets)
     with clock("rank_search"):
         if args.metric == LOSS:
-            shares = _shares_by_loss(prepared.groups, budgets, args)
+            divided = divide_by_loss(prepared.groups, budgets, args)
         else:
             shares = [_shares(shapes, budget) for budget in budgets]
+            divided = {}
+            for side, group in prepared.groups.items():
+                own = [share[side] for share in shares]
+                divided[side] = own, search(group, own, args, reuse)
     known = 0.0
+    # With few bits it matters whether a basis is stored or none.
+    by_kind = args.metric == LOSS and args.value_bits != FULL_BITS and bool(curve_budgets)
+    by_kinds = [0.0] * len(budgets)
     shared: dict[str, EncodedCore] = {}
     chains: dict[str, ModuleChain] = {}
     ranks: dict[str, int] = {}
     every: dict[BasisSide, list[int]] = {}
     for side, group in prepared.groups.items():
-        with clock("rank_search"):
-            found = _search(group, [share[side] for share in shares], args, reuse)
-            every[side] = [options[0][0] for options in found]
-            for i, options in enumerate(found):
-                expected[i] += options[0][1]
+        own, found = divided[side]
+        every[side] = [options[0][0] for options in found]
+        measured: dict[bool, Lost] = {}
+        for i, options in enumerate(found):
+            expected[i] += options[0][1]
         with clock("stage2"):
             scales = [prepared.scales[module.name] for module in sides(layout)[side]]
-            best, several = None, len(found[0]) > 1
-            for R, _ in found[0]:
-                encoded = group.encode(R, shares[0][side], prepared.value_dtype, scales)
+            best, several = None, len(found[0]) > 1 or by_kind
+            for R, searched in found[0]:
+                encoded = group.encode(R, own[0], prepared.value_dtype, scales)
                 # What rounding does to the two, no search knows.
                 error = group.error(encoded.factor, encoded.cores, scales) if several else 0.0
+                if by_kind:
+                    measured[R == IDENTITY] = Lost.of(searched, encoded, error)
                 if best is None or error < best[0]:
                     best = error, R, *encoded
             assert best is not None
@@ -235,6 +250,11 @@ def encode(
                 ops = (U1, Multiply(0)) if side == "input" else (Multiply(0), U1)
             for module, core in zip(sides(layout)[side], cores, strict=True):
                 chains[module.name] = ModuleChain(ops, (core,))
+        if by_kind:
+            assert isinstance(group, LossGroup), "those of the metric loss"
+            with clock("rank_search"):
+                errors = errors_by_kind(group, own, found, measured, prepared.value_dtype)
+                by_kinds = [sum(two) for two in zip(by_kinds, errors, strict=True)]
     modules = {module.name: chains[module.name] for module in layout.modules}
     done = chain_result(prepared, StoredChains(modules, shared, ranks), clock)
     if args.metric == LOSS:
@@ -254,56 +274,14 @@ def encode(
             bound = expected[0] * max(prepared.scales.values()) ** 2
     first = every.get("input", [0] * len(budgets))
     curve = tuple(
-        CurvePoint(budget, Ranks(R, 0, 0), error * ratio + rounding)
-        for budget, R, error in zip(budgets, first, expected, strict=True)
+        CurvePoint(budget, Ranks(R, 0, 0), by_kinds[i] if by_kind else error * ratio + rounding)
+        for i, (budget, R, error) in enumerate(zip(budgets, first, expected, strict=True))
     )
     # Of the weights divided by their projections' norms.
     values = tuple(group.singular_values for group in prepared.groups.values())
     return replace(
         done, curve=curve[1:], singular_values=(values[0], ()), expected_squared_error=bound
     )
-
-
-def _shares_by_loss(
-    groups: Mapping[BasisSide, SidedGroup | LossGroup], budgets: Sequence[int], args: MethodArgs
-) -> list[dict[BasisSide, int]]:
-    """The bytes of each side for each budget: the division of least expected loss."""
-    if len(groups) == 1:
-        return [dict.fromkeys(groups, budget) for budget in budgets]
-    (one, first), (other, second) = groups.items()
-    least, spare = (group.shape.least_bytes(args.rank_step) for group in (first, second))
-    shares = []
-    for budget in budgets:
-        most = budget - spare
-        parts = [least + (most - least) * i // _DIVISIONS for i in range(_DIVISIONS + 1)]
-        found = _search(first, parts, args, reuse=True)
-        others = _search(second, [budget - part for part in parts], args, reuse=True)
-        errors = [mine[0][1] + theirs[0][1] for mine, theirs in zip(found, others, strict=True)]
-        best = parts[errors.index(min(errors))]
-        shares.append({one: best, other: budget - best})
-    return shares
-
-
-def _search(
-    group: SidedGroup | LossGroup, budgets: Sequence[int], args: MethodArgs, reuse: bool
-) -> list[list[tuple[int, float]]]:
-    """For each budget the ranks worth encoding, and the error to expect; the best one first."""
-    shape = group.shape
-    found = group.search(shape.grid(args.rank_step, args.max_flops), budgets)
-    if not reuse:
-        group.forget()
-    if args.max_flops is not None and args.max_flops < 1:
-        return [[one] for one in found]
-    options = []
-    for (R, error), whole in zip(found, group.search_identity(budgets), strict=True):
-        if args.metric not in CALIBRATED and whole > 0:
-            # Pruned by what it knows of the weights alone, a model falls apart at errors at which
-            # a shared basis does not.
-            options.append([(R, error)])
-            continue
-        both = sorted([(IDENTITY, whole), (R, error)], key=lambda one: one[1])
-        options.append([one for one in both if one[1] <= _NEAR * both[0][1]])
-    return options
 
 
 def bounds(

@@ -16,7 +16,7 @@ from lestd_kernels.formats.ops import Multiply
 from lestd_kernels.linalg.metric import Metric
 from lestd_kernels.methods.common.base import MethodArgs
 from lestd_kernels.methods.common.per_module import module_method
-from lestd_kernels.methods.common.quantizing import fitting_bits, least_module_bytes
+from lestd_kernels.methods.common.quantizing import fitting_bits, least_module_bytes, with_jumps
 from lestd_kernels.storage.matrix import EncodedCore
 
 
@@ -29,4 +29,4 @@ def encode_module(
     return ModuleChain((Multiply(0),), (stored,)), 0.0
 
 
-METHOD = module_method("rtn", encode_module, least_module_bytes)
+METHOD = with_jumps(module_method("rtn", encode_module, least_module_bytes))

@@ -17,6 +17,7 @@ from lestd_kernels.formats.chain import ModuleChain
 from lestd_kernels.formats.ops import Multiply
 from lestd_kernels.linalg.error_feedback import inverse_factor, prune, round_with_feedback
 from lestd_kernels.linalg.metric import Metric, diagonal_of
+from lestd_kernels.linalg.two_sided_feedback import round_both_ways
 from lestd_kernels.methods.common.base import ACTIVATION, LOSS, MethodArgs
 from lestd_kernels.methods.common.per_module import module_method
 from lestd_kernels.methods.common.pruning import largest_nnz, least_module_bytes
@@ -36,8 +37,13 @@ def encode_module(
     outputs = None if metric.output is None else diagonal_of(metric.output)
     mask = prune(W, U, count, outputs) if codec != "dense" else None
 
+    plain, scales = round_with_feedback(W, U, bits, value_dtype, mask)
+
     def candidate(V: Tensor | None) -> EncodedCore:
-        rounded, scales = round_with_feedback(W, U, bits, value_dtype, mask, V)
+        # Elements that make up for pruned ones have grown beyond the scales of W.
+        rounded = plain
+        if V is not None:
+            rounded, _ = round_both_ways(W, U, V, bits, value_dtype, mask, scales)
         return EncodedCore.quantized(rounded, bits, value_dtype, scales, codec, mask)
 
     stored = of_least_error(W, metric, candidate)

@@ -139,7 +139,7 @@ def search_rank(
     lowest = (int(torch.tensor(top).view(torch.int32)) >> _KEY_SHIFT) - _BINS + 1
     counts = torch.zeros(len(losses), _BINS, dtype=torch.float64)
     energies = torch.zeros(_BINS, dtype=torch.float64)
-    best = [(grid[0], float("inf"))] * len(targets)
+    ranks, errors = torch.full_like(targets, grid[0]), torch.full_like(targets, torch.inf)
     before = 0
     for R in grid:
         for core, loss in enumerate(losses):
@@ -160,7 +160,6 @@ def search_rank(
         share = ((targets - low) / (high - low).clamp(min=1)).clamp(0, 1)
         total = kept[last] + share * (kept[following] - kept[last])
         found = torch.where(fitting > 0, tails[R] + kept[-1] - total, torch.inf)
-        for b, error in enumerate(found.tolist()):
-            if error < best[b][1] * (1 - 1e-12):
-                best[b] = (R, max(error, 0.0))
-    return best
+        better = found < errors * (1 - 1e-12)
+        ranks[better], errors[better] = R, found[better].clamp(min=0)
+    return [(int(R), error) for R, error in zip(ranks.tolist(), errors.tolist(), strict=True)]

@@ -31,17 +31,37 @@ from workers.storage.files import as_path
 
 @app.command(rich_help_panel="Compress a model")
 @options(Target, *RUN, *METHOD)
-def plan(given: Given, time: Time = False, json: Json = False) -> None:
+def plan(
+    given: Given,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of a model with the same options, finished or in the making: what its "
+            "first pass has found of the layers decides their targets.",
+            parser=as_path,
+        ),
+    ] = None,
+    run_dir: RunDir = None,
+    time: Time = False,
+    json: Json = False,
+) -> None:
     """Show what a compression would do: reads headers only, writes nothing."""
-    from orchestrator.cli.summary import describe_plan, print_plan
+    from orchestrator.cli.plans import describe_plan, print_plan
     from orchestrator.config.run import run_options
+    from orchestrator.manifest.manifest import Manifest
+    from orchestrator.planning.decide import decide
     from orchestrator.planning.plan import make_plan
+    from orchestrator.run.directory import run_dir_of
     from orchestrator.source.checkpoint import resolve_source
 
     name, revision, run_config = run_options(given)
     source = resolve_source(name, revision)
-    planned = make_plan(source, run_config)
-    print_plan(name, describe_plan(planned, source, run_config, time), json)
+    planned, curves = make_plan(source, run_config), {}
+    if out is not None and not planned.decided:
+        curves = Manifest(run_dir or run_dir_of(out)).completed_curves(planned.curve_tasks)
+        if len(curves) == len(planned.curve_tasks):
+            planned = decide(planned, curves) or planned
+    print_plan(name, describe_plan(planned, source, run_config, time, curves), json)
 
 
 @app.command(rich_help_panel="Compress a model")
@@ -63,7 +83,8 @@ def compress(
 ) -> None:
     """Compress a checkpoint. Run the same command again to continue after a crash."""
     from orchestrator import api
-    from orchestrator.cli.summary import describe_plan, print_outcome, print_plan
+    from orchestrator.cli.plans import describe_plan, print_plan
+    from orchestrator.cli.summary import print_outcome
     from orchestrator.config.cluster import cluster_options
     from orchestrator.config.run import run_options
     from orchestrator.execution.ray.jobs import jobs_address, run_as_job

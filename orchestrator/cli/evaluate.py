@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,16 @@ def evaluate(
             rich_help_panel="Where",
         ),
     ] = None,
+    sensitivity: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Check the expected loss of a model compressed in the metric loss: measure, on "
+            "--text, the divergence from --against with only one block compressed, for so many "
+            "blocks.",
+            rich_help_panel="Evaluation",
+        ),
+    ] = None,
     log_samples: Annotated[
         bool, output_option("--log-samples", help="Keep questions and answers in RUN_DIR.")
     ] = False,
@@ -61,6 +72,7 @@ def evaluate(
     refuse_unused(given)
     from orchestrator import api
     from orchestrator.config.cluster import cluster_options
+    from orchestrator.evaluation.divergence import print_divergence
     from orchestrator.evaluation.perplexity_table import describe_evaluations, print_evaluations
     from orchestrator.execution.ray.jobs import jobs_address, run_as_job
     from orchestrator.manifest.manifest import default_evaluation_dir
@@ -75,6 +87,7 @@ def evaluate(
             model,
             against=against,
             gpus=gpus or 1,
+            sensitivity=sensitivity,
             log_samples=log_samples,
             run_dir=run_dir,
             **given_of(given, Evaluation, *HOSTS),
@@ -91,6 +104,10 @@ def evaluate(
         shown |= describe_evaluations(found.perplexities)
         if not json:
             print_evaluations(found.perplexities)
+    if found.divergence is not None:
+        shown["divergence"] = asdict(found.divergence)
+        if not json:
+            print_divergence(found.divergence)
     if found.examination is not None:
         from orchestrator.evaluation.lm_eval_table import describe_scores, print_scores
 

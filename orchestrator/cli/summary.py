@@ -8,111 +8,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lestd_kernels.methods import CALIBRATED
 from orchestrator.compression.pipeline import Outcome
-from orchestrator.config.run import RunConfig
 from orchestrator.console import logs, output
 from orchestrator.execution.retries import retries
 from orchestrator.manifest.result_rows import is_far, total_expected_loss
 from orchestrator.manifest.schemas import COMPUTING_STAGES
 from orchestrator.model.export import Export
-from orchestrator.planning.calibration_costs import blocks_of, calibration_costs
 from orchestrator.planning.plan import Plan
 from orchestrator.run.directory import RunDirectory
-from orchestrator.source.checkpoint import Source
 from workers.storage.files import AnyPath, is_directory
 
 _COPY_COMMANDS = {
     "s3": "aws s3 sync {} DIRECTORY",
     "gs": "gcloud storage rsync --recursive {} DIRECTORY",
 }
-
-
-def _bound(layer: dict[str, Any], name: str, words: str) -> str:
-    """A bound in words; nothing where the method has none."""
-    return "" if layer[name] is None else words.format(layer[name])
-
-
-def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
-    """Print what a compression would do: the plan of `Plan.to_dict`."""
-    if json:
-        output.print_json(planned)
-        return
-    decided = planned["budgets_decided"]
-    rows = [
-        [
-            str(layer["layer"]),
-            layer["scope"],
-            str(len(layer["tensors"])),
-            output.size(layer["dense_bytes"]),
-            f"{layer['keep']:.3f}" if decided or not layer["curve_task_id"] else "",
-            " to ".join(map(output.size, layer["budget_range"] or [layer["byte_budget"]])),
-            _bound(layer, "max_R1", "R1 ≤ {}") + _bound(layer, "max_R2", ", R2 ≤ {}"),
-            _bound(layer, "max_nnz", "≤ {:,}"),
-            output.size(layer["predicted_memory_bytes"]),
-        ]
-        for layer in planned["layers"]
-    ]
-    columns = [
-        "layer",
-        "block",
-        "tensors",
-        "dense",
-        "keep",
-        "target",
-        "ranks",
-        "nnz",
-        "worker memory",
-    ]
-    total = planned["total"]
-    if "predicted_seconds" in total:
-        columns.append("seconds")
-        for row, layer in zip(rows, planned["layers"], strict=True):
-            row.append(f"{layer['predicted_seconds']:.1f}")
-    output.print_table(f"{name} ({planned['family']})", columns, rows)
-    if not decided:
-        output.out.print(
-            "allocation global: the targets are decided after a first pass over the layers, which "
-            f"finds their error against bytes; together at most {output.size(total['byte_budget'])}"
-        )
-    output.out.print(
-        f"{total['tasks']} tasks; weights in scope {output.size(total['dense_bytes'])} -> at most "
-        f"{output.size(total['max_bytes'])}; whole model {output.size(total['model_bytes'])} -> "
-        f"{output.size(total['untouched_bytes'] + total['max_bytes'])} "
-        f"(keep {total['keep_of_model']:.3f})\n"
-        f"a worker needs about {output.size(total['worker_memory_bytes'])} of memory; of disk the "
-        f"run directory takes at most {output.size(total['run_disk_bytes'])}, the model "
-        f"{output.size(total['out_disk_bytes'])} more"
-    )
-    if (costs := planned.get("calibration")) is not None:
-        output.out.print(
-            "calibration comes first: a worker needs about "
-            f"{output.size(costs['memory_bytes'])} of memory; of disk it takes "
-            f"{output.size(costs['kept_bytes'])}, and at most "
-            f"{output.size(costs['working_bytes'])} more while it is made"
-        )
-    if "predicted_seconds" in total:
-        output.out.print(
-            f"decomposing takes about {total['predicted_seconds']:.1f} s in all on a machine like "
-            "this; workers share it"
-        )
-
-
-def describe_plan(plan: Plan, source: Source, config: RunConfig, time: bool) -> dict[str, Any]:
-    """The plan as plain values; with `time` predicted seconds for each layer and in total."""
-    described = plan.to_dict()
-    if config.used_metric in CALIBRATED:
-        blocks = blocks_of(planned.task for planned in plan.tasks)
-        costs = calibration_costs(source, blocks, config.samples, config.sample_tokens)
-        described["calibration"] = asdict(costs)
-    if time:
-        from orchestrator.planning.timing import predict_seconds  # It imports the methods.
-
-        seconds = predict_seconds(plan, config.device, config.threads)
-        for layer in described["layers"]:
-            layer["predicted_seconds"] = seconds[layer["block"]]
-        described["total"]["predicted_seconds"] = sum(seconds.values())
-    return described
 
 
 def outcome_figures(outcome: Outcome, out: AnyPath, run_dir: AnyPath) -> dict[str, Any]:
@@ -258,6 +167,13 @@ def print_outcome(
     output.print_table("the plan", ("", "predicted", "actual"), kept)
     if (loss := figures["expected_loss"]) is not None:
         output.out.print(f"expected loss {expected_loss(loss)}", soft_wrap=True)
+        if (target := outcome.plan.target_loss) is not None and loss > target:
+            logs.log(
+                "message",
+                f"the target of {target:g} nats per token was missed by {loss / target - 1:.1%}; "
+                "the curves promised more than came of them: ask for less loss",
+                logging.WARNING,
+            )
     output.out.print(
         f"relative error {figures['relative_error']:.4f} over {figures['tasks']} blocks, "
         f"{figures['finished_before']} of them already finished; {figures['seconds']:.1f} s\n"

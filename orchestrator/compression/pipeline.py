@@ -37,7 +37,8 @@ from orchestrator.execution.resume import resume
 from orchestrator.manifest.manifest import Manifest
 from orchestrator.model.assemble import assemble
 from orchestrator.model.directory import check_output, remove_model
-from orchestrator.planning.plan import Plan, decide, make_plan, no_worse_than_uniform
+from orchestrator.planning.decide import decide
+from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.run.directory import RunDirectory
 from orchestrator.run.fingerprint import fingerprint, require_same
 from orchestrator.run.record import RunRecord, on_record
@@ -225,7 +226,8 @@ def compress_model(
                 done |= found
             return _Pass(done, tuple(failures), skipped)
 
-        planned, plans, curves = plan, [plan], {}
+        planned, curves = plan, {}
+        following: Plan | None = plan
         if not plan.decided:
             first = run_pass("curves", plan, plan.curve_tasks)
             curves = first.done
@@ -233,16 +235,20 @@ def compress_model(
                 seconds = time.monotonic() - began
                 found = _first_rows(curves)
                 return Outcome(plan, plan, (), first.failures, 0, found, seconds, predicted)
-            plans = decide(plan, curves)
-        for plan in plans:
+            following = decide(planned, curves)
+        tried: list[list[dict[str, Any]]] = []
+        while following is not None:
+            plan = following
             run.write_plan(plan)
             tasks = [planned.task for planned in plan.tasks]
             encoded = run_pass("compress", plan, tasks)
             rows = [encoded.done[t.task_id] for t in tasks if t.task_id in encoded.done]
             complete = len(rows) == len(tasks)
             record.stored_bytes = sum(row["stored_bytes"] for row in rows) if complete else None
-            if not complete or no_worse_than_uniform(rows, curves):
+            if not complete:
                 break
+            tried.append(rows)
+            following = None if planned.decided else decide(planned, curves, tried)
         if complete and (encoded.skipped < len(tasks) or model is None):
             require_lock()
             if on_start is not None:

@@ -12,6 +12,7 @@ class RunOptions(TypedDict, total=False):
     revision: str | None
     keep: float | None
     keep_model: float | None
+    target_loss: float | None
     scope: Literal["attention", "ffn", "experts", "all"]
     include: str | None
     exclude: str | None

@@ -37,7 +37,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """How small; one of the two."""
+    """How small, or how good; one of the three."""
 
     keep: Annotated[
         float | None,
@@ -45,6 +45,14 @@ class Target:
     ] = None
     keep_model: Annotated[
         float | None, WHAT("The same for the whole model; replaces --keep.", gt=0, lt=1)
+    ] = None
+    target_loss: Annotated[
+        float | None,
+        WHAT(
+            "In place of --keep what it may cost: expected loss, nats per token; the size follows. "
+            "0.02 is about 2 % of perplexity. Needs --calibrate-on.",
+            gt=0,
+        ),
     ] = None
 
 

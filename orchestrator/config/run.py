@@ -30,6 +30,9 @@ from orchestrator.config.options import (
     Weights,
 )
 
+TARGETS = ("keep", "keep_model", "target_loss")
+"""What a run is to reach; one of them."""
+
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Layers = Annotated[str, AfterValidator(check_layers)]
 
@@ -107,6 +110,8 @@ class RunConfig(
         if self.metric is not None:
             return self.metric
         known = METHODS[self.method].metrics
+        if self.target_loss is not None and LOSS in known:
+            return LOSS
         calibrated = self.calibrate_on is not None and ACTIVATION in known
         return ACTIVATION if calibrated else known[0]
 
@@ -117,8 +122,22 @@ class RunConfig(
 
     @model_validator(mode="after")
     def _one_target(self) -> RunConfig:
-        if (self.keep is None) == (self.keep_model is None):
-            raise ValueError("give exactly one of keep and keep_model, a number between 0 and 1")
+        if sum(getattr(self, name) is not None for name in TARGETS) != 1:
+            raise ValueError(
+                "give exactly one of keep, keep_model and target_loss; keeps lie between 0 and 1"
+            )
+        if self.target_loss is None:
+            return self
+        if self.used_metric != LOSS:
+            raise ValueError(
+                f"target_loss is counted in the metric 'loss', found {self.used_metric!r} of "
+                f"method {self.method!r}; change the metric or the method, or give keep"
+            )
+        if self.used_allocation != "global" or self.layer_keep:
+            raise ValueError(
+                "target_loss divides the bytes over the layers itself; leave out allocation and "
+                "layer_keep, or give keep"
+            )
         return self
 
     def method_args(self) -> MethodArgs:
@@ -180,8 +199,8 @@ def run_options(
     """
     file, here, variant = given.get("config"), typed(RunFile, given), variant or {}
     values = {} if file is None else load_yaml(file)
-    if "keep" in here or "keep_model" in here:
-        values = {k: v for k, v in values.items() if k not in ("keep", "keep_model")}
+    if any(name in here for name in TARGETS):
+        values = {k: v for k, v in values.items() if k not in TARGETS}
     names = {key: option_name(key) for key in here} | {key: f"--methods: {key}" for key in variant}
     run_file = validated(RunFile, {**values, **here, **variant}, str(file or "options"), names)
     if run_file.model is None:

@@ -180,7 +180,7 @@ def evaluate(
     store = EvaluationDirectory(
         run_dir / name,
         {"model": facts.model, "model_id": facts.model_id, **deciding},
-        _pieces(token_ids, length),
+        cut(token_ids, length),
         _parse,
     )
     # Logits are held in the compute dtype and, chunk by chunk, in float32.
@@ -263,7 +263,8 @@ def read_tokens(model: EvaluationModel, path: Path) -> tuple[str, list[int]]:
     return text, token_ids
 
 
-def _pieces(token_ids: list[int], length: int) -> list[EvalRequest]:
+def cut(token_ids: list[int], length: int) -> list[EvalRequest]:
+    """Tokens in pieces of a few windows, which do not depend on the pool."""
     starts = range(0, len(token_ids) - 1, length)
     pieces = []
     for first in range(0, len(starts), _WINDOWS_PER_PIECE):

@@ -16,12 +16,12 @@ from typing import Any
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import METHODS
-from orchestrator.config.run import RunConfig
+from orchestrator.config.run import TARGETS, RunConfig
 from orchestrator.config.yaml_text import parse_yaml
 
 _SAME_FOR_ALL = frozenset(
     (
-        *("keep", "keep_model", "layer_keep", "method", "scope", "include", "exclude", "device"),
+        *(*TARGETS, "layer_keep", "method", "scope", "include", "exclude", "device"),
         *("calibrate_on", "samples", "sample_tokens"),
     )
 )

@@ -339,7 +339,12 @@ EVALUATIONS = TableSpec(
         Column("task", _TEXT, "name of the task", required=True),
         Column("task_version", _TEXT, "the task's own version"),
         Column("metric", _TEXT, "name of the metric", required=True),
-        Column("answer_filter", _TEXT, "lm-eval's filter of the answers; none where there is none"),
+        Column(
+            "answer_filter",
+            _TEXT,
+            "lm-eval's filter of the answers, none where there is none; of a divergence the block "
+            "that alone is compressed, or model",
+        ),
         Column("value", _REAL, "the figure", required=True),
         Column("stderr", _REAL, "its standard error; null where there is none"),
         Column("higher_is_better", pa.bool_(), "which way is better"),
@@ -356,6 +361,9 @@ EVALUATIONS = TableSpec(
     key=("evaluation_id", "task", "metric", "answer_filter"),
     order=("time", "task", "metric", "answer_filter"),
 )
+
+DIVERGENCE_TASK = "divergence"
+"""Task of the rows that hold a compressed model against the dense one, block by block."""
 
 TABLES = {table.name: table for table in (RUNS, GROUPS, SLICES, CURVES, EVENTS, EVALUATIONS)}
 """All tables, by name."""

@@ -33,16 +33,18 @@ _SHARES = (Fraction(0), *(Fraction(1, 2**k) for k in range(12, -1, -1)))
 _WORTHWHILE = Fraction(1, 1000)
 
 
-def curve_budgets(least: int, uniform: int, most: int) -> tuple[int, ...]:
+def curve_budgets(
+    least: int, uniform: int, most: int, jumps: Sequence[int] = ()
+) -> tuple[int, ...]:
     """Where a group's curve is looked at: from the least bytes to the most, ascending.
 
     The budget of uniform allocation is one of the points. They lie close together around it, where
-    most groups end, and ever wider apart away from it.
+    most groups end, and ever wider apart away from it; and where the method's curve jumps.
     """
     n = _POINTS_PER_SIDE
     below = {uniform - (uniform - least) * i**2 // n**2 for i in range(n + 1)}
     above = {uniform + (most - uniform) * i**2 // n**2 for i in range(n + 1)}
-    return tuple(sorted(below | above))
+    return tuple(sorted(below | above | {jump for jump in jumps if least < jump < most}))
 
 
 def lower_hull(curve: Curve) -> list[tuple[int, Fraction]]:
@@ -86,6 +88,29 @@ def allocate(curves: Sequence[Curve], weights: Sequence[Fraction], total: int) -
         budgets[group] += taken
         left -= taken
     return budgets
+
+
+def cheapest_within(curves: Sequence[Curve], limit: Fraction) -> list[int] | None:
+    """The fewest bytes, one budget per curve, with a sum of errors on the hulls within a limit.
+
+    As in `allocate` at most one budget lies inside a segment of its hull. None where all bytes
+    together leave more.
+    """
+    hulls = [lower_hull(curve) for curve in curves]
+    budgets = [hull[0][0] for hull in hulls]
+    excess = sum((hull[0][1] for hull in hulls), Fraction(0)) - limit
+    segments = sorted(
+        (_slope(a, b), group, b[0] - a[0])
+        for group, hull in enumerate(hulls)
+        for a, b in pairwise(hull)
+    )
+    for slope, group, length in segments:
+        if excess <= 0:
+            break
+        taken = min(length, -(excess // slope))
+        budgets[group] += taken
+        excess += slope * taken
+    return budgets if excess <= 0 else None
 
 
 def predicted_error(curve: Curve, size: int) -> Fraction:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,10 +16,10 @@ import torch
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.shared_tucker import FORMAT_VERSION
-from lestd_kernels.methods import CALIBRATED, LOSS, METHODS, NORM, Bounds, MethodArgs
+from lestd_kernels.methods import CALIBRATED, METHODS, NORM, Bounds, MethodArgs
 from orchestrator.architectures import SliceGroup, find_architecture
 from orchestrator.config.run import RunConfig, scope_keep
-from orchestrator.planning.allocation import better_than_uniform, curve_budgets
+from orchestrator.planning.allocation import curve_budgets
 from orchestrator.planning.calibration_costs import (
     WORKER_BASE_BYTES,
     blocks_of,
@@ -35,6 +34,8 @@ from workers.contracts import CurveTask, Task, TensorRef
 # A payload's header, its rows with the singular values, its events; the small files of a model.
 _FILES_OF_A_TASK_BYTES = 128 * 2**10
 _SIDE_FILES_BYTES = 2**20
+# Around which the curves are closest where a target decides the size: the same for every target.
+_KEEP_OF_TARGETS = 0.3
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Plan:
         model_bytes: dense bytes of all tensors.
         allocation: how bytes are divided among the tasks.
         decided: whether the budgets are known; those of global allocation are after pass one.
+        target_loss: what the model may cost, nats per token, where that decides its size.
     """
 
     family: str
@@ -73,6 +75,7 @@ class Plan:
     model_bytes: int
     allocation: str
     decided: bool
+    target_loss: float | None = None
 
     @property
     def curve_tasks(self) -> list[CurveTask]:
@@ -92,6 +95,8 @@ class Plan:
     @property
     def budget_bytes(self) -> int:
         """Bytes that the weights in scope may take when stored."""
+        if self.target_loss is not None and not self.decided:
+            return sum(task.curve_budgets[-1] for task in self.curve_tasks)
         return sum(planned.task.byte_budget for planned in self.tasks)
 
     @property
@@ -170,6 +175,7 @@ class Plan:
             "disk_bytes": self.disk_bytes,
         }
         how = {"allocation": self.allocation, "budgets_decided": self.decided}
+        how |= {"target_loss": self.target_loss}
         return {"family": self.family} | how | {"layers": layers, "total": totals}
 
 
@@ -195,7 +201,8 @@ def make_plan(source: Source, config: RunConfig) -> Plan:
     model_bytes = sum(ref.stored_bytes for ref in refs.values())
     in_scope = {ref.name for group in groups for ref in group.tensors.values()}
     scope_bytes = sum(refs[name].stored_bytes for name in in_scope)
-    keep = scope_keep(config, scope_bytes, model_bytes)
+    by_loss = config.target_loss is not None
+    keep = _KEEP_OF_TARGETS if by_loss else scope_keep(config, scope_bytes, model_bytes)
 
     digest = calibration_digest(config) if config.used_metric in CALIBRATED else ""
     tasks = tuple(
@@ -206,14 +213,22 @@ def make_plan(source: Source, config: RunConfig) -> Plan:
         own = config.layers_with_own_keep()
         tasks = tuple(p if p.task.layer in own else _undecided(p) for p in tasks)
     untouched = tuple(ref for name, ref in sorted(refs.items()) if name not in in_scope)
-    return Plan(architecture.family, tasks, untouched, model_bytes, config.used_allocation, decided)
+    return Plan(
+        architecture.family,
+        tasks,
+        untouched,
+        model_bytes,
+        config.used_allocation,
+        decided,
+        config.target_loss,
+    )
 
 
 def _plan_task(
     group: SliceGroup, config: RunConfig, keep: float, metric_digest: str
 ) -> PlannedTask:
     dense_bytes = sum(ref.stored_bytes for ref in group.tensors.values())
-    dtype = DTYPES[next(iter(group.tensors.values())).dtype]
+    dtype, args = DTYPES[next(iter(group.tensors.values())).dtype], config.method_args()
     task = Task(
         task_id="",
         layer=group.layer,
@@ -222,7 +237,7 @@ def _plan_task(
         tensors=group.tensors,
         layout=group.layout,
         method=config.method,
-        method_args=asdict(config.method_args()),
+        method_args=asdict(args),
         byte_budget=0,
         value_dtype=str(dtype).removeprefix("torch."),
         predicted_memory_bytes=0,
@@ -230,13 +245,16 @@ def _plan_task(
         metric_tensors=group.norms if config.used_metric == NORM else {},
         metric_digest=metric_digest,
     )
+    budget = int(keep * dense_bytes)
     try:
-        return replace(_with_budget(task, int(keep * dense_bytes)), keep=keep)
+        if config.target_loss is not None:
+            budget = max(budget, METHODS[task.method].least_bytes(group.layout, dtype, args))
+        return replace(with_budget(task, budget), keep=keep)
     except LestdError as error:
         raise LestdError(f"layer {group.layer} at keep {keep:g}: {error}") from error
 
 
-def _with_budget(task: Task, budget: int) -> PlannedTask:
+def with_budget(task: Task, budget: int) -> PlannedTask:
     """The task with another byte budget, and so with another id."""
     bounds = METHODS[task.method].bounds(
         task.layout, budget, getattr(torch, task.value_dtype), MethodArgs(**task.method_args)
@@ -272,87 +290,16 @@ def calibration_digest(config: RunConfig) -> str:
 def _undecided(planned: PlannedTask) -> PlannedTask:
     """A task whose budget its curve shall decide: it may get any from the least to all bytes."""
     task = planned.task
-    least = METHODS[task.method].least_bytes(
-        task.layout, getattr(torch, task.value_dtype), MethodArgs(**task.method_args)
-    )
-    budgets = curve_budgets(least, task.byte_budget, task.dense_bytes)
+    method, dtype = METHODS[task.method], getattr(torch, task.value_dtype)
+    args = MethodArgs(**task.method_args)
+    least = method.least_bytes(task.layout, dtype, args)
+    jumps = method.jumps(task.layout, dtype, args)
+    budgets = curve_budgets(least, task.byte_budget, task.dense_bytes, jumps)
     curve = CurveTask(**vars(task), curve_budgets=budgets)
     curve = replace(curve, task_id=_task_id(curve, {"curve_budgets": budgets}))
-    largest = _with_budget(task, budgets[-1])
+    largest = with_budget(task, budgets[-1])
     task = replace(task, predicted_memory_bytes=largest.task.predicted_memory_bytes)
     return PlannedTask(task, planned.keep, largest.bounds, curve)
-
-
-def _with_budgets(plan: Plan, budgets: Mapping[str, int]) -> Plan:
-    """The plan with the byte budget of each group that has a curve decided."""
-    tasks = tuple(
-        replace(_with_budget(p.task, budgets[p.task.block]), curve=p.curve) if p.curve else p
-        for p in plan.tasks
-    )
-    return replace(plan, tasks=tasks, decided=True)
-
-
-def decide(plan: Plan, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Plan]:
-    """Byte budgets from the curves that pass one has found.
-
-    Args:
-        plan: an undecided plan.
-        curves: for each of its curve tasks the rows of the manifest, by budget.
-
-    Returns:
-        The plan with the budgets of `better_than_uniform`, followed by the one with the budgets of
-        uniform allocation, for the case that the prediction fails; that one alone, where no
-        budgets are predicted to be better.
-    """
-    tasks = plan.curve_tasks
-    rows = [curves[task.task_id] for task in tasks]
-    points = [[(row["byte_budget"], row["predicted_squared_error"]) for row in c] for c in rows]
-    in_nats = tasks[0].method_args["metric"] == LOSS
-    norms = None if in_nats else [curve[0]["squared_norm"] for curve in rows]
-    uniform = [task.byte_budget for task in tasks]
-    better = better_than_uniform(points, norms, uniform)
-    groups = [task.block for task in tasks]
-    return [
-        _with_budgets(plan, dict(zip(groups, budgets, strict=True)))
-        for budgets in (better, uniform)
-        if budgets is not None
-    ]
-
-
-def no_worse_than_uniform(
-    rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> bool:
-    """Whether relative and absolute squared errors sum up to at most what uniform budgets give.
-
-    Both sides are measured from tensors as they are stored. In the metric loss the absolute ones
-    are nats, and decide alone.
-
-    Args:
-        rows: group rows of all tasks.
-        curves: see `decide`.
-    """
-    measured = {curve[0]["block"]: curve[0] for curve in curves.values()}
-    pairs = [
-        (
-            row["metric_squared_error"],
-            measured[row["block"]]["uniform_squared_error"],
-            row["metric_squared_norm"],
-        )
-        for row in rows
-        if row["block"] in measured
-    ]
-
-    def holds(weights: Sequence[float]) -> bool:
-        found, uniform = (
-            math.fsum(pair[side] * weight for pair, weight in zip(pairs, weights, strict=True))
-            for side in (0, 1)
-        )
-        return found <= uniform
-
-    if not holds([1.0] * len(pairs)):
-        return False
-    in_nats = any(row["metric"] == LOSS for row in rows)
-    return in_nats or holds([1 / norm if norm else 0.0 for *_, norm in pairs])
 
 
 def _task_id(task: Task, more: Mapping[str, Any] | None = None) -> str:

@@ -19,7 +19,8 @@ from typing import Any
 
 from orchestrator.manifest.manifest import Manifest
 from orchestrator.manifest.result_rows import total_expected_loss
-from orchestrator.manifest.schemas import COMPUTING_STAGES, STAGES, Row
+from orchestrator.manifest.schemas import COMPUTING_STAGES, DIVERGENCE_TASK, STAGES, Row
+from orchestrator.report.losses import divergences, hulls
 from orchestrator.report.quality import before_and_after
 from orchestrator.report.state import ended_calls, planned_layers, run_state, task_span, wall_time
 from orchestrator.report.timeline import lost_attempts, stage_seconds, timeline
@@ -74,6 +75,9 @@ class ReportData:
         lost: one row per attempt that was lost, by its end; see `lost_attempts`.
         calls: rows of `runs`, oldest first; the state of one that was killed is ``killed``.
         evaluations: one row per metric and model, before beside after; see `before_and_after`.
+        hulls: expected loss against bytes, see `orchestrator.report.losses.hulls`.
+        divergences: expected loss beside what was measured, see `divergences` there.
+        correlation: the row of `evaluations` that has theirs; None where none has.
         damaged: ``path``, ``name`` (its end, from the run's own directory on) and ``reason`` of
             each file of the manifest that cannot be read.
     """
@@ -91,6 +95,9 @@ class ReportData:
     lost: list[Row]
     calls: list[Row]
     evaluations: list[Row]
+    hulls: list[Row]
+    divergences: list[Row]
+    correlation: Row | None
     damaged: list[Row]
 
 
@@ -113,7 +120,12 @@ def gather(path: str) -> ReportData:
         found["evaluations"] = model.read("evaluations")
     encoded = found["groups"].rows.to_pylist()
     groups = _latest(encoded)
-    curves = list({row["task_id"]: row for row in found["curves"].rows.to_pylist()}.values())
+    points: dict[str, list[Row]] = {}
+    for row in found["curves"].rows.to_pylist():
+        points.setdefault(row["block"], []).append(row)
+    curves = list({row["task_id"]: row for of in points.values() for row in of}.values())
+    evaluations = found["evaluations"].rows.to_pylist()
+    measured, correlation = divergences(evaluations, groups)
     events = found["events"].rows.to_pylist()
     locked = RunDirectory(manifest.directory.parent).is_locked()
     calls = ended_calls(found["runs"].rows.to_pylist(), locked)
@@ -147,7 +159,12 @@ def gather(path: str) -> ReportData:
         timeline=timeline(encoded, curves),
         lost=lost,
         calls=calls,
-        evaluations=before_and_after(found["evaluations"].rows.to_pylist()),
+        evaluations=before_and_after(
+            [row for row in evaluations if row["task"] != DIVERGENCE_TASK]
+        ),
+        hulls=hulls(groups, points),
+        divergences=measured,
+        correlation=correlation,
         damaged=[
             {
                 "path": str(bad.path),

@@ -55,7 +55,7 @@ def render(data: ReportData) -> str:
     Raises:
         LestdError: plotly is not installed.
     """
-    names = ("report/report_figures.js", "report/report.js")
+    names = ("report/report_figures.js", "report/report_loss.js", "report/report.js")
     scripts = [inline_script(text) for text in (plotly_js(), *map(package_file, names))]
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True
@@ -129,6 +129,10 @@ def _tables(data: ReportData) -> dict[str, Any]:
         "lost": column_table(data.lost, _LOST),
         "calls": column_table(data.calls, ("invocation", "started_at", "ended_at", "state")),
         "evaluations": column_table(data.evaluations, _EVALUATIONS),
+        "hulls": column_table(data.hulls, ("layer", "block", "point", "bytes", "expected_loss")),
+        "divergences": column_table(
+            data.divergences, ("block", "expected_loss", "measured", "stderr")
+        ),
     }
 
 

@@ -33,6 +33,9 @@ _MEANINGS = {
     "after": ("the compressed model", ""),
     "change": ("after / before - 1", ""),
     "planned": ("what the plan said", ""),
+    "point": ("hull: of expected loss against bytes; stored: what the block got", ""),
+    "bytes": ("of the block, as stored", "bytes"),
+    "measured": ("divergence of the dense model's predictions", "nats per token"),
     "actual": ("what came", ""),
 }
 

@@ -354,8 +354,8 @@ def test_a_group_that_is_encoded_twice_counts_once(
     def moved(_curves: Any, _norms: Any, uniform: list[int]) -> list[int]:
         return [uniform[0] - 2000, uniform[1] + 2000, *uniform[2:]]
 
-    monkeypatch.setattr("orchestrator.planning.plan.better_than_uniform", moved)
-    monkeypatch.setattr("orchestrator.compression.pipeline.no_worse_than_uniform", lambda *_: False)
+    monkeypatch.setattr("orchestrator.planning.decide.better_than_uniform", moved)
+    monkeypatch.setattr("orchestrator.planning.decide.no_worse_than_uniform", lambda *_: False)
     out, run_dir = tmp_path / "out", tmp_path / "out.run"
     source = resolve_source(str(tiny_llama))
     config = RunConfig(keep=0.5, allocation="global")
@@ -365,7 +365,7 @@ def test_a_group_that_is_encoded_twice_counts_once(
     (row,) = calls(run_dir)
     assert [row[name] for name in ("tasks", "finished_before", "finished")] == [4, 0, 4]
 
-    figures = outcome_figures(outcome, out, run_dir, None)
+    figures = outcome_figures(outcome, out, run_dir)
     planned = make_plan(source, config)
     assert figures["predicted"]["worker_memory_bytes"] == planned.worker_memory_bytes
     assert figures["predicted"]["run_disk_bytes"] == planned.run_disk_bytes

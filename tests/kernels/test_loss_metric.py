@@ -11,14 +11,11 @@ from support.groups import gqa
 from torch import Tensor
 
 from lestd_kernels.errors import LestdError
-from lestd_kernels.linalg.error_feedback import (
-    inverse_factor,
-    output_factor,
-    round_with_feedback,
-)
+from lestd_kernels.linalg.error_feedback import inverse_factor
 from lestd_kernels.linalg.low_rank import Bits, fit_pair, spectrum
 from lestd_kernels.linalg.metric import Metric, Root, Roots, apply_metric, diagonal_of
 from lestd_kernels.linalg.support_fit import fit_on_support
+from lestd_kernels.linalg.two_sided_feedback import output_factor, round_both_ways
 from lestd_kernels.methods import METHODS, MethodArgs, auto
 from lestd_kernels.methods.common.base import ACTIVATION, LOSS, Chosen, Decomposed
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout
@@ -185,7 +182,7 @@ def test_feedback_along_both_sides_lowers_the_error(form: str, bits: int) -> Non
             "inputs": (U, None),
             "both": (U, output_factor(B)),
         }.items():
-            rounded, _ = round_with_feedback(W, factors[0], bits, BF16, V=factors[1])
+            rounded, _ = round_both_ways(W, *factors, bits, BF16)
             errors[name] += metric.squares(W - rounded)
     assert errors["both"] < errors["inputs"] < errors["nearest"]
 

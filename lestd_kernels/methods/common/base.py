@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -161,7 +161,8 @@ are also ``<module>.mean_abs`` ``(in,)``, ``<module>.max_abs`` ``(in,)`` and
 
 In the metric ``"loss"`` the metric of an input is A, the *mean* of ``x^T x`` over the tokens that
 the module sees, and there is ``<module>.output``, B: the sum of ``g^T g`` over those tokens,
-divided by the number of all; g is the gradient of a window's loss by an output ``y = x W`` of one
+divided by the number of all, and scaled so that ``tr A tr B`` is the trace of the module's Fisher
+information; g is the gradient of a window's loss by an output ``y = x W`` of one
 token, the loss the sum of the cross entropies with labels drawn from the model's own distribution.
 ``(out, out)``, or of its blocks on the diagonal ``(heads, p, p)`` in the order of the module's
 slices, or the diagonal ``(out,)``; a module without has the identity. An error D of W is then
@@ -200,6 +201,10 @@ class Group:
     def metric(self, module: ModuleLayout) -> Metric:
         """The metric of a module."""
         return Metric(self.metrics.get(module.name), self.metrics.get(f"{module.name}.output"))
+
+    def in_bits(self, args: MethodArgs) -> Self:
+        """The same group for other bits of values and factors, which preparing does not ask for."""
+        return replace(self, args=args)
 
     def without_feedback_of_outputs(self, module: ModuleLayout) -> Metric:
         """The metric with the diagonal of its output side: quick, where an estimate will do."""
@@ -300,6 +305,8 @@ class Method:
             LestdError as `bounds` does, but for the budget and `max_flops`.
         metrics: the metrics that it supports. The first is the one used without calibration; if
             it is ``"activation"`` or ``"loss"``, the method needs a calibration.
+        jumps: ``(layout, value_dtype, args)``; the byte budgets from which on it stores what it
+            does not below, of a method of a few fixed sizes: where a curve is worth a look.
     """
 
     name: str
@@ -308,6 +315,9 @@ class Method:
     bounds: Callable[[GroupLayout, int, torch.dtype, MethodArgs], Bounds]
     least_bytes: Callable[[GroupLayout, torch.dtype, MethodArgs], int]
     metrics: tuple[str, ...] = (WEIGHT,)
+    jumps: Callable[[GroupLayout, torch.dtype, MethodArgs], tuple[int, ...]] = (
+        lambda layout, value_dtype, args: ()
+    )
 
     def decompose(
         self,

@@ -27,7 +27,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lestd_kernels.linalg.error_feedback import round_with_feedback
 from lestd_kernels.linalg.metric import (
     Root,
     apply_metric,
@@ -39,6 +38,7 @@ from lestd_kernels.linalg.metric import (
 )
 from lestd_kernels.linalg.stage1 import gram_matrix, leading_eigenvectors
 from lestd_kernels.linalg.stage2 import select_largest
+from lestd_kernels.linalg.two_sided_feedback import round_both_ways
 from lestd_kernels.search.basis_rank import SidedShape, search_rank
 from lestd_kernels.storage.codecs import cheapest_codec
 from lestd_kernels.storage.matrix import EncodedCore
@@ -312,7 +312,7 @@ def store_rounded(
     if inverse is None and V is None:
         return EncodedCore.quantized(M, value_bits, value_dtype, codec=codec, mask=chosen)
     U = M.new_ones(rows) if inverse is None else inverse
-    rounded, scales = round_with_feedback(M, U, value_bits, value_dtype, chosen, V)
+    rounded, scales = round_both_ways(M, U, V, value_bits, value_dtype, chosen)
     return EncodedCore.quantized(rounded, value_bits, value_dtype, scales, codec, chosen)
 
 

@@ -6,14 +6,18 @@ Shapes: W (in, out) of a module; groups of 64 lie along its rows, so along the o
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from lestd_kernels.linalg.error_feedback import output_factor
 from lestd_kernels.linalg.metric import Metric
-from lestd_kernels.methods.common.base import MethodArgs
+from lestd_kernels.linalg.two_sided_feedback import output_factor
+from lestd_kernels.methods.common.base import Method, MethodArgs
 from lestd_kernels.storage.few_bits import FULL_BITS, QUANTIZED_BITS, values_bytes
 from lestd_kernels.storage.matrix import EncodedCore
+from lestd_kernels.tensorize import GroupLayout
 
 
 def fitting_bits(elements: int, byte_budget: int, value_bytes: int, args: MethodArgs) -> int:
@@ -42,6 +46,21 @@ def of_least_error(
     both = candidate(V)
     plain_error, both_error = (metric.squares(W - one.decode().float()) for one in (plain, both))
     return both if both_error < plain_error else plain
+
+
+def with_jumps(method: Method) -> Method:
+    """A quantizer, with the sizes of its bits, or of those asked for."""
+
+    def jumps(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> tuple[int, ...]:
+        every: tuple[Any, ...] = (
+            QUANTIZED_BITS if args.value_bits == FULL_BITS else (args.value_bits,)
+        )
+        return tuple(
+            method.least_bytes(layout, value_dtype, replace(args, value_bits=bits))
+            for bits in every
+        )
+
+    return replace(method, jumps=jumps)
 
 
 def least_module_bytes(rows: int, columns: int, value_bytes: int, args: MethodArgs) -> int:

@@ -28,7 +28,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lestd_kernels.linalg.error_feedback import output_factor
 from lestd_kernels.linalg.metric import (
     Metric,
     Root,
@@ -42,6 +41,7 @@ from lestd_kernels.linalg.metric import (
 from lestd_kernels.linalg.stage1 import leading_eigenvectors
 from lestd_kernels.linalg.stage2 import select_largest
 from lestd_kernels.linalg.support_fit import fit_on_support
+from lestd_kernels.linalg.two_sided_feedback import output_factor
 from lestd_kernels.methods.common.one_sided_basis import (
     IDENTITY,
     Encoded,

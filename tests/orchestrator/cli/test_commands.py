@@ -42,6 +42,7 @@ def test_what_decides_the_bytes_are_options_of_every_command(command: Any) -> No
     )
     assert decisive - inspect.signature(command).parameters.keys() <= {
         "keep_model",
+        "target_loss",
         "device",
         "threads",
     }

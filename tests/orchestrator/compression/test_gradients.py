@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from support.activations import all_blocks, check, oracle, some_samples, tiny_source
 from support.families import FAMILIES
 from support.gradients import check_gradients, gradient_rows
+from transformers import AutoModelForCausalLM
 
+from lestd_kernels.linalg.metric import Metric
 from orchestrator.compression.calibration import calibrate
 from orchestrator.execution.serial import SerialExecutor
 from orchestrator.planning import calibration_costs
@@ -33,3 +36,38 @@ def test_gradients_are_those_of_the_whole_model(
     rest = {name: ref for name, ref in found.refs.items() if name not in gradients}
     check(found.__class__(found.directory, found.digest, rest), oracle(source, blocks, samples))
     assert not (tmp_path / "calibration" / "pieces").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_noise_costs_what_is_expected_of_it(family: str, tmp_path: Path) -> None:
+    """Against the divergence of the whole model's predictions, in float64."""
+    source, samples = tiny_source(family, tmp_path / "model"), some_samples(200, 8)
+    blocks = all_blocks(source, "loss")
+    refs = calibrate(source, blocks, samples, SerialExecutor(), tmp_path / "calibration").refs
+    model = AutoModelForCausalLM.from_pretrained(source.directory, dtype=torch.float64)
+    tokens, ratios = torch.tensor(samples.token_ids), []
+
+    @torch.no_grad()
+    def predictions() -> torch.Tensor:
+        return model(tokens, use_cache=False).logits.log_softmax(dim=-1)
+
+    dense = predictions()
+    for block in blocks:
+        for module, reads in block.modules.items():
+            name = f"{block.path}.{reads}"
+            A = read_tensor(refs[name]) / read_tensor(refs[f"{name}.tokens"])
+            B = read_tensor(refs[f"{block.path}.{module}.output"])
+            weight = model.get_parameter(f"{block.path}.{module}.weight")
+            W, expected, measured = weight.detach().clone(), 0.0, 0.0
+            for seed in range(4):
+                generator = torch.Generator().manual_seed(seed)
+                D = 1e-2 * W.std() * torch.randn(W.shape, generator=generator, dtype=W.dtype)
+                expected += Metric(A, B).squares(D.T.float()) / 2
+                weight.data = W + D
+                measured += float((dense.exp() * (dense - predictions())).sum(dim=-1).mean())
+            weight.data = W
+            ratios.append(measured / expected)
+    # What is left is the noise of labels that are drawn, and of four perturbations.
+    assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.05)
+    assert min(ratios) > 0.7
+    assert max(ratios) < 1.3

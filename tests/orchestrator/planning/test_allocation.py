@@ -14,6 +14,7 @@ from lestd_kernels.methods import METHODS, MethodArgs
 from orchestrator.planning.allocation import (
     allocate,
     better_than_uniform,
+    cheapest_within,
     curve_budgets,
     lower_hull,
     predicted_error,
@@ -212,3 +213,45 @@ def test_nats_are_added_up_as_they_are():
     assert budgets == best[1] == [10, 10, 40]
     # By relative errors the second counts like the others.
     assert better_than_uniform(curves, [9.0, 0.9, 90.0], uniform) != budgets
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(1, 9), st.integers(1, 20)), min_size=2, max_size=4),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(0, 60),
+)
+def test_bytes_and_errors_are_the_best_of_all_choices_of_points(steps, spare):
+    """Any curves; on the hulls nothing that was tried one by one is better."""
+    curves = []
+    for group in steps:
+        size, error, curve = 0, 100, []
+        for more, less in group:
+            size, error = size + more, error - less
+            curve.append((size, float(error)))
+        curves.append(curve)
+
+    def on_hulls(budgets):
+        hulls = [[(b, float(e)) for b, e in lower_hull(curve)] for curve in curves]
+        return sum(predicted_error(hull, b) for hull, b in zip(hulls, budgets, strict=True))
+
+    choices = [
+        (sum(size for size, _ in chosen), sum(error for _, error in chosen))
+        for chosen in product(*curves)
+    ]
+    total = min(size for size, _ in choices) + spare
+    budgets = allocate(curves, [Fraction(1)] * len(curves), total)
+    assert sum(budgets) <= total
+    assert on_hulls(budgets) <= min(error for size, error in choices if size <= total)
+
+    limit = max(error for _, error in choices) - spare
+    cheapest = cheapest_within(curves, Fraction(limit))
+    within = [size for size, error in choices if error <= limit]
+    assert (cheapest is None) == (not within)
+    if cheapest is not None:
+        assert on_hulls(cheapest) <= limit
+        # The last byte of a segment that is not whole may be one too many.
+        assert sum(cheapest) < min(within) + 1

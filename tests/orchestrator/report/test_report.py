@@ -226,7 +226,7 @@ def test_names_and_messages_stay_text(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", groups=groups, events=events, runs=runs, evaluations=evaluated)
     plain = report(run_of(tmp_path / "plain", events=events[:0]), tmp_path / "plain.html")
     page = report(run, tmp_path / "page.html")
-    assert len(page.scripts) == len(plain.scripts) == 4
+    assert len(page.scripts) == len(plain.scripts) == 5
     assert not [tag for tag, _ in page.tags if tag == "img"]
     assert page.text.count(EVIL) > 5
     assert table(page, "lost")[0]["message"] == EVIL

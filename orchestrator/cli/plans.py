@@ -1,0 +1,136 @@
+"""What commands print of a plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from lestd_kernels.methods import CALIBRATED, LOSS
+from orchestrator.cli.summary import expected_loss
+from orchestrator.config.run import RunConfig
+from orchestrator.console import output
+from orchestrator.planning.calibration_costs import blocks_of, calibration_costs
+from orchestrator.planning.decide import predicted_losses
+from orchestrator.planning.plan import Plan
+from orchestrator.source.checkpoint import Source
+
+
+def _bound(layer: dict[str, Any], name: str, words: str) -> str:
+    """A bound in words; nothing where the method has none."""
+    return "" if layer[name] is None else words.format(layer[name])
+
+
+def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
+    """Print what a compression would do: the plan of `Plan.to_dict`."""
+    if json:
+        output.print_json(planned)
+        return
+    decided = planned["budgets_decided"]
+    rows = [
+        [
+            str(layer["layer"]),
+            layer["scope"],
+            str(len(layer["tensors"])),
+            output.size(layer["dense_bytes"]),
+            f"{layer['keep']:.3f}" if decided or not layer["curve_task_id"] else "",
+            " to ".join(map(output.size, layer["budget_range"] or [layer["byte_budget"]])),
+            _bound(layer, "max_R1", "R1 ≤ {}") + _bound(layer, "max_R2", ", R2 ≤ {}"),
+            _bound(layer, "max_nnz", "≤ {:,}"),
+            output.size(layer["predicted_memory_bytes"]),
+        ]
+        for layer in planned["layers"]
+    ]
+    columns = [
+        "layer",
+        "block",
+        "tensors",
+        "dense",
+        "keep",
+        "target",
+        "ranks",
+        "nnz",
+        "worker memory",
+    ]
+    total = planned["total"]
+    if "expected_loss" in total:
+        columns.append("expected loss")
+        for row, layer in zip(rows, planned["layers"], strict=True):
+            row.append("" if layer["expected_loss"] is None else f"{layer['expected_loss']:.2e}")
+    if "predicted_seconds" in total:
+        columns.append("seconds")
+        for row, layer in zip(rows, planned["layers"], strict=True):
+            row.append(f"{layer['predicted_seconds']:.1f}")
+    output.print_table(f"{name} ({planned['family']})", columns, rows)
+    if (target := planned["target_loss"]) is not None and not decided:
+        output.out.print(
+            f"expected loss {expected_loss(target)} at most: the size follows from the calibration "
+            f"and from each block's error against bytes, of which {planned['curves_found']} of "
+            f"{total['tasks']} are there. Compress with the same options; when its first pass is "
+            "done, lestd plan with --out OUT answers, for any target"
+        )
+    elif not decided:
+        output.out.print(
+            "allocation global: the targets are decided after a first pass over the layers, which "
+            f"finds their error against bytes; together at most {output.size(total['byte_budget'])}"
+        )
+    output.out.print(
+        f"{total['tasks']} tasks; weights in scope {output.size(total['dense_bytes'])} -> at most "
+        f"{output.size(total['max_bytes'])}; whole model {output.size(total['model_bytes'])} -> "
+        f"{output.size(total['untouched_bytes'] + total['max_bytes'])} "
+        f"(keep {total['keep_of_model']:.3f})\n"
+        f"a worker needs about {output.size(total['worker_memory_bytes'])} of memory; of disk the "
+        f"run directory takes at most {output.size(total['run_disk_bytes'])}, the model "
+        f"{output.size(total['out_disk_bytes'])} more"
+    )
+    if "expected_loss" in total:
+        output.out.print(f"expected loss {expected_loss(total['expected_loss'])}")
+    if (costs := planned.get("calibration")) is not None:
+        output.out.print(
+            "calibration comes first: a worker needs about "
+            f"{output.size(costs['memory_bytes'])} of memory; of disk it takes "
+            f"{output.size(costs['kept_bytes'])}, and at most "
+            f"{output.size(costs['working_bytes'])} more while it is made"
+        )
+    if "predicted_seconds" in total:
+        output.out.print(
+            f"decomposing takes about {total['predicted_seconds']:.1f} s in all on a machine like "
+            "this; workers share it"
+        )
+
+
+def describe_plan(
+    plan: Plan,
+    source: Source,
+    config: RunConfig,
+    time: bool,
+    curves: Mapping[str, Sequence[Mapping[str, Any]]] = {},
+) -> dict[str, Any]:
+    """The plan as plain values.
+
+    Args:
+        plan: what is planned.
+        source: the checkpoint.
+        config: of the run.
+        time: whether to predict the seconds of each layer, and in total.
+        curves: what an earlier call has found of pass one, by task id, see `decide`.
+    """
+    described = plan.to_dict() | {"curves_found": len(curves)}
+    if curves and plan.decided and config.used_metric == LOSS:
+        losses = predicted_losses(plan, curves)
+        for layer in described["layers"]:
+            layer["expected_loss"] = losses.get(layer["block"])
+        described["total"]["expected_loss"] = math.fsum(losses.values())
+    if config.used_metric in CALIBRATED:
+        blocks = blocks_of(planned.task for planned in plan.tasks)
+        costs = calibration_costs(source, blocks, config.samples, config.sample_tokens)
+        described["calibration"] = asdict(costs)
+    if time:
+        from orchestrator.planning.timing import predict_seconds  # It imports the methods.
+
+        seconds = predict_seconds(plan, config.device, config.threads)
+        for layer in described["layers"]:
+            layer["predicted_seconds"] = seconds[layer["block"]]
+        described["total"]["predicted_seconds"] = sum(seconds.values())
+    return described
