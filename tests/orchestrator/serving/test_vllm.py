@@ -63,12 +63,13 @@ MODELS = {
 def in_vllm(directory: Path, tensor_parallel: int = 1) -> subprocess.CompletedProcess[str]:
     script = SUPPORT / "vllm_tokens.py"
     command = [PYTHON, script, directory, json.dumps(PROMPTS), str(TOKENS), str(tensor_parallel)]
-    cores = "|".join(map(str, range(tensor_parallel)))  # Where vLLM sees one node of memory only.
+    # Where vLLM sees one node of memory only, it has to be told a core for each of its workers.
+    cores = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(tensor_parallel)))}
     return subprocess.run(
         list(map(str, command)),
         capture_output=True,
         text=True,
-        env=ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": cores},
+        env=ENVIRONMENT | cores,
         timeout=PATIENCE,
     )
 
