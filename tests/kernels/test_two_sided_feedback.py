@@ -25,8 +25,7 @@ def one_by_one(
     W: Tensor, U: Tensor, V: Tensor, bits: int, scales: Tensor | None, mask: Tensor | None
 ) -> np.ndarray:
     """Every element in turn; its error moves the ones after it by the factor of A (x) B."""
-    rows, columns = W.shape
-    blocks, size, _ = V.shape
+    columns = W.shape[1]
     U = (U if U.dim() == 2 else U.diag()).double().numpy()
     V = torch.block_diag(*V).double().numpy()[:columns, :columns]
     factor = np.kron(U, V)
