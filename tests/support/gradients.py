@@ -18,20 +18,15 @@ from workers.calibration.gradients import sampled_labels
 def gradient_rows(
     source: Source, blocks: Sequence[CalibratedBlock], samples: Samples
 ) -> dict[str, Tensor]:
-    """Of every module, by the name of its B, the gradients of its outputs ``(T, m)``, float64.
-
-    Scaled so that the products of their squares and those of the inputs have the sum of the squares
-    of the windows' gradients by the weights.
-    """
+    """The gradient of every module's outputs ``(T, m)``, by the names of their B; float64."""
     model = AutoModelForCausalLM.from_pretrained(
         source.directory, dtype=torch.float64, experts_implementation="eager"
     )
-    outputs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    outputs: dict[str, list[Tensor]] = {}
 
-    def keep(name: str, inputs: Tensor, output: Tensor) -> Tensor:
+    def keep(name: str, output: Tensor) -> Tensor:
         output.retain_grad()
-        X = inputs.detach().reshape(-1, inputs.shape[-1])
-        outputs.setdefault(f"{name}.output", []).append((X, output))
+        outputs.setdefault(f"{name}.output", []).append(output)
         return output
 
     def experts(group: str) -> None:
@@ -44,20 +39,17 @@ def gradient_rows(
                 f = module.down_proj.shape[1 if hasattr(module, "down_proj_bias") else 2]
                 if hasattr(module, "down_proj_bias"):  # GPT-OSS: transposed, interleaved, clamped.
                     both = rows @ module.gate_up_proj[e] + module.gate_up_proj_bias[e]
-                    gate = keep(f"{group}.expert_{e}.gate", rows, both[:, 0::2])
-                    up = keep(f"{group}.expert_{e}.up", rows, both[:, 1::2])
+                    gate = keep(f"{group}.expert_{e}.gate", both[:, 0::2])
+                    up = keep(f"{group}.expert_{e}.up", both[:, 1::2])
                     clamped = gate.clamp(max=module.limit)
                     hidden = clamped * torch.sigmoid(module.alpha * clamped)
                     hidden = hidden * (up.clamp(-module.limit, module.limit) + 1)
                     made = hidden @ module.down_proj[e] + module.down_proj_bias[e]
                 else:
-                    gate = keep(
-                        f"{group}.expert_{e}.gate", rows, rows @ module.gate_up_proj[e, :f].T
-                    )
-                    up = keep(f"{group}.expert_{e}.up", rows, rows @ module.gate_up_proj[e, f:].T)
-                    hidden = silu(gate) * up
-                    made = hidden @ module.down_proj[e].T
-                made = keep(f"{group}.expert_{e}.down", hidden, made)
+                    gate = keep(f"{group}.expert_{e}.gate", rows @ module.gate_up_proj[e, :f].T)
+                    up = keep(f"{group}.expert_{e}.up", rows @ module.gate_up_proj[e, f:].T)
+                    made = (silu(gate) * up) @ module.down_proj[e].T
+                made = keep(f"{group}.expert_{e}.down", made)
                 total = total.index_add(0, token, made * weights[token, rank, None])
             return total
 
@@ -65,7 +57,7 @@ def gradient_rows(
 
     def linear(group: str, module: str) -> None:
         model.get_submodule(f"{group}.{module}").register_forward_hook(
-            lambda _, args, output: keep(f"{group}.{module}", args[0], output)
+            lambda _, args, output: keep(f"{group}.{module}", output)
         )
 
     for block in blocks:
@@ -75,26 +67,16 @@ def gradient_rows(
         for module in block.modules:
             linear(block.path, module)
     rows: dict[str, list[Tensor]] = {}
-    read: dict[str, list[Tensor]] = {}
-    exact: dict[str, float] = {}
     for number, window in enumerate(samples.token_ids):
         logits = model(torch.tensor([window]), use_cache=False).logits[0]
         labels = sampled_labels(logits.detach(), number)
         cross_entropy(logits, labels, reduction="sum").backward()
         for name, made in outputs.items():
-            for X, one in made:
+            for one in made:
                 grad = torch.zeros_like(one) if one.grad is None else one.grad
-                G = grad.reshape(-1, one.shape[-1])
-                rows.setdefault(name, []).append(G)
-                read.setdefault(name, []).append(X)
-                exact[name] = exact.get(name, 0.0) + float((X.T @ G).square().sum())
+                rows.setdefault(name, []).append(grad.reshape(-1, one.shape[-1]))
         outputs.clear()
-    found = {}
-    for name, parts in rows.items():
-        G, X = torch.cat(parts), torch.cat(read[name])
-        product = float(G.square().sum() * X.square().sum())
-        found[name] = G * (exact[name] * len(X) / product) ** 0.5 if product else G
-    return found
+    return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
 def check_gradients(found: Tensor, G: Tensor, tokens: int, name: str) -> None:

@@ -5,13 +5,7 @@ drawn from the model's own distribution: then the mean of ``g^T g`` is the Fishe
 its predictions, and no text but any text is needed (Martens and Grosse, "Optimizing Neural Networks
 with Kronecker-factored Approximate Curvature", arXiv 1503.05671, section 2.2).
 
-``A (x) B`` takes the inputs of a token for independent of its gradients, and tokens for independent
-of one another. The values of attention are not: what moves them moves many positions alike. Of the
-Fisher matrix of a module the trace is known exactly, though: the mean of ``||X^T G||_F^2``, the
-squared gradient of a window's loss by the module's weights. B is scaled to have it, so that noise
-in a module costs what is expected of it on average, in every module alike.
-
-Shapes: L tokens of a window, V vocabulary, n inputs and m outputs of a module; X (L, n), G (L, m).
+Shapes: L tokens of a window, V vocabulary, m outputs of a module.
 """
 
 from __future__ import annotations
@@ -25,9 +19,6 @@ from torch import Tensor
 from lestd_kernels.errors import LestdError
 from workers.calibration.contracts import CalibratedBlock, WatchedOutput
 from workers.calibration.statistics import Take
-
-TRACES = ".traces"
-"""Behind the name of a module's B: what its scale follows from."""
 
 # Rows of probabilities in float64 at a time.
 _ROWS = 16
@@ -86,46 +77,27 @@ def gradient_takers(block: CalibratedBlock, found: dict[str, Tensor]) -> dict[st
     Args:
         block: its `outputs` are looked at.
         found: gets B of each module, summed over the tokens it sees, float32, by the name
-            ``<block>.<module>.output``, and under that with `TRACES` its sums of
-            ``||X^T G||^2``, ``||X||^2``, ``||G||^2`` and tokens, float64 ``(4,)``; none of an
-            expert that gets no token.
+            ``<block>.<module>.output``; none of an expert that gets no token.
     """
     makers: dict[str, dict[int, list[WatchedOutput]]] = {}
     for one in block.outputs:
         makers.setdefault(one.weight, {}).setdefault(one.expert or 0, []).append(one)
 
-    def add(wanted: Iterable[WatchedOutput], inputs: Tensor, gradient: Tensor) -> None:
+    def add(wanted: Iterable[WatchedOutput], gradient: Tensor) -> None:
         rows = gradient.reshape(-1, gradient.shape[-1]).float()
-        X = inputs.reshape(-1, inputs.shape[-1]).float()
         for one in wanted:
             name = f"{block.path}.{one.module}.output"
             if name not in found:
                 found[name] = rows.new_zeros(one.shape)
-                found[name + TRACES] = rows.new_zeros(4, dtype=torch.float64)
-            G = rows[:, slice(*one.columns)]
-            _add_squares(found[name], G)
-            sums = [one.square().sum(dtype=torch.float64) for one in (X.T @ G, X, G)]
-            found[name + TRACES] += torch.stack([*sums, sums[0].new_tensor(len(X))])
+            _add_squares(found[name], rows[:, slice(*one.columns)])
 
     def take(
         of: dict[int, list[WatchedOutput]], which: int, inputs: Tensor, outputs: Tensor
     ) -> None:
         if which in of:
-            inputs = inputs.detach()
-            outputs.register_hook(partial(add, of[which], inputs))  # type: ignore[no-untyped-call]
+            outputs.register_hook(partial(add, of[which]))  # type: ignore[no-untyped-call]
 
     return {f"{block.path}.{weight}": partial(take, of) for weight, of in makers.items()}
-
-
-def scale_of(traces: Tensor) -> float:
-    """What B is multiplied by, so that ``A (x) B`` has the trace of the Fisher matrix.
-
-    Args:
-        traces: see `gradient_takers`, summed over all windows.
-    """
-    exact, inputs, gradients, tokens = map(float, traces)
-    product = inputs * gradients
-    return exact * tokens / product if product > 0 else 1.0
 
 
 def _add_squares(total: Tensor, G: Tensor) -> None:

@@ -34,7 +34,7 @@ from workers.calibration.contracts import (
     hidden_path,
     part_path,
 )
-from workers.calibration.gradients import TRACES, gradient_takers, scale_of
+from workers.calibration.gradients import gradient_takers
 from workers.calibration.statistics import (
     InputStatistics,
     Take,
@@ -192,7 +192,6 @@ class CalibrationWorker:
                 name = f"{block.path}.{one.module}.output"
                 if name in found:
                     tensors[name] = found.pop(name).cpu()
-                    tensors[name + TRACES] = found.pop(name + TRACES).cpu()
                 elif one.expert is None:
                     raise LestdError(
                         f"the loss of {type(self._model.model).__name__} does not reach "
@@ -228,9 +227,7 @@ class CalibrationWorker:
             if item.back:
                 for one in block.outputs:
                     name = f"{block.path}.{one.module}.output"
-                    traces = torch.zeros(4, dtype=torch.float64)
-                    scale = scale_of(_total(name + TRACES, traces, headers)) / item.tokens
-                    tensors[name] = _total(name, torch.zeros(one.shape), headers) * scale
+                    tensors[name] = _total(name, torch.zeros(one.shape), headers) / item.tokens
             else:
                 for reads, width in block.widths.items():
                     tensors |= _sum(f"{block.path}.{reads}", width, headers)

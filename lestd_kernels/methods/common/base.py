@@ -161,8 +161,7 @@ are also ``<module>.mean_abs`` ``(in,)``, ``<module>.max_abs`` ``(in,)`` and
 
 In the metric ``"loss"`` the metric of an input is A, the *mean* of ``x^T x`` over the tokens that
 the module sees, and there is ``<module>.output``, B: the sum of ``g^T g`` over those tokens,
-divided by the number of all, and scaled so that ``tr A tr B`` is the trace of the module's Fisher
-information; g is the gradient of a window's loss by an output ``y = x W`` of one
+divided by the number of all; g is the gradient of a window's loss by an output ``y = x W`` of one
 token, the loss the sum of the cross entropies with labels drawn from the model's own distribution.
 ``(out, out)``, or of its blocks on the diagonal ``(heads, p, p)`` in the order of the module's
 slices, or the diagonal ``(out,)``; a module without has the identity. An error D of W is then
