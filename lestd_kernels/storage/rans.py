@@ -48,6 +48,7 @@ from lestd_kernels.storage.frequency_tables import (
 )
 
 Bytes = npt.NDArray[np.uint8]
+Integers = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.int16]
 
 _HEADER = struct.Struct("<BBHII")
@@ -61,7 +62,39 @@ MOST_ELEMENTS_PER_BYTE = 1 << 14
 """No stream holds more: every lane has bytes of its own."""
 
 
-def encode(Z: npt.NDArray[np.int64]) -> Bytes:
+@dataclass(frozen=True)
+class _Layout:
+    """How a matrix is coded: all but its lanes."""
+
+    precision: int
+    classes: Classes
+    tables: Sequence[Table]
+    lanes: int
+    code_bits: float
+
+    @classmethod
+    def of(cls, Z: Integers) -> _Layout:
+        """That of the fewest bytes; ValueError where a number is beyond 2^15 - 1."""
+        if Z.size and int(np.abs(Z).max()) >= 1 << 15:
+            raise ValueError("a number to be coded is beyond 2^15 - 1")
+        classes, counted = choose_classes(Z)
+        widest = max((len(table.counts) for table in counted), default=0)
+        precision = _PRECISIONS[0] if widest <= _FEW_SYMBOLS else _PRECISIONS[1]
+        tables = [table.normalized(precision) for table in counted]
+        bits = _code_bits(counted, tables)
+        lanes = max(-(-Z.size // _LANE_ELEMENTS), min(int(bits) // _LANE_BITS, Z.size))
+        return cls(precision, classes, tables, lanes, bits)
+
+    def head(self, escapes: int) -> bytes:
+        """The stream up to the words of each lane."""
+        parts = [_HEADER.pack(self.precision, len(self.tables), 0, self.lanes, escapes)]
+        if len(self.tables) > 1:
+            parts += [pack_levels(self.classes.rows), pack_levels(self.classes.columns)]
+            parts.append(bytes(self.classes.first_sums))
+        return b"".join([*parts, *(table.packed() for table in self.tables)])
+
+
+def encode(Z: Integers) -> Bytes:
     """Code a matrix.
 
     Args:
@@ -73,43 +106,41 @@ def encode(Z: npt.NDArray[np.int64]) -> Bytes:
     Raises:
         ValueError: a number is beyond 2^15 - 1, either way.
     """
-    if Z.size and int(np.abs(Z).max()) >= 1 << 15:
-        raise ValueError("a number to be coded is beyond 2^15 - 1")
-    classes, counted = choose_classes(Z)
-    widest = max((len(table.counts) for table in counted), default=0)
-    precision = _PRECISIONS[0] if widest <= _FEW_SYMBOLS else _PRECISIONS[1]
-    tables = [table.normalized(precision) for table in counted]
-    lanes = _lane_count(Z.size, _code_bits(counted, tables))
-    of_element = classes.of_elements()
-    symbols, escaped = _symbol_indices(Z, of_element, tables)
-    words, counts, states = _encode_lanes(symbols, of_element.reshape(-1), tables, precision, lanes)
-    parts = [_HEADER.pack(precision, len(tables), 0, lanes, len(escaped))]
-    if len(tables) > 1:
-        parts += [pack_levels(classes.rows), pack_levels(classes.columns)]
-        parts.append(bytes(classes.first_sums))
-    parts += [table.packed() for table in tables]
-    parts += [counts.astype("<u2").tobytes(), states.astype("<u4").tobytes()]
-    parts += [words.astype("<u2").tobytes(), escaped.astype("<i2").tobytes()]
-    return np.frombuffer(b"".join(parts), np.uint8).copy()
+    layout = _Layout.of(Z)
+    of_element = layout.classes.of_elements()
+    symbols, escaped = _symbol_indices(Z, of_element, layout.tables)
+    words, counts, states = _encode_lanes(symbols, of_element.reshape(-1), layout)
+    parts = [layout.head(len(escaped)), counts.astype("<u2"), states.astype("<u4")]
+    parts += [words.astype("<u2"), escaped.astype("<i2")]
+    return np.frombuffer(b"".join(map(bytes, parts)), np.uint8).copy()
+
+
+def coded_bytes(Z: Integers) -> int:
+    """About as many bytes as `encode` makes, some times as fast."""
+    layout = _Layout.of(Z)
+    # A last state holds 8 bits of its lane's, as a rule.
+    return len(layout.head(0)) + int(5 * layout.lanes + layout.code_bits / 8)
+
+
+def least_coded_bytes(elements: int) -> int:
+    """Bytes of a matrix of so many zeros, which no other takes fewer than."""
+    return _HEADER.size + 5 + 6 * -(-elements // _LANE_ELEMENTS)
 
 
 def _code_bits(counted: Sequence[Table], tables: Sequence[Table]) -> float:
-    """Bits of all words, about."""
+    """Bits of all words and escapes, about."""
     total = 0.0
     for found, table in zip(counted, tables, strict=True):
         there = table.counts > 0
         shares = table.counts[there] / table.counts.sum()
         total -= float((found.counts[there] * np.log2(shares)).sum())
+        total += 16 * float(found.counts[-1])
     return total
 
 
-def _lane_count(elements: int, bits: float) -> int:
-    return max(-(-elements // _LANE_ELEMENTS), min(int(bits) // _LANE_BITS, elements))
-
-
 def _symbol_indices(
-    Z: npt.NDArray[np.int64], of_element: npt.NDArray[np.uint8], tables: Sequence[Table]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    Z: Integers, of_element: npt.NDArray[np.uint8], tables: Sequence[Table]
+) -> tuple[Integers, Integers]:
     """The place of each element in its class' table, flat, and the numbers that escape."""
     least = np.array([table.least for table in tables], np.int64)
     size = np.array([len(table.counts) - 1 for table in tables], np.int64)
@@ -125,13 +156,10 @@ def _symbol_indices(
 
 
 def _encode_lanes(
-    symbols: npt.NDArray[np.int64],
-    of_element: npt.NDArray[np.uint8],
-    tables: Sequence[Table],
-    precision: int,
-    lanes: int,
-) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+    symbols: Integers, of_element: npt.NDArray[np.uint8], layout: _Layout
+) -> tuple[npt.NDArray[np.uint16], Integers, npt.NDArray[np.uint64]]:
     """Words of all lanes, how many each has, and the states that decoding starts from."""
+    tables, precision, lanes = layout.tables, layout.precision, layout.lanes
     states = np.full(lanes, _LOW, np.uint64)
     if all(table.is_certain for table in tables):
         return np.empty(0, np.uint16), np.zeros(lanes, np.int64), states
@@ -169,7 +197,7 @@ class _Parsed:
     precision: int
     tables: Sequence[Table]
     of_element: npt.NDArray[np.uint8]
-    counts: npt.NDArray[np.int64]
+    counts: Integers
     states: npt.NDArray[np.uint32]
     words: npt.NDArray[np.uint16]
     escaped: Numbers

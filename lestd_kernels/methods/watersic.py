@@ -1,0 +1,320 @@
+"""WaterSIC: whole numbers on a common step in units of the loss, stored by their entropy.
+
+Weights are rounded with feedback, as in lestd_kernels.methods.gptq, but on steps that cost the same
+everywhere (lestd_kernels.linalg.common_step), and the whole numbers are coded
+(lestd_kernels.storage.rans). One number, the step, then decides the bytes of a group: it is
+searched until they fit, so that any budget is met. In the metric loss the step is the same in all
+modules; in the others it is relative to each module's norm. Every row and column has a scale in 8
+bits, from which the numbers are made, and which are then fitted to them where that lowers the
+error.
+
+Errors are fed back along the outputs as well, in the metric loss, where that costs less than steps
+that know the diagonal of that metric only: at few bits it does not.
+
+Reference: "WaterSIC: information-theoretically (near) optimal linear layer quantization", arXiv
+2603.04956, for one side; see lestd_kernels.linalg.common_step for the other.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lestd_kernels.formats.chain import ModuleChain
+from lestd_kernels.formats.ops import Multiply
+from lestd_kernels.linalg.common_step import fit_scales, whole_numbers
+from lestd_kernels.linalg.error_feedback import inverse_factor, output_factor
+from lestd_kernels.linalg.metric import Metric, diagonal_of, mean_diagonal
+from lestd_kernels.linalg.stage1 import Ranks
+from lestd_kernels.methods.common.base import (
+    ACTIVATION,
+    LOSS,
+    NORM,
+    WEIGHT,
+    Bounds,
+    Decomposed,
+    Method,
+    MethodArgs,
+    require_budget,
+    require_default,
+    require_no_core,
+)
+from lestd_kernels.methods.common.per_module import (
+    PreparedGroup,
+    chain_result,
+    module_workspace_bytes,
+    prepare,
+)
+from lestd_kernels.methods.common.stopwatch import Stopwatch
+from lestd_kernels.search.budget import CurvePoint
+from lestd_kernels.search.step import finest_within
+from lestd_kernels.storage.few_bits import values_bytes
+from lestd_kernels.storage.matrix import EncodedCore
+from lestd_kernels.storage.rans import coded_bytes, least_coded_bytes
+from lestd_kernels.tensorize import GroupLayout
+
+_SCALE_BITS = 8
+_DAMPING = 0.01
+# Root mean square of whole numbers of 8 bits of entropy: finer steps are not worth their bytes.
+_MOST_RMS = 62.0
+# Octaves between the steps at which a curve is looked at.
+_CURVE_OCTAVES = 0.75
+_MOST_POINTS = 40
+# Of an element, while it is coded.
+_CODING_BYTES = 64
+
+_Fitting = tuple[float, list[EncodedCore]]
+
+
+@dataclass
+class _Module:
+    """A module, and what of its steps no budget decides.
+
+    Attributes:
+        name: of the module.
+        W: ``(in, out)``.
+        metric: in which errors count.
+        U: see `whole_numbers`.
+        V: likewise.
+        r: ``(in,)``, of the step 1.
+        c: ``(out,)``, likewise.
+        value_dtype: of the scales.
+    """
+
+    name: str
+    W: Tensor
+    metric: Metric
+    U: Tensor
+    V: Tensor | None
+    r: Tensor
+    c: Tensor
+    value_dtype: torch.dtype
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of all scales."""
+        return values_bytes(sum(self.W.shape), _SCALE_BITS, self.value_dtype.itemsize)
+
+    def rms(self) -> float:
+        """Root mean square of the weights in units of the step 1."""
+        return float((self.W / (self.r[:, None] * self.c)).double().square().mean().sqrt())
+
+    def rounded(self, step: float) -> _Rounded:
+        """Round on a step."""
+        scales = torch.cat((self.r, self.c)) * math.sqrt(step)
+        stored = self._stored(scales)
+        r, c = stored.split(self.W.shape)
+        Z = whole_numbers(self.W, self.U, r, c, self.value_dtype, self.V)
+        size = coded_bytes(Z.to(torch.int64).cpu().numpy()) + self.scale_bytes
+        return _Rounded(self, Z, stored, size)
+
+    def _stored(self, scales: Tensor) -> Tensor:
+        """Scales as they are once they have been stored; positive."""
+        own = EncodedCore.quantized(scales[None], _SCALE_BITS, self.value_dtype, codec="dense")
+        return own.decode()[0].float()
+
+    def error(self, Z: Tensor, scales: Tensor) -> float:
+        """Squared error in the metric."""
+        r, c = scales.split(self.W.shape)
+        return self.metric.squares(self.W - r[:, None] * Z * c)
+
+    def fitted(self, Z: Tensor, scales: Tensor) -> Tensor:
+        """Scales of least error, as stored; or these, where they are no better."""
+        r, c = scales.split(self.W.shape)
+        fresh = torch.cat(fit_scales(self.W, Z, r, c, self.metric))
+        if not bool(fresh.isfinite().all()):
+            return scales
+        fresh = self._stored(fresh)
+        return fresh if self.error(Z, fresh) < self.error(Z, scales) else scales
+
+
+@dataclass
+class _Rounded:
+    """A module on a step.
+
+    Attributes:
+        module: the module.
+        Z: ``(in, out)``, whole numbers.
+        scales: ``(in + out,)``, r and then c, as stored.
+        size: about what it takes to store them, bytes.
+    """
+
+    module: _Module
+    Z: Tensor
+    scales: Tensor
+    size: int
+
+    def error(self) -> float:
+        """Squared error in the metric."""
+        return self.module.error(self.Z, self.scales)
+
+    def stored(self) -> EncodedCore:
+        """As it is stored, with fitted scales."""
+        scales = self.module.fitted(self.Z, self.scales)
+        return EncodedCore.coded(self.Z, scales, _SCALE_BITS, self.module.value_dtype)
+
+
+def _damped(diagonal: Tensor) -> tuple[Tensor, float]:
+    """A diagonal with what `inverse_factor` adds, relative to its mean; and the mean."""
+    mean = float(diagonal.double().mean())
+    return diagonal / (mean or 1.0) + _DAMPING, mean
+
+
+def _modules(prepared: PreparedGroup, both_sides: bool) -> list[_Module]:
+    """The modules of a group with their steps, of one unit for all.
+
+    Args:
+        prepared: the group.
+        both_sides: whether errors are fed back along the outputs as well.
+    """
+    layout = prepared.layout
+    metrics = [prepared.metric(module) for module in layout.modules]
+    # A module that no token reached counts as the others do on the average.
+    unit_A = mean_diagonal([one.input for one in metrics if one.input is not None])
+    unit_B = mean_diagonal([one.output for one in metrics if one.output is not None])
+    found = []
+    for module, metric in zip(layout.modules, metrics, strict=True):
+        W = prepared.weight(module).contiguous()
+        U, mean_A = torch.ones(len(W), device=W.device), 0.0
+        if metric.input is not None:
+            gram = torch.block_diag(*metric.input) if metric.input.dim() == 3 else metric.input
+            damped, mean_A = _damped(diagonal_of(gram))
+            U = damped.rsqrt() if gram.dim() == 1 else inverse_factor(gram)
+        V, c, mean_B = None, torch.ones(W.shape[1], device=W.device), 0.0
+        if metric.output is not None:
+            damped, mean_B = _damped(diagonal_of(metric.output))
+            c = damped.rsqrt()
+            V = output_factor(metric.output) if both_sides else None
+            if V is not None:
+                c = V.diagonal(dim1=1, dim2=2).reshape(-1)[: W.shape[1]].contiguous()
+        r = (U if U.dim() == 1 else U.diagonal()).clone()
+        one = _Module(module.name, W, metric, U, V, r, c, prepared.value_dtype)
+        if prepared.args.metric == LOSS:
+            unit = 1 / math.sqrt((mean_A or unit_A) * (mean_B or unit_B))
+        else:
+            unit = math.sqrt(metric.squares(W) / W.numel()) / math.sqrt(mean_A or 1.0) or 1.0
+        # Both sides of about one size, which is within the range of every dtype.
+        balance = float((c.log().double().mean() - r.log().double().mean()).exp())
+        one.r = r * math.sqrt(unit * balance)
+        one.c = c * math.sqrt(unit / balance)
+        found.append(one)
+    return found
+
+
+def _fitting(modules: Sequence[_Module], byte_budget: int, finest: float) -> _Fitting:
+    """The step of least error whose numbers fit, and what is stored of each module."""
+    elements = sum(one.W.numel() for one in modules)
+    start = math.log2(finest) + 3
+    left = byte_budget
+
+    def at(log_step: float) -> tuple[int, list[_Rounded]]:
+        found = [one.rounded(2.0**log_step) for one in modules]
+        return sum(one.size for one in found), found
+
+    while True:
+        start, found = finest_within(at, left, elements, math.log2(finest), start)
+        stored = [one.stored() for one in found]
+        excess = sum(one.stored_bytes for one in stored) - byte_budget
+        if excess <= 0:
+            return start, stored
+        left -= excess
+
+
+def _error(modules: Sequence[_Module], stored: Sequence[EncodedCore]) -> float:
+    pairs = zip(modules, stored, strict=True)
+    return sum(one.metric.squares(one.W - own.decode().float()) for one, own in pairs)
+
+
+def _curve(
+    modules: Sequence[_Module], log_step: float, finest: float, budgets: Sequence[int]
+) -> tuple[CurvePoint, ...]:
+    """What errors to expect at other budgets: between steps, their logarithms are straight."""
+    if not budgets:
+        return ()
+    points: list[tuple[int, float]] = []
+
+    def look(at: float) -> int:
+        found = [one.rounded(2.0**at) for one in modules]
+        size = sum(one.size for one in found)
+        points.append((size, sum(one.error() for one in found)))
+        return size
+
+    coarser = log_step
+    while look(coarser) > min(budgets) and len(points) < _MOST_POINTS:
+        coarser += _CURVE_OCTAVES
+    finer = log_step
+    while max(points)[0] < max(budgets) and finer > math.log2(finest):
+        finer = max(finer - _CURVE_OCTAVES, math.log2(finest))
+        look(finer)
+    points.sort()
+    sizes = [size for size, _ in points]
+    logs = [math.log(max(error, 1e-300)) for _, error in points]
+    found = []
+    for budget in budgets:
+        after = bisect_left(sizes, budget)
+        if after in (0, len(sizes)):
+            log = logs[min(after, len(sizes) - 1)]
+        else:
+            share = (budget - sizes[after - 1]) / (sizes[after] - sizes[after - 1])
+            log = logs[after - 1] + share * (logs[after] - logs[after - 1])
+        found.append(CurvePoint(budget, Ranks(0, 0, 0), math.exp(log)))
+    return tuple(found)
+
+
+def encode(
+    prepared: PreparedGroup,
+    byte_budget: int,
+    curve_budgets: Sequence[int] = (),
+    *,
+    reuse: bool = False,
+) -> Decomposed:
+    """Find the step that fits; see `Method.encode`."""
+    bounds(prepared.layout, byte_budget, prepared.value_dtype, prepared.args)
+    clock = Stopwatch(prepared.unfolding.device)
+    with clock("stage2"):
+        modules = _modules(prepared, both_sides=False)
+        finest = max(one.rms() for one in modules) / _MOST_RMS or 1.0
+        step, stored = _fitting(modules, byte_budget, finest)
+        both = _modules(prepared, both_sides=True)
+        if any(one.V is not None for one in both):
+            other = _fitting(both, byte_budget, finest)[1]
+            if _error(both, other) < _error(modules, stored):
+                stored = other
+        curve = _curve(modules, step, finest, curve_budgets)
+    chains = {
+        one.name: ModuleChain((Multiply(0),), (matrix,))
+        for one, matrix in zip(modules, stored, strict=True)
+    }
+    return chain_result(prepared, chains, clock, curve=curve)
+
+
+def bounds(
+    layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
+) -> Bounds:
+    """See `Method.bounds`."""
+    require_budget("watersic", byte_budget, least_bytes(layout, value_dtype, args))
+    largest = max(math.prod(layout.weight_shape(module)) for module in layout.modules)
+    # Copies of the weights and their numbers; what coding one module takes.
+    workspace = module_workspace_bytes(layout, args) + 16 * layout.elements
+    workspace += _CODING_BYTES * largest
+    return Bounds(None, None, None, byte_budget, workspace, 0)
+
+
+def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
+    """See `Method.least_bytes`: zeros everywhere."""
+    require_no_core("watersic", args)
+    require_default("watersic", args, "value_bits", "factor_bits")
+    total = 0
+    for module in layout.modules:
+        shape = layout.weight_shape(module)
+        total += least_coded_bytes(math.prod(shape))
+        total += values_bytes(sum(shape), _SCALE_BITS, value_dtype.itemsize)
+    return total
+
+
+METHOD = Method("watersic", prepare, encode, bounds, least_bytes, (WEIGHT, NORM, ACTIVATION, LOSS))
