@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from lestd_kernels.linalg.error_feedback import in_turn
 from lestd_kernels.linalg.metric import Metric
 
 _BLOCK = 32
@@ -46,36 +46,85 @@ def whole_numbers(
         Z, float32.
     """
 
-    def nearest(values: Tensor, steps: Tensor) -> Tensor:
-        Z = (values / steps).round_().clamp_(-MOST_INTEGER, MOST_INTEGER)
-        return Z.to(value_dtype).float()
-
-    def rounded(rows: Tensor, steps: Tensor) -> Tensor:
-        if V is None:
-            return nearest(rows, steps)
-        made = in_turn(rows, steps, V, lambda values, own: nearest(values, _positive(own)) * own)
-        return (made / steps).round_()
-
-    if U.dim() == 1:
-        return rounded(W, r[:, None] * c)
+    if U.dim() == 1 and V is None:
+        return _nearest(W, r[:, None] * c, value_dtype)
+    passed_on = torch.diag(torch.ones_like(U)) if U.dim() == 1 else U / U.diagonal()[:, None]
     W, Z = W.clone(memory_format=torch.contiguous_format), torch.empty_like(W)
-    passed_on = U / U.diagonal()[:, None]
     for start in range(0, len(W), _BLOCK):
         block = slice(start, min(start + _BLOCK, len(W)))
-        errors = W[block].clone()
-        for row in range(start, block.stop):
-            steps = r[row] * c
-            Z[row] = rounded(W[row, None], steps[None])[0]
-            error = W[row] - Z[row] * steps
-            errors[row - start] = error
-            W[row + 1 : block.stop].addcmul_(passed_on[row, row + 1 : block.stop, None], -error)
+        own = passed_on[block, block].triu(1)
+        steps = r[block, None] * c
+        if V is None:
+            Z[block], errors = _by_rows(W[block], steps, own, value_dtype)
+        else:
+            Z[block], errors = _by_diagonals(W[block], steps, own, V, value_dtype)
         W[block.stop :] -= passed_on[block, block.stop :].T @ errors
     return Z
 
 
-def _positive(steps: Tensor) -> Tensor:
-    """Steps, with ones for the outputs that fill up the last block."""
-    return torch.where(steps == 0, torch.ones_like(steps), steps)
+def _nearest(values: Tensor, steps: Tensor, value_dtype: torch.dtype) -> Tensor:
+    Z = (values / steps).round_().clamp_(-MOST_INTEGER, MOST_INTEGER)
+    return Z.to(value_dtype).float()
+
+
+def _by_rows(
+    W: Tensor, steps: Tensor, passed_on: Tensor, value_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Round rows in turn: whole numbers, and the error of each as it was rounded.
+
+    Args:
+        W: ``(n, out)``, changed in place.
+        steps: ``(n, out)``.
+        passed_on: ``(n, n)``, strictly upper triangular: what of an error later rows make up for.
+        value_dtype: see `whole_numbers`.
+    """
+    Z, errors = torch.empty_like(W), torch.empty_like(W)
+    for row in range(len(W)):
+        Z[row] = _nearest(W[row], steps[row], value_dtype)
+        errors[row] = W[row] - Z[row] * steps[row]
+        W[row + 1 :].addcmul_(passed_on[row, row + 1 :, None], errors[row], value=-1)
+    return Z, errors
+
+
+def _by_diagonals(
+    W: Tensor, steps: Tensor, passed_on: Tensor, V: Tensor, value_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`_by_rows` with feedback along the outputs, in blocks, as well.
+
+    An element waits for those before it in its row and in its column: those of one antidiagonal,
+    and of all blocks, are rounded together.
+    """
+    blocks, size, _ = V.shape
+    rows, outputs = W.shape
+
+    def apart(X: Tensor, fill: float = 0.0) -> Tensor:
+        """``(n, out) -> (n, size, blocks)``, outputs last to first: antidiagonals are diagonals."""
+        X = functional.pad(X, (0, blocks * size - outputs), value=fill)
+        return X.view(rows, blocks, size).permute(0, 2, 1).flip(1).contiguous()
+
+    def together(X: Tensor) -> Tensor:
+        return X.flip(1).permute(0, 2, 1).reshape(rows, -1)[:, :outputs]
+
+    W, steps = apart(W), apart(steps, 1.0)
+    along = (V / V.diagonal(dim1=1, dim2=2)[:, :, None]).triu(1).permute(1, 2, 0)
+    along = along.flip(0, 1).contiguous()
+    Z, errors, made_up = torch.empty_like(W), torch.empty_like(W), torch.zeros_like(W)
+
+    def diagonal(X: Tensor) -> Tensor:
+        return X[first:stop, left:right].diagonal(dim1=0, dim2=1).T
+
+    for time in range(rows + size - 1):
+        first, stop = max(0, time - size + 1), min(rows, time + 1)
+        left, right = size - 1 - time + first, size - 1 - time + stop
+        exact, step = diagonal(W), diagonal(steps)
+        wanted = exact - diagonal(made_up)
+        whole = _nearest(wanted, step, value_dtype)
+        error, left_over = exact - whole * step, wanted - whole * step
+        diagonal(Z).copy_(whole)
+        diagonal(errors).copy_(error)
+        W[first:, left:right].addcmul_(passed_on[first:stop, first:].T[..., None], error, value=-1)
+        made_up[first:stop].addcmul_(along[left:right], left_over[:, None])
+    return together(Z), together(errors)
 
 
 def fit_scales(W: Tensor, Z: Tensor, r: Tensor, c: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:

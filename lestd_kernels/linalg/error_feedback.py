@@ -186,12 +186,12 @@ def _sixteen_bits(
     """Rows ``(n, out)`` in the value dtype, zeros where `kept` is zero."""
     if V is not None:
         kept = torch.ones_like(rows) if kept is None else kept
-        return in_turn(rows, kept, V, lambda exact, own: exact.to(dtype).float() * own)
+        return _in_turn(rows, kept, V, lambda exact, own: exact.to(dtype).float() * own)
     rounded = rows.to(dtype).float()
     return rounded if kept is None else rounded.masked_fill(kept == 0, 0)
 
 
-def in_turn(
+def _in_turn(
     rows: Tensor, given: Tensor, V: Tensor, nearest: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
     """Round rows, feeding the error of each output back into those after it in its block.
@@ -271,7 +271,7 @@ class _Groups:
             return
         given = torch.zeros_like(rows)
         given[inside] = spread
-        rounded = in_turn(
+        rounded = _in_turn(
             rows.view(-1, self._columns),
             given.view(-1, self._columns),
             self._factor,

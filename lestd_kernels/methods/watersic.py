@@ -62,6 +62,7 @@ _SCALE_BITS = 8
 _DAMPING = 0.01
 # Root mean square of whole numbers of 8 bits of entropy: finer steps are not worth their bytes.
 _MOST_RMS = 62.0
+_MOST_BITS = 8
 # Octaves between the steps at which a curve is looked at.
 _CURVE_OCTAVES = 0.75
 _MOST_POINTS = 40
@@ -206,10 +207,11 @@ def _modules(prepared: PreparedGroup, both_sides: bool) -> list[_Module]:
     return found
 
 
-def _fitting(modules: Sequence[_Module], byte_budget: int, finest: float) -> _Fitting:
-    """The step of least error whose numbers fit, and what is stored of each module."""
+def _fitting(
+    modules: Sequence[_Module], byte_budget: int, finest: float, start: float
+) -> _Fitting:
+    """The logarithm of the finest step that fits, and what is then stored of each module."""
     elements = sum(one.W.numel() for one in modules)
-    start = math.log2(finest) + 3
     left = byte_budget
 
     def at(log_step: float) -> tuple[int, list[_Rounded]]:
@@ -279,10 +281,11 @@ def encode(
     with clock("stage2"):
         modules = _modules(prepared, both_sides=False)
         finest = max(one.rms() for one in modules) / _MOST_RMS or 1.0
-        step, stored = _fitting(modules, byte_budget, finest)
+        start = math.log2(finest) + _MOST_BITS - 8 * byte_budget / prepared.layout.elements
+        step, stored = _fitting(modules, byte_budget, finest, start)
         both = _modules(prepared, both_sides=True)
         if any(one.V is not None for one in both):
-            other = _fitting(both, byte_budget, finest)[1]
+            other = _fitting(both, byte_budget, finest, step)[1]
             if _error(both, other) < _error(modules, stored):
                 stored = other
         curve = _curve(modules, step, finest, curve_budgets)

@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _TRIES = 24
-_CLOSE, _AIM = 0.997, 0.9985
+_CLOSE, _AIM = 0.9955, 0.9975
 # Where nothing is known of the slope: about what one octave of the step takes off each element.
 _BITS_PER_OCTAVE = 0.6
 _MOST_OCTAVES = 3.0
