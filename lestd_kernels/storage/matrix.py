@@ -191,7 +191,8 @@ class EncodedCore:
         """
         if self.value_bits != FULL_BITS and not bool(self.tensors["scales"].isfinite().all()):
             raise ValueError("a scale is not finite")
-        if self.codec == RANS and (found := int(self.integers().count_nonzero())) != self.nnz:
+        coded = "stream" in self.tensors
+        if coded and (found := int(self.integers().count_nonzero())) != self.nnz:
             raise ValueError(f"{found} coded numbers are not zero, expected {self.nnz}")
         if self.codec == "bitmask":
             marked = count_bits(self.tensors["mask"], self.rows * self.columns)
@@ -299,4 +300,6 @@ def stored_core(
 
 def disk_name(name: str) -> str:
     """Name of a tensor of a packed matrix below its module."""
+    if name == "stream":
+        return "numbers.stream"
     return "weight" if name in ("values", "scales") else name
