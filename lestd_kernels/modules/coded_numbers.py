@@ -45,18 +45,17 @@ class CodedNumbers(nn.Module):
         stream = torch.empty(stream_bytes, dtype=torch.uint8, device=device)
         self.register_buffer(_STREAM, stream)
 
-    @property
-    def stream(self) -> Tensor:
+    def coded(self) -> Tensor:
         """The stream, coded anew where the numbers are packed."""
         if self._packing is None:
-            return self._buffers[_STREAM]  # type: ignore[return-value]
+            return self.get_buffer(_STREAM)
         Z = self._packed().integers()
         return torch.from_numpy(rans.encode(Z.cpu().numpy().astype("int64"))).to(Z.device)
 
     @property
     def waits(self) -> bool:
         """Whether the stream is there and has not been decoded."""
-        return self._packing is None and not self.stream.is_meta
+        return self._packing is None and not self.get_buffer(_STREAM).is_meta
 
     def pack(self, Z: Tensor) -> None:
         """Hold these numbers ``(rows, columns)``, int16, in place of the stream."""
@@ -83,7 +82,7 @@ class CodedNumbers(nn.Module):
         """
         if self._packing is not None:
             return self._packed().integers()
-        stream = self.stream
+        stream = self.get_buffer(_STREAM)
         [Z] = rans.decode([(stream.cpu().numpy(), *self.sizes)])
         return torch.from_numpy(Z).to(stream.device)
 
@@ -107,7 +106,7 @@ class CodedNumbers(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + _STREAM] = self.stream
+        destination[prefix + _STREAM] = self.coded()
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any
@@ -140,8 +139,8 @@ def decode_all(modules: Sequence[tuple[str, CodedNumbers]]) -> None:
                 raise ValueError(f"{name} is damaged, {error}") from error
         raise
     for (_, module), Z in zip(waiting, decoded, strict=True):
-        module.pack(torch.from_numpy(Z).to(module.stream.device))
+        module.pack(torch.from_numpy(Z).to(module.get_buffer(_STREAM).device))
 
 
 def _coded(module: CodedNumbers) -> tuple[rans.Bytes, int, int]:
-    return module.stream.cpu().numpy(), *module.sizes
+    return module.coded().cpu().numpy(), *module.sizes
