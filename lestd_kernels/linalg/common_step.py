@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lestd_kernels.linalg.metric import Metric
+from lestd_kernels.linalg.metric import Metric, whole
 
 _BLOCK = 32
 _RIDGE = 1e-6
@@ -156,9 +156,11 @@ def _fit_rows(wanted: Tensor, Y: Tensor, r: Tensor, metric: Metric) -> Tensor:
         squares = (Metric(A).apply(weighted) * Y).sum(dim=1, dtype=torch.float64)
         missing = (wanted * Y).sum(dim=1, dtype=torch.float64) - squares * r
         if A is None or A.dim() == 1:
-            return (r + missing / squares.clamp(min=torch.finfo(torch.float32).tiny)).float()
-        A = torch.block_diag(*A)
+            fitted: Tensor = r + missing / squares.clamp(min=torch.finfo(torch.float32).tiny)
+            return fitted.float()
+        A = whole(A)
     M = A.double() * (weighted @ Y.T)
     missing = (wanted * Y).sum(dim=1, dtype=torch.float64) - M @ r.double()
     M.diagonal().add_(_RIDGE * M.diagonal().mean() + torch.finfo(torch.float32).tiny)
-    return (r + torch.linalg.solve(M, missing)).float()
+    fitted = r + torch.linalg.solve(M, missing)
+    return fitted.float()

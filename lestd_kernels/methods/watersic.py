@@ -29,7 +29,7 @@ from lestd_kernels.formats.chain import ModuleChain
 from lestd_kernels.formats.ops import Multiply
 from lestd_kernels.linalg.common_step import fit_scales, whole_numbers
 from lestd_kernels.linalg.error_feedback import inverse_factor, output_factor
-from lestd_kernels.linalg.metric import Metric, diagonal_of, mean_diagonal
+from lestd_kernels.linalg.metric import Metric, diagonal_of, mean_diagonal, whole
 from lestd_kernels.linalg.stage1 import Ranks
 from lestd_kernels.methods.common.base import (
     ACTIVATION,
@@ -109,7 +109,7 @@ class _Module:
         """Round on a step."""
         scales = torch.cat((self.r, self.c)) * math.sqrt(step)
         stored = self._stored(scales)
-        r, c = stored.split(self.W.shape)
+        r, c = torch.split(stored, tuple(self.W.shape))
         Z = whole_numbers(self.W, self.U, r, c, self.value_dtype, self.V)
         size = coded_bytes(Z.to(torch.int64).cpu().numpy()) + self.scale_bytes
         return _Rounded(self, Z, stored, size)
@@ -121,12 +121,12 @@ class _Module:
 
     def error(self, Z: Tensor, scales: Tensor) -> float:
         """Squared error in the metric."""
-        r, c = scales.split(self.W.shape)
+        r, c = torch.split(scales, tuple(self.W.shape))
         return self.metric.squares(self.W - r[:, None] * Z * c)
 
     def fitted(self, Z: Tensor, scales: Tensor) -> Tensor:
         """Scales of least error, as stored; or these, where they are no better."""
-        r, c = scales.split(self.W.shape)
+        r, c = torch.split(scales, tuple(self.W.shape))
         fresh = torch.cat(fit_scales(self.W, Z, r, c, self.metric))
         if not bool(fresh.isfinite().all()):
             return scales
@@ -183,7 +183,7 @@ def _modules(prepared: PreparedGroup, both_sides: bool) -> list[_Module]:
         W = prepared.weight(module).contiguous()
         U, mean_A = torch.ones(len(W), device=W.device), 0.0
         if metric.input is not None:
-            gram = torch.block_diag(*metric.input) if metric.input.dim() == 3 else metric.input
+            gram = whole(metric.input)
             damped, mean_A = _damped(diagonal_of(gram))
             U = damped.rsqrt() if gram.dim() == 1 else inverse_factor(gram)
         V, c, mean_B = None, torch.ones(W.shape[1], device=W.device), 0.0
@@ -207,9 +207,7 @@ def _modules(prepared: PreparedGroup, both_sides: bool) -> list[_Module]:
     return found
 
 
-def _fitting(
-    modules: Sequence[_Module], byte_budget: int, finest: float, start: float
-) -> _Fitting:
+def _fitting(modules: Sequence[_Module], byte_budget: int, finest: float, start: float) -> _Fitting:
     """The logarithm of the finest step that fits, and what is then stored of each module."""
     elements = sum(one.W.numel() for one in modules)
     left = byte_budget
@@ -305,7 +303,10 @@ def bounds(
     # Copies of the weights and their numbers; what coding one module takes.
     workspace = module_workspace_bytes(layout, args) + 16 * layout.elements
     workspace += _CODING_BYTES * largest
-    return Bounds(None, None, None, byte_budget, workspace, 0)
+    # As measured: numbers of fewer bits have a mask besides, and those of more some beside them.
+    bits = min(8 * byte_budget / layout.elements, _MOST_BITS)
+    memory = int((1.5 * bits + 0.4) * layout.elements / 8)
+    return Bounds(None, None, None, byte_budget, workspace, 0, memory)
 
 
 def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:

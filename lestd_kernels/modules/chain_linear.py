@@ -89,7 +89,7 @@ class PackedMatrix(PackedModule):
             return apply_dense(x, op, r[:, None] * numbers.integers().to(r.dtype) * c)
         before, after = (c, r) if op.transposed else (r, c)
         blocks = x if op.blocks == 1 else x.reshape(*x.shape[:-1], op.blocks, -1)
-        product = numbers(blocks * before, op.transposed, r.dtype, self.backend) * after
+        product: Tensor = numbers(blocks * before, op.transposed, r.dtype, self.backend) * after
         return product if op.blocks == 1 else product.flatten(-2)
 
     def forward(self, x: Tensor, op: Multiply | None = None) -> Tensor:

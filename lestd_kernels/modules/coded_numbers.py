@@ -108,17 +108,13 @@ class CodedNumbers(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + _STREAM] = self.coded()
 
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         stream = state_dict.get(prefix + _STREAM)
         if self._packing is not None and stream is not None:
             [Z] = rans.decode([(stream.cpu().numpy(), *self.sizes)])
             device = next(iter(self.buffers())).device
             self.pack(torch.from_numpy(Z).to(device))
-            state_dict = {
-                name: one for name, one in state_dict.items() if name != prefix + _STREAM
-            }
+            state_dict = {name: one for name, one in state_dict.items() if name != prefix + _STREAM}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -8,7 +8,6 @@ fewer bytes, tables included.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -128,9 +127,9 @@ def _levels(magnitudes: _Integers, count: int) -> npt.NDArray[np.uint8]:
     # No logarithm, whose last bit machines disagree about.
     bounds = np.array([2.0 ** (k // 2) * (1.5 if k % 2 else 1.0) for k in range(1, _LEVELS)])
     means = (magnitudes + 1) / count
-    return np.searchsorted(bounds, means * (bounds[-1] / means.max()), side="right").astype(
-        np.uint8
-    )
+    relative = means * (bounds[-1] / means.max())
+    levels: npt.NDArray[np.uint8] = np.searchsorted(bounds, relative, side="right").astype(np.uint8)
+    return levels
 
 
 def choose_classes(Z: _Integers) -> tuple[Classes, list[Table]]:

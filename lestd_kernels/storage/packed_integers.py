@@ -97,12 +97,11 @@ class PackedIntegers:
 
 
 def _outside(Z: Tensor, bits: int) -> Tensor:
-    return (Z < -(2 ** (bits - 1))) | (Z >= 2 ** (bits - 1))
+    outside: Tensor = (Z + 2 ** (bits - 1)) >> bits != 0
+    return outside
 
 
-def _packed_bytes(
-    rows: int, columns: int, nonzero: int, others: int, bits: int, codec: str
-) -> int:
+def _packed_bytes(rows: int, columns: int, nonzero: int, others: int, bits: int, codec: str) -> int:
     count = rows * columns if codec == "dense" else nonzero - others
     size = code_bytes(count, bits) + (0 if codec == "dense" else (rows * columns + 7) // 8)
     if others:

@@ -262,7 +262,7 @@ def _parse(stream: Bytes, rows: int, columns: int) -> _Parsed:
         first_sums = tuple(reader.take(count - 1))
         if list(first_sums) != sorted(first_sums):
             raise ValueError("the classes of the coded numbers are not in order")
-        classes = Classes(*levels, first_sums)
+        classes = Classes(levels[0], levels[1], first_sums)
     tables = [parse_table(reader.varint, precision) for _ in range(count)]
     counts = reader.array("<u2", lanes).astype(np.int64)
     states = reader.array("<u4", lanes).astype(np.uint32)

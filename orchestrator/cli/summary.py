@@ -13,7 +13,7 @@ from orchestrator.compression.pipeline import Outcome
 from orchestrator.config.run import RunConfig
 from orchestrator.console import logs, output
 from orchestrator.execution.retries import retries
-from orchestrator.manifest.result_rows import is_far, total_expected_loss
+from orchestrator.manifest.result_rows import is_far, total_expected_loss, total_memory_bytes
 from orchestrator.manifest.schemas import COMPUTING_STAGES
 from orchestrator.model.export import Export
 from orchestrator.planning.calibration_costs import blocks_of, calibration_costs
@@ -31,6 +31,15 @@ _COPY_COMMANDS = {
 def _bound(layer: dict[str, Any], name: str, words: str) -> str:
     """A bound in words; nothing where the method has none."""
     return "" if layer[name] is None else words.format(layer[name])
+
+
+def _in_memory(total: dict[str, Any]) -> str:
+    """A line for weights that take more memory than disk."""
+    if total["memory_bytes"] <= total["max_bytes"]:
+        return ""
+    return (
+        f"loaded, the weights in scope take about {output.size(total['memory_bytes'])} of memory\n"
+    )
 
 
 def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
@@ -79,7 +88,7 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
         f"{total['tasks']} tasks; weights in scope {output.size(total['dense_bytes'])} -> at most "
         f"{output.size(total['max_bytes'])}; whole model {output.size(total['model_bytes'])} -> "
         f"{output.size(total['untouched_bytes'] + total['max_bytes'])} "
-        f"(keep {total['keep_of_model']:.3f})\n"
+        f"(keep {total['keep_of_model']:.3f})\n{_in_memory(total)}"
         f"a worker needs about {output.size(total['worker_memory_bytes'])} of memory; of disk the "
         f"run directory takes at most {output.size(total['run_disk_bytes'])}, the model "
         f"{output.size(total['out_disk_bytes'])} more"
@@ -157,6 +166,7 @@ def outcome_figures(
         "dense_bytes": dense,
         "byte_budget": sum(row["byte_budget"] for row in rows),
         "stored_bytes": stored,
+        "memory_bytes": total_memory_bytes(rows),
         "keep": stored / dense if dense else None,
         "model_bytes": plan.model_bytes,
         "model_stored_bytes": plan.untouched_bytes + stored,
@@ -256,6 +266,12 @@ def print_outcome(
     ]
     done = "already complete" if figures["finished_before"] == figures["tasks"] else "complete"
     output.print_table(f"{done}: {out}", ("", "dense", "stored", "keep"), rows)
+    if (memory := figures["memory_bytes"]) != figures["stored_bytes"]:
+        output.out.print(
+            f"loaded, the weights in scope take {output.size(memory)} of memory: numbers that are "
+            "coded by their entropy are unpacked there",
+            soft_wrap=True,
+        )
     predicted, actual = figures["predicted"], figures["actual"]
     kept = [
         (title, output.size(predicted[key]), output.size(actual[key]))

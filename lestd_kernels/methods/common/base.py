@@ -51,6 +51,7 @@ class Bounds:
             some of it unused even at full rank.
         workspace_bytes: peak memory of `Method.decompose` beside the unfolding.
         reuse_bytes: how much more it is where a group is prepared for several budgets.
+        memory_bytes: about what is stored takes once it is loaded; None where that is the same.
     """
 
     max_R1: int | None  # noqa: N815
@@ -59,6 +60,7 @@ class Bounds:
     max_bytes: int
     workspace_bytes: int
     reuse_bytes: int
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)
