@@ -31,7 +31,7 @@ ALLOWED = {
         "workers",
         "lestd_kernels",
     },
-    "lestd_kernels": {"torch", "transformers", "safetensors", "triton", "lestd_kernels"},
+    "lestd_kernels": {"numpy", "torch", "transformers", "safetensors", "triton", "lestd_kernels"},
 }
 
 

@@ -109,7 +109,7 @@ class _Module:
         """Round on a step."""
         scales = torch.cat((self.r, self.c)) * math.sqrt(step)
         stored = self._stored(scales)
-        r, c = torch.split(stored, tuple(self.W.shape))
+        r, c = torch.split(stored, list(self.W.shape))
         Z = whole_numbers(self.W, self.U, r, c, self.value_dtype, self.V)
         size = coded_bytes(Z.to(torch.int64).cpu().numpy()) + self.scale_bytes
         return _Rounded(self, Z, stored, size)
@@ -121,12 +121,12 @@ class _Module:
 
     def error(self, Z: Tensor, scales: Tensor) -> float:
         """Squared error in the metric."""
-        r, c = torch.split(scales, tuple(self.W.shape))
+        r, c = torch.split(scales, list(self.W.shape))
         return self.metric.squares(self.W - r[:, None] * Z * c)
 
     def fitted(self, Z: Tensor, scales: Tensor) -> Tensor:
         """Scales of least error, as stored; or these, where they are no better."""
-        r, c = torch.split(scales, tuple(self.W.shape))
+        r, c = torch.split(scales, list(self.W.shape))
         fresh = torch.cat(fit_scales(self.W, Z, r, c, self.metric))
         if not bool(fresh.isfinite().all()):
             return scales

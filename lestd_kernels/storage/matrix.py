@@ -160,7 +160,7 @@ class EncodedCore:
 
     def scales(self) -> tuple[Tensor, Tensor]:
         """Of a coded matrix r ``(rows,)`` and c ``(columns,)``, in the value dtype."""
-        r, c = torch.split(self.unpacked().tensors["values"], (self.rows, self.columns))
+        r, c = torch.split(self.unpacked().tensors["values"], [self.rows, self.columns])
         return r, c
 
     def integers(self) -> Tensor:
