@@ -95,7 +95,7 @@ class Chosen:
     """What the method auto stores a group by. Losses are expected ones, nats per token.
 
     Attributes:
-        candidate: method and bits of a value, such as ``"lestd-4"``.
+        candidate: method and bits of a value, such as ``"lestd-4"``; ``"watersic"`` has none.
         loss: of what is stored.
         runner_up: the candidate that would be next; None where no other fits the bytes.
         runner_up_loss: what it would have cost.
