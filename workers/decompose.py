@@ -38,6 +38,7 @@ from lestd_kernels.formats.kinds import Decomposition
 from lestd_kernels.methods import LOSS, METHODS, NORM, Decomposed, MethodArgs
 from lestd_kernels.methods.common.base import STATISTICS, add_seconds
 from lestd_kernels.methods.common.stopwatch import Stopwatch
+from lestd_kernels.storage.few_bits import FULL_BITS
 from lestd_kernels.storage.matrix import RANS
 from lestd_kernels.tensorize import unfold_weights
 from workers.checkpoint.checks import check_finite, check_metric
@@ -230,8 +231,9 @@ class DecomposeWorker:
             coded = RANS in decomposition.codecs
             bits = None if coded else _value_bits(decomposition, args)
             most = done.expected_squared_error
-            if most is not None and bits is not None:
-                most = most_expected(most, done.metric_squared_norm, bits, args.factor_bits)
+            if most is not None:
+                rounding = FULL_BITS if bits is None else bits, args.factor_bits
+                most = most_expected(most, done.metric_squared_norm, *rounding)
             outcomes.append(
                 Result(
                     payload=payload,

@@ -59,6 +59,11 @@ class PreparedAuto:
     seconds: dict[str, float]
 
 
+def label(method: Method, bits: int) -> str:
+    """What a candidate is called, see `Chosen`."""
+    return method.name if method is watersic.METHOD else f"{method.name}-{bits}"
+
+
 def _args_of(args: MethodArgs, value_bits: Any, factor_bits: Any) -> MethodArgs:
     return replace(args, value_bits=value_bits, factor_bits=factor_bits)
 
@@ -109,8 +114,7 @@ def encode(
                 points[point.byte_budget] = point
         if kept is None or done.metric_squared_error < kept.metric_squared_error:
             kept = done
-        label = method.name if method is watersic.METHOD else f"{method.name}-{args.value_bits}"
-        errors.append((done.metric_squared_error / 2, label))
+        errors.append((done.metric_squared_error / 2, label(method, args.value_bits)))
         seconds.append(done.seconds)
     assert kept is not None, "the budget has room for a candidate"
     (loss, name), *others = sorted(errors, key=lambda one: one[0])

@@ -84,6 +84,7 @@ class _Module:
         V: likewise.
         r: ``(in,)``, of the step 1.
         c: ``(out,)``, likewise.
+        cost: squared error to expect of an element on the step 1, in the metric.
         value_dtype: of the scales.
     """
 
@@ -94,6 +95,7 @@ class _Module:
     V: Tensor | None
     r: Tensor
     c: Tensor
+    cost: float
     value_dtype: torch.dtype
 
     @property
@@ -160,10 +162,15 @@ class _Rounded:
         return EncodedCore.coded(self.Z, scales, _SCALE_BITS, self.module.value_dtype)
 
 
-def _damped(diagonal: Tensor) -> tuple[Tensor, float]:
-    """A diagonal with what `inverse_factor` adds, relative to its mean; and the mean."""
-    mean = float(diagonal.double().mean())
-    return diagonal / (mean or 1.0) + _DAMPING, mean
+def _steps(G: Tensor | None, width: int, like: Tensor) -> tuple[Tensor, float]:
+    """Steps of a side that know the diagonal of its metric, and its mean; 0 where it has none.
+
+    Damped as in `inverse_factor`, relative to the mean.
+    """
+    mean = 0.0 if G is None else float(diagonal_of(G).double().mean())
+    if G is None or not mean:
+        return like.new_ones(width), 0.0
+    return (diagonal_of(G) / mean + _DAMPING).rsqrt(), mean
 
 
 def _modules(prepared: PreparedGroup, both_sides: bool) -> list[_Module]:
@@ -181,29 +188,25 @@ def _modules(prepared: PreparedGroup, both_sides: bool) -> list[_Module]:
     found = []
     for module, metric in zip(layout.modules, metrics, strict=True):
         W = prepared.weight(module).contiguous()
-        U, mean_A = torch.ones(len(W), device=W.device), 0.0
-        if metric.input is not None:
-            gram = whole(metric.input)
-            damped, mean_A = _damped(diagonal_of(gram))
-            U = damped.rsqrt() if gram.dim() == 1 else inverse_factor(gram)
-        V, c, mean_B = None, torch.ones(W.shape[1], device=W.device), 0.0
-        if metric.output is not None:
-            damped, mean_B = _damped(diagonal_of(metric.output))
-            c = damped.rsqrt()
-            V = output_factor(metric.output) if both_sides else None
-            if V is not None:
-                c = V.diagonal(dim1=1, dim2=2).reshape(-1)[: W.shape[1]].contiguous()
-        r = (U if U.dim() == 1 else U.diagonal()).clone()
-        one = _Module(module.name, W, metric, U, V, r, c, prepared.value_dtype)
-        if prepared.args.metric == LOSS:
-            unit = 1 / math.sqrt((mean_A or unit_A) * (mean_B or unit_B))
-        else:
-            unit = math.sqrt(metric.squares(W) / W.numel()) / math.sqrt(mean_A or 1.0) or 1.0
+        r, mean_A = _steps(metric.input, len(W), W)
+        c, mean_B = _steps(metric.output, W.shape[1], W)
+        U, V = r, None
+        if metric.input is not None and metric.input.dim() > 1 and mean_A:
+            U = inverse_factor(whole(metric.input))
+            r = U.diagonal()
+        if both_sides and mean_B and (V := output_factor(metric.output)) is not None:
+            c = V.diagonal(dim1=1, dim2=2).reshape(-1)[: W.shape[1]]
+        known = math.sqrt((mean_A or unit_A) * (mean_B or unit_B))
+        unit = 1.0
+        if prepared.args.metric != LOSS:
+            squares = metric.squares(W) or known**2 * float(W.double().square().sum())
+            unit = math.sqrt(squares / W.numel()) or 1.0
+        unit /= known
         # Both sides of about one size, which is within the range of every dtype.
         balance = float((c.log().double().mean() - r.log().double().mean()).exp())
-        one.r = r * math.sqrt(unit * balance)
-        one.c = c * math.sqrt(unit / balance)
-        found.append(one)
+        r, c = r * math.sqrt(unit * balance), c * math.sqrt(unit / balance)
+        cost = (unit * known) ** 2 / 12
+        found.append(_Module(module.name, W, metric, U, V, r, c, cost, prepared.value_dtype))
     return found
 
 
@@ -281,17 +284,19 @@ def encode(
         finest = max(one.rms() for one in modules) / _MOST_RMS or 1.0
         start = math.log2(finest) + _MOST_BITS - 8 * byte_budget / prepared.layout.elements
         step, stored = _fitting(modules, byte_budget, finest, start)
+        used = step
         both = _modules(prepared, both_sides=True)
         if any(one.V is not None for one in both):
-            other = _fitting(both, byte_budget, finest, step)[1]
+            other_step, other = _fitting(both, byte_budget, finest, step)
             if _error(both, other) < _error(modules, stored):
-                stored = other
+                stored, used = other, other_step
         curve = _curve(modules, step, finest, curve_budgets)
     chains = {
         one.name: ModuleChain((Multiply(0),), (matrix,))
         for one, matrix in zip(modules, stored, strict=True)
     }
-    return chain_result(prepared, chains, clock, curve=curve)
+    expected = sum(one.cost * one.W.numel() for one in modules) * 4.0**used
+    return chain_result(prepared, chains, clock, curve=curve, expected=expected)
 
 
 def bounds(
