@@ -39,8 +39,8 @@ CANDIDATES: tuple[tuple[Method, int, int], ...] = (
     *((sparsegpt.METHOD, bits, 16) for bits in (4, 3)),
     (watersic.METHOD, 16, 16),
 )
-"""Method, bits of a value and bits of a factor; of equal ones the first is kept. watersic has no bits
-of its own."""
+"""Method, bits of a value and bits of a factor; of equal ones the first is kept. watersic has no
+bits of its own."""
 
 
 # The others know what another budget costs only by storing the group for it.
