@@ -47,11 +47,12 @@ _DAMPING = 0.01
 _BLOCK = 32
 
 
-def inverse_factor(gram: Tensor) -> Tensor:
+def inverse_factor(gram: Tensor, damping: float = _DAMPING) -> Tensor:
     """U of a Gram matrix, or of each of several.
 
     Args:
         gram: ``(..., in, in)``, symmetric, positive semi-definite; zero for inputs that never came.
+        damping: what is added to it, relative to its mean diagonal.
 
     Returns:
         Upper triangular ``(..., in, in)``, float32.
@@ -59,33 +60,35 @@ def inverse_factor(gram: Tensor) -> Tensor:
     C = gram.double()
     mean = C.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
     C = torch.where(mean > 0, C / mean, torch.zeros_like(C))
-    C.diagonal(dim1=-2, dim2=-1).add_(_DAMPING)
+    C.diagonal(dim1=-2, dim2=-1).add_(damping)
     C = torch.cholesky_inverse(torch.linalg.cholesky(C))
     factor: Tensor = torch.linalg.cholesky(C, upper=True).float()
     return factor
 
 
-def output_factor(B: Tensor | None) -> Tensor | None:
+def output_factor(B: Tensor | None, most: int = GROUP, damping: float = _DAMPING) -> Tensor | None:
     """V of the metric of the outputs.
 
     Args:
         B: in one of the forms of lestd_kernels.linalg.metric.
+        most: outputs in a block of a full one.
+        damping: see `inverse_factor`.
 
     Returns:
-        ``(k, p, p)``, float32: of the k blocks of B, or of the diagonal blocks of 64 outputs of a
-        full one, the last of them with ones to its end. None where outputs cannot make up for each
-        other.
+        ``(k, p, p)``, float32: of the k blocks of B, or of the diagonal blocks of so many outputs
+        of a full one, the last of them with ones to its end. None where outputs cannot make up for
+        each other.
     """
     if B is None or B.dim() == 1:
         return None
     if B.dim() == 2:
-        size = min(GROUP, len(B))
+        size = min(most, len(B))
         parts = [B[i : i + size, i : i + size] for i in range(0, len(B), size)]
         missing = len(parts) * size - len(B)
         last = functional.pad(parts[-1], (0, missing, 0, missing))
         last.diagonal()[size - missing :] = 1
         B = torch.stack([*parts[:-1], last])
-    return inverse_factor(B)
+    return inverse_factor(B, damping)
 
 
 def largest(scores: Tensor, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The entropy coder: every stream is decoded here a second time, by the letter of its description."""
+"""The entropy coder: every stream is decoded here a second time, by its description alone."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_damaged_streams_end_in_a_sentence(name: str) -> None:
     Z = MATRICES[name][:30, :40]
     stream = rans.encode(Z)
     for end in (*range(0, min(len(stream), 200), 7), len(stream) - 1):
-        with pytest.raises(ValueError, match="coded|table"):
+        with pytest.raises(ValueError, match="coded number"):
             rans.decode([(stream[:end], *Z.shape)])
     with pytest.raises(ValueError, match="too many"):
         rans.decode([(np.append(stream, np.uint8(0)), *Z.shape)])

@@ -142,7 +142,9 @@ def test_curves_say_what_other_budgets_cost(metric: str) -> None:
             unfolding(layout), layout, point.byte_budget, BF16, args, (), metrics
         )
         ratio = math.log2(point.squared_error / one.metric_squared_error)
-        assert abs(ratio) < 0.4  # An eighth of a bit of each number, and what fitting scales brings.
+        assert (
+            abs(ratio) < 0.4
+        )  # An eighth of a bit of each number, and what fitting scales brings.
 
 
 def numbers(scale: float, outliers: int = 0, zeros: bool = False) -> Tensor:
