@@ -66,23 +66,22 @@ def inverse_factor(gram: Tensor, damping: float = _DAMPING) -> Tensor:
     return factor
 
 
-def output_factor(B: Tensor | None, most: int = GROUP, damping: float = _DAMPING) -> Tensor | None:
+def output_factor(B: Tensor | None, damping: float = _DAMPING) -> Tensor | None:
     """V of the metric of the outputs.
 
     Args:
         B: in one of the forms of lestd_kernels.linalg.metric.
-        most: outputs in a block of a full one.
         damping: see `inverse_factor`.
 
     Returns:
-        ``(k, p, p)``, float32: of the k blocks of B, or of the diagonal blocks of so many outputs
-        of a full one, the last of them with ones to its end. None where outputs cannot make up for
-        each other.
+        ``(k, p, p)``, float32: of the k blocks of B, or of the diagonal blocks of 64 outputs of a
+        full one, the last of them with ones to its end. None where outputs cannot make up for each
+        other.
     """
     if B is None or B.dim() == 1:
         return None
     if B.dim() == 2:
-        size = min(most, len(B))
+        size = min(GROUP, len(B))
         parts = [B[i : i + size, i : i + size] for i in range(0, len(B), size)]
         missing = len(parts) * size - len(B)
         last = functional.pad(parts[-1], (0, missing, 0, missing))

@@ -63,8 +63,6 @@ from lestd_kernels.tensorize import GroupLayout
 
 _SCALE_BITS = 8
 _LEAST_DAMPING = 0.01
-# Outputs that make up for each other's errors, where the metric of all of them is known.
-_MOST_OUTPUTS = 256
 # Root mean square of whole numbers of 8 bits of entropy: finer steps are not worth their bytes.
 _MOST_RMS = 62.0
 _MOST_BITS = 8
@@ -201,7 +199,7 @@ def _modules(prepared: PreparedGroup, bits: float) -> list[_Module]:
             U = inverse_factor(whole(metric.input), damping)
             r = U.diagonal()
         if mean_B:
-            V = output_factor(metric.output, _MOST_OUTPUTS, damping)
+            V = output_factor(metric.output, damping)
         if V is not None:
             c = V.diagonal(dim1=1, dim2=2).reshape(-1)[: W.shape[1]]
         known = math.sqrt((mean_A or unit_A) * (mean_B or unit_B))
