@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +59,7 @@ from lestd_kernels.search.step import finest_within
 from lestd_kernels.storage.few_bits import values_bytes
 from lestd_kernels.storage.matrix import EncodedCore
 from lestd_kernels.storage.rans import coded_bytes, least_coded_bytes
-from lestd_kernels.tensorize import GroupLayout
+from lestd_kernels.tensorize import GroupLayout, ModuleLayout
 
 _SCALE_BITS = 8
 _LEAST_DAMPING = 0.01
@@ -67,7 +67,7 @@ _LEAST_DAMPING = 0.01
 _MOST_RMS = 62.0
 _MOST_BITS = 8
 # Octaves between the steps at which a curve is looked at.
-_CURVE_OCTAVES = 0.75
+_CURVE_OCTAVES = 1.0
 _MOST_POINTS = 40
 # Of an element, while it is coded.
 _CODING_BYTES = 64
@@ -176,16 +176,19 @@ def _steps(G: Tensor | None, width: int, damping: float, like: Tensor) -> tuple[
     return (diagonal_of(G) / mean + damping).rsqrt(), mean
 
 
-def _modules(prepared: PreparedGroup, bits: float) -> list[_Module]:
+def _modules(
+    prepared: PreparedGroup, bits: float, metric_of: Callable[[ModuleLayout], Metric]
+) -> list[_Module]:
     """The modules of a group with their steps, of one unit for all.
 
     Args:
         prepared: the group.
         bits: of a number, about, which decide the damping.
+        metric_of: a module's metric.
     """
     damping = max(4.0**-bits, _LEAST_DAMPING)
     layout = prepared.layout
-    metrics = [prepared.metric(module) for module in layout.modules]
+    metrics = [metric_of(module) for module in layout.modules]
     # A module that no token reached counts as the others do on the average.
     unit_A = mean_diagonal([one.input for one in metrics if one.input is not None])
     unit_B = mean_diagonal([one.output for one in metrics if one.output is not None])
@@ -253,7 +256,8 @@ def _curve(
     def look(at: float) -> int:
         # The entropy of normal numbers, rounded; never below that of few bits.
         bits = math.log2(1 + 2 * math.pi * math.e * (rms / 2**at) ** 2) / 2
-        found = [one.rounded(2.0**at) for one in _modules(prepared, bits)]
+        modules = _modules(prepared, bits, prepared.without_feedback_of_outputs)
+        found = [one.rounded(2.0**at) for one in modules]
         size = sum(one.size for one in found)
         points.append((size, sum(one.error() for one in found)))
         return size
@@ -293,7 +297,7 @@ def encode(
     elements = prepared.layout.elements
     with clock("stage2"):
         bits = 8 * byte_budget / elements
-        modules = _modules(prepared, bits)
+        modules = _modules(prepared, bits, prepared.metric)
         rms = max(one.rms() for one in modules) or 1.0
         start = math.log2(rms / _MOST_RMS) + _MOST_BITS - bits
         step, stored = _fitting(modules, byte_budget, rms / _MOST_RMS, start)

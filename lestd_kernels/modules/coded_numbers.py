@@ -126,7 +126,8 @@ def decode_all(modules: Sequence[tuple[str, CodedNumbers]]) -> None:
     """
     waiting = [(name, module) for name, module in modules if module.waits]
     try:
-        decoded = rans.decode([_coded(module) for _, module in waiting])
+        coded = [_coded(module) for _, module in waiting]
+        decoded = rans.decode(coded, torch.get_num_threads())
     except ValueError:
         for name, module in waiting:
             try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lestd_kernels.storage.bits import pack_bits
+from lestd_kernels.storage.bits import count_nonzeros, pack_bits
 from lestd_kernels.storage.codecs import CODECS
 from lestd_kernels.storage.few_bits import QUANTIZED_BITS, code_bytes, pack_codes, unpack_codes
 
@@ -46,26 +46,29 @@ class PackedIntegers:
     def pack(cls, Z: Tensor) -> PackedIntegers:
         """Pack ``Z (rows, columns)``, int16, in the fewest bytes."""
         rows, columns = Z.shape
-        nonzero = int(Z.count_nonzero())
+        nonzero = count_nonzeros(Z)
+        # Which bits hold a number: those whose 2^(bits - 1) is above this.
+        reach = torch.maximum(Z, ~Z)
         best: tuple[int, int, str] | None = None
         # Of equal sizes the more bits, and no mask.
         for bits in QUANTIZED_BITS:
-            others = int(_outside(Z, bits).sum())
+            others = count_nonzeros(reach >= 2 ** (bits - 1))
             for codec in _CODECS:
                 size = _packed_bytes(rows, columns, nonzero, others, bits, codec)
                 if best is None or size < best[0]:
                     best = size, bits, codec
         assert best is not None
         _, bits, codec = best
-        rest = torch.where(_outside(Z, bits), Z, 0)
-        mask = (Z != 0) & (rest == 0)
-        flat = (Z - rest).reshape(-1) if codec == "dense" else Z[mask]
+        outside = reach >= 2 ** (bits - 1)
+        inside = Z.masked_fill(outside, 0)
+        mask = inside != 0
+        flat = inside.reshape(-1) if codec == "dense" else inside[mask]
         codes = (flat + 2 ** (bits - 1)).to(torch.uint8)
         tensors = {"codes": pack_codes(codes, bits)}
         if codec == "bitmask":
             tensors["mask"] = pack_bits(mask.reshape(-1))
-        if rest.any():
-            others_stored = CODECS["csr"].encode(rest)
+        if bool(outside.any()):
+            others_stored = CODECS["csr"].encode(Z - inside)
             tensors |= {f"rest_{name}": tensor for name, tensor in others_stored.items()}
         return cls(codec, bits, rows, columns, len(flat), tensors)
 
@@ -94,11 +97,6 @@ class PackedIntegers:
         for codec, tensors in self.parts(torch.int16):
             total += CODECS[codec].decode(tensors, self.rows, self.columns)
         return total
-
-
-def _outside(Z: Tensor, bits: int) -> Tensor:
-    outside: Tensor = (Z + 2 ** (bits - 1)) >> bits != 0
-    return outside
 
 
 def _packed_bytes(rows: int, columns: int, nonzero: int, others: int, bits: int, codec: str) -> int:

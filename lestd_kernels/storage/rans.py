@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -275,11 +276,12 @@ def _parse(stream: Bytes, rows: int, columns: int) -> _Parsed:
     )
 
 
-def decode(coded: Sequence[tuple[Bytes, int, int]]) -> list[Numbers]:
+def decode(coded: Sequence[tuple[Bytes, int, int]], threads: int = 1) -> list[Numbers]:
     """Decode matrices, their lanes side by side.
 
     Args:
         coded: stream, rows and columns of each.
+        threads: among which they are divided; they change nothing but the time.
 
     Returns:
         Each ``(rows, columns)``, int16.
@@ -292,6 +294,7 @@ def decode(coded: Sequence[tuple[Bytes, int, int]]) -> list[Numbers]:
     # Those that take about as many steps go together.
     kinds = [(one.precision, all(table.is_certain for table in one.tables)) for one in parsed]
     order = sorted(range(len(parsed)), key=lambda i: (kinds[i], -parsed[i].steps))
+    batches: list[list[int]] = []
     batch: list[int] = []
     for place, index in enumerate(order):
         batch.append(index)
@@ -302,9 +305,15 @@ def decode(coded: Sequence[tuple[Bytes, int, int]]) -> list[Numbers]:
             or kinds[following] != kinds[index]
             or (lanes + parsed[following].lanes) * parsed[batch[0]].steps > _BATCH_ELEMENTS
         ):
-            for i, numbers in zip(batch, _decode_batch([parsed[i] for i in batch]), strict=True):
-                found[i] = numbers
+            batches.append(batch)
             batch = []
+
+    def decode_batch(batch: list[int]) -> None:
+        for i, numbers in zip(batch, _decode_batch([parsed[i] for i in batch]), strict=True):
+            found[i] = numbers
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(decode_batch, batches))
     return found
 
 
