@@ -69,8 +69,8 @@ _MOST_BITS = 8
 # Octaves between the steps at which a curve is looked at.
 _CURVE_OCTAVES = 1.0
 _MOST_POINTS = 40
-# Of an element, while it is coded.
-_CODING_BYTES = 64
+# Of an element, while it is coded; and of the counts of numbers that spread widely.
+_CODING_BYTES, _COUNTS_BYTES = 64, 64 << 20
 
 _Fitting = tuple[float, list[EncodedCore]]
 
@@ -318,7 +318,7 @@ def bounds(
     largest = max(math.prod(layout.weight_shape(module)) for module in layout.modules)
     # Copies of the weights and their numbers; what coding one module takes.
     workspace = module_workspace_bytes(layout, args) + 16 * layout.elements
-    workspace += _CODING_BYTES * largest
+    workspace += _CODING_BYTES * largest + _COUNTS_BYTES
     # As measured: numbers of fewer bits have a mask besides, and those of more some beside them.
     bits = min(8 * byte_budget / layout.elements, _MOST_BITS)
     memory = int((1.5 * bits + 0.4) * layout.elements / 8)
