@@ -304,6 +304,7 @@ def decode(coded: Sequence[tuple[Bytes, int, int]], threads: int = 1) -> list[Nu
             following is None
             or kinds[following] != kinds[index]
             or (lanes + parsed[following].lanes) * parsed[batch[0]].steps > _BATCH_ELEMENTS
+            or sum(len(parsed[i].tables) for i in (*batch, following)) >= 1 << 16
         ):
             batches.append(batch)
             batch = []
