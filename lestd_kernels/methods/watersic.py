@@ -36,6 +36,7 @@ from lestd_kernels.linalg.metric import Metric, diagonal_of, mean_diagonal, whol
 from lestd_kernels.linalg.stage1 import Ranks
 from lestd_kernels.methods.common.base import (
     ACTIVATION,
+    CALIBRATED,
     LOSS,
     NORM,
     WEIGHT,
@@ -192,6 +193,7 @@ def _modules(
     # A module that no token reached counts as the others do on the average.
     unit_A = mean_diagonal([one.input for one in metrics if one.input is not None])
     unit_B = mean_diagonal([one.output for one in metrics if one.output is not None])
+    factors: dict[int, Tensor] = {}  # Modules that read the same have one metric.
     found = []
     for module, metric in zip(layout.modules, metrics, strict=True):
         W = prepared.weight(module).contiguous()
@@ -199,7 +201,9 @@ def _modules(
         c, mean_B = _steps(metric.output, W.shape[1], damping, W)
         U, V = r, None
         if metric.input is not None and metric.input.dim() > 1 and mean_A:
-            U = inverse_factor(whole(metric.input), damping)
+            if id(metric.input) not in factors:
+                factors[id(metric.input)] = inverse_factor(whole(metric.input), damping)
+            U = factors[id(metric.input)]
             r = U.diagonal()
         if mean_B:
             V = output_factor(metric.output, damping)
@@ -316,8 +320,13 @@ def bounds(
     """See `Method.bounds`."""
     require_budget("watersic", byte_budget, least_bytes(layout, value_dtype, args))
     largest = max(math.prod(layout.weight_shape(module)) for module in layout.modules)
-    # Copies of the weights and their numbers; what coding one module takes.
+    # Copies of the weights and their numbers, and the factors of all metrics, which the search
+    # holds at once; what coding one module takes.
     workspace = module_workspace_bytes(layout, args) + 16 * layout.elements
+    if args.metric in CALIBRATED:
+        read = {module.reads: layout.weight_shape(module)[1] for module in layout.modules}
+        outputs = sum(layout.weight_shape(module)[0] for module in layout.modules)
+        workspace += 4 * sum(width**2 for width in read.values()) + 8 * 256 * outputs
     workspace += _CODING_BYTES * largest + _COUNTS_BYTES
     # As measured: numbers of fewer bits have a mask besides, and those of more some beside them.
     bits = min(8 * byte_budget / layout.elements, _MOST_BITS)
