@@ -42,6 +42,7 @@ from lestd_kernels.formats.entries import guard_specs
 from lestd_kernels.formats.entry_schema import check_groups
 from lestd_kernels.formats.shared_tucker import FORMAT_VERSION, QUANT_METHOD
 from lestd_kernels.modules.build import build_groups
+from lestd_kernels.modules.coded_numbers import CodedNumbers, decode_all
 from lestd_kernels.modules.experts import GUARD_NAME
 from lestd_kernels.modules.registry import MODULES, check_module
 
@@ -141,6 +142,11 @@ class LestdQuantizer(HfQuantizer):
         if all(weight.is_meta for weight in model.parameters()):
             return  # A model without weights was asked for; it computes nothing.
         present = set(model.modules())
+        coded = [(n, one) for n, one in model.named_modules() if isinstance(one, CodedNumbers)]
+        try:
+            decode_all(coded)
+        except ValueError as error:
+            raise LestdError(f"{model.name_or_path}: {error}: {_COPY_AGAIN}.") from error
         for path, module in model.named_modules():
             if isinstance(module, MODULES):
                 try:

@@ -33,6 +33,7 @@ ALLOWED = {
         "lestd_kernels",
     },
     "lestd_kernels": {
+        "numpy",
         "torch",
         "transformers",
         "safetensors",

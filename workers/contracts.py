@@ -185,6 +185,8 @@ class Result(Finished):
     `metric_squared_error` is at most where nothing went wrong, see
     `lestd_kernels.audit.rounding.most_expected`. `expected_loss` is in nats per token, and None
     where the metric is not that of the loss. `chosen` and the runner-up are of the method auto.
+    `memory_bytes` is what the stored tensors take once they are loaded, `coding` ``"entropy"`` or
+    ``"fixed"``; values coded by their entropy have no `value_bits`.
     """
 
     payload: str
@@ -208,7 +210,7 @@ class Result(Finished):
     singular_values_2: tuple[float, ...]
     scope: str
     metric: str
-    value_bits: int
+    value_bits: int | None
     factor_bits: int
     metric_squared_norm: float
     metric_squared_error: float
@@ -217,6 +219,9 @@ class Result(Finished):
     chosen: str | None
     runner_up: str | None
     runner_up_loss: float | None
+    memory_bytes: int
+    bits_per_weight: float
+    coding: str
 
 
 @dataclass(frozen=True)

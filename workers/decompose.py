@@ -38,6 +38,8 @@ from lestd_kernels.formats.kinds import Decomposition
 from lestd_kernels.methods import LOSS, METHODS, NORM, Decomposed, Group, MethodArgs
 from lestd_kernels.methods.common.base import STATISTICS, add_seconds
 from lestd_kernels.methods.common.stopwatch import Stopwatch
+from lestd_kernels.storage.few_bits import FULL_BITS
+from lestd_kernels.storage.matrix import RANS
 from lestd_kernels.tensorize import unfold_weights
 from workers.checkpoint.checks import check_finite, check_metric
 from workers.checkpoint.tensors import digest_safetensors, read_tensor, write_safetensors
@@ -226,9 +228,12 @@ class DecomposeWorker:
                 atomic_write(directory / payload, partial(write_safetensors, tensors=tensors))
             del tensors
             decomposition = done.decomposition
-            bits, most = _value_bits(decomposition, args), done.expected_squared_error
+            coded = RANS in decomposition.codecs
+            bits = None if coded else _value_bits(decomposition, args)
+            most = done.expected_squared_error
             if most is not None:
-                most = most_expected(most, done.metric_squared_norm, bits, args.factor_bits)
+                rounding = FULL_BITS if bits is None else bits, args.factor_bits
+                most = most_expected(most, done.metric_squared_norm, *rounding)
             outcomes.append(
                 Result(
                     payload=payload,
@@ -263,6 +268,9 @@ class DecomposeWorker:
                     chosen=done.chosen.candidate if done.chosen else None,
                     runner_up=done.chosen.runner_up if done.chosen else None,
                     runner_up_loss=done.chosen.runner_up_loss if done.chosen else None,
+                    memory_bytes=decomposition.memory_bytes,
+                    bits_per_weight=8 * decomposition.stored_bytes / task.layout.elements,
+                    coding="entropy" if coded else "fixed",
                     **known,
                 )
             )

@@ -129,6 +129,11 @@ class Chain:
         """Bytes of every tensor: values, scales and indices."""
         return sum(matrix.stored_bytes for _, matrix in self._matrices())
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of every tensor once it is loaded."""
+        return sum(matrix.memory_bytes for _, matrix in self._matrices())
+
     def check(self) -> None:
         """See `EncodedCore.check`."""
         for _, matrix in self._matrices():

@@ -20,6 +20,8 @@ from lestd_kernels.formats.ops import Mix, Op, Permute, op_of
 from lestd_kernels.formats.shared_tucker import SharedTucker
 from lestd_kernels.storage.codecs import CODECS, PATTERNS
 from lestd_kernels.storage.few_bits import FULL_BITS, QUANTIZED_BITS
+from lestd_kernels.storage.matrix import RANS
+from lestd_kernels.storage.rans import MOST_ELEMENTS_PER_BYTE
 from lestd_kernels.tensorize import PROJECTIONS, BasisSide
 
 COPY_AGAIN = "upgrade lestd, or copy the model again from where it was made"
@@ -87,11 +89,17 @@ _FACTORS: Fields = {"U1": _WHERE, "U2": _WHERE}
 _PACKED: Fields = {"codec": _one_of(*CODECS), "nnz": _whole(0, _MOST_ELEMENTS)}
 _PACKED_OPTIONS: Fields = {"pattern": _one_of(*PATTERNS)}
 _CORE: Fields = {"path": _WHERE, "columns": _COUNT} | _PACKED
-_MATRIX: Fields = {"rows": _COUNT, "columns": _COUNT} | _PACKED
+_MATRIX: Fields = {
+    "rows": _COUNT,
+    "columns": _COUNT,
+    "codec": _one_of(*CODECS, RANS),
+    "nnz": _PACKED["nnz"],
+}
 _MATRIX_OPTIONS: Fields = _PACKED_OPTIONS | {
     "value_bits": _one_of(FULL_BITS, *QUANTIZED_BITS),
     "exponent": _whole(-126, 127),
 }
+_CODED: Fields = {"bytes": _COUNT, "packed_bytes": _whole(0, _MOST_ELEMENTS)}
 _MODULE: Fields = {"basis_side": _one_of(*get_args(BasisSide)), "slices": _COUNT}
 _MODULE_OPTIONS: Fields = {"stored": _ANY}
 _TYPES = _list_of(_whole(0, len(PROJECTIONS) - 1))
@@ -209,8 +217,11 @@ def _check_tucker(where: str, entry: dict[str, Any]) -> None:
 
 
 def _check_matrix(where: str, entry: Any, more: Fields | None = None) -> None:
-    _check_fields(where, entry, _MATRIX | (more or {}), _MATRIX_OPTIONS)
+    coded = _CODED if isinstance(entry, dict) and entry.get("codec") == RANS else {}
+    _check_fields(where, entry, _MATRIX | coded | (more or {}), _MATRIX_OPTIONS)
     _check_size(where, entry["rows"], entry["columns"], entry["nnz"])
+    if coded and entry["rows"] * entry["columns"] > MOST_ELEMENTS_PER_BYTE * entry["bytes"]:
+        raise damaged(f"{where} has {entry['bytes']} bytes, too few for its shape")
 
 
 def _check_chains(where: str, entry: dict[str, Any]) -> None:

@@ -129,6 +129,11 @@ class SharedTucker:
         tensors = self.named_tensors("").values()
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the tensors once they are loaded: none of them is coded."""
+        return self.stored_bytes
+
     def module_cores(self) -> Iterator[Tensor]:
         """M ``(R1, S_m R2)`` of every module in order, dense, float32."""
         return self.mixed_cores(core.decode() for core in self.cores.values())

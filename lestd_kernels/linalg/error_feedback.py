@@ -34,16 +34,17 @@ from lestd_kernels.storage.few_bits import (
     spread_scales,
 )
 
-_DAMPING = 0.01
+DAMPING = 0.01
 # Inputs between which errors are passed on one by one; to those after them they go together.
 _BLOCK = 32
 
 
-def inverse_factor(gram: Tensor) -> Tensor:
+def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
     """U of a Gram matrix, or of each of several.
 
     Args:
         gram: ``(..., in, in)``, symmetric, positive semi-definite; zero for inputs that never came.
+        damping: what is added to it, relative to its mean diagonal.
 
     Returns:
         Upper triangular ``(..., in, in)``, float32.
@@ -51,7 +52,7 @@ def inverse_factor(gram: Tensor) -> Tensor:
     C = gram.double()
     mean = C.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
     C = torch.where(mean > 0, C / mean, torch.zeros_like(C))
-    C.diagonal(dim1=-2, dim2=-1).add_(_DAMPING)
+    C.diagonal(dim1=-2, dim2=-1).add_(damping)
     C = torch.cholesky_inverse(torch.linalg.cholesky(C))
     factor: Tensor = torch.linalg.cholesky(C, upper=True).float()
     return factor

@@ -106,6 +106,14 @@ def diagonal_of(C: Tensor) -> Tensor:
     return C if C.dim() == 1 else C.diagonal(dim1=-2, dim2=-1).reshape(-1)
 
 
+def whole(C: Tensor) -> Tensor:
+    """A metric of blocks as one matrix ``(n, n)``; others as they are."""
+    if C.dim() != 3:
+        return C
+    matrix: Tensor = torch.block_diag(*C)  # type: ignore[no-untyped-call]
+    return matrix
+
+
 def _cholesky(C: Tensor) -> Tensor:
     """Of a symmetric matrix, or of several, float64.
 

@@ -31,7 +31,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lestd_kernels.linalg.error_feedback import inverse_factor, nearest, round_with_feedback
+from lestd_kernels.linalg.error_feedback import (
+    DAMPING,
+    inverse_factor,
+    nearest,
+    round_with_feedback,
+)
 from lestd_kernels.storage.few_bits import (
     FULL_BITS,
     GROUP,
@@ -46,11 +51,12 @@ _ROWS = 64
 _Level = Callable[[Tensor, Tensor], Tensor]
 
 
-def output_factor(B: Tensor | None) -> Tensor | None:
+def output_factor(B: Tensor | None, damping: float = DAMPING) -> Tensor | None:
     """V of the metric of the outputs.
 
     Args:
         B: in one of the forms of lestd_kernels.linalg.metric.
+        damping: see `inverse_factor`.
 
     Returns:
         ``(k, p, p)``, float32: of the k blocks of B, or of the diagonal blocks of 64 outputs of a
@@ -66,7 +72,7 @@ def output_factor(B: Tensor | None) -> Tensor | None:
         last = functional.pad(parts[-1], (0, missing, 0, missing))
         last.diagonal()[size - missing :] = 1
         B = torch.stack([*parts[:-1], last])
-    return inverse_factor(B)
+    return inverse_factor(B, damping)
 
 
 def round_both_ways(

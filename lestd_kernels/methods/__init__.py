@@ -19,6 +19,7 @@ from lestd_kernels.methods import (
     tt,
     tucker,
     wanda,
+    watersic,
 )
 from lestd_kernels.methods.common.base import (
     ACTIVATION,
@@ -54,6 +55,7 @@ METHODS: dict[str, Method] = {
         rtn.METHOD,
         gptq.METHOD,
         sparsegpt.METHOD,
+        watersic.METHOD,
         auto.METHOD,
     )
 }

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lestd_kernels.linalg.stage1 import Ranks
-from lestd_kernels.methods import gptq, lestd, sparsegpt, svd_llm
+from lestd_kernels.methods import gptq, lestd, sparsegpt, svd_llm, watersic
 from lestd_kernels.methods.common.base import (
     LOSS,
     Bounds,
@@ -37,12 +37,19 @@ CANDIDATES: tuple[tuple[Method, int, int], ...] = (
     *((svd_llm.METHOD, bits, bits) for bits in (16, 8, 4)),
     *((gptq.METHOD, bits, 16) for bits in (8, 4, 3, 2)),
     *((sparsegpt.METHOD, bits, 16) for bits in (4, 3)),
+    (watersic.METHOD, 16, 16),
 )
-"""Method, bits of a value and bits of a factor; of equal ones the first is kept."""
+"""Method, bits of a value and bits of a factor; of equal ones the first is kept. watersic has no
+bits of its own."""
 
 
 # The others know what another budget costs only by storing the group for it.
-_FORESEEING = (lestd.METHOD, svd_llm.METHOD)
+_FORESEEING = (lestd.METHOD, svd_llm.METHOD, watersic.METHOD)
+
+
+def label(method: Method, bits: int) -> str:
+    """What a candidate is called, see `Chosen`."""
+    return method.name if method is watersic.METHOD else f"{method.name}-{bits}"
 
 
 def _args_of(args: MethodArgs, value_bits: Any, factor_bits: Any) -> MethodArgs:
@@ -104,7 +111,7 @@ def encode(
                     points[point.byte_budget] = point
             if room > byte_budget:
                 continue
-            errors.append((done.metric_squared_error / 2, f"{method.name}-{args.value_bits}"))
+            errors.append((done.metric_squared_error / 2, label(method, args.value_bits)))
             if kept is None or done.metric_squared_error < kept.metric_squared_error:
                 kept = done
     assert kept is not None, "the budget has room for a candidate"
@@ -133,7 +140,9 @@ def bounds(
     ]
     # A copy of the unfolding, and what the best so far stores.
     workspace = max(one.workspace_bytes for one in each) + 4 * layout.elements + byte_budget
-    return Bounds(None, None, None, max(one.max_bytes for one in each), workspace, 0)
+    memory = max(one.memory_bytes or one.max_bytes for one in each)
+    most = max(one.max_bytes for one in each)
+    return Bounds(None, None, None, most, workspace, 0, memory)
 
 
 def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:

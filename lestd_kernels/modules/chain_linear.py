@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from lestd_kernels import backends
 from lestd_kernels.formats.ops import Mix, Multiply, Op, Permute, apply_dense, apply_permute
+from lestd_kernels.modules.coded_numbers import CodedNumbers
 from lestd_kernels.modules.shared_tucker_linear import PackedModule, shared_product
 from lestd_kernels.storage.codecs import UNSTRUCTURED
 from lestd_kernels.storage.few_bits import FULL_BITS
-from lestd_kernels.storage.matrix import EncodedCore, disk_name, packed_specs
+from lestd_kernels.storage.matrix import RANS, EncodedCore, disk_name, packed_specs
 
 
 class PackedMatrix(PackedModule):
@@ -41,6 +42,9 @@ class PackedMatrix(PackedModule):
         self.pattern = str(entry.get("pattern", UNSTRUCTURED))
         self.exponent = int(entry.get("exponent", 0))
         self.backend: str | None = None
+        self.numbers: CodedNumbers | None = None
+        if self.codec == RANS:
+            self.numbers = CodedNumbers(*self.sizes, int(entry["bytes"]), device)
         for name, (shape, index_dtype) in self._specs().items():
             if index_dtype is None:
                 values = torch.empty(shape, dtype=dtype, device=device)
@@ -51,10 +55,12 @@ class PackedMatrix(PackedModule):
                 self.register_buffer(name, torch.empty(shape, dtype=index_dtype, device=device))
 
     def _specs(self) -> dict[str, Any]:
-        return packed_specs(self.codec, *self.sizes, self.nnz, self.value_bits)
+        specs = packed_specs(self.codec, *self.sizes, self.nnz, self.value_bits)
+        specs.pop("stream", None)  # Which `numbers` holds.
+        return specs
 
     def packed(self) -> EncodedCore:
-        """The matrix as it is stored."""
+        """The matrix as it is stored; of a coded one the scales."""
         tensors = {name: getattr(self, disk_name(name)) for name in self._specs()}
         return EncodedCore(
             self.codec,
@@ -68,11 +74,22 @@ class PackedMatrix(PackedModule):
 
     def multiply(self, x: Tensor, op: Multiply) -> Tensor:
         """``x (..., blocks rows) -> (..., blocks columns)``."""
+        if self.numbers is not None:
+            return self._multiply_numbers(x, op, self.numbers)
         core = self.packed().unpacked()
         if op.distinct:
             return apply_dense(x, op, backends.expand(core, self.backend))
         blocks = x if op.blocks == 1 else x.reshape(*x.shape[:-1], op.blocks, -1)
         product = backends.apply_core(blocks, core, op.transposed, self.backend)
+        return product if op.blocks == 1 else product.flatten(-2)
+
+    def _multiply_numbers(self, x: Tensor, op: Multiply, numbers: CodedNumbers) -> Tensor:
+        r, c = self.packed().scales()
+        if op.distinct:
+            return apply_dense(x, op, r[:, None] * numbers.integers().to(r.dtype) * c)
+        before, after = (c, r) if op.transposed else (r, c)
+        blocks = x if op.blocks == 1 else x.reshape(*x.shape[:-1], op.blocks, -1)
+        product: Tensor = numbers(blocks * before, op.transposed, r.dtype, self.backend) * after
         return product if op.blocks == 1 else product.flatten(-2)
 
     def forward(self, x: Tensor, op: Multiply | None = None) -> Tensor:

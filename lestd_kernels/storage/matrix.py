@@ -2,6 +2,10 @@
 
 Names on disk, below the path of what holds it: ``weight`` (1-D: the values, or with few-bit values
 their scales), ``codes`` (few-bit values), and ``mask`` and so on as the codec says.
+
+A coded matrix, whose codec is ``rans``, is ``diag(r) Z diag(c)`` with whole numbers Z: its values
+are r and then c, and ``stream`` has Z, see lestd_kernels.storage.rans. How many bytes that takes
+its numbers decide, so that its description states them.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lestd_kernels.storage import rans
 from lestd_kernels.storage.bitmasks import count_bits, count_nonzeros
 from lestd_kernels.storage.codecs import CODECS, UNSTRUCTURED, TensorSpec, cheapest_codec, csr_rows
 from lestd_kernels.storage.few_bits import (
@@ -23,6 +28,10 @@ from lestd_kernels.storage.few_bits import (
     quantize,
     scale_count,
 )
+from lestd_kernels.storage.packed_integers import PackedIntegers
+
+RANS = "rans"
+"""Codec of a coded matrix. It is not among `CODECS`, whose sizes follow from shapes and counts."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,8 @@ class EncodedCore:
     `value_bits` below 16 there are ``tensors["codes"]`` (uint8) and ``tensors["scales"]`` (value
     dtype) in its place, see lestd_kernels.storage.few_bits, and ``exponent`` is that of the power
     of two by which the scales are divided. ``pattern`` says where non-zeros may stand
-    (`codecs.PATTERNS`); every codec stores every one.
+    (`codecs.PATTERNS`); every codec stores every one. ``memory_bytes`` is what the matrix takes
+    when it is loaded: a coded one more than on disk, see lestd_kernels.storage.packed_integers.
     """
 
     codec: str
@@ -44,6 +54,34 @@ class EncodedCore:
     pattern: str = UNSTRUCTURED
     value_bits: int = FULL_BITS
     exponent: int = 0
+    packed_bytes: int = 0
+
+    @classmethod
+    def coded(
+        cls, Z: Tensor, scales: Tensor, value_bits: int, value_dtype: torch.dtype
+    ) -> EncodedCore:
+        """Store ``diag(r) Z diag(c)``, and Z by its entropy.
+
+        Args:
+            Z: ``(rows, columns)``, whole numbers below 2^15 in magnitude, any dtype.
+            scales: ``(rows + columns,)``, r and then c.
+            value_bits: of a scale: 16 for the value dtype itself, or 8.
+            value_dtype: of the scales, or of theirs.
+        """
+        rows, columns = Z.shape
+        integers = Z.to(torch.int16).cpu()
+        stream = torch.from_numpy(rans.encode(integers.numpy().astype("int64"))).to(Z.device)
+        own = cls.quantized(scales[None], value_bits, value_dtype, codec="dense")
+        return cls(
+            RANS,
+            rows,
+            columns,
+            int(integers.count_nonzero()),
+            dict(own.tensors) | {"stream": stream},
+            value_bits=value_bits,
+            exponent=own.exponent,
+            packed_bytes=PackedIntegers.pack(integers).packed_bytes,
+        )
 
     @classmethod
     def encode(cls, matrix: Tensor, pattern: str = UNSTRUCTURED) -> EncodedCore:
@@ -110,13 +148,36 @@ class EncodedCore:
             return self
         tensors = dict(self.tensors)
         codes, scales = tensors.pop("codes"), tensors.pop("scales")
-        count = self.rows * self.columns if self.codec == "dense" else self.nnz
+        count = self._value_count()
         has_zero = grid_has_zero(self.codec == "dense", self.value_bits)
         values = dequantize(codes, scales, count, self.value_bits, has_zero, self.exponent)
         return replace(self, tensors={"values": values} | tensors, value_bits=FULL_BITS, exponent=0)
 
+    def _value_count(self) -> int:
+        if self.codec == RANS:
+            return self.rows + self.columns
+        return self.rows * self.columns if self.codec == "dense" else self.nnz
+
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """Of a coded matrix r ``(rows,)`` and c ``(columns,)``, in the value dtype."""
+        r, c = torch.split(self.unpacked().tensors["values"], [self.rows, self.columns])
+        return r, c
+
+    def integers(self) -> Tensor:
+        """Of a coded matrix Z ``(rows, columns)``, int16.
+
+        Raises:
+            ValueError: the stream is damaged.
+        """
+        stream = self.tensors["stream"]
+        [Z] = rans.decode([(stream.cpu().numpy(), self.rows, self.columns)])
+        return torch.from_numpy(Z).to(stream.device)
+
     def decode(self) -> Tensor:
         """The matrix (rows x columns), dense, in the value dtype."""
+        if self.codec == RANS:
+            r, c = self.scales()
+            return (r.float()[:, None] * self.integers() * c.float()).to(r.dtype)
         return CODECS[self.codec].decode(self.unpacked().tensors, self.rows, self.columns)
 
     def check(self) -> None:
@@ -130,6 +191,9 @@ class EncodedCore:
         """
         if self.value_bits != FULL_BITS and not bool(self.tensors["scales"].isfinite().all()):
             raise ValueError("a scale is not finite")
+        coded = "stream" in self.tensors
+        if coded and (found := int(self.integers().count_nonzero())) != self.nnz:
+            raise ValueError(f"{found} coded numbers are not zero, expected {self.nnz}")
         if self.codec == "bitmask":
             marked = count_bits(self.tensors["mask"], self.rows * self.columns)
             if marked != self.nnz:
@@ -155,6 +219,13 @@ class EncodedCore:
         """Bytes of the matrix' tensors, indices and scales included."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the matrix once it is loaded."""
+        if self.codec != RANS:
+            return self.stored_bytes
+        return self.stored_bytes - self.tensors["stream"].numel() + self.packed_bytes
+
     def named_tensors(self, prefix: str) -> dict[str, Tensor]:
         """The tensors under their names on disk."""
         return {f"{prefix}.{disk_name(name)}": tensor for name, tensor in self.tensors.items()}
@@ -168,18 +239,32 @@ class EncodedCore:
             entry["value_bits"] = self.value_bits
         if self.exponent:
             entry["exponent"] = self.exponent
+        if self.codec == RANS:
+            entry["bytes"], entry["packed_bytes"] = (
+                self.tensors["stream"].numel(),
+                self.packed_bytes,
+            )
         return entry
 
 
 def packed_specs(
-    codec: str, rows: int, columns: int, nnz: int, value_bits: int = FULL_BITS
+    codec: str,
+    rows: int,
+    columns: int,
+    nnz: int,
+    value_bits: int = FULL_BITS,
+    stream_bytes: int = 0,
 ) -> dict[str, TensorSpec]:
     """Name, shape and dtype of each tensor of an `EncodedCore`, without data.
 
     Raises:
         KeyError: there is no such codec.
     """
-    specs = dict(CODECS[codec].tensor_specs(rows, columns, nnz))
+    specs: dict[str, TensorSpec]
+    if codec == RANS:
+        specs = {"values": ((rows + columns,), None), "stream": ((stream_bytes,), torch.uint8)}
+    else:
+        specs = dict(CODECS[codec].tensor_specs(rows, columns, nnz))
     if value_bits != FULL_BITS:
         (count,), _ = specs.pop("values")
         packed: dict[str, TensorSpec] = {
@@ -195,7 +280,8 @@ def core_specs(
 ) -> dict[str, TensorSpec]:
     """`packed_specs` by names on disk, from what `EncodedCore.describe` wrote."""
     bits = entry.get("value_bits", FULL_BITS)
-    specs = packed_specs(entry["codec"], rows, columns, entry["nnz"], bits)
+    size = entry.get("bytes", 0)
+    specs = packed_specs(entry["codec"], rows, columns, entry["nnz"], bits, size)
     return {f"{path}.{disk_name(name)}": spec for name, spec in specs.items()}
 
 
@@ -204,12 +290,16 @@ def stored_core(
 ) -> EncodedCore:
     """The matrix at `path`, from what `EncodedCore.describe` and `named_tensors` wrote."""
     bits = entry.get("value_bits", FULL_BITS)
-    names = packed_specs(entry["codec"], rows, columns, entry["nnz"], bits)
+    codec, nnz = entry["codec"], entry["nnz"]
+    names = packed_specs(codec, rows, columns, nnz, bits)
     parts = {name: tensors[f"{path}.{disk_name(name)}"] for name in names}
     pattern, exponent = entry.get("pattern", UNSTRUCTURED), entry.get("exponent", 0)
-    return EncodedCore(entry["codec"], rows, columns, entry["nnz"], parts, pattern, bits, exponent)
+    packed_bytes = entry.get("packed_bytes", 0)
+    return EncodedCore(codec, rows, columns, nnz, parts, pattern, bits, exponent, packed_bytes)
 
 
 def disk_name(name: str) -> str:
     """Name of a tensor of a packed matrix below its module."""
+    if name == "stream":
+        return "numbers.stream"
     return "weight" if name in ("values", "scales") else name

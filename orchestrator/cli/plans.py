@@ -22,6 +22,15 @@ def _bound(layer: dict[str, Any], name: str, words: str) -> str:
     return "" if layer[name] is None else words.format(layer[name])
 
 
+def _in_memory(total: dict[str, Any]) -> str:
+    """A line for weights that take more memory than disk."""
+    if total["memory_bytes"] <= total["max_bytes"]:
+        return ""
+    return (
+        f"loaded, the weights in scope take about {output.size(total['memory_bytes'])} of memory\n"
+    )
+
+
 def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
     """Print what a compression would do: the plan of `Plan.to_dict`."""
     if json:
@@ -79,7 +88,7 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
         f"{total['tasks']} tasks; weights in scope {output.size(total['dense_bytes'])} -> at most "
         f"{output.size(total['max_bytes'])}; whole model {output.size(total['model_bytes'])} -> "
         f"{output.size(total['untouched_bytes'] + total['max_bytes'])} "
-        f"(keep {total['keep_of_model']:.3f})\n"
+        f"(keep {total['keep_of_model']:.3f})\n{_in_memory(total)}"
         f"a worker needs about {output.size(total['worker_memory_bytes'])} of memory; of disk the "
         f"run directory takes at most {output.size(total['run_disk_bytes'])}, the model "
         f"{output.size(total['out_disk_bytes'])} more"

@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.compression.pipeline import Outcome
 from orchestrator.console import logs, output
 from orchestrator.execution.retries import retries
-from orchestrator.manifest.result_rows import is_far, total_expected_loss
+from orchestrator.manifest.result_rows import is_far, total_expected_loss, total_memory_bytes
 from orchestrator.manifest.schemas import COMPUTING_STAGES
 from orchestrator.model.export import Export
 from orchestrator.planning.plan import Plan
@@ -55,6 +55,7 @@ def outcome_figures(outcome: Outcome, out: AnyPath, run_dir: AnyPath) -> dict[st
         "dense_bytes": dense,
         "byte_budget": sum(row["byte_budget"] for row in rows),
         "stored_bytes": stored,
+        "memory_bytes": total_memory_bytes(rows),
         "keep": stored / dense if dense else None,
         "model_bytes": plan.model_bytes,
         "model_stored_bytes": plan.untouched_bytes + stored,
@@ -153,6 +154,12 @@ def print_outcome(
     ]
     done = "already complete" if figures["finished_before"] == figures["tasks"] else "complete"
     output.print_table(f"{done}: {out}", ("", "dense", "stored", "keep"), rows)
+    if (memory := figures["memory_bytes"]) != figures["stored_bytes"]:
+        output.out.print(
+            f"loaded, the weights in scope take {output.size(memory)} of memory: numbers that are "
+            "coded by their entropy are unpacked there",
+            soft_wrap=True,
+        )
     predicted, actual = figures["predicted"], figures["actual"]
     kept = [
         (title, output.size(predicted[key]), output.size(actual[key]))

@@ -90,7 +90,8 @@ class MethodChoice:
         HOW(
             "lestd: shared basis, sparse core. tucker (TensorLLM), hosvd: dense core. "
             "per_head_tucker, tt, td_moe: other tensor formats. svd, svd_llm, asvd, laser: low "
-            "rank. magnitude, wanda, sparsegpt: pruning. rtn, gptq: quantization. auto: for each "
+            "rank. magnitude, wanda, sparsegpt: pruning. rtn, gptq: quantization, watersic: by "
+            "entropy. auto: for each "
             "layer the one of least expected loss. auto, svd_llm, asvd, wanda, sparsegpt and gptq "
             "need --calibrate-on.",
             first=True,

@@ -31,6 +31,11 @@ def is_far(group: Mapping[str, Any]) -> bool:
     return error is not None and most is not None and error > most
 
 
+def total_memory_bytes(rows: Iterable[Mapping[str, Any]]) -> int:
+    """What the groups take once they are loaded; rows of earlier versions: what they store."""
+    return sum(row["memory_bytes"] or row["stored_bytes"] for row in rows)
+
+
 def total_expected_loss(rows: Iterable[Mapping[str, Any]]) -> float | None:
     """Sum of the groups' expected losses, nats per token; None where one has none."""
     losses = [row["expected_loss"] for row in rows]

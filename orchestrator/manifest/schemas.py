@@ -191,7 +191,11 @@ GROUPS = TableSpec(
             "scope", _TEXT, "what the block is: attention, ffn or experts", check=_is_module_path
         ),
         Column("metric", _TEXT, "norm of the error: weight, norm, activation or loss"),
-        Column("value_bits", _INT, "bits of a core value; 16 stands for the value dtype"),
+        Column(
+            "value_bits",
+            _INT,
+            "bits of a core value; 16 stands for the value dtype; null where coding is entropy",
+        ),
         Column("factor_bits", _INT, "bits of an element of a factor; likewise"),
         Column("metric_squared_norm", _REAL, "||S W||^2, S the metric's root", "metric^2"),
         Column("metric_squared_error", _REAL, "||S (W - W_hat)||^2", "metric^2"),
@@ -211,6 +215,9 @@ GROUPS = TableSpec(
         Column("chosen", _TEXT, "method auto: the method and its bits of a value"),
         Column("runner_up", _TEXT, "method auto: the next best at these bytes"),
         Column("runner_up_loss", _REAL, "expected loss of the runner-up", "nats/token"),
+        Column("memory_bytes", _LONG, "what stored_bytes become once they are loaded", "bytes"),
+        Column("bits_per_weight", _REAL, "8 stored_bytes / weights", "bits"),
+        Column("coding", _TEXT, "of values: fixed (as many bits for each) or entropy"),
     ),
     key=("task_id",),
     order=("layer", "block"),

@@ -11,7 +11,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from orchestrator.config.yaml_text import parse_yaml
 from orchestrator.console import logs
 from orchestrator.console.markdown import template
-from orchestrator.manifest.result_rows import total_expected_loss
+from orchestrator.manifest.result_rows import total_expected_loss, total_memory_bytes
 from orchestrator.planning.plan import Plan
 from orchestrator.source.checkpoint import Source
 from workers.storage.files import AnyPath, list_files
@@ -39,6 +39,7 @@ def model_card(
         expected_loss=total_expected_loss(rows),
         scopes=sorted({row["scope"] for row in rows}),
         metadata=card_metadata(source.directory),
+        memory_bytes=total_memory_bytes(rows),
         stored_bytes=sum(row["stored_bytes"] for row in rows),
         file_bytes=sum(
             size for name, size in list_files(directory).items() if name.endswith(".safetensors")

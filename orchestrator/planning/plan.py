@@ -106,6 +106,14 @@ class Plan:
         return min(bound, self.budget_bytes)
 
     @property
+    def memory_bytes(self) -> int:
+        """About what the weights in scope take once they are loaded."""
+        return sum(
+            planned.bounds.memory_bytes or min(planned.bounds.max_bytes, planned.task.byte_budget)
+            for planned in self.tasks
+        )
+
+    @property
     def untouched_bytes(self) -> int:
         """Bytes of the tensors out of scope."""
         return self.model_bytes - self.dense_bytes
@@ -157,6 +165,7 @@ class Plan:
                 "max_R2": planned.bounds.max_R2,
                 "max_nnz": planned.bounds.max_nnz,
                 "max_bytes": planned.bounds.max_bytes,
+                "memory_bytes": planned.bounds.memory_bytes or planned.bounds.max_bytes,
                 "predicted_memory_bytes": planned.task.predicted_memory_bytes,
             }
             for planned in self.tasks
@@ -166,6 +175,7 @@ class Plan:
             "dense_bytes": self.dense_bytes,
             "byte_budget": self.budget_bytes,
             "max_bytes": self.max_bytes,
+            "memory_bytes": self.memory_bytes,
             "untouched_bytes": self.untouched_bytes,
             "model_bytes": self.model_bytes,
             "keep_of_model": (self.untouched_bytes + self.max_bytes) / self.model_bytes,

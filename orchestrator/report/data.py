@@ -18,7 +18,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from orchestrator.manifest.manifest import Manifest
-from orchestrator.manifest.result_rows import total_expected_loss
+from orchestrator.manifest.result_rows import total_expected_loss, total_memory_bytes
 from orchestrator.manifest.schemas import COMPUTING_STAGES, DIVERGENCE_TASK, STAGES, Row
 from orchestrator.report.losses import divergences, hulls
 from orchestrator.report.quality import before_and_after
@@ -209,7 +209,7 @@ def _summary(
     recorded, ``span_seconds``, from the first task's start to the last one's end;
     ``worker_seconds``; ``calls``, ``ended_calls`` (those with a wall time) and ``killed_calls``;
     ``workers`` (processes), ``nodes`` (names), ``devices``, ``retried``, ``failed``;
-    ``dense_bytes``, ``byte_budget`` and ``stored_bytes`` of the finished groups;
+    ``dense_bytes``, ``byte_budget``, ``stored_bytes`` and ``memory_bytes`` of the finished groups;
     ``scope_dense_bytes`` and ``scope_byte_budget`` of all;
     ``model_bytes``, ``untouched_bytes``, and ``model_stored_bytes``, None until complete;
     ``relative_error`` and ``expected_loss`` over the finished groups; ``curves``, finished ones of
@@ -252,6 +252,7 @@ def _summary(
         "dense_bytes": sum(row["dense_bytes"] for row in groups),
         "byte_budget": sum(row["byte_budget"] for row in groups),
         "stored_bytes": stored,
+        "memory_bytes": total_memory_bytes(groups),
         "scope_dense_bytes": last.get("dense_bytes"),
         "scope_byte_budget": last.get("byte_budget"),
         "model_bytes": last.get("model_bytes"),
@@ -306,7 +307,8 @@ def _planned(groups: Sequence[Row], work: Sequence[Row], calls: Sequence[Row]) -
 
 _OF_A_LAYER = (
     *("layer", "block", "scope", "R1", "R2", "R3", "nnz", "density", "codec"),
-    *("dense_bytes", "byte_budget", "stored_bytes", "payload_bytes", "relative_error"),
+    *("dense_bytes", "byte_budget", "stored_bytes", "payload_bytes", "memory_bytes"),
+    *("relative_error", "bits_per_weight", "coding"),
     *(
         "expected_loss",
         "squared_norm",

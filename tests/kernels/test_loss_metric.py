@@ -263,7 +263,7 @@ def test_auto_keeps_the_best_of_its_candidates(
         args = MethodArgs(metric=LOSS, value_bits=bits, factor_bits=factor_bits)
         if method.least_bytes(small, BF16, args) <= budget:
             one = method.decompose(W.clone(), small, budget, BF16, args, metrics=metrics)
-            losses[f"{method.name}-{bits}"] = one.metric_squared_error / 2
+            losses[auto.label(method, bits)] = one.metric_squared_error / 2
     args = MethodArgs(metric=LOSS)
     budgets = [budget, dense_budget]
     done = auto.METHOD.decompose(W, small, budget, BF16, args, budgets, metrics)

@@ -52,6 +52,7 @@ class Bounds:
             some of it unused even at full rank.
         workspace_bytes: peak memory of `Method.decompose` beside the unfolding.
         reuse_bytes: how much more it is where a group is prepared for several budgets.
+        memory_bytes: about what is stored takes once it is loaded; None where that is the same.
     """
 
     max_R1: int | None  # noqa: N815
@@ -60,6 +61,7 @@ class Bounds:
     max_bytes: int
     workspace_bytes: int
     reuse_bytes: int
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Chosen:
     """Choice of the method auto for a group. Losses are expected ones, in nats per token.
 
     Attributes:
-        candidate: method and bits of a value, such as ``"lestd-4"``.
+        candidate: method and bits of a value, such as ``"lestd-4"``; ``"watersic"`` has none.
         loss: of what is stored.
         runner_up: the candidate that would be next; None where no other fits the bytes.
         runner_up_loss: what it would have cost.

@@ -70,6 +70,9 @@ def result(payloads: Path, task_id: str, layer: int) -> Result:
         chosen=None,
         runner_up=None,
         runner_up_loss=None,
+        memory_bytes=399,
+        bits_per_weight=6.4,
+        coding="fixed",
         most_expected_squared_error=0.03,
     )
 

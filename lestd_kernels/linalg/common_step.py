@@ -1,0 +1,166 @@
+"""Rounding to whole numbers on a step that is the same everywhere in units of the loss.
+
+Shapes: W (in, out), y = x W; A (in, in) and B (out, out) the metric of a module's inputs and
+outputs, see lestd_kernels.linalg.metric; r (in,), c (out,) scales; Z (in, out) whole numbers, and
+what is stored is ``diag(r) Z diag(c)``.
+
+With error feedback, an error of element (i, j) by one step of r_i c_j costs ``(L_A,ii L_B,jj r_i
+c_j)^2``, where L are the Cholesky factors: what the elements after it cannot make up for. Rate and
+distortion are in balance, the slope of both being the same for every element, where that cost is
+the same everywhere: ``r_i = 1 / L_A,ii`` and ``c_j = 1 / L_B,jj``, times one number for all.
+
+References: "WaterSIC: information-theoretically (near) optimal linear layer quantization",
+arXiv 2603.04956, for inputs; Tseng, Sun, De Sa, "Model-preserving adaptive rounding" (YAQA), arXiv
+2505.22988, for feedback along both sides.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lestd_kernels.linalg.metric import Metric, whole
+
+_BLOCK = 32
+_RIDGE = 1e-6
+MOST_INTEGER = (1 << 15) - 1
+"""The largest magnitude of a whole number, which the coder knows."""
+
+
+def whole_numbers(
+    W: Tensor, U: Tensor, r: Tensor, c: Tensor, value_dtype: torch.dtype, V: Tensor | None = None
+) -> Tensor:
+    """Round with feedback.
+
+    Args:
+        W: ``(in, out)``, float32.
+        U: see `error_feedback.inverse_factor`; a diagonal ``(in,)`` where inputs cannot make up for
+            each other.
+        r: ``(in,)``, positive.
+        c: ``(out,)``, positive.
+        value_dtype: Z is exact in it.
+        V: see `error_feedback.output_factor`.
+
+    Returns:
+        Z, float32.
+    """
+
+    if U.dim() == 1 and V is None:
+        return _nearest(W, r[:, None] * c, value_dtype)
+    passed_on = torch.diag(torch.ones_like(U)) if U.dim() == 1 else U / U.diagonal()[:, None]
+    W, Z = W.clone(memory_format=torch.contiguous_format), torch.empty_like(W)
+    for start in range(0, len(W), _BLOCK):
+        block = slice(start, min(start + _BLOCK, len(W)))
+        own = passed_on[block, block].triu(1)
+        steps = r[block, None] * c
+        if V is None:
+            Z[block], errors = _by_rows(W[block], steps, own, value_dtype)
+        else:
+            Z[block], errors = _by_diagonals(W[block], steps, own, V, value_dtype)
+        W[block.stop :] -= passed_on[block, block.stop :].T @ errors
+    return Z
+
+
+def _nearest(values: Tensor, steps: Tensor, value_dtype: torch.dtype) -> Tensor:
+    Z = (values / steps).round_().clamp_(-MOST_INTEGER, MOST_INTEGER)
+    return Z.to(value_dtype).float()
+
+
+def _by_rows(
+    W: Tensor, steps: Tensor, passed_on: Tensor, value_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Round rows in turn: whole numbers, and the error of each as it was rounded.
+
+    Args:
+        W: ``(n, out)``, changed in place.
+        steps: ``(n, out)``.
+        passed_on: ``(n, n)``, strictly upper triangular: what of an error later rows make up for.
+        value_dtype: see `whole_numbers`.
+    """
+    Z, errors = torch.empty_like(W), torch.empty_like(W)
+    for row in range(len(W)):
+        Z[row] = _nearest(W[row], steps[row], value_dtype)
+        errors[row] = W[row] - Z[row] * steps[row]
+        W[row + 1 :].addcmul_(passed_on[row, row + 1 :, None], errors[row], value=-1)
+    return Z, errors
+
+
+def _by_diagonals(
+    W: Tensor, steps: Tensor, passed_on: Tensor, V: Tensor, value_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`_by_rows` with feedback along the outputs, in blocks, as well.
+
+    An element waits for those before it in its row and in its column: those of one antidiagonal,
+    and of all blocks, are rounded together.
+    """
+    blocks, size, _ = V.shape
+    rows, outputs = W.shape
+
+    def apart(X: Tensor, fill: float = 0.0) -> Tensor:
+        """``(n, out) -> (n, size, blocks)``, outputs last to first: antidiagonals are diagonals."""
+        X = functional.pad(X, (0, blocks * size - outputs), value=fill)
+        return X.view(rows, blocks, size).permute(0, 2, 1).flip(1).contiguous()
+
+    def together(X: Tensor) -> Tensor:
+        return X.flip(1).permute(0, 2, 1).reshape(rows, -1)[:, :outputs]
+
+    W, steps = apart(W), apart(steps, 1.0)
+    along = (V / V.diagonal(dim1=1, dim2=2)[:, :, None]).triu(1).permute(1, 2, 0)
+    along = along.flip(0, 1).contiguous()
+    Z, errors, made_up = torch.empty_like(W), torch.empty_like(W), torch.zeros_like(W)
+
+    def diagonal(X: Tensor) -> Tensor:
+        return X[first:stop, left:right].diagonal(dim1=0, dim2=1).T
+
+    for time in range(rows + size - 1):
+        first, stop = max(0, time - size + 1), min(rows, time + 1)
+        left, right = size - 1 - time + first, size - 1 - time + stop
+        exact, step = diagonal(W), diagonal(steps)
+        wanted = exact - diagonal(made_up)
+        whole = _nearest(wanted, step, value_dtype)
+        error, left_over = exact - whole * step, wanted - whole * step
+        diagonal(Z).copy_(whole)
+        diagonal(errors).copy_(error)
+        W[first:, left:right].addcmul_(passed_on[first:stop, first:].T[..., None], error, value=-1)
+        made_up[first:stop].addcmul_(along[left:right], left_over[:, None])
+    return together(Z), together(errors)
+
+
+def fit_scales(W: Tensor, Z: Tensor, r: Tensor, c: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
+    """Scales of least error in the metric for whole numbers as they are: r, and then c.
+
+    Each is a linear least-squares problem, ``(A o (Y B Y^T)) r = diag(A W B Y^T)`` with ``Y = Z
+    diag(c)``; a scale of zeros alone stays as it is.
+
+    Args:
+        W: ``(in, out)``, float32.
+        Z: of `whole_numbers`.
+        r: ``(in,)``.
+        c: ``(out,)``.
+        metric: of the module.
+
+    Returns:
+        r and c, float32.
+    """
+    wanted = metric.apply(W)
+    r = _fit_rows(wanted, Z * c, r, metric)
+    return r, _fit_rows(wanted.T, (r[:, None] * Z).T, c, metric.transposed)
+
+
+def _fit_rows(wanted: Tensor, Y: Tensor, r: Tensor, metric: Metric) -> Tensor:
+    """r of least error of ``diag(r) Y``; `wanted` is ``A W B``."""
+    A = metric.input
+    weighted = Metric(None, metric.output).apply(Y)
+    if A is None or A.dim() != 2:
+        squares = (Metric(A).apply(weighted) * Y).sum(dim=1, dtype=torch.float64)
+        missing = (wanted * Y).sum(dim=1, dtype=torch.float64) - squares * r
+        if A is None or A.dim() == 1:
+            fitted: Tensor = r + missing / squares.clamp(min=torch.finfo(torch.float32).tiny)
+            return fitted.float()
+        A = whole(A)
+    M = A.double() * (weighted @ Y.T)
+    missing = (wanted * Y).sum(dim=1, dtype=torch.float64) - M @ r.double()
+    M.diagonal().add_(_RIDGE * M.diagonal().mean() + torch.finfo(torch.float32).tiny)
+    fitted = r + torch.linalg.solve(M, missing)
+    return fitted.float()

@@ -1,0 +1,107 @@
+"""Whole numbers in memory: packed in as few bits as most of them need, the others beside them.
+
+A coded matrix (see lestd_kernels.storage.rans) is decoded once, when it is loaded, and from then on
+is two matrices that every backend multiplies: one of numbers in 2, 3, 4 or 8 bits, ``dense`` or
+with a ``bitmask``, and where some do not fit in these a second one of them, ``csr``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lestd_kernels.storage.bitmasks import count_nonzeros, pack_bits
+from lestd_kernels.storage.codecs import CODECS
+from lestd_kernels.storage.few_bits import QUANTIZED_BITS, code_bytes, pack_codes, unpack_codes
+
+_CODECS = ("dense", "bitmask")
+_REST_VALUE_BYTES = 2
+
+
+@dataclass(frozen=True)
+class PackedIntegers:
+    """A matrix of whole numbers ``(rows, columns)``.
+
+    Attributes:
+        codec: of the numbers in few bits.
+        bits: of each of them; it is stored as what it is above -2^(bits - 1), see `few_bits`.
+        rows: of the matrix.
+        columns: of the matrix.
+        count: of numbers in few bits.
+        tensors: ``codes``, with a bitmask ``mask``; where there are others ``rest_values`` int16,
+            ``rest_columns``, ``rest_row_pointers``.
+    """
+
+    codec: str
+    bits: int
+    rows: int
+    columns: int
+    count: int
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def pack(cls, Z: Tensor) -> PackedIntegers:
+        """Pack ``Z (rows, columns)``, int16, in the fewest bytes."""
+        rows, columns = Z.shape
+        nonzero = count_nonzeros(Z)
+        # Which bits hold a number: those whose 2^(bits - 1) is above this.
+        reach = torch.maximum(Z, ~Z)
+        best: tuple[int, int, str] | None = None
+        # Of equal sizes the more bits, and no mask.
+        for bits in QUANTIZED_BITS:
+            others = count_nonzeros(reach >= 2 ** (bits - 1))
+            for codec in _CODECS:
+                size = _packed_bytes(rows, columns, nonzero, others, bits, codec)
+                if best is None or size < best[0]:
+                    best = size, bits, codec
+        assert best is not None
+        _, bits, codec = best
+        outside = reach >= 2 ** (bits - 1)
+        inside = Z.masked_fill(outside, 0)
+        mask = inside != 0
+        flat = inside.reshape(-1) if codec == "dense" else inside[mask]
+        codes = (flat + 2 ** (bits - 1)).to(torch.uint8)
+        tensors = {"codes": pack_codes(codes, bits)}
+        if codec == "bitmask":
+            tensors["mask"] = pack_bits(mask.reshape(-1))
+        if bool(outside.any()):
+            others_stored = CODECS["csr"].encode(Z - inside)
+            tensors |= {f"rest_{name}": tensor for name, tensor in others_stored.items()}
+        return cls(codec, bits, rows, columns, len(flat), tensors)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def parts(self, dtype: torch.dtype) -> list[tuple[str, dict[str, Tensor]]]:
+        """Codec and tensors of the matrices, with values in a dtype, whose sum is the matrix."""
+        codes = unpack_codes(self.tensors["codes"], self.count, self.bits)
+        main = {"values": codes.to(dtype) - 2 ** (self.bits - 1)}
+        if self.codec == "bitmask":
+            main["mask"] = self.tensors["mask"]
+        found = [(self.codec, main)]
+        if "rest_values" in self.tensors:
+            rest = {name: self.tensors[f"rest_{name}"] for name in ("columns", "row_pointers")}
+            found.append(("csr", {"values": self.tensors["rest_values"].to(dtype)} | rest))
+        return found
+
+    def integers(self) -> Tensor:
+        """Z ``(rows, columns)``, int16."""
+        total = torch.zeros(
+            self.rows, self.columns, dtype=torch.int16, device=self.tensors["codes"].device
+        )
+        for codec, tensors in self.parts(torch.int16):
+            total += CODECS[codec].decode(tensors, self.rows, self.columns)
+        return total
+
+
+def _packed_bytes(rows: int, columns: int, nonzero: int, others: int, bits: int, codec: str) -> int:
+    count = rows * columns if codec == "dense" else nonzero - others
+    size = code_bytes(count, bits) + (0 if codec == "dense" else (rows * columns + 7) // 8)
+    if others:
+        size += CODECS["csr"].stored_bytes(rows, columns, others, _REST_VALUE_BYTES)
+    return size

@@ -1,0 +1,382 @@
+"""Entropy coding of whole numbers: rANS in lanes that are decoded side by side.
+
+A matrix Z (rows, columns) of numbers within int16 becomes one stream of bytes. Every element
+belongs to a class, and every class has a table of frequencies. Rows and columns whose numbers are
+large have levels, 4 bits each; the class of an element follows from the sum of both, so that a
+matrix whose parts differ in scale takes less than the entropy of its histogram.
+
+Elements are dealt to the lanes in turn, element e to lane ``e mod lanes``; a lane has its own state
+and its own words, so that one step decodes an element of every lane, by vector operations or on as
+many cores. Missing elements of the last step are coded as the commonest of the first table.
+
+The stream, little-endian:
+
+    precision, classes, reserved   uint8, uint8, uint16   frequencies add up to 2^precision
+    lanes, escapes                 uint32, uint32
+    with several classes           row levels, then column levels, two in a byte, the first in the
+                                   lower half; the classes' first sums, uint8 (classes - 1)
+    a table for each class         varints: smallest symbol (zigzag), how many symbols, the
+                                   frequency of each, that of the escape
+    words of each lane             uint16 (lanes)
+    states                         uint32 (lanes)
+    words                          uint16, those of the first lane, of the second, ...
+    escapes                        int16, row major: numbers that their table does not hold
+
+Reference: J. Duda, "Asymmetric numeral systems: entropy coding combining speed of Huffman coding
+with compression rate of arithmetic coding", arXiv 1311.2540; F. Giesen, "Interleaved entropy
+coders", arXiv 1402.3392, for lanes. A state is in [2^16, 2^32) and is refilled by words of 16 bits,
+of which a step then needs one at most.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lestd_kernels.storage.frequency_tables import (
+    ESCAPE,
+    Classes,
+    Table,
+    choose_classes,
+    pack_levels,
+    parse_table,
+    unpack_levels,
+)
+
+Bytes = npt.NDArray[np.uint8]
+Integers = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.int16]
+
+_HEADER = struct.Struct("<BBHII")
+_PRECISIONS = (12, 15)
+_FEW_SYMBOLS = 256
+_LOW = 1 << 16
+# A lane costs 6 bytes. Fewer elements in each are fewer steps.
+_LANE_BITS, _LANE_ELEMENTS = 8192, 1 << 16
+_BATCH_ELEMENTS = 1 << 24
+MOST_ELEMENTS_PER_BYTE = 1 << 14
+"""No stream holds more: every lane has bytes of its own."""
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a matrix is coded: all but its lanes."""
+
+    precision: int
+    classes: Classes
+    tables: Sequence[Table]
+    lanes: int
+    code_bits: float
+
+    @classmethod
+    def of(cls, Z: Integers) -> _Layout:
+        """That of the fewest bytes; ValueError where a number is beyond 2^15 - 1."""
+        if Z.size and int(np.abs(Z).max()) >= 1 << 15:
+            raise ValueError("a number to be coded is beyond 2^15 - 1")
+        classes, counted = choose_classes(Z)
+        widest = max((len(table.counts) for table in counted), default=0)
+        precision = _PRECISIONS[0] if widest <= _FEW_SYMBOLS else _PRECISIONS[1]
+        tables = [table.normalized(precision) for table in counted]
+        bits = _code_bits(counted, tables)
+        lanes = max(-(-Z.size // _LANE_ELEMENTS), min(int(bits) // _LANE_BITS, Z.size))
+        return cls(precision, classes, tables, lanes, bits)
+
+    def head(self, escapes: int) -> bytes:
+        """The stream up to the words of each lane."""
+        parts = [_HEADER.pack(self.precision, len(self.tables), 0, self.lanes, escapes)]
+        if len(self.tables) > 1:
+            parts += [pack_levels(self.classes.rows), pack_levels(self.classes.columns)]
+            parts.append(bytes(self.classes.first_sums))
+        return b"".join([*parts, *(table.packed() for table in self.tables)])
+
+
+def encode(Z: Integers) -> Bytes:
+    """Code a matrix.
+
+    Args:
+        Z: ``(rows, columns)``.
+
+    Returns:
+        The stream; the same for the same matrix, wherever it is coded.
+
+    Raises:
+        ValueError: a number is beyond 2^15 - 1, either way.
+    """
+    layout = _Layout.of(Z)
+    of_element = layout.classes.of_elements()
+    symbols, escaped = _symbol_indices(Z, of_element, layout.tables)
+    words, counts, states = _encode_lanes(symbols, of_element.reshape(-1), layout)
+    parts = [layout.head(len(escaped)), counts.astype("<u2"), states.astype("<u4")]
+    parts += [words.astype("<u2"), escaped.astype("<i2")]
+    return np.frombuffer(b"".join(map(bytes, parts)), np.uint8).copy()
+
+
+def coded_bytes(Z: Integers) -> int:
+    """About as many bytes as `encode` makes, some times as fast."""
+    layout = _Layout.of(Z)
+    # A last state holds 8 bits of its lane's, as a rule.
+    return len(layout.head(0)) + int(5 * layout.lanes + layout.code_bits / 8)
+
+
+def least_coded_bytes(elements: int) -> int:
+    """Bytes of a matrix of so many zeros, which no other takes fewer than."""
+    return _HEADER.size + 5 + 6 * -(-elements // _LANE_ELEMENTS)
+
+
+def _code_bits(counted: Sequence[Table], tables: Sequence[Table]) -> float:
+    """Bits of all words and escapes, about."""
+    total = 0.0
+    for found, table in zip(counted, tables, strict=True):
+        there = table.counts > 0
+        shares = table.counts[there] / table.counts.sum()
+        total -= float((found.counts[there] * np.log2(shares)).sum())
+        total += 16 * float(found.counts[-1])
+    return total
+
+
+def _symbol_indices(
+    Z: Integers, of_element: npt.NDArray[np.uint8], tables: Sequence[Table]
+) -> tuple[Integers, Integers]:
+    """The place of each element in its class' table, flat, and the numbers that escape."""
+    least = np.array([table.least for table in tables], np.int64)
+    size = np.array([len(table.counts) - 1 for table in tables], np.int64)
+    places = Z - least[of_element]
+    inside = (places >= 0) & (places < size[of_element])
+    frequency = np.zeros((len(tables), int(size.max(initial=0)) + 1), np.int64)
+    for row, table in zip(frequency, tables, strict=True):
+        row[: len(table.counts)] = table.counts
+    places = np.where(inside, places, size[of_element])
+    inside &= frequency[of_element, places] > 0
+    places = np.where(inside, places, size[of_element])
+    return places.reshape(-1), Z[~inside]
+
+
+def _encode_lanes(
+    symbols: Integers, of_element: npt.NDArray[np.uint8], layout: _Layout
+) -> tuple[npt.NDArray[np.uint16], Integers, npt.NDArray[np.uint64]]:
+    """Words of all lanes, how many each has, and the states that decoding starts from."""
+    tables, precision, lanes = layout.tables, layout.precision, layout.lanes
+    states = np.full(lanes, _LOW, np.uint64)
+    if all(table.is_certain for table in tables):
+        return np.empty(0, np.uint16), np.zeros(lanes, np.int64), states
+    width = max(len(table.counts) for table in tables)
+    frequency, start = (np.zeros((len(tables), width), np.uint64) for _ in range(2))
+    for row, table in enumerate(tables):
+        frequency[row, : len(table.counts)] = table.counts
+        start[row, : len(table.counts)] = np.cumsum(table.counts) - table.counts
+    missing = -len(symbols) % lanes
+    if missing:
+        of_element = np.append(of_element, np.zeros(missing, np.uint8))
+        symbols = np.append(symbols, np.full(missing, tables[0].commonest))
+    steps = len(symbols) // lanes
+    symbols, of_element = symbols.reshape(steps, lanes), of_element.reshape(steps, lanes)
+    words = np.zeros((steps, lanes), np.uint16)
+    emitted = np.zeros((steps, lanes), bool)
+    shift, sixteen = np.uint64(precision), np.uint64(16)
+    for step in range(steps - 1, -1, -1):
+        own = frequency[of_element[step], symbols[step]]
+        full = states >= own << np.uint64(32 - precision)
+        words[step] = states & np.uint64(0xFFFF)
+        emitted[step] = full
+        states = np.where(full, states >> sixteen, states)
+        quotient, rest = np.divmod(states, own)
+        states = (quotient << shift) + rest + start[of_element[step], symbols[step]]
+    return words.T[emitted.T], emitted.sum(axis=0), states
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    """A stream, taken apart; see the module's docstring."""
+
+    rows: int
+    columns: int
+    precision: int
+    tables: Sequence[Table]
+    of_element: npt.NDArray[np.uint8]
+    counts: Integers
+    states: npt.NDArray[np.uint32]
+    words: npt.NDArray[np.uint16]
+    escaped: Numbers
+
+    @property
+    def lanes(self) -> int:
+        return len(self.states)
+
+    @property
+    def steps(self) -> int:
+        return -(-self.rows * self.columns // self.lanes) if self.lanes else 0
+
+
+class _Reader:
+    """Takes what a stream holds, in turn."""
+
+    def __init__(self, stream: Bytes) -> None:
+        self._bytes, self.position = stream.tobytes(), 0
+
+    def take(self, count: int) -> bytes:
+        """The next bytes.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        if count > len(self._bytes) - self.position:
+            raise ValueError("the coded numbers end too early")
+        self.position += count
+        return self._bytes[self.position - count : self.position]
+
+    def array(self, dtype: str, count: int) -> npt.NDArray[np.generic]:
+        """The next numbers; ValueError as `take`."""
+        return np.frombuffer(self.take(count * np.dtype(dtype).itemsize), dtype)
+
+    def varint(self) -> int:
+        """The next number of up to 21 bits; ValueError as `take`."""
+        value = 0
+        for shift in (0, 7, 14):
+            byte = self.take(1)[0]
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+        raise ValueError("a frequency of the coded numbers has no end")
+
+    @property
+    def left(self) -> int:
+        """Bytes that are left."""
+        return len(self._bytes) - self.position
+
+
+def _parse(stream: Bytes, rows: int, columns: int) -> _Parsed:
+    reader = _Reader(stream)
+    precision, count, reserved, lanes, escapes = _HEADER.unpack(reader.take(_HEADER.size))
+    elements = rows * columns
+    if precision not in _PRECISIONS or reserved or (count == 0) != (elements == 0):
+        raise ValueError("the coded numbers begin with no header of theirs")
+    if lanes > elements or lanes * _LANE_ELEMENTS < elements or escapes > elements:
+        raise ValueError(f"{elements} coded numbers cannot have {lanes} lanes, {escapes} escapes")
+    classes = Classes(np.zeros(rows, np.uint8), np.zeros(columns, np.uint8), ())
+    if count > 1:
+        levels = [unpack_levels(reader.take(-(-size // 2)), size) for size in (rows, columns)]
+        first_sums = tuple(reader.take(count - 1))
+        if list(first_sums) != sorted(first_sums):
+            raise ValueError("the classes of the coded numbers are not in order")
+        classes = Classes(levels[0], levels[1], first_sums)
+    tables = [parse_table(reader.varint, precision) for _ in range(count)]
+    counts = reader.array("<u2", lanes).astype(np.int64)
+    states = reader.array("<u4", lanes).astype(np.uint32)
+    words = reader.array("<u2", int(counts.sum())).astype(np.uint16)
+    escaped = reader.array("<i2", escapes).astype(np.int16)
+    if reader.left:
+        raise ValueError(f"the coded numbers have {reader.left} bytes too many")
+    return _Parsed(
+        rows, columns, precision, tables, classes.of_elements(), counts, states, words, escaped
+    )
+
+
+def decode(coded: Sequence[tuple[Bytes, int, int]], threads: int = 1) -> list[Numbers]:
+    """Decode matrices, their lanes side by side.
+
+    Args:
+        coded: stream, rows and columns of each.
+        threads: among which they are divided; they change nothing but the time.
+
+    Returns:
+        Each ``(rows, columns)``, int16.
+
+    Raises:
+        ValueError: a stream is damaged. Nothing is read or written out of bounds.
+    """
+    parsed = [_parse(*one) for one in coded]
+    found: list[Numbers] = [np.empty(0, np.int16)] * len(parsed)
+    # Those that take about as many steps go together.
+    kinds = [(one.precision, all(table.is_certain for table in one.tables)) for one in parsed]
+    order = sorted(range(len(parsed)), key=lambda i: (kinds[i], -parsed[i].steps))
+    batches: list[list[int]] = []
+    batch: list[int] = []
+    for place, index in enumerate(order):
+        batch.append(index)
+        following = order[place + 1] if place + 1 < len(order) else None
+        lanes = sum(parsed[i].lanes for i in batch)
+        if (
+            following is None
+            or kinds[following] != kinds[index]
+            or (lanes + parsed[following].lanes) * parsed[batch[0]].steps > _BATCH_ELEMENTS
+            or sum(len(parsed[i].tables) for i in (*batch, following)) >= 1 << 16
+        ):
+            batches.append(batch)
+            batch = []
+
+    def decode_batch(batch: list[int]) -> None:
+        for i, numbers in zip(batch, _decode_batch([parsed[i] for i in batch]), strict=True):
+            found[i] = numbers
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(decode_batch, batches))
+    return found
+
+
+def _decode_batch(batch: Sequence[_Parsed]) -> list[Numbers]:
+    """Decode streams of one precision, those of most steps first."""
+    precision, lanes = batch[0].precision, sum(one.lanes for one in batch)
+    steps = batch[0].steps
+    tables = [table for one in batch for table in one.tables]
+    if not tables:
+        return [np.zeros((one.rows, one.columns), np.int16) for one in batch]
+    # By slot of each table: its symbol, the symbol's frequency, and the slot less its start.
+    slots = [table.of_slots() for table in tables]
+    symbols = np.concatenate([own[0] for own in slots])
+    frequency = np.concatenate([own[1] for own in slots]).astype(np.uint32)
+    offset = np.concatenate([own[2] for own in slots]).astype(np.uint32)
+
+    bases = np.zeros((steps, lanes), np.uint16)
+    first_lane, first_table = 0, 0
+    for one in batch:
+        flat = np.full(one.steps * one.lanes, first_table, np.uint16)
+        flat[: one.rows * one.columns] += one.of_element.reshape(-1)
+        bases[: one.steps, first_lane : first_lane + one.lanes] = flat.reshape(-1, one.lanes or 1)
+        first_lane, first_table = first_lane + one.lanes, first_table + len(one.tables)
+
+    words = np.concatenate([*(one.words for one in batch), np.zeros(1, np.uint16)])
+    words = words.astype(np.uint32)
+    states = np.concatenate([one.states for one in batch])
+    ends = np.concatenate([one.counts for one in batch]).cumsum()
+    at = ends - np.concatenate([one.counts for one in batch])
+    numbers = np.zeros((steps, lanes), np.int16)
+    mask, shift, sixteen = np.uint32((1 << precision) - 1), np.uint32(precision), np.uint32(16)
+    going = np.repeat([one.steps for one in batch], [one.lanes for one in batch])
+    active = np.searchsorted(-going, -np.arange(steps), side="left")
+    if all(table.is_certain for table in tables):
+        numbers, active = symbols[bases.astype(np.int64) << precision], active[:0]
+    for step in range(len(active)):
+        count = active[step]
+        x = states[:count]
+        slot = (bases[step, :count].astype(np.uint32) << shift) + (x & mask)
+        numbers[step, :count] = symbols[slot]
+        x = frequency[slot] * (x >> shift) + offset[slot]
+        low = x < _LOW
+        # A damaged lane may want more words than there are: it gets any, and fails below.
+        word = words.take(at[:count], mode="clip")
+        states[:count] = np.where(low, (x << sixteen) | word, x)
+        at[:count] += low
+    if not (bool((at == ends).all()) and bool((states == _LOW).all())):
+        raise ValueError("the coded numbers do not end where they should")
+    found, first_lane = [], 0
+    for one in batch:
+        own = numbers[: one.steps, first_lane : first_lane + one.lanes].reshape(-1)
+        found.append(_numbers(one, own[: one.rows * one.columns]))
+        first_lane += one.lanes
+    return found
+
+
+def _numbers(one: _Parsed, flat: Numbers) -> Numbers:
+    """The numbers, with those that escaped in their places."""
+    numbers = flat.copy()
+    escapes = numbers == ESCAPE
+    if int(escapes.sum()) != len(one.escaped):
+        raise ValueError(f"{len(one.escaped)} coded numbers escape, found {int(escapes.sum())}")
+    numbers[escapes] = one.escaped
+    shaped: Numbers = numbers.reshape(one.rows, one.columns)
+    return shaped
