@@ -83,6 +83,16 @@ class Task:
     metric_digest: str = ""
 
     @property
+    def path(self) -> str:
+        """Path in the loaded model that the modules' names stand below.
+
+        The block's, but for a group of one matrix, which is called by its matrix.
+        """
+        if self.scope != "linear":
+            return self.block
+        return self.block.removesuffix(f".{self.layout.modules[0].name}")
+
+    @property
     def dense_bytes(self) -> int:
         """Bytes of the task's weights in the source checkpoint."""
         return sum(ref.stored_bytes for ref in self.tensors.values())

@@ -53,6 +53,8 @@ def describe_module(module: ModuleLayout) -> dict[str, Any]:
         stored["part"] = list(module.stored.part)
     if module.stored.transposed:
         stored["transposed"] = True
+    if module.stored.concatenated:
+        stored["concatenated"] = True
     return entry | {"stored": stored}
 
 
@@ -80,6 +82,7 @@ def _stored_of(module: Mapping[str, Any]) -> StoredWeight | None:
         stored.get("index"),
         tuple(stored.get("part", (0, 1))),
         stored.get("transposed", False),
+        stored.get("concatenated", False),
     )
 
 

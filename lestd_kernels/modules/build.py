@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.chain import Chain
@@ -232,10 +233,12 @@ def _find_linear(block: nn.Module, path: str, name: str) -> _Original:
         module = block.get_submodule(name)
     except AttributeError:
         module = None
-    if type(module) is not nn.Linear:
+    if type(module) not in (nn.Linear, Conv1D):
         raise LestdError(
             f"config.json: quantization_config names {path}.{name}, expected a linear module "
             f"there, found {type(module).__name__}: load the architecture that was compressed."
         )
-    bias = module.bias is not None
-    return _Original(module.in_features, module.out_features, bias, module.weight.dtype)
+    outputs, inputs = module.weight.shape
+    if isinstance(module, Conv1D):
+        inputs, outputs = outputs, inputs
+    return _Original(inputs, outputs, module.bias is not None, module.weight.dtype)

@@ -40,11 +40,15 @@ from __future__ import annotations
 from functools import cache
 from importlib.resources import files
 
+import transformers
 from pydantic import ValidationError
 from transformers import PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from lestd_kernels.errors import LestdError
 from orchestrator.architectures.groups import SCOPES, Architecture, SliceGroup
+from orchestrator.architectures.structure import Structure
+from workers.checkpoint.tensors import ShardIndex
 
 __all__ = [
     "SCOPES",
@@ -90,27 +94,38 @@ def parse_architecture(text: str, file_name: str) -> Architecture:
         ) from error
 
 
-def find_architecture(config: PretrainedConfig) -> Architecture:
-    """The family of a model with this config.
+def find_architecture(config: PretrainedConfig, index: ShardIndex) -> Architecture | Structure:
+    """The architecture of a model: that of its family's file, or what its modules tell.
+
+    Args:
+        config: the model's.
+        index: of its checkpoint.
 
     Raises:
-        LestdError: the family is unknown; lists those known and says how to add one.
+        LestdError: Transformers does not have the family, or nothing in the model is recognised.
     """
     check_family(config.model_type)
-    return architectures()[config.model_type]
+    known = architectures()
+    if config.model_type in known:
+        return known[config.model_type]
+    # Transformers' modelling code is large, and families with a file do without.
+    from orchestrator.architectures.infer import infer
+
+    return infer(config, index)
 
 
 def check_family(model_type: object) -> None:
-    """Refuse a ``model_type`` of ``config.json`` that no architecture file describes.
+    """Refuse a ``model_type`` of ``config.json`` that neither a file nor Transformers knows.
 
     Raises:
-        LestdError: the family is unknown; lists those known and says how to add one.
+        LestdError: the family is unknown.
     """
-    known = architectures()
     # Of a config.json that is no model's it may be of any type, hashable or not.
-    if not isinstance(model_type, str) or model_type not in known:
-        raise LestdError(
-            f"model family {model_type!r} is unknown; known are {', '.join(known)}; to add one, "
-            "put a JSON file like llama.json into orchestrator/architectures with the fields that "
-            "that directory's __init__.py explains"
-        )
+    if isinstance(model_type, str) and (
+        model_type in architectures() or model_type in CONFIG_MAPPING_NAMES
+    ):
+        return
+    raise LestdError(
+        f"model family {model_type!r} is unknown to Transformers {transformers.__version__}, whose "
+        "models lestd compresses; use a version that has it"
+    )

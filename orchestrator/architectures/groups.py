@@ -16,20 +16,25 @@ from workers.contracts import TensorRef
 COMPRESSIBLE_DTYPES = ("BF16", "F16", "F32")
 """safetensors names of the dtypes that a compressed weight may have."""
 
-Kind = Literal["attention", "ffn", "experts"]
+Kind = Literal["attention", "ffn", "experts", "linear"]
 SCOPES = (*get_args(Kind), "all")
 """Scopes: one kind of block in every layer that has one, or all kinds."""
 
-_BLOCK_NAMES = {
+LINEAR: Kind = "linear"
+"""The kind of a group of one matrix."""
+
+BLOCK_NAMES = {
     "attention": "attention blocks",
     "ffn": "dense feed-forward blocks",
     "experts": "experts",
+    "linear": "matrices that are groups of their own",
 }
 # Where modules read: on the residual stream's side, and where they write into it.
 _READS = {
     "attention": ("in", "heads"),
     "ffn": ("in", "hidden"),
     "experts": ("in_{expert}", "hidden_{expert}"),
+    "linear": ("in", "in"),
 }
 
 
@@ -76,7 +81,7 @@ class Architecture(Description):
         if min(width, count, config.hidden_size) < 1:
             raise LestdError(
                 f"config.json has a hidden size of {config.hidden_size}, and {width} and {count} "
-                f"as width and number of the {_BLOCK_NAMES[scope]}; expected positive numbers; use "
+                f"as width and number of the {BLOCK_NAMES[scope]}; expected positive numbers; use "
                 "the config.json that belongs to the weights"
             )
         modules = tuple(
@@ -108,8 +113,8 @@ class Architecture(Description):
                 )
             module_heads = range(counts[module.projections[0]])
             slices = tuple((p, head) for head in module_heads for p in module.projections)
-            reads = _reads("attention", module.basis_side == "input")
-            modules.append(ModuleLayout(module.name, module.basis_side, slices, reads))
+            read = reads("attention", module.basis_side == "input")
+            modules.append(ModuleLayout(module.name, module.basis_side, slices, read))
         return GroupLayout(config.hidden_size, head_dim, tuple(modules))
 
     def groups(self, config: PretrainedConfig, index: ShardIndex, scope: str) -> list[SliceGroup]:
@@ -136,7 +141,7 @@ class Architecture(Description):
         if not chosen:
             present = sorted({kind for _, kind in blocks})
             raise LestdError(
-                f"scope {scope} asks for {_BLOCK_NAMES[scope]}, and this {self.family} model has "
+                f"scope {scope} asks for {BLOCK_NAMES[scope]}, and this {self.family} model has "
                 f"none; choose {', '.join(present)} or all"
             )
         layouts = {kind: self.layout(config, kind) for _, kind in chosen}
@@ -150,7 +155,7 @@ class Architecture(Description):
             stored_layer = layer_path.removeprefix(prefix)
             stored = _join(stored_layer, stored_path)
             fused = _join(_join(stored_layer, block.path), layout.guard or "")
-            tensors = _find_weights(index, stored, layout, fused)
+            tensors = find_weights(index, stored, layout, fused)
             norm = index.tensors.get(f"{stored_layer}.{block.norm}.weight") if before else None
             group = _join(layer_path, block.path)
             inputs = [m.reads for m in layout.modules if m.basis_side == "input"]
@@ -198,7 +203,8 @@ def _count(config: PretrainedConfig, experts: Experts) -> int:
     return count
 
 
-def _reads(kind: Kind, from_stream: bool) -> str:
+def reads(kind: Kind, from_stream: bool) -> str:
+    """Name of the input of a module that reads the residual stream, or of one that writes it."""
     return _READS[kind][0 if from_stream else 1]
 
 
@@ -208,9 +214,9 @@ def _feed_forward_module(
     """One module of a dense feed-forward block, or of one expert."""
     module = block.modules[position]
     slices = tuple((projection, expert) for projection in module.projections)
-    reads = _reads(kind, module.basis_side == "input").replace("{expert}", str(expert))
+    read = reads(kind, module.basis_side == "input").replace("{expert}", str(expert))
     if not isinstance(block, Experts):
-        return ModuleLayout(module.name, module.basis_side, slices, reads)
+        return ModuleLayout(module.name, module.basis_side, slices, read)
     described = block.modules[position].stored
     stored = StoredWeight(
         described.tensor.replace("{expert}", str(expert)),
@@ -218,14 +224,14 @@ def _feed_forward_module(
         described.part,
         described.transposed,
     )
-    return ModuleLayout(f"expert_{expert}.{module.name}", module.basis_side, slices, reads, stored)
+    return ModuleLayout(f"expert_{expert}.{module.name}", module.basis_side, slices, read, stored)
 
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if name else path
 
 
-def _find_weights(
+def find_weights(
     index: ShardIndex, path: str, layout: GroupLayout, fused: str
 ) -> dict[str, TensorRef]:
     """The weights of one block by their sources, checked; one expert of many is a part of a tensor.

@@ -119,7 +119,7 @@ def audit(
             written. A block that cannot be read is a failure in what is returned.
     """
     keeps = check_keeps(keeps)
-    architecture = find_architecture(source.config)
+    architecture = find_architecture(source.config, source.index)
     groups = architecture.groups(source.config, source.index, config.scope)
     layers = set(config.select_layers(group.layer for group in groups))
     groups = [group for group in groups if group.layer in layers]

@@ -186,7 +186,7 @@ def make_plan(source: Source, config: RunConfig) -> Plan:
         LestdError: unknown architecture; a tensor missing or of a shape that config.json does not
             give; a layer list that names no layer; a budget that no rank fits.
     """
-    architecture = find_architecture(source.config)
+    architecture = find_architecture(source.config, source.index)
     groups = architecture.groups(source.config, source.index, config.scope)
     chosen = set(config.select_layers(group.layer for group in groups))
     groups = [group for group in groups if group.layer in chosen]
