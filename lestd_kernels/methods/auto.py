@@ -69,6 +69,8 @@ def _least(
     require_default("auto", args, "value_bits", "factor_bits")
     found = []
     for method, *bits in CANDIDATES:
+        if len(layout.modules) == 1 and not method.per_matrix:  # A basis that nothing shares.
+            continue
         own = _args_of(args, *bits)
         found.append((method, own, method.least_bytes(layout, value_dtype, own)))
     return found
@@ -154,4 +156,4 @@ def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs)
     return min(least for _, _, least in _least(layout, value_dtype, args))
 
 
-METHOD = Method("auto", prepare, encode, bounds, least_bytes, (LOSS,))
+METHOD = Method("auto", prepare, encode, bounds, least_bytes, (LOSS,), per_matrix=True)

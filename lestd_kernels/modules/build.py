@@ -34,6 +34,9 @@ from lestd_kernels.storage.codecs import UNSTRUCTURED
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Subclasses of nn.Linear in Transformers that compute what it computes.
+_LINEAR_SUBCLASSES = ("FalconLinear",)
+
 
 @dataclass(frozen=True)
 class _Original:
@@ -228,12 +231,17 @@ def find_module(model: PreTrainedModel, path: str) -> nn.Module:
     )
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes ``x W + b`` and nothing else, so that another may stand in."""
+    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ in _LINEAR_SUBCLASSES
+
+
 def _find_linear(block: nn.Module, path: str, name: str) -> _Original:
     try:
         module = block.get_submodule(name)
     except AttributeError:
         module = None
-    if type(module) not in (nn.Linear, Conv1D):
+    if module is None or not is_linear(module):
         raise LestdError(
             f"config.json: quantization_config names {path}.{name}, expected a linear module "
             f"there, found {type(module).__name__}: load the architecture that was compressed."

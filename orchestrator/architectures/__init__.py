@@ -46,11 +46,12 @@ from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from lestd_kernels.errors import LestdError
-from orchestrator.architectures.groups import SCOPES, Architecture, SliceGroup
+from orchestrator.architectures.groups import LINEAR, SCOPES, Architecture, SliceGroup
 from orchestrator.architectures.structure import Structure
 from workers.checkpoint.tensors import ShardIndex
 
 __all__ = [
+    "LINEAR",
     "SCOPES",
     "Architecture",
     "SliceGroup",

@@ -14,9 +14,9 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.pytorch_utils import Conv1D
 
 from lestd_kernels.errors import LestdError
+from lestd_kernels.modules.build import is_linear
 from orchestrator.architectures.recognise import Recognised, Recogniser, is_experts
 from orchestrator.architectures.structure import FoundBlock, LeftDense, Structure
 from workers.checkpoint.tensors import ShardIndex
@@ -112,7 +112,7 @@ def _decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
 
 
 def _has_matrices(layers: nn.ModuleList) -> bool:
-    return any(isinstance(one, nn.Linear | Conv1D) or is_experts(one) for one in layers.modules())
+    return any(is_linear(one) or is_experts(one) for one in layers.modules())
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 _TOKENS = 4
 
@@ -55,7 +56,7 @@ def input_norms(model: Any) -> dict[str, str]:
             own_forwards.append((module, module.__dict__.get("forward")))
             module.forward = lambda hidden_states, *_, **__: hidden_states
     try:
-        with torch.no_grad(), suppress(Exception):
+        with torch.no_grad(), suppress(Exception), _NoData():
             tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
             model(input_ids=tokens, use_cache=False)
     finally:
@@ -65,6 +66,19 @@ def input_norms(model: Any) -> dict[str, str]:
             del module.forward
     plain = {path: _is_proportional(model.get_submodule(path)) for path in set(found.values())}
     return {path: f"{norm}.weight" for path, norm in found.items() if plain[norm]}
+
+
+class _NoData(TorchFunctionMode):
+    """Answers questions about the contents of tensors that have none: nothing holds of them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.__bool__:
+            return False
+        if func in (Tensor.item, Tensor.__int__, Tensor.__index__):
+            return 0
+        return func(*args, **(kwargs or {}))
 
 
 def _is_proportional(norm: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lestd_kernels.modules.build import is_linear
 from lestd_kernels.tensorize import BasisSide
 from orchestrator.architectures.description import Stored
 from orchestrator.architectures.fused import GATE_UP, GATED_QUERIES, QKV
@@ -99,7 +100,7 @@ class Recogniser:
         for path, module in layer.named_modules(prefix=layer_path):
             if is_experts(module):
                 self._try(found, path, self._experts, path, module)
-            elif type(module) in (nn.Linear, Conv1D):
+            elif is_linear(module):
                 parent, _, name = path.rpartition(".")
                 if why := self._why_dense(path, module):
                     found.dense.append((path, why))
@@ -146,7 +147,8 @@ class Recogniser:
             experts = {v for k, v in self._config.to_dict().items() if "expert" in k}
             if min(sizes) < _LEAST_SIDE or sizes[1] in {e for e in experts if type(e) is int}:
                 return f"a router or a small matrix, {sizes[1]} x {sizes[0]}"
-        if _reads_weight(self._model.get_submodule(parent_path), name):
+        slicing = getattr(self._config, "pretraining_tp", 1) or 1
+        if _reads_weight(self._model.get_submodule(parent_path), name, slicing):
             return "the code of the model reads its weight, not only its output"
         return None
 
@@ -408,11 +410,16 @@ def _own_parameters(module: nn.Module) -> str:
     return ", ".join(own)
 
 
-def _reads_weight(parent: nn.Module, name: str) -> bool:
-    """Whether the code of a module reads the weight of its part, but for its dtype and device."""
+def _reads_weight(parent: nn.Module, name: str, slicing: int) -> bool:
+    """Whether the code of a module reads the weight of its part, but for its dtype and device.
+
+    Some families slice weights as in training where `slicing`, their pretraining_tp, is above 1.
+    """
     try:
         source = inspect.getsource(type(parent))
     except (OSError, TypeError):
+        return False
+    if slicing == 1 and "pretraining_tp" in source:
         return False
     return re.search(rf"\.{re.escape(name)}\.weight\b(?!\.(dtype|device))", source) is not None
 

@@ -18,7 +18,7 @@ import torch
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.shared_tucker import FORMAT_VERSION
 from lestd_kernels.methods import CALIBRATED, LOSS, METHODS, NORM, Bounds, MethodArgs
-from orchestrator.architectures import SliceGroup, find_architecture
+from orchestrator.architectures import LINEAR, SliceGroup, find_architecture
 from orchestrator.config.run import RunConfig, scope_keep
 from orchestrator.planning.allocation import better_than_uniform, curve_budgets
 from orchestrator.planning.calibration_costs import (
@@ -188,6 +188,7 @@ def make_plan(source: Source, config: RunConfig) -> Plan:
     """
     architecture = find_architecture(source.config, source.index)
     groups = architecture.groups(source.config, source.index, config.scope)
+    groups = _of_method(groups, config)
     chosen = set(config.select_layers(group.layer for group in groups))
     groups = [group for group in groups if group.layer in chosen]
 
@@ -207,6 +208,24 @@ def make_plan(source: Source, config: RunConfig) -> Plan:
         tasks = tuple(p if p.task.layer in own else _undecided(p) for p in tasks)
     untouched = tuple(ref for name, ref in sorted(refs.items()) if name not in in_scope)
     return Plan(architecture.family, tasks, untouched, model_bytes, config.used_allocation, decided)
+
+
+def _of_method(groups: list[SliceGroup], config: RunConfig) -> list[SliceGroup]:
+    """The groups that the method can store: of one matrix those only that share nothing.
+
+    Raises:
+        LestdError: the method can store none of them.
+    """
+    if METHODS[config.method].per_matrix:
+        return groups
+    shared = [group for group in groups if group.scope != LINEAR]
+    if not shared:
+        able = ", ".join(name for name, method in METHODS.items() if method.per_matrix)
+        raise LestdError(
+            f"scope {config.scope} has matrices that are groups of their own, and method "
+            f"{config.method!r} needs several that share a basis; choose one of {able}"
+        )
+    return shared
 
 
 def _plan_task(

@@ -262,6 +262,7 @@ class Method:
             LestdError as `bounds` does, but for the budget and `max_flops`.
         metrics: the metrics that it knows; the first is the one that it takes without calibration,
             or where that is ``"activation"`` it cannot do without.
+        per_matrix: whether it stores every matrix on its own, and so takes groups of one.
     """
 
     name: str
@@ -270,6 +271,7 @@ class Method:
     bounds: Callable[[GroupLayout, int, torch.dtype, MethodArgs], Bounds]
     least_bytes: Callable[[GroupLayout, torch.dtype, MethodArgs], int]
     metrics: tuple[str, ...] = (WEIGHT,)
+    per_matrix: bool = False
 
     def decompose(
         self,

@@ -274,7 +274,7 @@ def pair_method(
             for module in layout.modules
         )
 
-    return Method(name, prepare, encode, bounds, least_bytes, metrics)
+    return Method(name, prepare, encode, bounds, least_bytes, metrics, per_matrix=True)
 
 
 def _most_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:

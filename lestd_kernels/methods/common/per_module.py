@@ -250,7 +250,7 @@ def module_method(
         require_budget(name, byte_budget, least)
         return Bounds(None, None, None, byte_budget, module_workspace_bytes(layout, args), 0)
 
-    return Method(name, prepare, encode, bounds, least_bytes, metrics)
+    return Method(name, prepare, encode, bounds, least_bytes, metrics, per_matrix=True)
 
 
 def _encode_modules(
