@@ -246,7 +246,8 @@ def _find_linear(block: nn.Module, path: str, name: str) -> _Original:
             f"config.json: quantization_config names {path}.{name}, expected a linear module "
             f"there, found {type(module).__name__}: load the architecture that was compressed."
         )
-    outputs, inputs = module.weight.shape
+    linear: Any = module
+    outputs, inputs = linear.weight.shape
     if isinstance(module, Conv1D):
         inputs, outputs = outputs, inputs
-    return _Original(inputs, outputs, module.bias is not None, module.weight.dtype)
+    return _Original(inputs, outputs, linear.bias is not None, linear.weight.dtype)

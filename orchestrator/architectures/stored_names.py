@@ -59,17 +59,20 @@ class StoredNames:
     """
 
     def __init__(self, model: Any, names: Iterable[str]) -> None:
-        self._model = model
+        self._prefix = model.base_model_prefix
         self._state = dict.fromkeys(model.state_dict(), True)
+        every = get_model_conversion_mapping(model)
+        self._renamings = [one for one in every if isinstance(one, WeightRenaming)]
+        self._joining = [one for one in every if isinstance(one, WeightConverter)]
         by_parameter: dict[str, dict[str, list[str]]] = {}
         converters: dict[str, Any] = {}
-        renamings, joining = self._conversions()
-        known = {pattern: one for one in joining for pattern in one.source_patterns}
-        prefix = model.base_model_prefix
+        known = {pattern: one for one in self._joining for pattern in one.source_patterns}
         for name in sorted(names, key=dot_natural_key):
-            found, pattern = rename_source_key(name, renamings, joining, prefix, self._state)
+            found, pattern = rename_source_key(
+                name, self._renamings, self._joining, self._prefix, self._state
+            )
             if found not in self._state and name in self._state:
-                found, pattern = rename_source_key(name, [], [], prefix, self._state)
+                found, pattern = rename_source_key(name, [], [], self._prefix, self._state)
             by_parameter.setdefault(found, {}).setdefault(pattern or "", []).append(name)
             if pattern is not None:
                 converters[found] = known[pattern]
@@ -81,11 +84,6 @@ class StoredNames:
             else:
                 self._found |= _converted(parameter, tensors, converter)
 
-    def _conversions(self) -> tuple[list[Any], list[Any]]:
-        every = get_model_conversion_mapping(self._model)
-        renamings = [one for one in every if isinstance(one, WeightRenaming)]
-        return renamings, [one for one in every if isinstance(one, WeightConverter)]
-
     def of(self, parameter: str) -> StoredParameter | None:
         """Where a parameter lies; None where the checkpoint lacks it, or joins it in a way that
         is not known here."""
@@ -93,10 +91,9 @@ class StoredNames:
 
     def lands(self, stored: str, module: str) -> bool:
         """Whether a compressed module's tensors, stored below `stored`, reach `module`."""
-        renamings, joining = self._conversions()
-        prefix = f"{self._model.base_model_prefix}."
+        prefix = f"{self._prefix}."
         for end in _ENDS:
-            found, pattern = rename_source_key(f"{stored}.{end}", renamings, joining)
+            found, pattern = rename_source_key(f"{stored}.{end}", self._renamings, self._joining)
             right = found.removeprefix(prefix) == f"{module}.{end}".removeprefix(prefix)
             if pattern is not None or not right:
                 return False

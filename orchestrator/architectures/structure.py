@@ -28,6 +28,7 @@ whatever version of Transformers reads the model. As a JSON file::
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import get_args
 
 from pydantic import Field
 
@@ -129,7 +130,8 @@ class Structure(_Described):
                 f"{', '.join([*present, 'all'])}"
             )
         groups = [group for block in chosen for group in _groups(block, index)]
-        return sorted(groups, key=lambda group: group.layer)
+        kinds = get_args(Kind)
+        return sorted(groups, key=lambda group: (group.layer, kinds.index(group.scope)))
 
 
 def _groups(block: FoundBlock, index: ShardIndex) -> Iterator[SliceGroup]:

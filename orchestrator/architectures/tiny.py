@@ -50,7 +50,9 @@ _SIZES: dict[str, Any] = {
     "zero_expert_num": 2,
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token"), 2),
     **dict.fromkeys(("n_group", "num_expert_group", "topk_group"), 1),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), VOCABULARY),
+    **dict.fromkeys(
+        ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), VOCABULARY
+    ),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), POSITIONS),
     **dict.fromkeys(("model_max_length", "context_length"), POSITIONS),
     **dict.fromkeys(("bos_token_id", "pad_token_id"), 1),

@@ -30,17 +30,31 @@ from workers.storage.files import as_path
 
 @app.command(rich_help_panel="Compress a model")
 @options(Target, *RUN, *METHOD)
-def plan(given: Given, time: Time = False, json: Json = False) -> None:
+def plan(
+    given: Given,
+    time: Time = False,
+    show_architecture: Annotated[
+        bool,
+        output_option(
+            "--show-architecture",
+            help="Print where the model keeps its weights, for --architecture, and stop.",
+        ),
+    ] = False,
+    json: Json = False,
+) -> None:
     """Show what a compression would do: reads headers only, writes nothing."""
     from orchestrator.cli.summary import describe_plan, print_plan
     from orchestrator.config.run import run_options
     from orchestrator.planning.plan import make_plan
     from orchestrator.source.checkpoint import resolve_source
 
-    name, revision, run_config = run_options(given)
-    source = resolve_source(name, revision)
+    chosen, run_config = run_options(given)
+    source = resolve_source(*chosen)
+    if show_architecture:
+        output.out.print(source.architecture.model_dump_json(indent=2), markup=False)
+        return
     planned = make_plan(source, run_config)
-    print_plan(name, describe_plan(planned, source, run_config, time), json)
+    print_plan(chosen.model, describe_plan(planned, source, run_config, time), json)
 
 
 @app.command(rich_help_panel="Compress a model")
@@ -75,18 +89,20 @@ def compress(
     from orchestrator.source.checkpoint import resolve_source
 
     logs.use(log_format)
-    name, revision, run_config = run_options(given)
+    chosen, run_config = run_options(given)
     cluster_config = cluster_options(given)
     if jobs := jobs_address(cluster_config):
-        raise typer.Exit(run_as_job(jobs, "compress", given | {"model": name}, cluster_config))
+        raise typer.Exit(
+            run_as_job(jobs, "compress", given | {"model": chosen.model}, cluster_config)
+        )
     if dry_run:
-        source = resolve_source(name, revision)
+        source = resolve_source(*chosen)
         planned = make_plan(source, run_config)
-        print_plan(name, describe_plan(planned, source, run_config, time), json)
+        print_plan(chosen.model, describe_plan(planned, source, run_config, time), json)
         return
 
     run_dir = run_dir or default_run_dir(out)
-    source = resolve_source(name, revision)
+    source = resolve_source(*chosen)
     planned = make_plan(source, run_config)  # Refuse what is impossible before Ray is started.
     seconds = predicted_seconds(planned, run_config) if time else None
     metrics = RunMetrics(out.name) if cluster_config.executor == "ray" else None

@@ -84,6 +84,8 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
         f"run directory takes at most {output.size(total['run_disk_bytes'])}, the model "
         f"{output.size(total['out_disk_bytes'])} more"
     )
+    for one in planned.get("left_dense", ()):
+        output.out.print(f"stays dense: {one['module']}: {one['why']}", markup=False)
     if (costs := planned.get("calibration")) is not None:
         output.out.print(
             "calibration comes first: a worker needs about "

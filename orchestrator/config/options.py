@@ -36,6 +36,20 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ArchitectureFile:
+    """Where the model keeps its weights."""
+
+    architecture: Annotated[
+        Path | None,
+        WHAT(
+            "JSON file that says where the model keeps its weights, as plan --show-architecture "
+            "prints it.",
+            default="what its family's file says, or its modules show",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """How small; one of the two."""
 
@@ -53,7 +67,12 @@ class Weights:
     """Which weights."""
 
     scope: Annotated[
-        Literal["attention", "ffn", "experts", "all"], WHAT("Weights to compress.", first=True)
+        Literal["attention", "ffn", "experts", "linear", "all"],
+        WHAT(
+            "Weights to compress. linear: matrices that belong to none of the other kinds, each "
+            "on its own.",
+            first=True,
+        ),
     ] = "attention"
     include: Annotated[str | None, WHAT('Only these layers, like "0-3,7".')] = None
     exclude: Annotated[str | None, WHAT("All layers but these.")] = None
@@ -236,7 +255,7 @@ class ClusterFile:
     cluster: Annotated[Path | None, WHERE("cluster.yaml: where to run; options here win.")] = None
 
 
-RUN = (Checkpoint, Weights, ConfigFile, Allocation, CalibrationText)
+RUN = (Checkpoint, ArchitectureFile, Weights, ConfigFile, Allocation, CalibrationText)
 METHOD = (MethodChoice, MethodOptions)
 HOSTS = (Host, Cluster, ClusterFile)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -22,6 +23,7 @@ from orchestrator.config.layers import check_layers, parse_layers
 from orchestrator.config.options import (
     WHAT,
     Allocation,
+    ArchitectureFile,
     CalibrationText,
     Checkpoint,
     Host,
@@ -162,14 +164,22 @@ class RunConfig(
         return frozenset[int]().union(*map(parse_layers, self.layer_keep))
 
 
-class RunFile(RunConfig, Checkpoint, frozen=True):
+class RunFile(RunConfig, ArchitectureFile, Checkpoint, frozen=True):
     """The contents of ``run.yaml``: a RunConfig and the model it is for."""
+
+
+class ModelChoice(NamedTuple):
+    """The model of a run: arguments of `orchestrator.source.checkpoint.resolve_source`."""
+
+    model: str
+    revision: str | None
+    architecture: Path | None
 
 
 def run_options(
     given: Mapping[str, Any], variant: Mapping[str, Any] | None = None
-) -> tuple[str, str | None, RunConfig]:
-    """Model, revision and configuration from a run file and the options; options win.
+) -> tuple[ModelChoice, RunConfig]:
+    """Model and configuration from a run file and the options; options win.
 
     Args:
         given: what was given on the command line, by name; `config` is the file.
@@ -186,8 +196,9 @@ def run_options(
     run_file = validated(RunFile, {**values, **here, **variant}, str(file or "options"), names)
     if run_file.model is None:
         raise LestdError("no model given; name a directory or a Hub id, or set model in --config")
-    plain = run_file.model_dump(exclude={"model", "revision"})
-    return run_file.model, run_file.revision, RunConfig.model_validate(plain)
+    chosen = ModelChoice(run_file.model, run_file.revision, run_file.architecture)
+    plain = run_file.model_dump(exclude=set(ModelChoice._fields))
+    return chosen, RunConfig.model_validate(plain)
 
 
 def scope_keep(config: RunConfig, scope_bytes: int, model_bytes: int) -> float:

@@ -18,7 +18,7 @@ import torch
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.shared_tucker import FORMAT_VERSION
 from lestd_kernels.methods import CALIBRATED, LOSS, METHODS, NORM, Bounds, MethodArgs
-from orchestrator.architectures import LINEAR, SliceGroup, find_architecture
+from orchestrator.architectures import LINEAR, LeftDense, SliceGroup, Structure
 from orchestrator.config.run import RunConfig, scope_keep
 from orchestrator.planning.allocation import better_than_uniform, curve_budgets
 from orchestrator.planning.calibration_costs import (
@@ -65,6 +65,7 @@ class Plan:
         model_bytes: dense bytes of all tensors.
         allocation: how bytes are divided among the tasks.
         decided: whether the budgets are known; those of global allocation are after pass one.
+        left_dense: modules of the layers that no task compresses for a reason of their own.
     """
 
     family: str
@@ -73,6 +74,7 @@ class Plan:
     model_bytes: int
     allocation: str
     decided: bool
+    left_dense: tuple[LeftDense, ...] = ()
 
     @property
     def curve_tasks(self) -> list[CurveTask]:
@@ -170,7 +172,10 @@ class Plan:
             "disk_bytes": self.disk_bytes,
         }
         how = {"allocation": self.allocation, "budgets_decided": self.decided}
-        return {"family": self.family} | how | {"layers": layers, "total": totals}
+        described = {"family": self.family} | how | {"layers": layers, "total": totals}
+        if self.left_dense:
+            described["left_dense"] = [one.model_dump(mode="json") for one in self.left_dense]
+        return described
 
 
 def _budget_range(planned: PlannedTask) -> list[int]:
@@ -186,7 +191,7 @@ def make_plan(source: Source, config: RunConfig) -> Plan:
         LestdError: unknown architecture; a tensor missing or of a shape that config.json does not
             give; a layer list that names no layer; a budget that no rank fits.
     """
-    architecture = find_architecture(source.config, source.index)
+    architecture = source.architecture
     groups = architecture.groups(source.config, source.index, config.scope)
     groups = _of_method(groups, config)
     chosen = set(config.select_layers(group.layer for group in groups))
@@ -207,7 +212,15 @@ def make_plan(source: Source, config: RunConfig) -> Plan:
         own = config.layers_with_own_keep()
         tasks = tuple(p if p.task.layer in own else _undecided(p) for p in tasks)
     untouched = tuple(ref for name, ref in sorted(refs.items()) if name not in in_scope)
-    return Plan(architecture.family, tasks, untouched, model_bytes, config.used_allocation, decided)
+    return Plan(
+        architecture.family,
+        tasks,
+        untouched,
+        model_bytes,
+        config.used_allocation,
+        decided,
+        architecture.dense if isinstance(architecture, Structure) else (),
+    )
 
 
 def _of_method(groups: list[SliceGroup], config: RunConfig) -> list[SliceGroup]:
