@@ -46,7 +46,7 @@ from pathlib import Path
 import transformers
 from pydantic import ValidationError
 from transformers import PretrainedConfig
-from transformers.models.auto import configuration_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lestd_kernels.errors import LestdError
 from orchestrator.architectures.groups import LINEAR, SCOPES, Architecture, SliceGroup
@@ -156,9 +156,7 @@ def check_family(model_type: object) -> None:
         LestdError: the family is unknown.
     """
     # Of a config.json that is no model's it may be of any type, hashable or not.
-    if isinstance(model_type, str) and (
-        model_type in families() or model_type in configuration_auto.CONFIG_MAPPING_NAMES
-    ):
+    if isinstance(model_type, str) and (model_type in families() or model_type in CONFIG_MAPPING):
         return
     raise LestdError(
         f"model family {model_type!r} is unknown to Transformers {transformers.__version__}, whose "

@@ -37,7 +37,7 @@ def infer(config: PretrainedConfig, index: ShardIndex) -> Structure:
             that can be compressed.
     """
     model = build_without_weights(config)
-    path, layers = _decoder_layers(model)
+    path, layers = decoder_layers(model)
     recogniser = Recogniser(model, index)
     found = _Found()
     for number, layer in enumerate(layers):
@@ -87,7 +87,7 @@ def build_without_weights(config: PretrainedConfig) -> Any:
     return model.eval()
 
 
-def _decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
+def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
     """Path and list of the decoder's layers.
 
     Raises:

@@ -194,6 +194,8 @@ def make_plan(source: Source, config: RunConfig) -> Plan:
     architecture = source.architecture
     groups = architecture.groups(source.config, source.index, config.scope)
     groups = _of_method(groups, config)
+    if config.used_metric == NORM:
+        _require_norms(groups)
     chosen = set(config.select_layers(group.layer for group in groups))
     groups = [group for group in groups if group.layer in chosen]
 
@@ -239,6 +241,21 @@ def _of_method(groups: list[SliceGroup], config: RunConfig) -> list[SliceGroup]:
             f"{config.method!r} needs several that share a basis; choose one of {able}"
         )
     return shared
+
+
+def _require_norms(groups: Sequence[SliceGroup]) -> None:
+    """Refuse the metric of the norm where a block's input is not known to be scaled by one.
+
+    Raises:
+        LestdError: names the first such block.
+    """
+    for group in groups:
+        if group.scope != LINEAR and not group.norms:
+            raise LestdError(
+                f"metric {NORM!r} scales the error by the norm before a block, and no norm is "
+                f"known whose weight multiplies the input of {group.block}: it has none, or one "
+                "that acts as 1 + weight; choose another metric"
+            )
 
 
 def _plan_task(
