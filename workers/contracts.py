@@ -65,6 +65,8 @@ class Task:
             ``"weight"``. In the metric ``"norm"`` it is the weight of the preceding norm. In the
             metric ``"loss"`` there are ``<reads>.tokens`` and ``<module>.output`` as well.
         metric_digest: names what they were computed from.
+        dense_prefix: path of the block in the dense checkpoint's tensor names, where a compressed
+            model must have another one there; else empty.
     """
 
     task_id: str
@@ -81,6 +83,7 @@ class Task:
     scope: str = "attention"
     metric_tensors: dict[str, TensorRef] = field(default_factory=dict)
     metric_digest: str = ""
+    dense_prefix: str = ""
 
     @property
     def path(self) -> str:

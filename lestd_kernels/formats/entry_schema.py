@@ -78,7 +78,7 @@ _GROUP: Fields = {
     "modules": _named(1),
     "ranks": _named(0),
 }
-_GROUP_OPTIONS: Fields = {"guard": _WHERE, "stored_path": _WHERE}
+_GROUP_OPTIONS: Fields = dict.fromkeys(("guard", "stored_path", "dense_path"), _WHERE)
 _OF_KIND: Mapping[str, tuple[Fields, Fields]] = {
     SharedTucker.kind: ({"factors": _ANY}, {"core": _ANY}),
     Chain.kind: ({"shared": _named(0)}, {}),

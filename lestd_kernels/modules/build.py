@@ -21,7 +21,7 @@ from lestd_kernels.formats.entry_schema import damaged, module_shape
 from lestd_kernels.formats.ops import op_of
 from lestd_kernels.formats.shared_tucker import SharedTucker
 from lestd_kernels.modules.chain_linear import ChainLinear, PackedMatrix
-from lestd_kernels.modules.experts import ROLES, CompressedExperts
+from lestd_kernels.modules.experts import EXPERT_MODULES, CompressedExperts
 from lestd_kernels.modules.shared_tucker_linear import (
     CompressedLinear,
     CoreSpec,
@@ -112,12 +112,17 @@ def _place_experts(
     if found.is_transposed:
         d, f = f, d
     dtype = found.down_proj.dtype
-    originals = {}
-    for expert in range(count):
-        for role in ROLES:
-            shape = (f, d) if role == "down" else (d, f)
-            originals[f"expert_{expert}.{role}"] = _Original(*shape, bias=False, dtype=dtype)
-    if originals.keys() != entry["modules"].keys():
+    for roles in EXPERT_MODULES:
+        originals = {
+            f"expert_{expert}.{role}": _Original(
+                *((f, d) if role == roles[-1] else (d, f)), bias=False, dtype=dtype
+            )
+            for expert in range(count)
+            for role in roles
+        }
+        if originals.keys() == entry["modules"].keys():
+            break
+    else:
         raise LestdError(
             f"config.json: {path} has {count} experts in the model and other modules in "
             "quantization_config: one of the two was changed after the model was compressed, "

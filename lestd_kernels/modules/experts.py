@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from lestd_kernels.tensorize import GUARD_DTYPE, GUARD_SHAPE
 
-ROLES = ("gate", "up", "down")
+EXPERT_MODULES = (("gate", "up", "down"), ("gating", "up", "down"))
+"""Names of an expert's modules; the second are for families whose routers are called ``gate``, of
+which Transformers takes any ``gate`` in a checkpoint for one."""
 GUARD_NAME = "lestd_guard"
 """The guard's name in memory; on disk it has that of the parameter that it stands for."""
 
@@ -71,7 +73,8 @@ class CompressedExperts(nn.Module):
             ``(N, d)`` in the dtype of `hidden_states`.
         """
         experts: list[Any] = [self.get_submodule(f"expert_{e}") for e in range(self.num_experts)]
-        gates, ups, downs = ([getattr(expert, role) for expert in experts] for role in ROLES)
+        roles = next(names for names in EXPERT_MODULES if hasattr(experts[0], names[0]))
+        gates, ups, downs = ([getattr(expert, role) for expert in experts] for role in roles)
         chosen = top_k_index.reshape(-1)
         order = torch.argsort(chosen, stable=True)
         counts = torch.bincount(chosen, minlength=self.num_experts).tolist()

@@ -51,6 +51,8 @@ class SliceGroup:
         layout: how the weights divide into slices.
         tensors: the layout's `ModuleLayout.source` -> its tensor, in the layout's order; one dtype.
         norms: `ModuleLayout.reads` -> scale of the norm that makes this input, where one does.
+        dense_prefix: path of the block in the checkpoint, where `tensor_prefix` is another that a
+            compressed model must have; else empty.
     """
 
     layer: int
@@ -60,6 +62,7 @@ class SliceGroup:
     layout: GroupLayout
     tensors: dict[str, TensorRef]
     norms: dict[str, TensorRef]
+    dense_prefix: str = ""
 
 
 class Architecture(Description):

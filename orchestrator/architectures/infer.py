@@ -23,6 +23,7 @@ from orchestrator.architectures.structure import FoundBlock, LeftDense, Structur
 from workers.checkpoint.tensors import ShardIndex
 
 _MOST_SHOWN = 300
+_COUNTS = ("num_hidden_layers", "num_layers")
 
 
 def infer(config: PretrainedConfig, index: ShardIndex) -> Structure:
@@ -99,21 +100,25 @@ def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
         inside = any(path.startswith(f"{outer}.") for outer, _ in seen)
         if isinstance(module, nn.ModuleList) and not inside and _has_matrices(module):
             seen.append((path, module))
-    count = getattr(config, "num_hidden_layers", None)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    lists = {id(module) for module in (decoder or model).modules()}
-    fitting = [one for one in seen if len(one[1]) == count and id(one[1]) in lists]
+    counts = {getattr(config, name, None) for name in _COUNTS}
+    fitting = [one for one in seen if len(one[1]) in counts]
+    # Towers of other inputs stand deeper in the model than what they are an input of.
+    depth = min((path.count(".") for path, _ in fitting), default=0)
+    fitting = [one for one in fitting if one[0].count(".") == depth]
     if len(fitting) != 1:
         shown = ", ".join(f"{path} of {len(one)}" for path, one in seen) or "none"
         raise LestdError(
             f"the decoder layers of this {model.config.model_type} model cannot be told: expected "
-            f"one list of {count} layers, as config.json says, found {shown}"
+            f"one list of {getattr(config, 'num_hidden_layers', '?')} layers, as config.json says, found {shown}"
         )
     return fitting[0]
 
 
 def _has_matrices(layers: nn.ModuleList) -> bool:
     return any(is_linear(one) or is_experts(one) for one in layers.modules())
+
+
+_PATHS = ("path", "stored_path", "compressed_path", "norm")
 
 
 @dataclass
@@ -125,7 +130,7 @@ class _Found:
 
     def add(self, number: int, recognised: Recognised) -> None:
         for one in recognised.blocks:
-            paths = {name: getattr(one, name) for name in ("path", "stored_path", "norm")}
+            paths = {name: getattr(one, name) for name in _PATHS}
             any_layer = {k: v and _of_any_layer(v, number) for k, v in paths.items()}
             block = one.model_copy(update=any_layer)
             self.blocks.setdefault(block.model_dump_json(), (block, []))[1].append(number)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lestd_kernels.modules.experts import EXPERT_MODULES
 from lestd_kernels.tensorize import BasisSide
 from orchestrator.architectures.description import Stored
 from orchestrator.architectures.groups import Kind
@@ -97,12 +98,9 @@ class Places:
                 concatenated=stored.part != (0, 1),
             )
         prefix = _common_path(place.tensor for place in places.values())
-        for module in modules:
-            if not self._stored.lands(f"{prefix}.{module.name}", f"{path}.{module.name}"):
-                raise Unfit(
-                    f"Transformers would take {prefix}.{module.name} of a compressed model for "
-                    "something else"
-                )
+        landing = self._landing(path, prefix, [module.name for module in modules])
+        if landing is None:
+            raise Unfit("Transformers would take its compressed tensors for others")
         norms = {self._norms.get(f"{path}.{m.name}") for m in modules if m.basis_side == "input"}
         found = [_below(module, places[module.name], prefix) for module in modules]
         return FoundBlock(
@@ -110,11 +108,21 @@ class Places:
             layers=(0,),
             path=path,
             stored_path=prefix,
+            compressed_path=None if landing == prefix else landing,
             norm=self._stored_norm(norms),
             width=width,
             head_dim=head_dim,
             modules=tuple(found),
         )
+
+    def _landing(self, path: str, prefix: str, names: list[str]) -> str | None:
+        """Where tensors of compressed modules may lie in a checkpoint, to be loaded into them."""
+        for landing in (prefix, path):
+            if landing and all(
+                self._stored.lands(f"{landing}.{name}", f"{path}.{name}") for name in names
+            ):
+                return landing
+        return None
 
     def _stored_norm(self, norms: set[str | None]) -> str | None:
         """The tensor of the norm that all modules read, if they read one."""
@@ -164,21 +172,22 @@ class Places:
             else:
                 raise Unfit(f"{name} is joined of {len(stored.tensors)} kinds of tensors")
         prefix = _common_path(place.tensor for place in places)
-        for role, _ in _ROLES:
-            if not self._stored.lands(f"{prefix}.expert_0.{role}", f"{path}.expert_0.{role}"):
-                raise Unfit(
-                    f"Transformers would take {prefix}.expert_0.{role} of a compressed model for "
-                    "something else"
-                )
+        for names in EXPERT_MODULES:
+            landing = self._landing(path, prefix, [f"expert_0.{name}" for name in names])
+            if landing is not None:
+                break
+        else:
+            raise Unfit("Transformers would take its compressed tensors for others")
         modules = [
-            _below(described(role, side, ((role, 1),)), place, prefix)
-            for (role, side), place in zip(_ROLES, places, strict=True)
+            _below(described(name, side, ((role, 1),)), place, prefix)
+            for name, (role, side), place in zip(names, _ROLES, places, strict=True)
         ]
         return FoundBlock(
             kind="experts",
             layers=(0,),
             path=path,
             stored_path=prefix,
+            compressed_path=None if landing == prefix else landing,
             norm=self._stored_norm({self._norms.get(path)}),
             width=width,
             head_dim=hidden,

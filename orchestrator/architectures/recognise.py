@@ -132,8 +132,8 @@ class Recogniser:
             return "its weight is another's, too"
         sizes = sizes_of(module)
         if min(sizes) < _LEAST_SIDE or (_ROUTER.search(name) and sizes[1] <= min(sizes)):
-            experts = {v for k, v in self._config.to_dict().items() if "expert" in k}
-            if min(sizes) < _LEAST_SIDE or sizes[1] in {e for e in experts if type(e) is int}:
+            experts = _numbers(self._config.to_dict(), "expert")
+            if min(sizes) < _LEAST_SIDE or sizes[1] in experts:
                 return f"a router or a small matrix, {sizes[1]} x {sizes[0]}"
         slicing = int(getattr(self._config, "pretraining_tp", 1) or 1)
         if _reads_weight(self._model.get_submodule(parent_path), name, slicing):
@@ -223,12 +223,7 @@ class Recogniser:
 
     def _check_heads(self, heads: int) -> None:
         """That config.json agrees with the number of heads."""
-        stated: set[Any] = set()
-        for name in {*self._config.to_dict(), *self._config.attribute_map}:
-            value = getattr(self._config, name, None)
-            if "head" in name:
-                stated.update(value if isinstance(value, list) else [value])
-        if heads not in stated:
+        if heads not in _numbers(self._config.to_dict(), "head"):
             raise Unfit(f"its shapes make it {heads} heads, which config.json does not have")
 
     def _feed_forward(self, path: str, leaves: Mapping[str, nn.Module]) -> FoundBlock | None:
@@ -285,6 +280,17 @@ def _reads_weight(parent: nn.Module, name: str, slicing: int) -> bool:
     if slicing == 1 and "pretraining_tp" in source:
         return False
     return re.search(rf"\.{re.escape(name)}\.weight\b(?!\.(dtype|device))", source) is not None
+
+
+def _numbers(config: Any, about: str, counts: bool = False) -> set[int]:
+    """The numbers that a configuration and its parts have under names with `about` in them."""
+    if isinstance(config, dict):
+        found = [_numbers(v, about, counts or about in str(k)) for k, v in config.items()]
+    elif isinstance(config, list):
+        found = [_numbers(one, about, counts) for one in config]
+    else:
+        return {config} if counts and type(config) is int else set()
+    return set().union(*found)
 
 
 @cache

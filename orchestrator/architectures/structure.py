@@ -10,6 +10,7 @@ whatever version of Transformers reads the model. As a JSON file::
         layers         indices of the decoder layers that have such a block
         path           of the block in the loaded model, with ``{layer}``
         stored_path    of the block in the checkpoint
+        compressed_path  of the block in a compressed model's checkpoint, where it must be another
         norm           tensor whose square scales the block's input, or null where none is known
         width          d, columns of the residual stream's side
         head_dim       p, the width of a slice
@@ -63,6 +64,7 @@ class FoundBlock(_Described):
     layers: tuple[int, ...] = Field(min_length=1)
     path: str
     stored_path: str
+    compressed_path: str | None = None
     norm: str | None
     width: int = Field(ge=1)
     head_dim: int = Field(ge=1)
@@ -138,16 +140,18 @@ def _groups(block: FoundBlock, index: ShardIndex) -> Iterator[SliceGroup]:
     layout = block.layout()
     [guard] = [block.guard or ""]
     for layer in block.layers:
-        path, stored, norm = (
+        path, stored, compressed, norm = (
             (one or "").replace("{layer}", str(layer))
-            for one in (block.path, block.stored_path, block.norm)
+            for one in (block.path, block.stored_path, block.compressed_path, block.norm)
         )
         tensors = find_weights(index, stored, layout, f"{path}.{guard}" if guard else "")
         scale = index.tensors.get(norm)
         inputs = [m.reads for m in layout.modules if m.basis_side == "input"]
         norms = {} if scale is None else dict.fromkeys(inputs, scale)
         name = f"{path}.{layout.modules[0].name}" if block.kind == LINEAR else path
-        yield SliceGroup(layer, block.kind, name, stored, layout, tensors, norms)
+        prefix = compressed or stored
+        elsewhere = stored if compressed else ""
+        yield SliceGroup(layer, block.kind, name, prefix, layout, tensors, norms, elsewhere)
 
 
 def _slices(module: FoundModule) -> tuple[tuple[str, int], ...]:

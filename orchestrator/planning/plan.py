@@ -278,6 +278,7 @@ def _plan_task(
         scope=group.scope,
         metric_tensors=group.norms if config.used_metric == NORM else {},
         metric_digest=metric_digest,
+        dense_prefix=group.dense_prefix,
     )
     try:
         return replace(_with_budget(task, int(keep * dense_bytes)), keep=keep)
@@ -421,5 +422,7 @@ def _task_id(task: Task, more: Mapping[str, Any] | None = None) -> str:
         "value_dtype": task.value_dtype,
         "metric_digest": task.metric_digest,
     }
+    if task.dense_prefix:
+        work["dense_prefix"] = task.dense_prefix
     text = json.dumps(work | dict(more or {}), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
