@@ -109,9 +109,13 @@ def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
         shown = ", ".join(f"{path} of {len(one)}" for path, one in seen) or "none"
         raise LestdError(
             f"the decoder layers of this {model.config.model_type} model cannot be told: expected "
-            f"one list of {getattr(config, 'num_hidden_layers', '?')} layers, as config.json says, found {shown}"
+            f"one list of {_or_none(counts)} layers, as config.json says, found {shown}"
         )
     return fitting[0]
+
+
+def _or_none(counts: set[Any]) -> str:
+    return " or ".join(sorted(str(one) for one in counts if one is not None)) or "?"
 
 
 def _has_matrices(layers: nn.ModuleList) -> bool:

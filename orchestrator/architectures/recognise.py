@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -94,6 +94,8 @@ class Recogniser:
                     found.dense.append((path, why))
                 else:
                     parents.setdefault(parent, {})[name] = module
+            else:
+                found.dense += _other_matrices(path, module)
         for parent, leaves in parents.items():
             self._of_parent(found, parent, leaves)
         return found
@@ -257,6 +259,13 @@ class Recogniser:
         inputs, outputs = sizes_of(module)
         one = described(name, "input", ((LINEAR, 1),))
         return self._places.block(LINEAR, path, inputs, outputs, [one], {name: module})
+
+
+def _other_matrices(path: str, module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Matrices that a module has which is neither linear nor experts."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if sum(size > 1 for size in parameter.shape) > 1:
+            yield f"{path}.{name}", f"it is of a {type(module).__name__}, which is no linear module"
 
 
 def _own_parameters(module: nn.Module) -> str:
