@@ -26,6 +26,8 @@ from orchestrator.architectures.tiny import tiny_config
 from workers.checkpoint.tensors import ShardIndex
 from workers.contracts import TensorRef
 
+_MOST_SHOWN = 200
+
 Known = Literal["file", "modules", "refused"]
 
 
@@ -55,16 +57,16 @@ def decoder_families() -> tuple[str, ...]:
 
 
 def coverage(family: str) -> Coverage | None:
-    """What of a family's tiny model can be compressed; None where it has an encoder beside it.
-
-    Raises:
-        Exception: as the family's own code does where the tiny model cannot be built.
-    """
-    config = tiny_config(family)
-    if config.is_encoder_decoder:
-        return None
-    model = build_without_weights(config)
-    index = made_up_index(model)
+    """What of a family's tiny model can be compressed; None where it has an encoder beside it."""
+    try:
+        config = tiny_config(family)
+        if config.is_encoder_decoder:
+            return None
+        model = build_without_weights(config)
+        index = made_up_index(model)
+    except Exception as error:  # The code of each family fails in its own way.
+        reason = " ".join(str(error).split())[:_MOST_SHOWN]
+        return Coverage(family, "refused", 0.0, 0.0, (f"no tiny model of it: {reason}",))
     try:
         found = find_architecture(config, index)
         groups = found.groups(config, index, "all")
@@ -89,8 +91,13 @@ def coverage(family: str) -> Coverage | None:
 
 
 def _reasons(found: Architecture | Structure) -> Iterator[str]:
+    modules: dict[str, list[str]] = {}
     for one in found.dense if isinstance(found, Structure) else ():
-        yield f"{one.module.partition('{layer}.')[2] or one.module}: {one.why}"
+        name = one.module.partition("{layer}.")[2] or one.module
+        if name not in modules.setdefault(one.why, []):
+            modules[one.why].append(name)
+    for why, names in modules.items():
+        yield f"{', '.join(names)}: {why}"
 
 
 def made_up_index(model: Any) -> ShardIndex:

@@ -129,17 +129,17 @@ class Recogniser:
         """Why a linear module is not touched, if it is not."""
         parent_path, _, name = path.rpartition(".")
         if self._times[id(module)] > 1:
-            return "it stands in several layers at once"
+            return "standing in several layers at once"
         if f"{path}.weight" in self._tied:
-            return "its weight is another's, too"
+            return "having its weight in common with another"
         sizes = sizes_of(module)
         if min(sizes) < _LEAST_SIDE or (_ROUTER.search(name) and sizes[1] <= min(sizes)):
             experts = _numbers(self._config.to_dict(), "expert")
             if min(sizes) < _LEAST_SIDE or sizes[1] in experts:
-                return f"a router or a small matrix, {sizes[1]} x {sizes[0]}"
+                return "a router, or a small matrix"
         slicing = int(getattr(self._config, "pretraining_tp", 1) or 1)
         if _reads_weight(self._model.get_submodule(parent_path), name, slicing):
-            return "the code of the model reads its weight, not only its output"
+            return "read by the model's code itself, not only called"
         return None
 
     def _attention(self, path: str, leaves: Mapping[str, nn.Module]) -> FoundBlock | None:
@@ -265,7 +265,7 @@ def _other_matrices(path: str, module: nn.Module) -> Iterator[tuple[str, str]]:
     """Matrices that a module has which is neither linear nor experts."""
     for name, parameter in module.named_parameters(recurse=False):
         if sum(size > 1 for size in parameter.shape) > 1:
-            yield f"{path}.{name}", f"it is of a {type(module).__name__}, which is no linear module"
+            yield f"{path}.{name}", f"of a {type(module).__name__}, which is no linear module"
 
 
 def _own_parameters(module: nn.Module) -> str:

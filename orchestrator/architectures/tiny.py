@@ -82,11 +82,24 @@ _SIZES: dict[str, Any] = {
 # Where a family's sizes depend on one another in a way of its own.
 _HYBRID_TYPES = ["linear_attention", "full_attention"] * 2
 _NO_TIED_HEADS = {"num_key_value_heads": HEADS}
-_NGRAMS = {"heads_per_ngram": 2, "ngram_vocab_size_base": 100, "split_ngram_parts": 2}
+_INDEXER = {
+    **{"indexer_n_heads": HEADS, "indexer_kv_heads": 1, "indexer_head_dim": HEAD_DIM},
+    **{"indexer_budget": 8, "indexer_compress_ratio": 4},
+}
+_ZAMBA = {"attention_hidden_size": 2 * WIDTH, "attention_head_dim": 2 * WIDTH // HEADS}
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _OF_FAMILY: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1, 3]},
-    "dots1": {"max_window_layers": 2},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": _ROPE},
+        "layer_types": ["full_attention"] * LAYERS,
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": KV_HEADS, "rope_theta": 10_000.0, "clip_qkv": None},
+        "ffn_config": {"ffn_hidden_size": HIDDEN, "hidden_size": WIDTH, "moe_num_experts": EXPERTS},
+    },
+    "dots1": {"max_window_layers": 2, "n_shared_experts": 1, "n_routed_experts": EXPERTS},
     "dots3_note": {"text_config": _NO_TIED_HEADS},
     "dots3_note_text": _NO_TIED_HEADS,
     "gemma3n_text": {"num_hidden_layers": 10, "num_kv_shared_layers": 5},
@@ -96,8 +109,11 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "kimi_linear": {"layer_types": _HYBRID_TYPES},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
     "xlstm": {"num_heads": 4},
-    "zamba": {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2},
+    "zamba": _ZAMBA | {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2},
+    "zamba2": _ZAMBA | {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
 }
 

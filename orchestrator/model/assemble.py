@@ -74,8 +74,8 @@ def payload_shard_name(row: dict[str, Any]) -> str:
     block = row["block"].rpartition(".")[2]
     if block.isdigit():  # Modules of the layer itself.
         block = row["scope"]
-    if row["scope"] == "linear":  # Of one layer several may have the same last part.
-        block = row["block"].partition(f".{row['layer']}.")[2]
+    elif row["scope"] != "experts":  # Of one layer several may have the same last part.
+        block = row["block"].partition(f".{row['layer']}.")[2] or block
     name = f"lestd-{row['layer']:05d}-{block}.safetensors"
     if "/" in name or not is_inside(name):
         raise LestdError(
