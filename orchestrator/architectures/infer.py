@@ -102,7 +102,11 @@ def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
             seen.append((path, module))
     counts = {getattr(config, name, None) for name in _COUNTS}
     fitting = [one for one in seen if len(one[1]) in counts]
-    # Towers of other inputs stand deeper in the model than what they are an input of.
+    # Towers of other inputs are no part of the decoder, or stand deeper in the model.
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    parts = {id(one) for one in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+    if any(id(one) in parts for _, one in fitting):
+        fitting = [one for one in fitting if id(one[1]) in parts]
     depth = min((path.count(".") for path, _ in fitting), default=0)
     fitting = [one for one in fitting if one[0].count(".") == depth]
     if len(fitting) != 1:

@@ -96,7 +96,7 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention"] * LAYERS,
     },
     "dbrx": {
-        "attn_config": {"kv_n_heads": KV_HEADS, "rope_theta": 10_000.0, "clip_qkv": None},
+        "attn_config": {"kv_n_heads": KV_HEADS, "rope_theta": 10_000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": HIDDEN, "hidden_size": WIDTH, "moe_num_experts": EXPERTS},
     },
     "dots1": {"max_window_layers": 2, "n_shared_experts": 1, "n_routed_experts": EXPERTS},

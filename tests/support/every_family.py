@@ -118,7 +118,7 @@ def check_heads(model: Any, group: SliceGroup) -> None:
         doubled = heads.before.clone()
         doubled[:, list(own)] *= 2
         found = heads.changed("v", number, lambda piece: 2 * piece)
-        torch.testing.assert_close(found, doubled, msg=lambda text: f"v {number}: {text}")
+        torch.testing.assert_close(found, doubled)
         felt = _felt(heads, "k", number, token)
         assert felt[:token].sum() == 0, f"k {number} acts on earlier tokens"
         assert felt[token:].any(0).nonzero().flatten().tolist() == list(own), f"k {number}"
