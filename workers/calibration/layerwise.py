@@ -25,7 +25,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.core_model_loading import (
+    WeightRenaming,
+    apply_renamings,
+    convert_and_load_state_dict_in_model,
+)
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -75,6 +79,8 @@ class LayerwiseModel:
         self._embedding = self.model.get_input_embeddings()
         self._head = self.model.get_output_embeddings()
         self._conversions: list[Any] = [*get_model_conversion_mapping(self.model)]
+        renamings = [one for one in self._conversions if isinstance(one, WeightRenaming)]
+        self._called = {name: apply_renamings(name, renamings) for name in tensors}
         self._loaded: int | None = None
 
     @property
@@ -133,7 +139,9 @@ class LayerwiseModel:
         """Whether a tensor of the checkpoint belongs to that layer, or to none."""
         prefix = f"{self.model.base_model_prefix}."
         # A checkpoint may leave the base model's prefix out.
-        below = name.removeprefix(prefix).partition(f"{self._path.removeprefix(prefix)}.")
+        below = (
+            self._called[name].removeprefix(prefix).partition(f"{self._path.removeprefix(prefix)}.")
+        )
         return below[0] != "" or below[1] == "" or below[2].startswith(f"{layer}.")
 
     def run(self, given: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Which weight tells of which input, given the loaded layer:
 
     attention   "in": what Q, K and V read           "heads": what O reads
     FFN         "in": what gate and up read          "hidden": what down reads
+    linear      "in": what the matrix reads
     experts     "in_<e>", "hidden_<e>": the same for expert e, of the tokens routed to it. Their
                 weights are stacked in memory: `gate_up_proj` and `down_proj`, ``(E, .., ..)``
 
@@ -56,6 +57,9 @@ def watched_inputs(model: nn.Module, group: str, modules: Mapping[str, str]) -> 
     """
     block = model.get_submodule(group)
     parameters = dict(block.named_parameters(recurse=False))
+    if "weight" in parameters:  # The matrix itself, which is a block of its own.
+        [reads] = modules.values()
+        return [Watched(f"{group}.{reads}", f"{group}.weight", False, False)]
     stacked = {name: reads for name, reads in _STACKED.items() if name in parameters}
     if stacked:
         return [
@@ -140,8 +144,8 @@ class Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         outputs = func(*args, **(kwargs or {}))
-        if func in _PRODUCTS:
-            inputs, factor = args[:2]
+        if func in _PRODUCTS or func is torch.addmm:
+            inputs, factor = args[1:3] if func is torch.addmm else args[:2]
             found = self._takers.get(factor.untyped_storage().data_ptr())
             if found is not None and inputs.numel():
                 weight, take = found
