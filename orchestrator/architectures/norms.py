@@ -33,15 +33,16 @@ def input_norms(model: Any) -> dict[str, str]:
     def remember(path: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                made[id(output)] = path, output  # Kept alive, so that no other has its id.
+                whole = _whole(output)
+                made[id(whole)] = path, whole  # Kept alive, so that no other has its id.
 
         return hook
 
     def look_up(path: str) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
             given = args[0] if args else next(iter(kwargs.values()), None)
-            if id(given) in made:
-                found.setdefault(path, made[id(given)][0])
+            if isinstance(given, Tensor) and id(_whole(given)) in made:
+                found.setdefault(path, made[id(_whole(given))][0])
 
         return hook
 
@@ -66,6 +67,12 @@ def input_norms(model: Any) -> dict[str, str]:
             del module.forward
     plain = {path: _is_proportional(model.get_submodule(path)) for path in set(found.values())}
     return {path: f"{norm}.weight" for path, norm in found.items() if plain[norm]}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor of which this is another view with all of its elements."""
+    base = tensor._base
+    return base if base is not None and base.numel() == tensor.numel() else tensor
 
 
 class _NoData(TorchFunctionMode):

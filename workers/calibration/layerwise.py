@@ -57,7 +57,9 @@ class LayerwiseModel:
         layers: str,
         device: torch.device,
     ) -> None:
-        config = CONFIG_MAPPING[config_json["model_type"]].from_dict(dict(config_json))
+        family: Any = CONFIG_MAPPING[config_json["model_type"]]
+        # As when a file is read: JSON has no infinity.
+        config = family.from_dict(family._decode_special_floats(dict(config_json)))
         # Buffers, such as rotary frequencies, are in no checkpoint and are computed here.
         with quiet_transformers(), init_empty_weights(include_buffers=False):
             self.model: Any = AutoModelForCausalLM.from_config(
@@ -219,6 +221,13 @@ class LayerwiseModel:
         try:
             with suppress(_Answered):
                 self.model.base_model(**inputs, use_cache=False)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # The layers of some families want more of the layers before them than hidden states.
+            raise LestdError(
+                f"{type(self.model).__name__} cannot be computed a layer at a time "
+                f"({type(error).__name__}: {error}); choose a method and a metric that need no "
+                "calibration text"
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()
