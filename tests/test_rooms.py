@@ -16,7 +16,7 @@ FLOORS = {
         {"run", "query"},
         {"model"},
         {"compression", "evaluation", "report"},
-        {"recovery", "experiments", "audit"},
+        {"recovery", "experiments", "audit", "serving", "api"},
         {"cli"},
         {"__main__"},
     ],

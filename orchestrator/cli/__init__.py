@@ -20,6 +20,7 @@ from orchestrator.cli import (  # noqa: F401 - each registers its commands
     manifest,
     models,
     recover,
+    serve,
     sweep,
 )
 from orchestrator.cli.application import app

@@ -19,6 +19,7 @@ from orchestrator.cli.options import (
     Out,
     RunDir,
     Time,
+    given_of,
     options,
     output_option,
 )
@@ -75,14 +76,11 @@ def compress(
     json: Json = False,
 ) -> None:
     """Compress a checkpoint. Run the same command again to continue after a crash."""
-    from orchestrator.cli.summary import describe_plan, predicted_seconds, print_outcome, print_plan
-    from orchestrator.compression.pipeline import compress_model
-    from orchestrator.compression.progress import CompressionProgress
+    from orchestrator import api
+    from orchestrator.cli.summary import describe_plan, print_outcome, print_plan
     from orchestrator.config.cluster import cluster_options
     from orchestrator.config.run import run_options
-    from orchestrator.execution.open import open_executor
     from orchestrator.execution.ray.jobs import jobs_address, run_as_job
-    from orchestrator.execution.ray.metrics import RunMetrics
     from orchestrator.manifest.manifest import default_run_dir
     from orchestrator.planning.plan import make_plan
     from orchestrator.run.directory import RunDirectory
@@ -102,29 +100,15 @@ def compress(
         return
 
     run_dir = run_dir or default_run_dir(out)
-    source = resolve_source(*chosen)
-    planned = make_plan(source, run_config)  # Refuse what is impossible before Ray is started.
-    seconds = predicted_seconds(planned, run_config) if time else None
-    metrics = RunMetrics(out.name) if cluster_config.executor == "ray" else None
     try:
-        with (
-            open_executor(cluster_config) as runner,
-            CompressionProgress(out.name, metrics) as shown,
-        ):
-            outcome = compress_model(
-                source,
-                run_config,
-                runner,
-                out,
-                run_dir,
-                calibration=calibration,
-                fresh=fresh,
-                on_start=shown.on_start,
-                on_event=shown.on_event,
-                on_progress=shown.on_progress,
-                planned_seconds=None if seconds is None else sum(seconds.values()),
-            )
-            shown.ended(outcome)
+        outcome = api.compress(
+            out=out,
+            run_dir=run_dir,
+            calibration=calibration,
+            fresh=fresh,
+            time=time,
+            **given_of(given, Target, *RUN, *METHOD, *HOSTS) | {"model": chosen.model},
+        )
     except KeyboardInterrupt:
         run = RunDirectory(run_dir)
         kept = f"{run.manifest.finished_tasks()} tasks are done and kept in {run_dir}"
@@ -134,7 +118,7 @@ def compress(
             "run the same command again to continue",
         )
         raise typer.Exit(130) from None
-    print_outcome(outcome, out, run_dir, json, seconds)
+    print_outcome(outcome, out, run_dir, json)
     if not outcome.complete:
         raise typer.Exit(1)
 

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from lestd_kernels.errors import LestdError
 from orchestrator.cli.application import app
 from orchestrator.cli.options import (
     Given,
     Json,
     LogFormatOption,
+    given_of,
     options,
     output_option,
     refuse_unused,
 )
-from orchestrator.config.options import HOSTS, Evaluation, Host, chosen
+from orchestrator.config.options import HOSTS, Evaluation
 from orchestrator.console import logs, output
 from orchestrator.console.logs import LogFormat
 from workers.storage.files import as_path
-
-if TYPE_CHECKING:  # It imports lm_eval.
-    from orchestrator.evaluation.lm_eval_tasks import Examination
 
 
 @app.command(rich_help_panel="Judge and compare")
@@ -63,18 +58,10 @@ def evaluate(
 
     Run the same command again to continue what was interrupted.
     """
-    asked, host = chosen(Evaluation, given), chosen(Host, given)
-    if asked.text is None and asked.tasks is None:
-        raise LestdError("there is nothing to evaluate; give --text FILE, --tasks NAMES or both")
     refuse_unused(given)
+    from orchestrator import api
     from orchestrator.config.cluster import cluster_options
-    from orchestrator.evaluation.perplexity_table import (
-        describe_evaluations,
-        evaluate_models,
-        print_evaluations,
-    )
-    from orchestrator.evaluation.records import manifest_of_evaluations, open_models, record
-    from orchestrator.execution.open import open_executor
+    from orchestrator.evaluation.perplexity_table import describe_evaluations, print_evaluations
     from orchestrator.execution.ray.jobs import jobs_address, run_as_job
     from orchestrator.manifest.manifest import default_evaluation_dir
 
@@ -82,21 +69,16 @@ def evaluate(
     cluster_config = cluster_options(given)
     if jobs := jobs_address(cluster_config):
         raise typer.Exit(run_as_job(jobs, "evaluate", given, cluster_config))
-    opened = open_models([model] if against is None else [against, model], asked.window)
     run_dir = run_dir or default_evaluation_dir(model)
-    keep = partial(record, manifest=manifest_of_evaluations(model, run_dir))
-    common: dict[str, Any] = {"dtype": asked.dtype, **asdict(host), "gpus": gpus or 1}
-    examination = None if asked.tasks is None else examine(asked, common)
-    evaluations, judged = [], []  # type: list[Any], list[Any]
     try:
-        with open_executor(cluster_config) as runner:
-            if asked.text is not None:
-                settings = {**common, "max_windows": asked.max_windows}
-                evaluations = evaluate_models(opened, asked.text, runner, run_dir, keep, settings)
-            if examination is not None:
-                from orchestrator.evaluation.lm_eval_table import judge_models
-
-                judged = judge_models(opened, examination, runner, run_dir, keep, log_samples)
+        found = api.evaluate(
+            model,
+            against=against,
+            gpus=gpus or 1,
+            log_samples=log_samples,
+            run_dir=run_dir,
+            **given_of(given, Evaluation, *HOSTS),
+        )
     except KeyboardInterrupt:
         logs.log(
             "message",
@@ -105,32 +87,15 @@ def evaluate(
         )
         raise typer.Exit(130) from None
     shown: dict[str, Any] = {}
-    if evaluations:
-        shown |= describe_evaluations(evaluations)
+    if found.perplexities:
+        shown |= describe_evaluations(found.perplexities)
         if not json:
-            print_evaluations(evaluations)
-    if examination is not None:
+            print_evaluations(found.perplexities)
+    if found.examination is not None:
         from orchestrator.evaluation.lm_eval_table import describe_judgements, print_judgements
 
-        shown["judgements"] = describe_judgements(judged, examination)
+        shown["judgements"] = describe_judgements(found.judgements, found.examination)
         if not json:
             print_judgements(shown["judgements"], run_dir if log_samples else None)
     if json:
         output.print_json(shown)
-
-
-def examine(asked: Evaluation, common: dict[str, Any]) -> Examination:
-    """The tasks that are asked for; `common` are settings that options do not decide alone.
-
-    Raises:
-        LestdError: see `open_examination`.
-    """
-    from orchestrator.evaluation.lm_eval_tasks import JudgeSettings, open_examination
-    from workers.evaluation.lm_eval_tasks import TaskSource
-
-    names = tuple(filter(None, (name.strip() for name in (asked.tasks or "").split(","))))
-    local, included = (
-        None if path is None else str(path.absolute()) for path in (asked.data, asked.include_path)
-    )
-    source = TaskSource(local, included, asked.fewshot, asked.limit)
-    return open_examination(JudgeSettings(names, source, asked.batch_size, **common))

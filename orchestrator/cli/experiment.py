@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lestd_kernels.errors import LestdError
-from orchestrator.cli.evaluate import examine
 from orchestrator.config.options import Evaluation, chosen
 from orchestrator.console import logs
 
@@ -92,7 +91,11 @@ def run_experiment(
         raise typer.Exit(run_as_job(jobs, command, there, cluster))
     source = resolve_source(*model)
     settings = {"dtype": asked.dtype, "device": config.device, "threads": config.threads}
-    examination = None if asked.tasks is None else examine(asked, settings)
+    examination = None
+    if asked.tasks is not None:
+        from orchestrator.evaluation.lm_eval_tasks import examine
+
+        examination = examine(asked, settings)
     judged = asked.text is not None or examination is not None
     if judged or given.get("speed"):
         check_judgeable(source, asked.text, asked.window)

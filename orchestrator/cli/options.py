@@ -112,6 +112,11 @@ def _parameter(one: Described) -> inspect.Parameter:
     )
 
 
+def given_of(given: Mapping[str, Any], *groups: type) -> Any:
+    """What was given of the options of these classes, by name, for a function of `lestd`."""
+    return {one.name: given.get(one.name) for group in groups for one in described(group)}
+
+
 _BELONG = {
     "text": ("window", "max_windows"),
     "tasks": ("data", "include_path", "limit", "fewshot", "batch_size", "log_samples"),

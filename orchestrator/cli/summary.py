@@ -108,29 +108,18 @@ def describe_plan(plan: Plan, source: Source, config: RunConfig, time: bool) -> 
         costs = calibration_costs(source, blocks, config.samples, config.sample_tokens)
         described["calibration"] = asdict(costs)
     if time:
-        seconds = predicted_seconds(plan, config)
+        from orchestrator.planning.timing import predict_seconds  # It imports the methods.
+
+        seconds = predict_seconds(plan, config.device, config.threads)
         for layer in described["layers"]:
             layer["predicted_seconds"] = seconds[layer["block"]]
         described["total"]["predicted_seconds"] = sum(seconds.values())
     return described
 
 
-def predicted_seconds(plan: Plan, config: RunConfig) -> dict[str, float]:
-    """Seconds of each group on this machine, see `predict_seconds` of planning."""
-    import torch
-
-    from orchestrator.planning.timing import predict_seconds
-
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return predict_seconds(plan, device, config.threads)
-
-
-def outcome_figures(
-    outcome: Outcome, out: AnyPath, run_dir: AnyPath, seconds: dict[str, float] | None
-) -> dict[str, Any]:
-    """Figures of a compression, as plain values; `seconds` are the predicted ones, by group."""
+def outcome_figures(outcome: Outcome, out: AnyPath, run_dir: AnyPath) -> dict[str, Any]:
+    """Figures of a compression, as plain values."""
+    seconds = outcome.predicted
     plan, rows = outcome.plan, outcome.rows
     stored = sum(row["stored_bytes"] for row in rows)
     dense = sum(row["dense_bytes"] for row in rows)
@@ -204,10 +193,9 @@ def print_outcome(
     out: AnyPath,
     run_dir: AnyPath,
     json: bool,
-    seconds: dict[str, float] | None = None,
 ) -> None:
     """Print how a compression ended, beside what was predicted."""
-    figures = outcome_figures(outcome, out, run_dir, seconds)
+    figures = outcome_figures(outcome, out, run_dir)
     if json:
         output.print_json(figures)
         return
@@ -266,7 +254,7 @@ def print_outcome(
             ("disk of the run, at most", "run_disk_bytes"),
         )
     ]
-    if seconds is not None:
+    if outcome.predicted is not None:
         before, after = (each["decomposition_seconds"] for each in (predicted, actual))
         kept.append(("decomposing, all workers", f"{before:.1f} s", f"{after:.1f} s"))
     output.print_table("the plan", ("", "predicted", "actual"), kept)

@@ -69,6 +69,7 @@ class Outcome:
         failures: tasks that have no result.
         skipped: tasks that were finished before this call.
         seconds: wall time of this call.
+        predicted: seconds that each block's decomposition was expected to take; None if not asked.
     """
 
     planned: Plan
@@ -78,6 +79,7 @@ class Outcome:
     skipped: int
     curves: tuple[dict[str, Any], ...]
     seconds: float
+    predicted: Mapping[str, float] | None
 
     @property
     def complete(self) -> bool:
@@ -97,7 +99,7 @@ def compress_model(
     on_start: OnStart | None = None,
     on_event: Listener | None = None,
     on_progress: OnProgress | None = None,
-    planned_seconds: float | None = None,
+    predicted: Mapping[str, float] | None = None,
 ) -> Outcome:
     """Compress a checkpoint; continue where an earlier call with the same arguments stopped.
 
@@ -113,7 +115,7 @@ def compress_model(
         on_start: called as a pass begins.
         on_event: told of every start and retry.
         on_progress: called as tasks finish.
-        planned_seconds: what decomposing is expected to take, for the record.
+        predicted: seconds that each block's decomposition is expected to take, for the record.
 
     Returns:
         Outcome: with failures instead of a model, if any task failed.
@@ -153,9 +155,10 @@ def compress_model(
                 rows = manifest.groups().to_pylist()
                 found = _first_rows(manifest.completed_curves(plan.curve_tasks))
                 seconds = time.monotonic() - began
-                return Outcome(plan, plan, tuple(rows), (), len(rows), found, seconds)
+                return Outcome(plan, plan, tuple(rows), (), len(rows), found, seconds, predicted)
         run.begin(source, current, plan)
-        record = RunRecord(source, plan, current, executor, planned_seconds, began)
+        expected = None if predicted is None else sum(predicted.values())
+        record = RunRecord(source, plan, current, executor, expected, began)
         until_the_end.enter_context(on_record(record, run.manifest, require_lock))
         run.manifest.compact_many(require_lock)
 
@@ -231,7 +234,7 @@ def compress_model(
             if len(curves) < len(plan.curve_tasks):
                 seconds = time.monotonic() - began
                 found = _first_rows(curves)
-                return Outcome(plan, plan, (), first.failures, 0, found, seconds)
+                return Outcome(plan, plan, (), first.failures, 0, found, seconds, predicted)
             plans = decide(plan, curves)
         for plan in plans:
             run.write_plan(plan)
@@ -252,7 +255,9 @@ def compress_model(
         run.manifest.compact_many(require_lock)
     seconds = time.monotonic() - began
     found = _first_rows(curves)
-    return Outcome(planned, plan, tuple(rows), encoded.failures, encoded.skipped, found, seconds)
+    return Outcome(
+        planned, plan, tuple(rows), encoded.failures, encoded.skipped, found, seconds, predicted
+    )
 
 
 def _first_rows(curves: Mapping[str, Sequence[dict[str, Any]]]) -> tuple[dict[str, Any], ...]:

@@ -1,14 +1,23 @@
-"""The page docs/options.md, made from the options: ``make reference`` writes it."""
+"""Made from the options by ``make reference``: the page docs/options.md, and
+`orchestrator.config.keywords`, what the functions of `lestd` take by keyword."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.files import option_name
-from orchestrator.config.options import ClusterFile, ConfigFile, Described, Evaluation, described
+from orchestrator.config.options import (
+    ClusterFile,
+    ConfigFile,
+    Described,
+    Evaluation,
+    Host,
+    described,
+)
 from orchestrator.config.run import RunFile
 
 _SOURCES = (
@@ -62,5 +71,47 @@ def _values(one: Described) -> str:
     return " ".join(filter(None, (_WORDS.get(kind, "mapping"), one.option.bounds)))
 
 
+_KEYWORDS_HEAD = '''"""Options as keywords. Made from the options themselves by `make reference`."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, TypedDict
+'''
+
+
+def keywords() -> str:
+    """The Python text of `orchestrator.config.keywords`."""
+    files: dict[str, Any] = {"config": Path | None, "cluster": Path | None}
+    classes = {
+        "RunOptions": (RunFile, ClusterConfig),
+        "EvaluateOptions": (Evaluation, Host, ClusterConfig),
+    }
+    text = _KEYWORDS_HEAD
+    for name, groups in classes.items():
+        kinds = {one.name: one.type for group in groups for one in described(group)} | files
+        for left_out in ("model",) if RunFile in groups else ("config",):
+            del kinds[left_out]
+        lines = (f"    {option}: {_annotation(kind)}\n" for option, kind in kinds.items())
+        text += f'\n\nclass {name}(TypedDict, total=False):\n    """Options of `lestd`."""\n\n'
+        text += "".join(lines)
+    return text
+
+
+def _annotation(kind: Any) -> str:
+    """Source of a type; a path may be text."""
+    if get_origin(kind) is Literal:
+        return f"Literal[{', '.join(json.dumps(choice) for choice in get_args(kind))}]"
+    if get_origin(kind) is dict:
+        return f"dict[{', '.join(map(_annotation, get_args(kind)))}]"
+    if get_origin(kind) is Annotated:
+        return _annotation(get_args(kind)[0])
+    if parts := get_args(kind):
+        return " | ".join(map(_annotation, parts))
+    names = {Path: "str | os.PathLike[str]", NoneType: "None"}
+    return names.get(kind) or str(kind.__name__)
+
+
 if __name__ == "__main__":
     Path("docs/options.md").write_text(page(), encoding="utf-8")
+    Path("orchestrator/config/keywords.py").write_text(keywords(), encoding="utf-8")

@@ -17,6 +17,7 @@ from typing import Any
 import lm_eval
 
 from lestd_kernels.errors import LestdError
+from orchestrator.config.options import Evaluation
 from orchestrator.evaluation.lm_eval_samples import sample_lines
 from orchestrator.evaluation.lm_eval_scores import (
     Judgement,
@@ -301,7 +302,8 @@ def _judge_groups(
             continue
         members = {task.task_name for task in group.get_all_tasks()}
         parts = [judgement for judgement in judgements if judgement.task in members]
-        deciding = {"task": name, "settings": json.dumps([one.evaluation_id for one in parts])}
+        settings = {"evaluations": [one.evaluation_id for one in parts]}
+        deciding = {"task": name, "settings": json.dumps(settings)}
         judgement = Judgement(
             evaluation_id(facts, deciding),
             facts.model,
@@ -319,3 +321,17 @@ def _judge_groups(
             "versions": json.dumps(evaluation_versions(lm_eval=lm_eval.__version__)),
         }
         yield judgement, figure_rows(facts, judgement, deciding | columns)
+
+
+def examine(asked: Evaluation, common: dict[str, Any]) -> Examination:
+    """The tasks that are asked for; `common` are settings that options do not decide alone.
+
+    Raises:
+        LestdError: see `open_examination`.
+    """
+    names = tuple(filter(None, (name.strip() for name in (asked.tasks or "").split(","))))
+    local, included = (
+        None if path is None else str(path.absolute()) for path in (asked.data, asked.include_path)
+    )
+    source = TaskSource(local, included, asked.fewshot, asked.limit)
+    return open_examination(JudgeSettings(names, source, asked.batch_size, **common))

@@ -30,7 +30,7 @@ from orchestrator.source.checkpoint import read_config_json
 from workers.checkpoint.digests import sample_digests
 from workers.checkpoint.tensors import ShardIndex
 from workers.host.devices import software_versions
-from workers.storage.files import file_sha256
+from workers.storage.files import AnyPath, file_sha256
 from workers.storage.names import MANIFEST_DIR
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -127,7 +127,7 @@ def model_columns(facts: ModelFacts) -> dict[str, Any]:
     }
 
 
-def manifest_of_evaluations(model: Path, run_dir: Path) -> Manifest:
+def manifest_of_evaluations(model: Path, run_dir: AnyPath) -> Manifest:
     """Where the evaluations of a model, and of those it is held against, are kept."""
     return Manifest((model if is_compressed(model) else run_dir) / MANIFEST_DIR)
 

@@ -167,7 +167,8 @@ def calibration_costs(
     activations = 48 * hidden
     if back:
         activations = 160 * hidden
-        activations += 4 * 12 * config.num_attention_heads * sample_tokens**2
+        heads = getattr(config, "num_attention_heads", None) or 0
+        activations += 4 * 12 * heads * sample_tokens**2
         activations += 4 * 6 * config.vocab_size * sample_tokens
     return CalibrationCosts(
         memory_bytes=WORKER_BASE_BYTES + weights + 2 * max(inputs, outputs) + activations,

@@ -29,7 +29,7 @@ def predict_seconds(plan: Plan, device: str, threads: int) -> dict[str, float]:
 
     Args:
         plan: what is to be done.
-        device: class of the workers' device.
+        device: class of the workers' device; auto for a GPU where there is one.
         threads: CPU threads of a worker.
 
     Returns:
@@ -38,6 +38,8 @@ def predict_seconds(plan: Plan, device: str, threads: int) -> dict[str, float]:
     Raises:
         LestdError: the device is not here, or a budget is too small for the small groups.
     """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise LestdError(
             "--time measures on this machine, which has no GPU, but the workers use one; "

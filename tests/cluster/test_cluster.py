@@ -9,23 +9,21 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import ray
 from conftest import LAYERS
 from ray.cluster_utils import Cluster
 from support.cli import PATIENCE, Finished, digest_tree, run_lestd
+from support.greedy import Greedy, Job
 from support.kills import KEEP, committed, starts, wait_for_progress
 from support.paths import SUPPORT
 
 from orchestrator.execution.executor import Event, WorkerSpec
 from orchestrator.execution.ray.executor import RayExecutor
 from orchestrator.manifest.manifest import Manifest
-from workers.contracts import Failure
 
 pytestmark = pytest.mark.ray
 
@@ -183,42 +181,6 @@ def test_a_run_begun_on_one_cluster_is_finished_on_another(
     assert f"{len(finished)} of {LAYERS} tasks were finished before" in result.err
     assert finished.items() <= committed(run.run_dir).items()
     assert digest_tree(run.out) == undisturbed
-
-
-@dataclass(frozen=True)
-class Job:
-    task_id: str
-    action: str = "work"
-
-
-@dataclass(frozen=True)
-class Seen:
-    task_id: str
-    node: str
-    beside: int
-
-
-class Greedy:
-    """Works for a while, and sees who else is at work on its GPU."""
-
-    def __init__(self, folder: str) -> None:
-        context = ray.get_runtime_context()
-        self._node = context.get_node_id()
-        self._folder = Path(folder) / f"{self._node}-{ray.get_gpu_ids()}"
-        self._folder.mkdir(exist_ok=True)
-        self._seen = Path(folder) / "seen"
-
-    def run(self, job: Job) -> Seen | Failure:
-        mark = self._folder / job.task_id
-        beside = len(list(self._folder.iterdir()))
-        mark.touch()
-        time.sleep(0.3)
-        mark.unlink()
-        if job.action == "never fits" or (job.action == "fits alone" and not self._seen.exists()):
-            if job.action == "fits alone":
-                self._seen.touch()
-            return Failure(job.task_id, "device_memory", "OutOfMemoryError", "too little memory")
-        return Seen(job.task_id, self._node, beside)
 
 
 @pytest.fixture

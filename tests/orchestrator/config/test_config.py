@@ -12,7 +12,7 @@ from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.files import Strict, load_yaml, validated
 from orchestrator.config.layers import parse_layers
 from orchestrator.config.options import described
-from orchestrator.config.reference import page
+from orchestrator.config.reference import keywords, page
 from orchestrator.config.run import RunConfig, RunFile, run_options, scope_keep
 
 
@@ -83,6 +83,8 @@ def test_every_key_is_described(model: type[Strict]) -> None:
 
 def test_the_page_of_options_is_made_from_them() -> None:
     assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == page(), "make reference"
+    home = ROOT / "orchestrator" / "config" / "keywords.py"
+    assert home.read_text(encoding="utf-8") == keywords(), "make reference"
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path) -> None:

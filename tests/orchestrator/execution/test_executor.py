@@ -244,8 +244,9 @@ def test_what_ray_prints_is_logged_as_json() -> None:
     code = """if True:
         import sys, tempfile
         from orchestrator.console import logs
-        from orchestrator.config.run import ClusterConfig
-        from orchestrator.execution.executor import WorkerSpec, open_executor
+        from orchestrator.config.cluster import ClusterConfig
+        from orchestrator.execution.executor import WorkerSpec
+        from orchestrator.execution.open import open_executor
         from support.squarer import Job, Squarer
         logs.use(logs.LogFormat.json)
         with open_executor(ClusterConfig(address="local", workers=1)) as executor:

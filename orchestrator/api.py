@@ -1,0 +1,273 @@
+"""The commands as functions, in the same words: what `import lestd` offers.
+
+Options are those of docs/options.md, by their keys: ``keep=0.4``, ``executor="serial"``, and
+``config=`` and ``cluster=`` for files. They are checked as those of the command line are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack, get_args
+
+from lestd_kernels.errors import LestdError
+from orchestrator.config.cluster import ClusterConfig, cluster_options
+from orchestrator.config.files import Strict, typed, validated
+from orchestrator.config.keywords import EvaluateOptions, RunOptions
+from orchestrator.config.options import Evaluation, Host, described
+from orchestrator.config.run import RunFile, run_options
+from orchestrator.execution.open import open_executor
+from orchestrator.planning.plan import Plan, make_plan
+from orchestrator.source.checkpoint import resolve_source
+from workers.storage.files import as_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from orchestrator.compression.pipeline import OnProgress, Outcome
+    from orchestrator.evaluation.lm_eval_scores import Judgement
+    from orchestrator.evaluation.lm_eval_tasks import Examination
+    from orchestrator.evaluation.perplexity import Evaluation as Perplexity
+    from orchestrator.execution.executor import Listener
+
+Location = str | os.PathLike[str]
+"""A directory, or a URL of an object store."""
+
+
+class _Asked(Strict, Host, Evaluation, frozen=True):
+    """What `evaluate` is asked for."""
+
+
+def plan(model: Location, **options: Unpack[RunOptions]) -> Plan:
+    """What a compression would do: reads headers only, writes nothing.
+
+    Args:
+        model: directory of a checkpoint, Hub id, or URL.
+        options: of the run, such as ``keep=0.4``.
+
+    Raises:
+        LestdError: an option is unknown or not valid, or the checkpoint cannot be compressed so.
+    """
+    given = _given(options | {"model": model}, RunFile, ClusterConfig, also=("config", "cluster"))
+    chosen, config = run_options(given)
+    return make_plan(resolve_source(*chosen), config)
+
+
+def compress(
+    model: Location,
+    out: Location,
+    *,
+    run_dir: Location | None = None,
+    calibration: Location | None = None,
+    fresh: bool = False,
+    time: bool = False,
+    on_event: Listener | None = None,
+    on_progress: OnProgress | None = None,
+    **options: Unpack[RunOptions],
+) -> Outcome:
+    """Compress a checkpoint; the same call again continues where an earlier one stopped.
+
+    Progress is shown on standard error.
+
+    Args:
+        model: directory of a checkpoint, Hub id, or URL.
+        out: directory or URL of the compressed model, which appears when it is complete.
+        run_dir: where finished work is kept; None for ``OUT.run``, beside OUT.
+        calibration: directory of the calibration, which runs may share; None for one in the run's.
+        fresh: forget what an earlier call left.
+        time: predict the time as well; measures this machine briefly.
+        on_event: told of every start of a task and of every retry.
+        on_progress: called as tasks finish: the result, how many are done, how many are planned.
+        options: of the run and of the cluster, such as ``keep=0.4, executor="serial"``.
+
+    Returns:
+        How it ended; `Outcome.complete` is False where tasks failed, and `Outcome.failures` says
+        why. Finished tasks are kept either way.
+
+    Raises:
+        LestdError: an option is unknown or not valid, or the checkpoint cannot be compressed so.
+    """
+    from orchestrator.compression.pipeline import compress_model
+    from orchestrator.compression.progress import CompressionProgress
+    from orchestrator.execution.ray.metrics import RunMetrics
+    from orchestrator.manifest.manifest import default_run_dir
+    from orchestrator.planning.timing import predict_seconds
+
+    given = _given(options | {"model": model}, RunFile, ClusterConfig, also=("config", "cluster"))
+    chosen, config = run_options(given)
+    cluster = _here(given)
+    source = resolve_source(*chosen)
+    planned = make_plan(source, config)  # Refuse what is impossible before Ray is started.
+    predicted = predict_seconds(planned, config.device, config.threads) if time else None
+    target = as_path(os.fspath(out))
+    metrics = RunMetrics(target.name) if cluster.executor == "ray" else None
+    with open_executor(cluster) as executor, CompressionProgress(target.name, metrics) as shown:
+        outcome = compress_model(
+            source,
+            config,
+            executor,
+            target,
+            default_run_dir(target) if run_dir is None else as_path(os.fspath(run_dir)),
+            calibration=None if calibration is None else as_path(os.fspath(calibration)),
+            fresh=fresh,
+            on_start=shown.on_start,
+            on_event=_each(shown.on_event, on_event),
+            on_progress=_each(shown.on_progress, on_progress),
+            predicted=predicted,
+        )
+        shown.ended(outcome)
+    return outcome
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What `evaluate` found.
+
+    Attributes:
+        perplexities: on the text, one of each model: `against` first, then the model; empty
+            without a text.
+        judgements: of each model in that order, of each task; empty without tasks.
+        examination: the tasks; None without.
+    """
+
+    perplexities: list[Perplexity]
+    judgements: list[list[Judgement]]
+    examination: Examination | None
+
+
+def evaluate(
+    model: Location,
+    *,
+    against: Location | None = None,
+    gpus: int = 1,
+    log_samples: bool = False,
+    run_dir: Location | None = None,
+    **options: Unpack[EvaluateOptions],
+) -> Evaluated:
+    """Measure perplexity over windows of a text, or judge by tasks of lm-eval, or both.
+
+    Finished parts are kept; the same call again continues. Progress is shown on standard error.
+
+    Args:
+        model: directory of a compressed or a dense model.
+        against: a second model, usually the dense one, to compare with.
+        gpus: GPUs of a worker.
+        log_samples: keep what was asked and answered.
+        run_dir: where finished parts are kept; None for ``MODEL.eval``, beside MODEL.
+        options: such as ``text="test.txt", max_windows=100`` or ``tasks="gsm8k"``.
+
+    Raises:
+        LestdError: an option is unknown or not valid, or a model cannot be evaluated.
+    """
+    from orchestrator.evaluation.perplexity_table import evaluate_models
+    from orchestrator.evaluation.records import manifest_of_evaluations, open_models, record
+    from orchestrator.manifest.manifest import default_evaluation_dir
+
+    given = _given(options, _Asked, ClusterConfig, also=("cluster",))
+    asked = validated(_Asked, typed(_Asked, given), "options")
+    if asked.text is None and asked.tasks is None:
+        raise LestdError("there is nothing to evaluate; give --text FILE, --tasks NAMES or both")
+    cluster = _here(given)
+    directories = [Path(one) for one in (against, model) if one is not None]
+    opened = open_models(directories, asked.window)
+    kept = default_evaluation_dir(Path(model)) if run_dir is None else as_path(os.fspath(run_dir))
+    keep = partial(record, manifest=manifest_of_evaluations(Path(model), kept))
+    host = {field.name: getattr(asked, field.name) for field in fields(Host)}
+    common: dict[str, Any] = {"dtype": asked.dtype, **host, "gpus": gpus}
+    examination = None
+    if asked.tasks is not None:
+        from orchestrator.evaluation.lm_eval_tasks import examine
+
+        examination = examine(asked, common)
+    found = Evaluated([], [], examination)
+    with open_executor(cluster) as executor:
+        if asked.text is not None:
+            settings = {**common, "max_windows": asked.max_windows}
+            found.perplexities.extend(
+                evaluate_models(opened, asked.text, executor, kept, keep, settings)
+            )
+        if examination is not None:
+            from orchestrator.evaluation.lm_eval_table import judge_models
+
+            found.judgements.extend(
+                judge_models(opened, examination, executor, kept, keep, log_samples)
+            )
+    return found
+
+
+def load(
+    directory: Location, *, dtype: str = "auto", device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a compressed or a dense model in evaluation mode, and its tokenizer.
+
+    The same as ``AutoModelForCausalLM.from_pretrained`` after ``import lestd``, but that absent and
+    mismatched tensors are refused, and ``"auto"`` is float32 where the CPU only emulates bfloat16.
+
+    Args:
+        directory: where the model lies.
+        dtype: compute dtype: ``"auto"``, ``"bfloat16"``, ``"float16"`` or ``"float32"``.
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        LestdError: a file is missing or damaged, or a tensor has another shape.
+    """
+    from orchestrator.source.tokenizer import load_tokenizer
+    from workers.host.loading import load_model
+
+    tokenizer = load_tokenizer(Path(directory), os.fspath(directory))
+    model: PreTrainedModel = load_model(os.fspath(directory), dtype, device)
+    return model, tokenizer
+
+
+def _each(*listeners: Callable[..., None] | None) -> Callable[..., None]:
+    """Tell several listeners; None is nobody."""
+
+    def tell(*told: Any) -> None:
+        for listener in filter(None, listeners):
+            listener(*told)
+
+    return tell
+
+
+def _given(
+    options: Mapping[str, Any], *groups: type[Strict], also: tuple[str, ...]
+) -> dict[str, Any]:
+    """Options as the command line gives them: None is nothing, paths are paths and text is text.
+
+    Raises:
+        LestdError: one has an unknown name.
+    """
+    kinds = {one.name: one.type for group in groups for one in described(group)}
+    given: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in kinds and name not in also:
+            close = get_close_matches(name, [*kinds, *also], n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "see docs/options.md"
+            raise LestdError(f"there is no option {name!r}; {hint}")
+        if isinstance(value, str | os.PathLike):
+            is_path = name in also or Path in (kinds[name], *get_args(kinds[name]))
+            value = Path(value) if is_path else os.fspath(value)
+        if value is not None:
+            given[name] = value
+    return given
+
+
+def _here(given: Mapping[str, Any]) -> ClusterConfig:
+    """Where to compute; a job runs a command, not a function.
+
+    Raises:
+        LestdError: an option is not valid, or the address is that of a jobs API.
+    """
+    from orchestrator.execution.ray.jobs import jobs_address
+
+    cluster = cluster_options(given)
+    if jobs_address(cluster):
+        raise LestdError(
+            f"address {cluster.address!r} takes jobs; run the command lestd with --address, or "
+            "join the cluster from one of its machines, with HOST:6379"
+        )
+    return cluster

@@ -1,0 +1,1 @@
+"""Models behind HTTP, in the words of OpenAI's API."""
