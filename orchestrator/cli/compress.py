@@ -49,6 +49,8 @@ def plan(
     from orchestrator.planning.plan import make_plan
     from orchestrator.source.checkpoint import resolve_source
 
+    if show_architecture:  # For which it does not matter how small the model shall be.
+        given = given | {"keep": 0.5, "keep_model": None}
     chosen, run_config = run_options(given)
     source = resolve_source(*chosen)
     if show_architecture:

@@ -33,6 +33,13 @@ def _bound(layer: dict[str, Any], name: str, words: str) -> str:
     return "" if layer[name] is None else words.format(layer[name])
 
 
+def _block_name(layer: dict[str, Any]) -> str:
+    """The kind of block; of a matrix that is a group of its own its path below the layer."""
+    if layer["scope"] != "linear":
+        return str(layer["scope"])
+    return str(layer["block"].partition(f".{layer['layer']}.")[2])
+
+
 def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
     """Print what a compression would do: the plan of `Plan.to_dict`."""
     if json:
@@ -42,7 +49,7 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
     rows = [
         [
             str(layer["layer"]),
-            layer["scope"],
+            _block_name(layer),
             str(len(layer["tensors"])),
             output.size(layer["dense_bytes"]),
             f"{layer['keep']:.3f}" if decided or not layer["curve_task_id"] else "",

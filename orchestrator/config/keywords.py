@@ -10,9 +10,10 @@ class RunOptions(TypedDict, total=False):
     """Options of `lestd`."""
 
     revision: str | None
+    architecture: str | os.PathLike[str] | None
     keep: float | None
     keep_model: float | None
-    scope: Literal["attention", "ffn", "experts", "all"]
+    scope: Literal["attention", "ffn", "experts", "linear", "all"]
     include: str | None
     exclude: str | None
     allocation: Literal["uniform", "global"] | None
