@@ -222,18 +222,36 @@ def _place(
 
 
 def find_module(model: PreTrainedModel, path: str) -> nn.Module:
-    """The module at `path`, which may have or lack the base model's prefix."""
+    """The module at `path`, see `module_path`."""
+    return model.get_submodule(module_path(model, path))
+
+
+def module_path(model: PreTrainedModel, path: str) -> str:
+    """Path in this model of the module that another class of it has at `path`.
+
+    It may have or lack the base model's prefix; in a model with other inputs than text the decoder
+    stands deeper.
+
+    Raises:
+        LestdError: there is no such module.
+    """
     prefix = f"{model.base_model_prefix}."
     without = f"{path}.".removeprefix(prefix).removesuffix(".")  # the base model itself: ""
-    for candidate in (path, without, prefix + path):
+    for candidate in (path, without, prefix + path, f"{_decoder_path(model)}.{without}"):
         try:
-            return model.get_submodule(candidate)
+            model.get_submodule(candidate)
         except AttributeError:
             continue
+        return candidate
     raise LestdError(
         f"config.json: quantization_config names the module {path}, which "
         f"{type(model).__name__} does not have: load the architecture that was compressed."
     )
+
+
+def _decoder_path(model: PreTrainedModel) -> str:
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return next((name for name, one in model.named_modules() if one is decoder), "")
 
 
 def is_linear(module: nn.Module) -> bool:

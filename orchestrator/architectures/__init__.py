@@ -142,7 +142,9 @@ def find_architecture(config: PretrainedConfig, index: ShardIndex) -> Architectu
     """
     check_family(config.model_type)
     if config.model_type in families():
-        return load_architecture(config.model_type)
+        known = load_architecture(config.model_type)
+        if not known.stacks_experts(index):
+            return known
     # Transformers' modelling code is large, and families with a file do without.
     from orchestrator.architectures.infer import infer
 

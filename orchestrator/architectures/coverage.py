@@ -14,6 +14,7 @@ from typing import Any, Literal
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
@@ -51,9 +52,9 @@ class Coverage:
 
 
 def decoder_families() -> tuple[str, ...]:
-    """The families with a causal language model that is no encoder's, sorted."""
+    """The families with a model that writes text and is no encoder's, sorted."""
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()
-    return tuple(sorted(causal))
+    return tuple(sorted(causal | MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys()))
 
 
 def coverage(family: str) -> Coverage | None:

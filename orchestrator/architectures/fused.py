@@ -63,5 +63,5 @@ QKV: dict[str, Callable[[int, int, Any], Order]] = {
 GATED_QUERIES = ("qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
 """Families whose q_proj has the gate of each head's output behind its query."""
 
-GATE_UP = ("glm", "glm4", "phi3", "phi4_multimodal", "zamba2")
+GATE_UP = ("glm", "glm4", "glm4v_text", "glm_ocr_text", "phi3", "phi4_multimodal", "zamba2")
 """Families whose fused feed-forward matrix has the gate above the other half."""

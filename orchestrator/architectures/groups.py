@@ -157,14 +157,23 @@ class Architecture(Description):
             stored_path = (block.stored_path if isinstance(block, Experts) else None) or block.path
             stored_layer = layer_path.removeprefix(prefix)
             stored = _join(stored_layer, stored_path)
-            fused = _join(_join(stored_layer, block.path), layout.guard or "")
-            tensors = find_weights(index, stored, layout, fused)
+            tensors = find_weights(index, stored, layout)
             norm = index.tensors.get(f"{stored_layer}.{block.norm}.weight") if before else None
             group = _join(layer_path, block.path)
             inputs = [m.reads for m in layout.modules if m.basis_side == "input"]
             norms = {} if norm is None else dict.fromkeys(inputs, norm)
             groups.append(SliceGroup(layer, kind, group, stored, layout, tensors, norms))
         return groups
+
+    def stacks_experts(self, index: ShardIndex) -> bool:
+        """Whether a checkpoint has the experts of a layer in one tensor, and not as described.
+
+        Transformers saves them so with ``save_original_format=False``.
+        """
+        if self.experts is None or any(one.stored.stacked for one in self.experts.modules):
+            return False
+        end = f".{_join(self.experts.path, self.experts.guard)}"
+        return any(name.endswith(end) for name in index.tensors)
 
     def _block(self, kind: Kind) -> Block:
         block = {"attention": self.attention, "ffn": self.ffn, "experts": self.experts}[kind]
@@ -234,12 +243,8 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if name else path
 
 
-def find_weights(
-    index: ShardIndex, path: str, layout: GroupLayout, fused: str
-) -> dict[str, TensorRef]:
+def find_weights(index: ShardIndex, path: str, layout: GroupLayout) -> dict[str, TensorRef]:
     """The weights of one block by their sources, checked; one expert of many is a part of a tensor.
-
-    `fused` is the name of the tensor that has all experts in memory.
 
     Raises:
         LestdError: see `Architecture.groups`.
@@ -253,7 +258,7 @@ def find_weights(
         name = f"{path}.{module.name}.weight" if stored is None else f"{path}.{stored.tensor}"
         expected: tuple[int, ...] = layout.source_shape(module)
         number = None if stored is None else stored.index
-        ref = _find_weight(index, name, fused)
+        ref = _find_weight(index, name)
         _check_weight(ref, expected if number is None else (experts, *expected))
         tensors[module.source] = ref if number is None else _matrix_of(ref, number)
     _check_same_dtype(list(tensors.values()))
@@ -267,15 +272,7 @@ def _matrix_of(ref: TensorRef, number: int) -> TensorRef:
     return replace(ref, shape=ref.shape[1:], byte_range=(start, start + size))
 
 
-def _find_weight(index: ShardIndex, name: str, fused: str) -> TensorRef:
-    if name not in index.tensors and fused in index.tensors:
-        raise LestdError(
-            f"the checkpoint in {index.location} has the experts of a layer in one tensor "
-            f"({fused}), as Transformers saves them with save_original_format=False, and lestd "
-            f"reads them one by one ({name}); start from the checkpoint that the model was loaded "
-            "from, or give these weights to AutoModelForCausalLM.from_config by load_state_dict, "
-            "and call its save_pretrained"
-        )
+def _find_weight(index: ShardIndex, name: str) -> TensorRef:
     if name not in index.tensors:
         raise LestdError(
             f"tensor {name} is absent from the checkpoint in {index.location}, which its "

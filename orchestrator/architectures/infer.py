@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.modules.build import is_linear
@@ -21,6 +21,7 @@ from orchestrator.architectures.placing import is_experts
 from orchestrator.architectures.recognise import Recognised, Recogniser
 from orchestrator.architectures.structure import FoundBlock, LeftDense, Structure
 from workers.checkpoint.tensors import ShardIndex
+from workers.host.loading import auto_class
 
 _MOST_SHOWN = 300
 _COUNTS = ("num_hidden_layers", "num_layers")
@@ -75,7 +76,7 @@ def build_without_weights(config: PretrainedConfig) -> Any:
         )
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = auto_class(config).from_config(config, trust_remote_code=False)
     except Exception as error:  # The code of each family fails in its own way.
         reason = " ".join(str(error).split())
         if len(reason) > _MOST_SHOWN:

@@ -57,7 +57,7 @@ class Places:
     """
 
     def __init__(self, model: Any, index: ShardIndex) -> None:
-        self._stored = StoredNames(model, index.tensors)
+        self._stored = StoredNames(model, {name: ref.shape for name, ref in index.tensors.items()})
         self._norms = input_norms(model)
 
     def block(
@@ -140,7 +140,8 @@ class Places:
         Raises:
             Unfit: as `block` does, or the experts are of a kind that has no compressed form.
         """
-        if not module.has_gate or module.has_post_expert_norm:
+        plain = getattr(module, "has_gate", False) and not module.has_post_expert_norm
+        if not plain:
             raise Unfit("experts without a gate, or with a norm behind, have no compressed form")
         gate_up = module.gate_up_proj.shape
         count, width, hidden = module.down_proj.shape

@@ -8,8 +8,8 @@ change there is refused and not misread.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -36,12 +36,13 @@ class StoredParameter:
         tensors: of the checkpoint; several for one that is joined of many: for each of its parts
             one tensor for every expert.
         part: ``(k, n)`` where the tensor is that of n parameters, of which this is the k-th.
-        transposed: whether a tensor has the last two axes of the parameter exchanged.
+        transposed: whether a tensor has the last two axes of the parameter exchanged; None while
+            that is left to the shapes.
     """
 
     tensors: tuple[tuple[str, ...], ...]
     part: tuple[int, int] = (0, 1)
-    transposed: bool = False
+    transposed: bool | None = False
 
     @property
     def name(self) -> str | None:
@@ -55,19 +56,19 @@ class StoredNames:
 
     Args:
         model: on any device.
-        names: of the tensors.
+        shapes: of the tensors, by name.
     """
 
-    def __init__(self, model: Any, names: Iterable[str]) -> None:
+    def __init__(self, model: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._prefix = model.base_model_prefix
-        self._state = dict.fromkeys(model.state_dict(), True)
+        self._state = {name: tuple(one.shape) for name, one in model.state_dict().items()}
         every = get_model_conversion_mapping(model)
         self._renamings = [one for one in every if isinstance(one, WeightRenaming)]
         self._joining = [one for one in every if isinstance(one, WeightConverter)]
         by_parameter: dict[str, dict[str, list[str]]] = {}
         converters: dict[str, Any] = {}
         known = {pattern: one for one in self._joining for pattern in one.source_patterns}
-        for name in sorted(names, key=dot_natural_key):
+        for name in sorted(shapes, key=dot_natural_key):
             found, pattern = rename_source_key(
                 name, self._renamings, self._joining, self._prefix, self._state
             )
@@ -83,6 +84,11 @@ class StoredNames:
                 self._found[parameter] = StoredParameter(tuple(map(tuple, tensors.values())))
             else:
                 self._found |= _converted(parameter, tensors, converter)
+        for parameter, stored in self._found.items():
+            # Whether a transposition is due is decided by the shapes, where it may be done before.
+            if stored.transposed is None:
+                same = shapes[stored.tensors[0][0]] == self._state.get(parameter)
+                self._found[parameter] = replace(stored, transposed=not same)
 
     def of(self, parameter: str) -> StoredParameter | None:
         """Where a parameter lies; None where the checkpoint lacks it, or joins it in a way that
@@ -125,6 +131,7 @@ def _converted(
         }
     if kinds == [Transpose] and len(targets) == 1:
         [transpose] = converter.operations
-        if {transpose.dim0, transpose.dim1} in ({1, 2}, {-1, -2}) and not transpose.check_dims:
-            return {parameter: StoredParameter(parts, transposed=True)}
+        if {transpose.dim0, transpose.dim1} in ({1, 2}, {-1, -2}):
+            flipped = None if transpose.check_dims else True
+            return {parameter: StoredParameter(parts, transposed=flipped)}
     return {}

@@ -138,13 +138,12 @@ class Structure(_Described):
 
 def _groups(block: FoundBlock, index: ShardIndex) -> Iterator[SliceGroup]:
     layout = block.layout()
-    [guard] = [block.guard or ""]
     for layer in block.layers:
         path, stored, compressed, norm = (
             (one or "").replace("{layer}", str(layer))
             for one in (block.path, block.stored_path, block.compressed_path, block.norm)
         )
-        tensors = find_weights(index, stored, layout, f"{path}.{guard}" if guard else "")
+        tensors = find_weights(index, stored, layout)
         scale = index.tensors.get(norm)
         inputs = [m.reads for m in layout.modules if m.basis_side == "input"]
         norms = {} if scale is None else dict.fromkeys(inputs, scale)

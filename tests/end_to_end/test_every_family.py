@@ -9,7 +9,6 @@ import torch
 from support.compressing import compress
 from support.every_family import check_heads, save_any
 from support.fresh_logits import logits_and_tokens
-from transformers import AutoModelForCausalLM
 
 from lestd_kernels.errors import LestdError
 from orchestrator.architectures.coverage import coverage, decoder_families
@@ -17,6 +16,12 @@ from orchestrator.config.run import RunConfig
 from orchestrator.model.export import export_dense
 from orchestrator.planning.plan import make_plan
 from orchestrator.source.checkpoint import resolve_source
+from workers.host.loading import load_model
+
+NOT_SEEN = {
+    "bitnet": "a norm stands between heads and output",
+    "cpmant": "it puts a prompt of its own before the tokens",
+}
 
 
 @pytest.mark.slow
@@ -38,7 +43,8 @@ def test_a_compressed_model_computes_as_its_dense_export(family: str, tmp_path: 
         runs.append(("attention", "lestd"))
         source = resolve_source(str(dense))
         group = source.architecture.groups(source.config, source.index, "attention")[0]
-        check_heads(AutoModelForCausalLM.from_pretrained(dense), group)
+        if family not in NOT_SEEN:
+            check_heads(load_model(str(dense), "float32", "cpu"), group)
     models = []
     for scope, method in runs:
         options = ("--scope", scope, "--method", method, "--keep", 0.6)

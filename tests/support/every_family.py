@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout
 from orchestrator.architectures import SliceGroup
 from orchestrator.architectures.tiny import tiny_config
+from workers.host.loading import auto_class
 
 TOKENS = 6
 
@@ -25,7 +26,8 @@ def save_any(family: str, directory: Path, config: PretrainedConfig | None = Non
     those of state space models are not free.
     """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config or tiny_config(family)).eval()
+    config = config or tiny_config(family)
+    model = auto_class(config).from_config(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -23,7 +23,6 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightRenaming,
@@ -37,7 +36,7 @@ from lestd_kernels.errors import LestdError
 from workers.calibration.gradients import logit_gradient
 from workers.checkpoint.tensors import read_tensor
 from workers.contracts import TensorRef
-from workers.host.loading import quiet_transformers
+from workers.host.loading import auto_class, quiet_transformers
 
 
 class LayerwiseModel:
@@ -62,7 +61,7 @@ class LayerwiseModel:
         config = family.from_dict(family._decode_special_floats(dict(config_json)))
         # Buffers, such as rotary frequencies, are in no checkpoint and are computed here.
         with quiet_transformers(), init_empty_weights(include_buffers=False):
-            self.model: Any = AutoModelForCausalLM.from_config(
+            self.model: Any = auto_class(config).from_config(
                 config,
                 trust_remote_code=False,
                 dtype=torch.float32,
