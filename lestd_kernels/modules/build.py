@@ -21,7 +21,13 @@ from lestd_kernels.formats.entry_schema import damaged, module_shape
 from lestd_kernels.formats.ops import op_of
 from lestd_kernels.formats.shared_tucker import SharedTucker
 from lestd_kernels.modules.chain_linear import ChainLinear, PackedMatrix
-from lestd_kernels.modules.experts import EXPERT_MODULES, CompressedExperts
+from lestd_kernels.modules.experts import (
+    EXPERT_MODULES,
+    CompressedExperts,
+    compressed_experts,
+    is_experts,
+    is_transposed,
+)
 from lestd_kernels.modules.shared_tucker_linear import (
     CompressedLinear,
     CoreSpec,
@@ -103,13 +109,13 @@ def _place_experts(
     parent = find_module(model, parent_path)
     found: Any = getattr(parent, name, None)
     guard = getattr(found, entry["guard"], None)
-    if not hasattr(found, "_apply_gate") or not isinstance(guard, nn.Parameter):
+    if not is_experts(found) or not isinstance(guard, nn.Parameter):
         raise LestdError(
             f"config.json: quantization_config names {path}, expected experts there, found "
             f"{type(found).__name__}: load the architecture that was compressed."
         )
     count, d, f = found.down_proj.shape
-    if found.is_transposed:
+    if is_transposed(found):
         d, f = f, d
     dtype = found.down_proj.dtype
     for roles in EXPERT_MODULES:
@@ -128,7 +134,7 @@ def _place_experts(
             "quantization_config: one of the two was changed after the model was compressed, "
             "restore it."
         )
-    experts = CompressedExperts(found, "meta")
+    experts = compressed_experts(found, "meta")
     parent.add_module(name, experts)
     return experts, originals
 

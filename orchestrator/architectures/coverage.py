@@ -69,6 +69,7 @@ def coverage(family: str) -> Coverage | None:
         reason = " ".join(str(error).split())[:_MOST_SHOWN]
         return Coverage(family, "refused", 0.0, 0.0, (f"no tiny model of it: {reason}",))
     try:
+        build_without_weights(model.config)  # What it is saved as may be no model of its own.
         found = find_architecture(config, index)
         groups = found.groups(config, index, "all")
         path, layers = decoder_layers(model)

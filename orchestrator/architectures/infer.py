@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.modules.build import is_linear
-from orchestrator.architectures.placing import is_experts
+from lestd_kernels.modules.experts import is_experts
 from orchestrator.architectures.recognise import Recognised, Recogniser
 from orchestrator.architectures.structure import FoundBlock, LeftDense, Structure
 from workers.checkpoint.tensors import ShardIndex

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lestd_kernels.modules.experts import is_experts
+
 _TOKENS = 4
 
 
@@ -51,9 +53,9 @@ def input_norms(model: Any) -> dict[str, str]:
         weight = getattr(module, "weight", None)
         if "norm" in type(module).__name__.lower() and isinstance(weight, Tensor):
             handles.append(module.register_forward_hook(remember(path)))
-        elif isinstance(weight, Tensor) or hasattr(module, "_apply_gate"):
+        elif isinstance(weight, Tensor) or is_experts(module):
             handles.append(module.register_forward_pre_hook(look_up(path), with_kwargs=True))
-        if hasattr(module, "_apply_gate"):  # What experts compute depends on data.
+        if is_experts(module):  # What experts compute depends on data.
             own_forwards.append((module, module.__dict__.get("forward")))
             module.forward = lambda hidden_states, *_, **__: hidden_states
     try:

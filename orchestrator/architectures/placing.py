@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lestd_kernels.modules.experts import EXPERT_MODULES
+from lestd_kernels.modules.experts import EXPERT_MODULES, is_transposed
 from lestd_kernels.tensorize import BasisSide
 from orchestrator.architectures.description import Stored
 from orchestrator.architectures.groups import Kind
@@ -25,13 +25,6 @@ Sizes = tuple[int, int]
 
 class Unfit(Exception):  # noqa: N818 - no error
     """Why modules are no block; the sentence says it."""
-
-
-def is_experts(module: Any) -> bool:
-    """Whether a module holds all experts of a layer as Transformers stacks them."""
-    return hasattr(module, "_apply_gate") and isinstance(
-        getattr(module, "down_proj", None), nn.Parameter
-    )
 
 
 def sizes_of(module: Any) -> Sizes:
@@ -140,14 +133,15 @@ class Places:
         Raises:
             Unfit: as `block` does, or the experts are of a kind that has no compressed form.
         """
-        plain = getattr(module, "has_gate", False) and not module.has_post_expert_norm
-        if not plain:
+        if not getattr(module, "has_gate", True) or getattr(module, "has_post_expert_norm", False):
             raise Unfit("experts without a gate, or with a norm behind, have no compressed form")
-        gate_up = module.gate_up_proj.shape
+        if not isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
+            raise Unfit("experts whose gate and up are not one tensor have no compressed form")
+        gate_up, flip = module.gate_up_proj.shape, is_transposed(module)
         count, width, hidden = module.down_proj.shape
-        if module.is_transposed:
+        if flip:
             width, hidden = hidden, width
-        expected = (width, 2 * hidden) if module.is_transposed else (2 * hidden, width)
+        expected = (width, 2 * hidden) if flip else (2 * hidden, width)
         if tuple(gate_up) != (count, *expected):
             raise Unfit(f"gate_up_proj is {tuple(gate_up)}, expected {(count, *expected)}")
         places: list[Stored] = []
@@ -155,10 +149,10 @@ class Places:
             stored = self._stored.of(f"{path}.{name}")
             if stored is None or len(stored.tensors) not in (1, parts):
                 raise Unfit(f"it is not known how {name} is stored in the checkpoint")
-            flipped = bool(module.is_transposed) != stored.transposed
+            flipped = flip != stored.transposed
             if len(stored.tensors[0]) == 1 and len(stored.tensors) == 1:
                 [tensor] = stored.tensors[0]
-                interleaved = not module.is_concatenated
+                interleaved = not getattr(module, "is_concatenated", True)
                 places += [
                     Stored(
                         tensor=tensor,
@@ -168,7 +162,7 @@ class Places:
                     )
                     for k in range(parts)
                 ]
-            elif len(stored.tensors) == parts and not module.is_transposed:
+            elif len(stored.tensors) == parts and not flip:
                 places += [Stored(tensor=_of_any_expert(one, count)) for one in stored.tensors]
             else:
                 raise Unfit(f"{name} is joined of {len(stored.tensors)} kinds of tensors")

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lestd_kernels.modules.build import is_linear
+from lestd_kernels.modules.experts import is_experts
 from orchestrator.architectures.fused import GATE_UP, GATED_QUERIES, QKV
 from orchestrator.architectures.groups import LINEAR
 from orchestrator.architectures.placing import (
@@ -21,7 +22,6 @@ from orchestrator.architectures.placing import (
     Sizes,
     Unfit,
     described,
-    is_experts,
     sizes_of,
 )
 from orchestrator.architectures.structure import FoundBlock

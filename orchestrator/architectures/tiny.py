@@ -109,6 +109,8 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "kimi_linear": {"layer_types": _HYBRID_TYPES},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
+    "qwen2_5_vl": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [2, 3, 3]}}},
+    "qwen2_vl": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [2, 3, 3]}}},
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
     "xlstm": {"num_heads": 4},

@@ -12,18 +12,21 @@ from support.compressing import compress
 from support.every_family import save_any
 from support.families import save_tiny
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import orchestrator.architectures
 from orchestrator.architectures import families, find_architecture, load_architecture
+from orchestrator.architectures.tiny import tiny_config
 from orchestrator.model.export import export_dense
 from orchestrator.source.checkpoint import resolve_source
+from workers.checkpoint.tensors import ShardIndex, read_tensor
 
 LAYOUTS = {
     "deepseek_v3": "latent attention, dense and sparse layers, shared experts",
     "gemma3": "a wrapper with other towers, whose tensors have other names",
     "gpt2": "transposed weights",
     "granitemoe": "experts that the checkpoint keeps elsewhere",
+    "llama4_text": "experts that are given every token",
     "phi3": "fused q, k, v and fused gate, up",
     "phimoe": "a router whose name the library looks for everywhere",
     "qwen3_next": "linear attention beside heads with gated queries",
@@ -51,6 +54,27 @@ def check(dense: Path, root: Path) -> None:
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_one_family_of_each_layout(family: str, tmp_path: Path) -> None:
     check(save_any(family, tmp_path / "dense"), tmp_path)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "gemma3"])
+def test_a_model_that_reads_images_loads_with_and_without_them(family: str, tmp_path: Path) -> None:
+    """The checkpoint is the whole model's; the decoder is compressed, the rest copied."""
+    torch.manual_seed(0)
+    whole = AutoModelForImageTextToText.from_config(tiny_config(family))
+    whole.save_pretrained(tmp_path / "dense")
+    out = compress(
+        tmp_path / "dense", tmp_path / "out", "--scope", "all", "--method", "svd", "--keep", 0.6
+    )
+    dense, small = (ShardIndex.from_directory(one).tensors for one in (tmp_path / "dense", out))
+    towers = [name for name in dense if "visual" in name or "vision" in name]
+    assert towers
+    for name in towers:
+        assert torch.equal(read_tensor(dense[name]), read_tensor(small[name]))
+    loaded = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32).eval()
+    ids = torch.randint(3, 90, (2, 17), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = loaded(input_ids=ids).logits
+    torch.testing.assert_close(found, logits_of(out))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
