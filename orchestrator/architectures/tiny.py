@@ -109,8 +109,6 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "kimi_linear": {"layer_types": _HYBRID_TYPES},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
-    "qwen2_5_vl": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [2, 3, 3]}}},
-    "qwen2_vl": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [2, 3, 3]}}},
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
     "xlstm": {"num_heads": 4},
@@ -145,6 +143,9 @@ def _sizes(default: PretrainedConfig, more: Mapping[str, Any]) -> dict[str, Any]
         small["head_dim"] = small["qk_rope_head_dim"]
     if "kv_lora_rank" in small and "num_key_value_heads" in small:  # One for each query.
         small["num_key_value_heads"] = HEADS
+    rope = getattr(default, "rope_parameters", None)
+    if isinstance(rope, dict) and "mrope_section" in rope:  # Halves of a head's channels.
+        small["rope_parameters"] = rope | {"mrope_section": [2, 3, 3]}
     for name in default.sub_configs:
         part = getattr(default, name, None)
         if isinstance(part, PretrainedConfig):

@@ -25,6 +25,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.evaluation.pieces import EvaluationDirectory, run_pieces
 from orchestrator.execution.executor import Executor, Listener, WorkerSpec
 from orchestrator.planning.calibration_costs import WORKER_BASE_BYTES
+from orchestrator.planning.plan import named_groups
 from orchestrator.source.checkpoint import Source
 from workers.audit import AuditResult, AuditTask, AuditWorker, memory_bytes, reference_bytes
 from workers.checkpoint.digests import sample_digests
@@ -121,7 +122,7 @@ def audit(
     keeps = check_keeps(keeps)
     architecture = source.architecture
     groups = architecture.groups(source.config, source.index, config.scope)
-    groups = [group for group in groups if group.scope != LINEAR]
+    groups = [one for one in named_groups(groups, config) if one.scope != LINEAR]
     if not groups:
         raise LestdError(
             "an audit is of blocks, whose matrices may share a basis, and scope "

@@ -16,6 +16,8 @@ class RunOptions(TypedDict, total=False):
     scope: Literal["attention", "ffn", "experts", "linear", "all"]
     include: str | None
     exclude: str | None
+    targets: str | None
+    ignore: str | None
     allocation: Literal["uniform", "global"] | None
     method: str
     metric: Literal["weight", "norm", "activation", "loss"] | None

@@ -76,6 +76,11 @@ class Weights:
     ] = "attention"
     include: Annotated[str | None, WHAT('Only these layers, like "0-3,7".')] = None
     exclude: Annotated[str | None, WHAT("All layers but these.")] = None
+    targets: Annotated[
+        str | None,
+        WHAT("Only blocks whose path, or that of a matrix of theirs, matches this expression."),
+    ] = None
+    ignore: Annotated[str | None, WHAT("All blocks but those that match this one.")] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ Both refuse keys that they do not know.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -58,6 +59,15 @@ class RunConfig(
     @classmethod
     def _list_of_layers(cls, value: str | None) -> str | None:
         return value if value is None else check_layers(value)
+
+    @field_validator("targets", "ignore")
+    @classmethod
+    def _regular_expression(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"expected a regular expression, found {value!r} ({error})") from error
+        return value
 
     @field_validator("method")
     @classmethod
@@ -153,6 +163,22 @@ class RunConfig(
         if not chosen:
             raise LestdError("include and exclude leave no layer to compress; widen them")
         return sorted(chosen)
+
+    def names(self, block: str, modules: Iterable[str]) -> bool:
+        """Whether `targets` and `ignore` leave a block in scope.
+
+        Args:
+            block: its path in the model.
+            modules: paths of its matrices.
+        """
+        paths = [block, *modules]
+
+        def matches(pattern: str) -> bool:
+            return any(re.search(pattern, path) for path in paths)
+
+        if self.targets is not None and not matches(self.targets):
+            return False
+        return self.ignore is None or not matches(self.ignore)
 
     def keep_of(self, layer: int, keep: float) -> float:
         """The keep of one layer: its own from `layer_keep`, or `keep`."""

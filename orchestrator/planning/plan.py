@@ -193,7 +193,7 @@ def make_plan(source: Source, config: RunConfig) -> Plan:
     """
     architecture = source.architecture
     groups = architecture.groups(source.config, source.index, config.scope)
-    groups = _of_method(groups, config)
+    groups = _of_method(named_groups(groups, config), config)
     if config.used_metric == NORM:
         _require_norms(groups)
     chosen = set(config.select_layers(group.layer for group in groups))
@@ -223,6 +223,30 @@ def make_plan(source: Source, config: RunConfig) -> Plan:
         decided,
         architecture.dense if isinstance(architecture, Structure) else (),
     )
+
+
+def named_groups(groups: list[SliceGroup], config: RunConfig) -> list[SliceGroup]:
+    """The groups that `targets` and `ignore` leave in scope.
+
+    Args:
+        groups: of a model.
+        config: the run's.
+
+    Raises:
+        LestdError: there is none; says what there was.
+    """
+    found = [
+        group
+        for group in groups
+        if config.names(group.block, (f"{group.block}.{m.name}" for m in group.layout.modules))
+    ]
+    if not found:
+        seen = ", ".join(dict.fromkeys(group.block for group in groups[:3]))
+        raise LestdError(
+            f"targets {config.targets!r} and ignore {config.ignore!r} leave nothing of scope "
+            f"{config.scope} to compress, whose blocks are called {seen} and so on; correct them"
+        )
+    return found
 
 
 def _of_method(groups: list[SliceGroup], config: RunConfig) -> list[SliceGroup]:

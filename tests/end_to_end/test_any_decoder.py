@@ -138,6 +138,21 @@ def test_a_matrix_of_its_own_needs_a_method_that_shares_nothing(tmp_path: Path) 
     assert scopes == {"lestd": {"ffn", "experts"}, "svd": {"ffn", "experts", "linear"}}
 
 
+def test_targets_and_ignore_choose_blocks_by_their_paths(tmp_path: Path) -> None:
+    dense = save_any("deepseek_v3", tmp_path / "dense")
+    command = ("plan", dense, "--keep", 0.5, "--scope", "all", "--method", "svd")
+    plan = lestd(*command, "--targets", "_proj$", "--ignore", r"shared|experts|layers\.0", "--json")
+    blocks = {layer["block"] for layer in json.loads(plan.out)["layers"]}
+    assert "model.layers.1.self_attn.kv_b_proj" in blocks
+    assert not [one for one in blocks if "mlp" in one or "layers.0" in one]
+    refused = lestd(*command, "--targets", "nothing")
+    assert refused.code == 2
+    assert "leave nothing of scope all to compress, whose blocks are called model." in refused.err
+    refused = lestd(*command, "--targets", "(")
+    assert refused.code == 2
+    assert "expected a regular expression, found '('" in refused.err
+
+
 @pytest.mark.parametrize("family", ["gemma2", "olmo2"])
 def test_the_metric_of_a_norm_that_does_not_scale_the_input(family: str, tmp_path: Path) -> None:
     """Gemma's norms act as 1 + w, and OLMo 2 has none before a block."""
