@@ -36,7 +36,8 @@ _DEALT = ("Llama4TextExperts",)
 
 def is_experts(module: Any) -> bool:
     """Whether a module holds all experts of a layer, stacked, as a `CompressedExperts` can."""
-    known = hasattr(module, "_apply_gate") or type(module).__name__ in _DEALT
+    usual = hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
+    known = usual or type(module).__name__ in _DEALT
     return known and isinstance(getattr(module, "down_proj", None), nn.Parameter)
 
 
