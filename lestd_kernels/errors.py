@@ -16,6 +16,6 @@ class OutOfSpaceError(LestdError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message that says something; its type's name without one."""
+    """The first line of an exception's message that is not empty; else the name of its type."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)

@@ -21,7 +21,7 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 
 @dataclass(frozen=True)
 class Option:
-    """Description of an option for people, and bounds beyond its type: ``Annotated[T, Option]``.
+    """Description of an option for readers, and bounds beyond its type: ``Annotated[T, Option]``.
 
     Attributes:
         panel: heading that it stands under.
@@ -83,9 +83,9 @@ class MethodOptions:
             default="16; rtn and gptq: the most that fit",
         ),
     ] = 16
-    factor_bits: Annotated[Literal[16, 8, 4], HOW("Bits of an element of a factor.")] = 16
+    factor_bits: Annotated[Literal[16, 8, 4], HOW("Bits per element of a factor.")] = 16
     keep_outliers: Annotated[
-        float, HOW("Share of the weights, the outliers, that is kept exactly.", ge=0, lt=1)
+        float, HOW("Share of the weights, the outliers, to keep exactly.", ge=0, lt=1)
     ] = 0.0
     type_mode: Annotated[
         Literal["identity", "learned"],
@@ -93,11 +93,11 @@ class MethodOptions:
     ] = "identity"
     pattern: Annotated[
         Literal["unstructured", "2:4"],
-        HOW("2:4: of each four core elements two, for sparse tensor cores."),
+        HOW("2:4: two of every four core elements, for sparse tensor cores."),
     ] = "unstructured"
     max_flops: Annotated[
         float | None,
-        HOW("Multiply-adds per token relative to dense, at most.", default="no cap", gt=0),
+        HOW("Upper limit of multiply-adds per token, relative to dense.", default="no cap", gt=0),
     ] = None
     td_moe_mode: Annotated[
         Literal["preserve", "compress"],
@@ -109,7 +109,7 @@ class MethodOptions:
     ] = "input"
     stage2: Annotated[
         Literal["one-shot", "prune-refit"],
-        HOW("How the core is thinned out. Both agree to rounding.", file_only=True),
+        HOW("How the core is sparsified. Both agree up to rounding.", file_only=True),
     ] = "one-shot"
     alpha: Annotated[
         float,
@@ -127,4 +127,4 @@ class MethodOptions:
         float,
         HOW("HOOI stops when the fit changes by less than this, relatively.", gt=0, file_only=True),
     ] = 1e-6
-    hooi_max_iter: Annotated[int, HOW("HOOI sweeps at most.", ge=1, file_only=True)] = 25
+    hooi_max_iter: Annotated[int, HOW("Maximum number of HOOI sweeps.", ge=1, file_only=True)] = 25

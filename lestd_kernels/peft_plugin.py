@@ -70,7 +70,7 @@ class CompressedLoraLinear(Linear):
             super().resolve_lora_variant(config=config, **kwargs)
         except ValueError as error:
             raise LestdError(
-                "a compressed projection has no dense weight, which the asked variant of LoRA "
+                "a compressed projection has no dense weight, which the requested variant of LoRA "
                 f"needs ({error}): use plain LoRA there."
             ) from error
 
@@ -89,7 +89,7 @@ class CompressedLoraLinear(Linear):
 
 @functools.cache
 def register() -> None:
-    """Let every `LoraConfig` made from now on know compressed projections.
+    """Let every `LoraConfig` made from now on support compressed projections.
 
     peft takes custom layers from the configuration that an adapter is made with
     (``LoraConfig._register_custom_module``) and does not write them to the adapter's files. Each

@@ -28,7 +28,7 @@ GUARD_SHAPE, GUARD_DTYPE = (0,), torch.uint8
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """Where a weight lies in the dense checkpoint that has no matrix ``<module>.weight`` there.
+    """Location of a weight in a dense checkpoint that has no matrix ``<module>.weight`` there.
 
     Attributes:
         tensor: name of its tensor below the block.

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, WeightTransform, apply_renamings
+from transformers.core_model_loading import WeightRenaming, WeightTransform, rename_source_key
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -110,30 +110,36 @@ class LestdQuantizer(HfQuantizer):
         **kwargs: Any,
     ) -> None:
         build_groups(model, self.quantization_config.groups)
+        prefix = f"{model.base_model_prefix}."
+        self._guarded = {
+            entry["path"]: module_path(model, entry["path"]).removeprefix(prefix)
+            for entry in self.quantization_config.groups
+            if "guard" in entry
+        }
         if checkpoint_files is not None:
             _check_headers(model, self.quantization_config.groups, checkpoint_files)
             _expect_adapter(Path(checkpoint_files[0]).parent)
 
     def update_weight_conversions(
-        self, weight_conversions: list[WeightTransform], model: PreTrainedModel
+        self, weight_conversions: list[WeightTransform], *model: PreTrainedModel
     ) -> list[WeightTransform]:
         """Transformers' conversions, and that of a guard's name, on disk and in memory.
 
         In memory it has another name than the parameter that it guards, since a conversion of
         layers whose experts are dense would take it for one of theirs when the model is saved.
+        Transformers before 5.20 does not name the model.
         """
-        prefix = f"{model.base_model_prefix}."
         guards: dict[str, list[str]] = {}
         for entry in self.quantization_config.groups:
             if "guard" in entry:
-                path = re.escape(module_path(model, entry["path"]).removeprefix(prefix))
+                path = re.escape(self._guarded[entry["path"]])
                 guards.setdefault(entry["guard"], []).append(path)
         renamings = [
             # Transformers' form: the group stands in the target, and is \\1 in the source.
             WeightRenaming(rf"\1\.{guard}", rf"({'|'.join(paths)})\.{GUARD_NAME}")
             for guard, paths in guards.items()
         ]
-        updated = super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-untyped-call]
+        updated = super().update_weight_conversions(weight_conversions, *model)  # type: ignore[no-untyped-call]
         return [*updated, *renamings]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -165,7 +171,7 @@ class LestdQuantizer(HfQuantizer):
 
 
 def register() -> None:
-    """Make the plug-in known to Transformers; a second call changes nothing."""
+    """Register the plug-in with Transformers; a second call changes nothing."""
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(QUANT_METHOD)(LestdConfig)
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
@@ -188,7 +194,8 @@ def _check_headers(
             for name in shard.keys():  # noqa: SIM118
                 stored = shard.get_slice(name)
                 known = file, stored.get_shape(), stored.get_dtype()
-                present[apply_renamings(name, renamings).removeprefix(prefix)] = known
+                renamed, _ = rename_source_key(name, renamings, [])
+                present[renamed.removeprefix(prefix)] = known
     wanted = {
         f"{path}.{name}": (tensor.shape, tensor.dtype)
         for path, module in model.named_modules()
@@ -214,7 +221,7 @@ def _check_headers(
 
 
 def _expect_adapter(directory: Path) -> None:
-    """Have peft know compressed projections where an adapter will be loaded with the model.
+    """Have peft support compressed projections where an adapter will be loaded with the model.
 
     Raises:
         LestdError: peft is not there; Transformers would leave the adapter out, and say nothing.
@@ -223,7 +230,7 @@ def _expect_adapter(directory: Path) -> None:
         return
     if find_spec("peft") is None:
         raise LestdError(
-            f"{directory} has an adapter beside the model, and peft, which loads it, is not "
+            f"{directory} has an adapter beside the model, but peft, which loads it, is not "
             'installed: pip install "lestd[recover]".'
         )
     from lestd_kernels import peft_plugin  # slow to import, and an extra

@@ -20,7 +20,7 @@ def main() -> None:
         if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
             raise
         sys.stderr.write(
-            f"error: the system gives this process no more memory or threads ({error!r}); end "
+            f"error: the system refuses this process more memory or threads ({error!r}); end "
             "others, or raise its limits (ulimit -a, or those of its container), then run the same "
             "command again\n"
         )

@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, get_args
 
+from upath import UPath
+
 from lestd_kernels.errors import LestdError
 from orchestrator.config.cluster import ClusterConfig, cluster_options
 from orchestrator.config.files import Strict, typed, validated
@@ -23,13 +25,13 @@ from orchestrator.config.run import RunFile, run_options
 from orchestrator.execution.open import open_executor
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.source.checkpoint import resolve_source
-from workers.storage.files import as_path
+from workers.storage.files import AnyPath, as_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from orchestrator.compression.pipeline import OnProgress, Outcome
-    from orchestrator.evaluation.lm_eval_scores import Judgement
+    from orchestrator.evaluation.lm_eval_scores import TaskScores
     from orchestrator.evaluation.lm_eval_tasks import Examination
     from orchestrator.evaluation.perplexity import Evaluation as Perplexity
     from orchestrator.execution.executor import Listener
@@ -59,10 +61,10 @@ def plan(model: Location, **options: Unpack[RunOptions]) -> Plan:
 
 def compress(
     model: Location,
-    out: Location,
+    out: Location | UPath,
     *,
-    run_dir: Location | None = None,
-    calibration: Location | None = None,
+    run_dir: Location | UPath | None = None,
+    calibration: Location | UPath | None = None,
     fresh: bool = False,
     time: bool = False,
     on_event: Listener | None = None,
@@ -103,7 +105,7 @@ def compress(
     source = resolve_source(*chosen)
     planned = make_plan(source, config)  # Refuse what is impossible before Ray is started.
     predicted = predict_seconds(planned, config.device, config.threads) if time else None
-    target = as_path(os.fspath(out))
+    target = _place(out)
     metrics = RunMetrics(target.name) if cluster.executor == "ray" else None
     with open_executor(cluster) as executor, CompressionProgress(target.name, metrics) as shown:
         outcome = compress_model(
@@ -111,8 +113,8 @@ def compress(
             config,
             executor,
             target,
-            default_run_dir(target) if run_dir is None else as_path(os.fspath(run_dir)),
-            calibration=None if calibration is None else as_path(os.fspath(calibration)),
+            default_run_dir(target) if run_dir is None else _place(run_dir),
+            calibration=None if calibration is None else _place(calibration),
             fresh=fresh,
             on_start=shown.on_start,
             on_event=_each(shown.on_event, on_event),
@@ -130,12 +132,12 @@ class Evaluated:
     Attributes:
         perplexities: on the text, one of each model: `against` first, then the model; empty
             without a text.
-        judgements: of each model in that order, of each task; empty without tasks.
+        scores: of each model in that order, of each task; empty without tasks.
         examination: the tasks; None without.
     """
 
     perplexities: list[Perplexity]
-    judgements: list[list[Judgement]]
+    scores: list[list[TaskScores]]
     examination: Examination | None
 
 
@@ -145,10 +147,10 @@ def evaluate(
     against: Location | None = None,
     gpus: int = 1,
     log_samples: bool = False,
-    run_dir: Location | None = None,
+    run_dir: Location | UPath | None = None,
     **options: Unpack[EvaluateOptions],
 ) -> Evaluated:
-    """Measure perplexity over windows of a text, or judge by tasks of lm-eval, or both.
+    """Measure perplexity over windows of a text, or scores in tasks of lm-eval, or both.
 
     Finished parts are kept; the same call again continues. Progress is shown on standard error.
 
@@ -174,7 +176,7 @@ def evaluate(
     cluster = _here(given)
     directories = [Path(one) for one in (against, model) if one is not None]
     opened = open_models(directories, asked.window)
-    kept = default_evaluation_dir(Path(model)) if run_dir is None else as_path(os.fspath(run_dir))
+    kept = default_evaluation_dir(Path(model)) if run_dir is None else _place(run_dir)
     keep = partial(record, manifest=manifest_of_evaluations(Path(model), kept))
     host = {field.name: getattr(asked, field.name) for field in fields(Host)}
     common: dict[str, Any] = {"dtype": asked.dtype, **host, "gpus": gpus}
@@ -191,10 +193,10 @@ def evaluate(
                 evaluate_models(opened, asked.text, executor, kept, keep, settings)
             )
         if examination is not None:
-            from orchestrator.evaluation.lm_eval_table import judge_models
+            from orchestrator.evaluation.lm_eval_table import evaluate_tasks
 
-            found.judgements.extend(
-                judge_models(opened, examination, executor, kept, keep, log_samples)
+            found.scores.extend(
+                evaluate_tasks(opened, examination, executor, kept, keep, log_samples)
             )
     return found
 
@@ -221,6 +223,11 @@ def load(
     tokenizer = load_tokenizer(Path(directory), os.fspath(directory))
     model: PreTrainedModel = load_model(os.fspath(directory), dtype, device)
     return model, tokenizer
+
+
+def _place(where: Location | UPath) -> AnyPath:
+    """A directory or a URL as a path."""
+    return as_path(os.fspath(where)) if isinstance(where, str | os.PathLike) else where
 
 
 def _each(*listeners: Callable[..., None] | None) -> Callable[..., None]:

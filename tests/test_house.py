@@ -15,6 +15,7 @@ FILES = [path.relative_to(ROOT) for package in HOUSE for path in (ROOT / package
 # Extras, each in files of its own that only those who need it import.
 EXTRAS = {
     Path("lestd_kernels/peft_plugin.py"): {"peft"},
+    Path("lestd_kernels/vllm_plugin.py"): {"vllm"},
     Path("workers/evaluation/lm_eval.py"): {"lm_eval", "numpy"},
     Path("workers/evaluation/lm_eval_tasks.py"): {"datasets", "lm_eval", "numpy", "tqdm"},
 }
@@ -31,7 +32,14 @@ ALLOWED = {
         "workers",
         "lestd_kernels",
     },
-    "lestd_kernels": {"torch", "transformers", "safetensors", "triton", "lestd_kernels"},
+    "lestd_kernels": {
+        "torch",
+        "transformers",
+        "safetensors",
+        "tensorly",
+        "triton",
+        "lestd_kernels",
+    },
 }
 
 

@@ -28,13 +28,14 @@ FLOORS = {
         {"audit", "bench", "recover"},
     ],
     "lestd_kernels": [
-        {"errors", "tensorize", "options"},
+        {"errors", "tensorize", "options", "with_tensorly"},
         {"storage"},
         {"linalg", "formats", "backends"},
         {"search", "modules"},
         {"methods", "peft_plugin"},
         {"audit", "transformers_plugin"},
         {"registration"},
+        {"vllm_plugin"},
     ],
 }
 

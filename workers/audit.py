@@ -41,7 +41,12 @@ from lestd_kernels.tensorize import GroupLayout, unfold_weights
 from workers.checkpoint.checks import check_finite
 from workers.checkpoint.tensors import read_header, read_tensor, write_safetensors
 from workers.contracts import Failure, TensorRef
-from workers.host.devices import peak_memory_bytes, reset_peak_memory, return_freed_memory
+from workers.host.devices import (
+    peak_memory_bytes,
+    require_exact_products,
+    reset_peak_memory,
+    return_freed_memory,
+)
 from workers.host.failures import failure_of
 from workers.storage.files import as_path, atomic_write, is_file, not_shared
 
@@ -168,7 +173,7 @@ class AuditWorker:
     def __init__(self, device: str = "cpu", threads: int = 1) -> None:
         torch.set_num_threads(threads)
         return_freed_memory()
-        torch.backends.cuda.matmul.allow_tf32 = False
+        require_exact_products()
         self._device = torch.device(device)
         self._name = f"{socket.gethostname()}:{os.getpid()}"
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # They import torch, which readers of a manifest need not wai
 
 @dataclass(frozen=True)
 class TensorRef:
-    """Where one tensor lies, as its shard's header says.
+    """Location of one tensor, from its shard's header.
 
     Attributes:
         name: name of the tensor in the checkpoint.
@@ -311,8 +311,8 @@ class EvalResult:
 
 
 @dataclass(frozen=True)
-class JudgeRequest:
-    """Some documents of a task of lm-eval, to be judged by one worker.
+class LmEvalRequest:
+    """Some documents of a task of lm-eval, to be evaluated by one worker.
 
     Attributes:
         task_id: names the piece in failure reports.
@@ -336,7 +336,7 @@ class JudgeRequest:
 
 
 @dataclass(frozen=True)
-class JudgeResult:
+class LmEvalResult:
     """Scores of a piece's documents; plain values that JSON can hold.
 
     Attributes:

@@ -35,7 +35,7 @@ from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.chain import Chain
 from lestd_kernels.formats.entries import with_stored_path
 from lestd_kernels.formats.kinds import Decomposition
-from lestd_kernels.methods import LOSS, METHODS, NORM, Decomposed, MethodArgs
+from lestd_kernels.methods import LOSS, METHODS, NORM, Decomposed, Group, MethodArgs
 from lestd_kernels.methods.common.base import STATISTICS, add_seconds
 from lestd_kernels.methods.common.stopwatch import Stopwatch
 from lestd_kernels.tensorize import unfold_weights
@@ -53,6 +53,7 @@ from workers.contracts import (
 from workers.host.devices import (
     device_name,
     peak_memory_bytes,
+    require_exact_products,
     reset_peak_memory,
     return_freed_memory,
     software_versions,
@@ -96,7 +97,7 @@ class _Line:
                 station.release()
 
     def last(self) -> threading.Lock:
-        """The last station, for who looks in there before the end."""
+        """The last station, for a task that needs it before the end."""
         return self._stations[-1]
 
 
@@ -122,8 +123,8 @@ class DecomposeWorker:
     def __init__(self, payload_dir: str, device: str = "cpu", threads: int = 1) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise LestdError(
-                f"device cuda asked for, but this worker on {socket.gethostname()} sees no GPU; "
-                "use --device cpu, or run where PyTorch sees one"
+                f"device cuda was requested, but this worker on {socket.gethostname()} sees no "
+                "GPU; use --device cpu, or run where PyTorch sees one"
             )
         self._payload_dir = as_path(payload_dir)
         if isinstance(self._payload_dir, Path) and not self._payload_dir.is_dir():
@@ -134,8 +135,7 @@ class DecomposeWorker:
         self._computing = ThreadPoolExecutor(
             1, initializer=torch.set_num_threads, initargs=(threads,)
         )
-        # TF32 keeps 10 bits of mantissa: too few for factors that are to be orthonormal.
-        torch.backends.cuda.matmul.allow_tf32 = False
+        require_exact_products()
         self._device = torch.device(device)
         self._name = f"{socket.gethostname()}:{os.getpid()}"
 
@@ -312,13 +312,16 @@ class DecomposeWorker:
                 weights.clear()
                 unfolding = unfold_weights(on_device, task.layout)
                 del on_device
-            prepared = METHODS[task.method].prepare(
+            group = Group(
                 unfolding,
                 task.layout,
                 getattr(torch, task.value_dtype),
                 MethodArgs(**task.method_args),
                 {name: metric.to(self._device) for name, metric in metrics.items()},
             )
+            del unfolding
+            prepared = METHODS[task.method].prepare(group)
+            del group
         clock.seconds.update(add_seconds(clock.seconds, prepared.seconds))
         return prepared
 

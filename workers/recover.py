@@ -40,7 +40,7 @@ from workers.checkpoint.tensors import ShardIndex, read_header, read_tensor, wri
 from workers.host.loading import load_model
 from workers.storage.files import atomic_write, file_sha256
 from workers.storage.names import is_inside
-from workers.storage.regular import parse_json, read_regular
+from workers.storage.untrusted_files import parse_json, read_regular
 
 LORA, FACTORS = "lora", "factors"
 STATE_FILE = "state.json"

@@ -42,7 +42,7 @@ _loading = threading.Lock()
 
 
 def _library_path() -> Path:
-    """Where the compiled kernel lies: one place for each source, PyTorch and architecture.
+    """Path of the compiled kernel: one for each source, PyTorch and architecture.
 
     It has every path of the architecture, whatever CPU compiles it: others may share the cache.
     """

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lestd_kernels.backends import bitmask, triton_bitmask
 from lestd_kernels.backends.base import Backend, is_plain
-from lestd_kernels.backends.kept import Kept
+from lestd_kernels.backends.cache import Kept
 from lestd_kernels.storage.matrix import EncodedCore
 
 

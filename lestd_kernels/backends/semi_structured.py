@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lestd_kernels.backends.base import Backend, is_plain
-from lestd_kernels.backends.kept import Kept
+from lestd_kernels.backends.cache import Kept
 from lestd_kernels.errors import LestdError
 from lestd_kernels.storage.codecs import TWO_OF_FOUR
 from lestd_kernels.storage.matrix import EncodedCore
@@ -51,7 +51,7 @@ def runs(x: Tensor, core: EncodedCore) -> bool:
 
 
 def padded_weight(core: EncodedCore, transposed: bool) -> Tensor:
-    """What `torch.nn.functional.linear` multiplies by: M.T, or with `transposed` M, zero-padded.
+    """The operand of `torch.nn.functional.linear`: M.T, or with `transposed` M, zero-padded.
 
     Returns:
         ``(out, in)``, both multiples of what the hardware's format wants, groups of four along
@@ -67,8 +67,8 @@ def padded_weight(core: EncodedCore, transposed: bool) -> Tensor:
     fullest = int(weight.view(-1, 4).count_nonzero(dim=1).max())
     if fullest > 2:
         raise LestdError(
-            f"a core ({core.rows} x {core.columns}) is said to have the pattern 2:4, but four of "
-            f"its elements in a row hold {fullest} non-zeros, expected at most 2: the model is "
+            f"a core ({core.rows} x {core.columns}) is marked as having the pattern 2:4, but four "
+            f"of its elements in a row hold {fullest} non-zeros, expected at most 2: the model is "
             "damaged, copy it again from where it was made"
         )
     return weight

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.backends.base import Backend, is_plain, token_count
-from lestd_kernels.backends.kept import Kept
+from lestd_kernels.backends.cache import Kept
 from lestd_kernels.errors import LestdError
 from lestd_kernels.storage.matrix import EncodedCore
 

@@ -52,11 +52,11 @@ class ModuleChain:
 
     def weight(self, in_features: int, shared: Mapping[str, EncodedCore]) -> Tensor:
         """W-hat, ``(in, out)``, float32."""
-        dense = [self._dense(op, shared) for op in self.ops]
+        dense = [self.dense(op, shared) for op in self.ops]
         W = product_of(self.ops, dense, in_features)
         return W if self.side is None else W + self.side.decode().float()
 
-    def _dense(self, op: Op, shared: Mapping[str, EncodedCore]) -> Tensor:
+    def dense(self, op: Op, shared: Mapping[str, EncodedCore]) -> Tensor:
         """Matrix that an op multiplies by, dense, float32; none for a permutation."""
         if isinstance(op, Permute):
             return torch.empty(0, device=self.own[0].device)
@@ -75,7 +75,7 @@ class Chain:
         layout: the group.
         shared: matrices that several modules use, by name.
         modules: module name -> its chain; every module of the layout.
-        ranks: named ranks of the group, for people; ``R1``, ``R2`` and ``R3`` have columns in the
+        ranks: named ranks of the group, to show; ``R1``, ``R2`` and ``R3`` have columns in the
             manifest.
         value_dtype: of values and scales.
     """

@@ -70,19 +70,19 @@ def product_of(ops: Sequence[Op], dense: Sequence[Tensor], in_features: int) -> 
         dense: what each multiplies by, float32; anything for a permutation.
         in_features: elements of x.
     """
-    if _scales(ops[0], dense[0], in_features) and len(ops) > 1:
+    if scales_inputs(ops[0], dense[0], in_features) and len(ops) > 1:
         return dense[0] * product_of(ops[1:], dense[1:], in_features)
-    cores = _train_cores(ops, dense, in_features)
+    cores = train_cores(ops, dense, in_features)
     return _rows_of(ops, dense, in_features) if cores is None else train_product(cores)
 
 
-def _scales(op: Op, matrix: Tensor, in_features: int) -> bool:
+def scales_inputs(op: Op, matrix: Tensor, in_features: int) -> bool:
     """Whether an op multiplies each input by a number of its own."""
     apart = isinstance(op, Multiply) and op.distinct and op.blocks == in_features
     return apart and matrix.shape == (in_features, 1)
 
 
-def _train_cores(
+def train_cores(
     ops: Sequence[Op], dense: Sequence[Tensor], in_features: int
 ) -> list[tuple[int, Tensor]] | None:
     """Modes and cores of a tensor train, see methods.tt; None for ops of another form."""

@@ -75,7 +75,7 @@ def spectrum(W: Tensor, roots: Roots, metric: Metric | None = None) -> Spectrum:
 
 
 def _error_steps(W: Tensor, root: Root, U: Tensor, metric: Metric) -> Tensor:
-    """What each further rank takes off the error in a metric, ``(k,)`` float64, on CPU.
+    """Reduction of the error in a metric by each further rank, ``(k,)`` float64, on CPU.
 
     Rank r leaves ``D = P_r Y_r`` with the columns of ``P = S_A^-T U`` and the rows of
     ``Y = U^T S_A^T W`` from r on, whose error is the sum of the elements from (r, r) on of

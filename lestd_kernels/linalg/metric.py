@@ -48,7 +48,7 @@ class Metric(NamedTuple):
 
     @property
     def transposed(self) -> Metric:
-        """That of the transposed module."""
+        """The metric of the transposed module."""
         return Metric(self.output, self.input)
 
     def apply(self, X: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class Metric(NamedTuple):
 
 
 def mean_diagonal(grams: Sequence[Tensor]) -> float:
-    """What grams are divided by: the mean of the diagonals of those that are not zero; or 1."""
+    """Divisor of Gram matrices: the mean of the diagonals of those that are not zero; or 1."""
     means = [float(diagonal_of(gram).double().mean()) for gram in grams]
     found = [mean for mean in means if mean > 0]
     return sum(found) / len(found) if found else 1.0

@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lestd_kernels.with_tensorly import project_modes
+
 _SUM_ELEMENTS = 1 << 16
 _GRAM_BLOCKS = 8
 # Beyond, an eigenproblem in float64 takes longer than everything else together. In float32 the
@@ -197,8 +199,10 @@ def hooi(W: Tensor, bases: Bases, ranks: Ranks, tol: float, max_iter: int) -> St
     # Exact with one mode truncated; with more the first sweep tells.
     squared_energy = min([squared_norm, *kept])
     if len(kept) > 1 and max_iter == 0:
-        core = project_rows(_reduce_columns(_reduce_types(W, factors.U3), factors.U2), factors.U1)
-        squared_energy = squared_sum(core)
+        every = ((0, factors.U1), (1, factors.U3), (3, factors.U2))
+        # A square orthogonal factor changes no norm.
+        truncated = {mode: U for mode, U in every if len(U) > U.shape[1]}
+        squared_energy = squared_sum(project_modes(W, [*truncated.values()], [*truncated]))
     while len(kept) > 1 and iterations < max_iter:
         factors, squared_energy = _sweep(W, factors)
         iterations += 1

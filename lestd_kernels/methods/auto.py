@@ -8,11 +8,10 @@ candidate expects there, or has with what it stored.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lestd_kernels.linalg.stage1 import Ranks
 from lestd_kernels.methods import gptq, lestd, sparsegpt, svd_llm
@@ -21,9 +20,9 @@ from lestd_kernels.methods.common.base import (
     Bounds,
     Chosen,
     Decomposed,
+    Group,
     Method,
     MethodArgs,
-    Metrics,
     add_seconds,
     require_budget,
     require_default,
@@ -43,18 +42,6 @@ CANDIDATES: tuple[tuple[Method, int, int], ...] = (
 
 # The others know what another budget costs only by storing the group for it.
 _FORESEEING = (lestd.METHOD, svd_llm.METHOD)
-
-
-@dataclass
-class PreparedAuto:
-    """A group, which every candidate prepares for itself: one at a time is in memory."""
-
-    unfolding: Tensor
-    layout: GroupLayout
-    value_dtype: torch.dtype
-    args: MethodArgs
-    metrics: Metrics
-    seconds: dict[str, float]
 
 
 def _args_of(args: MethodArgs, value_bits: Any, factor_bits: Any) -> MethodArgs:
@@ -77,7 +64,7 @@ def _least(
 
 
 def encode(
-    prepared: PreparedAuto,
+    prepared: Group,
     byte_budget: int,
     curve_budgets: Sequence[int] = (),
     *,
@@ -124,17 +111,6 @@ def encode(
     )
 
 
-def prepare(
-    unfolding: Tensor,
-    layout: GroupLayout,
-    value_dtype: torch.dtype,
-    args: MethodArgs,
-    metrics: Metrics,
-) -> PreparedAuto:
-    """Keep the group; see `Method.prepare`."""
-    return PreparedAuto(unfolding, layout, value_dtype, args, metrics, {})
-
-
 def bounds(
     layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
 ) -> Bounds:
@@ -156,4 +132,5 @@ def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs)
     return min(least for _, _, least in _least(layout, value_dtype, args))
 
 
-METHOD = Method("auto", prepare, encode, bounds, least_bytes, (LOSS,), per_matrix=True)
+# Every candidate prepares the group for itself: one at a time is in memory.
+METHOD = Method("auto", lambda group: group, encode, bounds, least_bytes, (LOSS,), per_matrix=True)

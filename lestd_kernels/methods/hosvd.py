@@ -9,24 +9,26 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from lestd_kernels.methods import tucker
-from lestd_kernels.methods.common.base import MethodArgs, Metrics
+from lestd_kernels.methods.common.base import Bounds, Group, MethodArgs
 from lestd_kernels.methods.common.shared_basis import Prepared
 from lestd_kernels.tensorize import GroupLayout
 
 
-def prepare(
-    unfolding: Tensor,
-    layout: GroupLayout,
-    value_dtype: torch.dtype,
-    args: MethodArgs,
-    metrics: Metrics,
-) -> Prepared:
+def prepare(group: Group) -> Prepared:
     """See `Method.prepare`."""
-    args = replace(args, hooi_max_iter=0)
-    return tucker.METHOD.prepare(unfolding, layout, value_dtype, args, metrics)  # type: ignore[no-any-return]
+    args = replace(group.args, hooi_max_iter=0)
+    return tucker.METHOD.prepare(replace(group, args=args))  # type: ignore[no-any-return]
 
 
-METHOD = replace(tucker.METHOD, name="hosvd", prepare=prepare)
+def bounds(
+    layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
+) -> Bounds:
+    """See `Method.bounds`."""
+    found = tucker.METHOD.bounds(layout, byte_budget, value_dtype, args)
+    # The copies of a product along one mode.
+    return replace(found, workspace_bytes=found.workspace_bytes + 8 * layout.elements)
+
+
+METHOD = replace(tucker.METHOD, name="hosvd", prepare=prepare, bounds=bounds)

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-from torch import Tensor
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.linalg.stage1 import Ranks
@@ -24,9 +23,9 @@ from lestd_kernels.methods import lestd_in_metric
 from lestd_kernels.methods.common.base import (
     Bounds,
     Decomposed,
+    Group,
     Method,
     MethodArgs,
-    Metrics,
     require_plain,
 )
 from lestd_kernels.methods.common.shared_basis import (
@@ -218,15 +217,9 @@ def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs)
     return _least_bytes(group_shape(layout, value_dtype, args), _smallest(layout, args))
 
 
-def _prepare_any(
-    unfolding: Tensor,
-    layout: GroupLayout,
-    value_dtype: torch.dtype,
-    args: MethodArgs,
-    metrics: Metrics,
-) -> Prepared | lestd_in_metric.PreparedSides:
-    chosen = lestd_in_metric.prepare if lestd_in_metric.serves(layout, args) else prepare
-    return chosen(unfolding, layout, value_dtype, args, metrics)
+def _prepare_any(group: Group) -> Prepared | lestd_in_metric.PreparedSides:
+    in_metric = lestd_in_metric.serves(group.layout, group.args)
+    return lestd_in_metric.prepare(group) if in_metric else prepare(group)
 
 
 def _encode_any(

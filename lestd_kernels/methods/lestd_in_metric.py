@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.chain import ModuleChain
@@ -33,11 +32,11 @@ from lestd_kernels.methods.common.base import (
     LOSS,
     Bounds,
     Decomposed,
+    Group,
     MethodArgs,
-    Metrics,
 )
 from lestd_kernels.methods.common.one_sided_basis import IDENTITY, SidedGroup, readers_of
-from lestd_kernels.methods.common.per_module import PreparedGroup, chain_result
+from lestd_kernels.methods.common.per_module import StoredChains, chain_result
 from lestd_kernels.methods.common.stopwatch import Stopwatch
 from lestd_kernels.methods.common.two_sided_basis import LossGroup, TwoSided
 from lestd_kernels.search.basis_rank import SidedShape
@@ -104,7 +103,7 @@ def _shapes(
         expected, found = getattr(MethodArgs(), option), getattr(args, option)
         if found != expected:
             raise LestdError(
-                f"{option} {found!r} goes with attention in the metric 'weight' at 16 bits only; "
+                f"{option} {found!r} is for attention in the metric 'weight' at 16 bits only; "
                 f"change it to {expected!r}, or metric, bits and scope"
             )
     return {side: side_shape(layout, side, value_dtype, args) for side in sides(layout)}
@@ -122,8 +121,8 @@ def _shares(shapes: dict[BasisSide, SidedShape], byte_budget: int) -> dict[Basis
     return shares
 
 
-@dataclass
-class PreparedSides(PreparedGroup):
+@dataclass(kw_only=True)
+class PreparedSides(Group):
     """A group with the bases of its sides.
 
     Attributes:
@@ -136,19 +135,13 @@ class PreparedSides(PreparedGroup):
     scales: dict[str, float]
 
 
-def prepare(
-    unfolding: Tensor,
-    layout: GroupLayout,
-    value_dtype: torch.dtype,
-    args: MethodArgs,
-    metrics: Metrics,
-) -> PreparedSides:
+def prepare(group: Group) -> PreparedSides:
     """Find the basis of each side; see `Method.prepare`."""
-    shapes = _shapes(layout, value_dtype, args)
-    clock = Stopwatch(unfolding.device)
-    group = PreparedGroup(unfolding, layout, value_dtype, args, metrics, clock.seconds)
+    layout = group.layout
+    shapes = _shapes(layout, group.value_dtype, group.args)
+    clock = Stopwatch(group.unfolding.device)
     with clock("stage1"):
-        loss = args.metric == LOSS
+        loss = group.args.metric == LOSS
         scales = {m.name: 1.0 for m in layout.modules} if loss else _projection_norms(group)
         groups: dict[BasisSide, SidedGroup | LossGroup] = {}
         for side, modules in sides(layout).items():
@@ -160,14 +153,14 @@ def prepare(
             if loss:
                 groups[side] = LossGroup(_in_loss(group, modules, reads), shapes[side])
                 continue
-            readers, unit = readers_of(weights, reads, metrics, scales)
+            readers, unit = readers_of(weights, reads, group.metrics, scales)
             groups[side] = SidedGroup(readers, shapes[side], unit)
-    known = {field.name: getattr(group, field.name) for field in fields(group)}
+    known = vars(group) | {"seconds": clock.seconds}
     return PreparedSides(**known, groups=groups, scales=scales)
 
 
 def _in_loss(
-    group: PreparedGroup, modules: Sequence[ModuleLayout], reads: Mapping[str, str]
+    group: Group, modules: Sequence[ModuleLayout], reads: Mapping[str, str]
 ) -> list[TwoSided]:
     """The modules of a side, those of the output side transposed."""
     found = []
@@ -184,7 +177,7 @@ def _projection(module: ModuleLayout) -> tuple[str, ...]:
     return tuple(sorted({projection for projection, _ in module.slices}))
 
 
-def _projection_norms(group: PreparedGroup) -> dict[str, float]:
+def _projection_norms(group: Group) -> dict[str, float]:
     """For each module the norm of all weights of its projection, in their metrics; 1 if it is 0."""
     squares: dict[tuple[str, ...], float] = {}
     for module in group.layout.modules:
@@ -243,7 +236,7 @@ def encode(
             for module, core in zip(sides(layout)[side], cores, strict=True):
                 chains[module.name] = ModuleChain(ops, (core,))
     modules = {module.name: chains[module.name] for module in layout.modules}
-    done = chain_result(prepared, modules, clock, shared, ranks)
+    done = chain_result(prepared, StoredChains(modules, shared, ranks), clock)
     if args.metric == LOSS:
         # What is left out, cores that are fitted make up for in part; what rounding loses, it loses
         # whatever is left out.

@@ -25,24 +25,10 @@ from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.chain import ModuleChain
 from lestd_kernels.formats.ops import Multiply, Op, Permute
 from lestd_kernels.linalg.low_rank import matrix_bytes
-from lestd_kernels.linalg.stage1 import Ranks, squared_sum
-from lestd_kernels.methods.common.base import (
-    WEIGHT,
-    Bounds,
-    Decomposed,
-    Method,
-    MethodArgs,
-    Metrics,
-    require_budget,
-    require_no_core,
-)
-from lestd_kernels.methods.common.per_module import (
-    PreparedGroup,
-    chain_result,
-    module_workspace_bytes,
-)
+from lestd_kernels.linalg.stage1 import squared_sum
+from lestd_kernels.methods.common.base import Decomposed, Group, MethodArgs
+from lestd_kernels.methods.common.per_module import StoredChains, chain_method
 from lestd_kernels.methods.common.stopwatch import Stopwatch
-from lestd_kernels.search.budget import CurvePoint
 from lestd_kernels.search.tucker_stack import (
     RankGrid,
     StackFactors,
@@ -50,13 +36,14 @@ from lestd_kernels.search.tucker_stack import (
     best_ranks,
     fit_core,
     full_bases,
+    full_ranks,
     kept_energy,
     leading_energies,
-    refine,
     search_grid,
 )
 from lestd_kernels.storage.matrix import EncodedCore
 from lestd_kernels.tensorize import PROJECTIONS, GroupLayout, ModuleLayout
+from lestd_kernels.with_tensorly import partial_tucker
 
 _U1, _U2 = "lestd_u1", "lestd_u2"
 
@@ -114,8 +101,8 @@ def _units_of(layout: GroupLayout) -> _Units:
     return _Units(tuple(map(tuple, members)), per_unit, frozenset(type_major))
 
 
-@dataclass
-class PreparedHeads(PreparedGroup):
+@dataclass(kw_only=True)
+class PreparedHeads(Group):
     """A group with the bases of every unit.
 
     Attributes:
@@ -136,26 +123,17 @@ class PreparedHeads(PreparedGroup):
         return slices[:, list(self.units.members[unit])].transpose(0, 1)
 
 
-def prepare(
-    unfolding: Tensor,
-    layout: GroupLayout,
-    value_dtype: torch.dtype,
-    args: MethodArgs,
-    metrics: Metrics,
-) -> PreparedHeads:
+def prepare(group: Group) -> PreparedHeads:
     """Find every unit's HOSVD bases; see `Method.prepare`."""
-    units, clock = _units_of(layout), Stopwatch(unfolding.device)
+    units, layout = _units_of(group.layout), group.layout
     shape = (len(units.members[0]), layout.width, layout.head_dim)
     grid = search_grid(shape, compress=False)
     energies = torch.zeros(1, len(grid.rows), len(grid.columns), dtype=torch.float64)
-    prepared = PreparedHeads(
-        unfolding, layout, value_dtype, args, metrics, clock.seconds, units, [], grid, energies
-    )
-    with clock("stage1"):
-        for unit in range(units.count):
-            T = prepared.stack(unit)
-            prepared.bases.append(full_bases(T, compress=False))
-            energies += leading_energies(T, prepared.bases[-1], grid)
+    prepared = PreparedHeads(**vars(group), units=units, bases=[], grid=grid, energies=energies)
+    for unit in range(units.count):
+        T = prepared.stack(unit)
+        prepared.bases.append(full_bases(T, compress=False))
+        energies += leading_energies(T, prepared.bases[-1], grid)
     return prepared
 
 
@@ -181,43 +159,48 @@ def _ranks_for(prepared: PreparedHeads, byte_budget: int) -> StackRanks:
     return ranks
 
 
-def encode(
-    prepared: PreparedHeads,
-    byte_budget: int,
-    curve_budgets: Sequence[int] = (),
-    *,
-    reuse: bool = False,
-) -> Decomposed:
-    """Decompose every head; see `Method.encode`."""
+def store(prepared: PreparedHeads, byte_budget: int, clock: Stopwatch) -> StoredChains:
+    """Decompose every head."""
     layout, dtype, args = prepared.layout, prepared.value_dtype, prepared.args
-    bounds(layout, byte_budget, dtype, args)
-    clock = Stopwatch(prepared.unfolding.device)
     with clock("rank_search"):
         ranks = _ranks_for(prepared, byte_budget)
-        norm = squared_sum(prepared.unfolding)
-
-        def expected(ranks: StackRanks) -> float:
-            return max(norm - kept_energy(prepared.energies, prepared.grid, ranks), 0.0)
-
-        curve = [
-            CurvePoint(b, Ranks(0, 0, 0), expected(_ranks_for(prepared, b))) for b in curve_budgets
-        ]
+        [expected] = _left_out(prepared, [ranks])
+        # Slices that one factor has projected span no more directions of the other mode.
+        n, Ra, Rb = len(prepared.units.members[0]), ranks.Ra, ranks.Rb
+        ranks = ranks._replace(Ra=min(Ra, n * Rb), Rb=min(Rb, n * Ra))
     with clock("stage1"):
-        factors = [
-            refine(prepared.stack(u), bases, ranks, args.hooi_tol, args.hooi_max_iter)
-            for u, bases in enumerate(prepared.bases)
-        ]
+        factors = [_fit(prepared, unit, ranks) for unit in range(prepared.units.count)]
     with clock("stage2"):
-        U1 = torch.cat([one.U for one in factors], dim=1)
-        U2 = torch.cat([one.V for one in factors])
+        U1 = torch.cat([U for U, _ in factors], dim=1)
+        U2 = torch.cat([V for _, V in factors])
         shared = {
             _U1: EncodedCore.quantized(U1, args.factor_bits, dtype),
             _U2: EncodedCore.quantized(U2, args.factor_bits, dtype),
         }
         cores = _fit_cores(prepared, shared)
         modules = {module.name: _chain(prepared, module, cores, ranks) for module in layout.modules}
-    named = {"R1": ranks.Ra, "R2": ranks.Rb}
-    return chain_result(prepared, modules, clock, shared, named, curve, expected(ranks))
+    return StoredChains(modules, shared, {"R1": ranks.Ra, "R2": ranks.Rb}, expected)
+
+
+def _fit(prepared: PreparedHeads, unit: int, ranks: StackRanks) -> list[Tensor]:
+    """U1 and U2 of a unit, by HOOI from its HOSVD bases."""
+    T, args = prepared.stack(unit), prepared.args
+    start, full = prepared.bases[unit].leading(ranks), full_ranks(T.shape)
+    if ranks.Ra == full.Ra or ranks.Rb == full.Rb:
+        return [start.U, start.V]  # With one mode truncated the HOSVD is the optimum.
+    return partial_tucker(T, (start.U, start.V), (1, 2), args.hooi_tol, args.hooi_max_iter)
+
+
+def _left_out(prepared: PreparedHeads, every: Sequence[StackRanks]) -> list[float]:
+    """The squared error of each choice of ranks, before anything is rounded."""
+    norm = squared_sum(prepared.unfolding)
+    kept = (kept_energy(prepared.energies, prepared.grid, ranks) for ranks in every)
+    return [max(norm - energy, 0.0) for energy in kept]
+
+
+def errors(prepared: PreparedHeads, done: Decomposed, budgets: Sequence[int]) -> list[float]:
+    """The error to expect at other byte budgets."""
+    return _left_out(prepared, [_ranks_for(prepared, budget) for budget in budgets])
 
 
 def _fit_cores(prepared: PreparedHeads, shared: dict[str, EncodedCore]) -> dict[int, Tensor]:
@@ -268,25 +251,17 @@ def _chain(
     return ModuleChain(ops, (EncodedCore.quantized(matrix, args.value_bits, prepared.value_dtype),))
 
 
-def bounds(
-    layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
-) -> Bounds:
-    """See `Method.bounds`."""
-    least = least_bytes(layout, value_dtype, args)
-    require_budget("per_head_tucker", byte_budget, least)
+def workspace(layout: GroupLayout, args: MethodArgs) -> int:
+    """The bases of every unit, and eigenvectors of one."""
     units = _units_of(layout)
     n = len(units.members[0]) * layout.head_dim
-    # The bases of every unit, and eigenvectors of one.
     bases = 4 * units.count * (layout.width * min(layout.width, n) + layout.head_dim**2)
-    workspace = module_workspace_bytes(layout, args) + bases + 48 * min(layout.width, n) ** 2
-    return Bounds(None, None, None, byte_budget, workspace, 0)
+    return bases + 48 * min(layout.width, n) ** 2
 
 
-def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
-    """See `Method.least_bytes`."""
-    require_no_core("per_head_tucker", args)
-    ranks = StackRanks(1, 1, 1)
-    return _stored_bytes(layout, _units_of(layout), ranks, value_dtype.itemsize, args)
+def least(layout: GroupLayout, value_bytes: int, args: MethodArgs) -> int:
+    """Bytes at rank one."""
+    return _stored_bytes(layout, _units_of(layout), StackRanks(1, 1, 1), value_bytes, args)
 
 
-METHOD = Method("per_head_tucker", prepare, encode, bounds, least_bytes, (WEIGHT,))
+METHOD = chain_method("per_head_tucker", prepare, store, errors, least, workspace)

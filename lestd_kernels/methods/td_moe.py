@@ -31,26 +31,10 @@ from lestd_kernels.formats.chain import ModuleChain
 from lestd_kernels.formats.ops import Mix, Multiply, Op
 from lestd_kernels.linalg.low_rank import matrix_bytes
 from lestd_kernels.linalg.metric import Root
-from lestd_kernels.linalg.stage1 import Ranks
-from lestd_kernels.methods.common.base import (
-    ACTIVATION,
-    WEIGHT,
-    Bounds,
-    Decomposed,
-    Method,
-    MethodArgs,
-    Metrics,
-    require_budget,
-    require_no_core,
-)
+from lestd_kernels.methods.common.base import ACTIVATION, WEIGHT, Decomposed, Group, MethodArgs
 from lestd_kernels.methods.common.low_rank_pairs import traffic
-from lestd_kernels.methods.common.per_module import (
-    PreparedGroup,
-    chain_result,
-    module_workspace_bytes,
-)
+from lestd_kernels.methods.common.per_module import StoredChains, chain_method
 from lestd_kernels.methods.common.stopwatch import Stopwatch
-from lestd_kernels.search.budget import CurvePoint
 from lestd_kernels.search.tucker_stack import (
     RankGrid,
     StackFactors,
@@ -95,8 +79,8 @@ class _Projection:
     energies: Tensor
 
 
-@dataclass
-class PreparedExperts(PreparedGroup):
+@dataclass(kw_only=True)
+class PreparedExperts(Group):
     """A group with the stack and the bases of every projection."""
 
     projections: dict[str, _Projection]
@@ -121,32 +105,25 @@ def _by_projection(layout: GroupLayout) -> dict[str, list[ModuleLayout]]:
     return found
 
 
-def prepare(
-    unfolding: Tensor,
-    layout: GroupLayout,
-    value_dtype: torch.dtype,
-    args: MethodArgs,
-    metrics: Metrics,
-) -> PreparedExperts:
+def prepare(group: Group) -> PreparedExperts:
     """Stack and whiten the experts, and find their HOSVD bases; see `Method.prepare`."""
-    clock = Stopwatch(unfolding.device)
-    prepared = PreparedExperts(unfolding, layout, value_dtype, args, metrics, clock.seconds, {})
-    with clock("stage1"):
-        for name, modules in _by_projection(layout).items():
-            prepared.projections[name] = _prepare_projection(prepared, modules)
-    return prepared
+    projections = {
+        name: _prepare_projection(group, modules)
+        for name, modules in _by_projection(group.layout).items()
+    }
+    return PreparedExperts(**vars(group), projections=projections)
 
 
-def _prepare_projection(prepared: PreparedExperts, modules: list[ModuleLayout]) -> _Projection:
-    metrics, args = prepared.metrics, prepared.args
+def _prepare_projection(group: Group, modules: list[ModuleLayout]) -> _Projection:
+    metrics, args = group.metrics, group.args
     whitening = args.whitening if args.metric == ACTIVATION else "none"
     grams = [metrics.get(module.name) for module in modules]
-    matrices = [prepared.weight(module) for module in modules]
+    matrices = [group.weight(module) for module in modules]
     root_in = Root.of_gram(_sum(grams) if whitening in ("input", "both") else None)
     root_out = Root.of_gram(
         _output_gram(matrices, grams) if whitening in ("output", "both") else None
     )
-    counts = traffic(prepared)
+    counts = traffic(group)
     weights = torch.tensor([math.sqrt(counts[module.name]) for module in modules])
     if whitening == "none":
         weights = torch.ones(len(modules))
@@ -209,22 +186,10 @@ def _choose(prepared: PreparedExperts, byte_budget: int) -> dict[str, StackRanks
     return chosen
 
 
-def encode(
-    prepared: PreparedExperts,
-    byte_budget: int,
-    curve_budgets: Sequence[int] = (),
-    *,
-    reuse: bool = False,
-) -> Decomposed:
-    """Decompose the experts of a layer; see `Method.encode`."""
-    bounds(prepared.layout, byte_budget, prepared.value_dtype, prepared.args)
-    clock = Stopwatch(prepared.unfolding.device)
+def store(prepared: PreparedExperts, byte_budget: int, clock: Stopwatch) -> StoredChains:
+    """Decompose the experts of a layer."""
     with clock("rank_search"):
         chosen = _choose(prepared, byte_budget)
-        curve = [
-            CurvePoint(b, Ranks(0, 0, 0), _expected_error(prepared, _choose(prepared, b)))
-            for b in curve_budgets
-        ]
     shared: dict[str, EncodedCore] = {}
     modules: dict[str, ModuleChain] = {}
     named: dict[str, int] = {}
@@ -242,11 +207,16 @@ def encode(
     ordered = {module.name: modules[module.name] for module in prepared.layout.modules}
     # Whitened, the experts are decomposed in another metric than they are measured in.
     expected = _expected_error(prepared, chosen) if args.metric == WEIGHT else None
-    return chain_result(prepared, ordered, clock, shared, named, curve, expected)
+    return StoredChains(ordered, shared, named, expected)
+
+
+def errors(prepared: PreparedExperts, done: Decomposed, budgets: Sequence[int]) -> list[float]:
+    """The error to expect at other byte budgets."""
+    return [_expected_error(prepared, _choose(prepared, budget)) for budget in budgets]
 
 
 def _expected_error(prepared: PreparedExperts, chosen: Mapping[str, StackRanks]) -> float:
-    """What the ranks leave of the weights in their metric, as if they were whitened exactly."""
+    """Squared error of the ranks in the metric, as if the weights were whitened exactly."""
     total = 0.0
     for name, ranks in chosen.items():
         one = prepared.projections[name]
@@ -298,32 +268,25 @@ def _store(
     }
 
 
-def bounds(
-    layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
-) -> Bounds:
-    """See `Method.bounds`."""
-    least = least_bytes(layout, value_dtype, args)
-    require_budget("td_moe", byte_budget, least)
-    # The stacks; copies of one, in turn projected and unfolded; eigenvectors and Gram matrices.
+def workspace(layout: GroupLayout, args: MethodArgs) -> int:
+    """The stacks; copies of one, in turn projected and unfolded; eigenvectors, Gram matrices."""
     largest = layout.elements // len(_by_projection(layout))
     squares = max(layout.width, layout.head_dim) ** 2
-    workspace = (
-        4 * layout.elements + 32 * largest + 64 * squares + module_workspace_bytes(layout, args)
-    )
-    return Bounds(None, None, None, byte_budget, workspace, 0)
+    return 4 * layout.elements + 32 * largest + 64 * squares
 
 
-def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
-    """See `Method.least_bytes`."""
-    require_no_core("td_moe", args)
-    total, least = len(layout.slices), 0
+def least(layout: GroupLayout, value_bytes: int, args: MethodArgs) -> int:
+    """Bytes at rank one everywhere."""
+    total, fewest = len(layout.slices), 0
     for modules in _by_projection(layout).values():
         columns, rows = layout.weight_shape(modules[0])
         shape = (len(modules), rows, columns)
-        needed = _projection_bytes(shape, StackRanks(1, 1, 1), value_dtype.itemsize, args)
+        needed = _projection_bytes(shape, StackRanks(1, 1, 1), value_bytes, args)
         # The budget of which the projection's share is enough.
-        least = max(least, -(-(needed + 1) * total // len(modules)))
-    return least
+        fewest = max(fewest, -(-(needed + 1) * total // len(modules)))
+    return fewest
 
 
-METHOD = Method("td_moe", prepare, encode, bounds, least_bytes, (WEIGHT, ACTIVATION))
+METHOD = chain_method(
+    "td_moe", prepare, store, errors, least, workspace, metrics=(WEIGHT, ACTIVATION)
+)

@@ -35,11 +35,11 @@ from lestd_kernels.search.tucker_stack import (
     full_bases,
     kept_energy,
     leading_energies,
-    leading_vectors,
     search_grid,
 )
 from lestd_kernels.storage.few_bits import FULL_BITS
 from lestd_kernels.storage.matrix import EncodedCore
+from lestd_kernels.with_tensorly import tt_matrix
 
 _CORES = 3
 
@@ -111,7 +111,8 @@ def encode_module(
         inverse = (1 / root.factor)[:, None]
         first = (EncodedCore.quantized(inverse, FULL_BITS, value_dtype),)
         root = Root(1 / first[0].decode().float()[:, 0])
-    T = stack_of(root.apply(W), modes)
+    scaled = root.apply(W)
+    T = stack_of(scaled, modes)
     grid, bases = search_grid(T.shape, compress=False), full_bases(T, compress=False)
     left = byte_budget - sum(matrix.stored_bytes for matrix in first)
 
@@ -122,13 +123,13 @@ def encode_module(
     ranks = best_ranks(energies, grid, size, left)
     if ranks is None:
         raise LestdError(f"no tensor train fits into {byte_budget:,} bytes; raise keep")
-    # TT-SVD: the second projection sees what the first has left.
-    U = bases.U[:, : ranks.Ra]
-    V = leading_vectors(U.T @ T, 2)[:, : ranks.Rb]
+    first_core, _, last = tt_matrix(scaled.reshape(*modes.rows, *modes.columns), ranks[1:])
+    # The last core has the singular values, which belong to the one between the factors.
+    U, V = first_core.reshape(-1, ranks.Ra), torch.linalg.qr(last.flatten(1).T)[0]
     cores = _encode_cores(T, StackFactors(U, V, None), modes, value_dtype, args)
     share = 1 - kept_energy(energies, grid, ranks) / max(squared_sum(T), 1e-300)
     expected = max(share, 0.0) * metric.squares(W)
-    return ModuleChain(_ops(modes, ranks, len(first)), (*first, *cores)), expected
+    return ModuleChain(_ops(modes, U.shape[1], V.shape[1], len(first)), (*first, *cores)), expected
 
 
 def _encode_cores(
@@ -153,10 +154,9 @@ def _encode_cores(
     return G1, G2, G3
 
 
-def _ops(modes: TrainModes, ranks: StackRanks, first: int) -> tuple[Op, ...]:
+def _ops(modes: TrainModes, r1: int, r2: int, first: int) -> tuple[Op, ...]:
     """Contract a1, a2 and a3 in turn; `first` matrices of scaling come before."""
     (a1, a2, a3), (b1, b2, _) = modes
-    _, r1, r2 = ranks
     scaling = (Multiply(0, blocks=a1 * a2 * a3, distinct=True),) * first
     return (
         *scaling,

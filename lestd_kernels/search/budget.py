@@ -19,7 +19,7 @@ from lestd_kernels.tensorize import PROJECTIONS, GroupLayout
 
 @dataclass(frozen=True)
 class GroupShape:
-    """What the sizes of a compressed group depend on, beside its ranks and nnz.
+    """Parameters of the size of a compressed group, beside its ranks and nnz.
 
     Attributes:
         layout: the group.
@@ -92,7 +92,7 @@ class GroupShape:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a choice of ranks must respect.
+    """Limits of a choice of ranks.
 
     Attributes:
         byte_budget: upper bound of `GroupShape.stored_bytes`.
@@ -113,7 +113,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What a rank search finds for one byte budget.
+    """Result of a rank search for one byte budget.
 
     Attributes:
         byte_budget: the budget.

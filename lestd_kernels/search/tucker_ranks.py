@@ -125,7 +125,7 @@ def _best_of_two_rounds(scan: _SparseScan, grid: Sequence[int], limits: Limits) 
 
 
 class _Seen(NamedTuple):
-    """What a scan has summed up over the first R1 rotated rows.
+    """Sums of a scan over the first R1 rotated rows.
 
     Attributes:
         R1: number of rows.
@@ -164,7 +164,7 @@ class _SparseScan:
     def best(
         self, candidates: Sequence[int], limits: Sequence[Limits], seen: _Seen | None = None
     ) -> list[_Best]:
-        """What is best for each budget.
+        """The best candidate for each budget.
 
         Args:
             candidates: values of R1, ascending.

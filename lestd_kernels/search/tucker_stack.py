@@ -5,7 +5,7 @@ compressed, P (n, Rn), all with orthonormal columns; otherwise P stands for the 
 
     T_i ~ U M_i V^T,   M_i (Ra, Rb) = sum_r P[i, r] K_r,   K (Rn, Ra, Rb)
 
-Ranks are chosen as in METHOD section 6: T is rotated by its full HOSVD bases, every truncation is
+To choose the ranks, T is rotated by its full HOSVD bases, every truncation is
 then a leading sub-block, and what it leaves out is its error. With three modes a tensor train is
 this very form with P the identity, so it shares the code.
 
@@ -205,12 +205,6 @@ def refine(
 def project(T: Tensor, factors: StackFactors) -> Tensor:
     """The core K ``(Rn, Ra, Rb)`` of T for orthonormal factors."""
     return mix_stack(factors.U.T @ T @ factors.V, factors.P)
-
-
-def expand(core: Tensor, factors: StackFactors) -> Tensor:
-    """Invert `project`: the tensor ``(n, a, b)`` of a core."""
-    T = factors.U @ core @ factors.V.T
-    return T if factors.P is None else (factors.P @ T.flatten(1)).view(-1, *T.shape[1:])
 
 
 def fit_core(T: Tensor, factors: StackFactors) -> Tensor:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lestd_kernels.storage.bits import count_bits, pack_bits, unpack_bits
+from lestd_kernels.storage.bitmasks import count_bits, pack_bits, unpack_bits
 from lestd_kernels.storage.few_bits import FULL_BITS, values_bytes
 
 TensorSpec = tuple[tuple[int, ...], torch.dtype | None]

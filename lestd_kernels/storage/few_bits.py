@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lestd_kernels.storage.bits import pack_bits, unpack_bits
+from lestd_kernels.storage.bitmasks import pack_bits, unpack_bits
 
 GROUP = 64
 """Consecutive values that share a scale."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lestd_kernels.storage.bits import count_bits, count_nonzeros
+from lestd_kernels.storage.bitmasks import count_bits, count_nonzeros
 from lestd_kernels.storage.codecs import CODECS, UNSTRUCTURED, TensorSpec, cheapest_codec, csr_rows
 from lestd_kernels.storage.few_bits import (
     FULL_BITS,

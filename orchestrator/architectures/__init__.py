@@ -1,4 +1,4 @@
-"""Model families: where each keeps its weights, and how they divide into slices.
+"""Model families: the names of their weights, and how these divide into slices.
 
 Of most models this is found in their own modules (`orchestrator.architectures.infer`). A family
 that is used much has a JSON file in this directory, which spares the driver Transformers' modelling

@@ -16,7 +16,7 @@ class _Described(BaseModel):
 
 
 class Stored(_Described):
-    """Where an expert's weight lies; fields as in the package's docstring."""
+    """Location of an expert's weight; fields as in the package's docstring."""
 
     tensor: str
     part: tuple[int, int] = (0, 1)

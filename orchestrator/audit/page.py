@@ -41,7 +41,7 @@ def render(found: dict[str, Any]) -> str:
 
 
 def _choices(blocks: Sequence[Row]) -> list[str]:
-    """How ranks were chosen, in words that figures know too."""
+    """How ranks were chosen, in words that the figures use too."""
     known = {_choice(one): None for b in blocks for one in b["findings"]["explained"]}
     return list(known)
 

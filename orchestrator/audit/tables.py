@@ -96,7 +96,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def figure(value: float | None, digits: int = 3) -> str:
-    """A number for people; nothing where there is none."""
+    """A number as text; empty if there is none."""
     return "" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 

@@ -87,7 +87,7 @@ def verdict(predictions: Sequence[Mapping[str, Any]], margin: float) -> Row:
     else:
         text = f"shared basis does not pay: use {instead}"
     if narrow := [one["keep"] for one in at if one["pays"] and one["narrow"]]:
-        text += f"; narrowly at {keeps_text(narrow)}, within what predictions are off by"
+        text += f"; narrowly at {keeps_text(narrow)}, within the error of the predictions"
     if pays["any"] and margin < PARTLY_SHARED_MARGIN:
         text += "; it is the sparse core that pays, the subspace is not shared"
     sharing = sharing_word(margin)

@@ -85,8 +85,8 @@ A first run:
 
     lestd evaluate OUT --text FILE --against MODEL
 
-`keep` is stored bytes / dense bytes of the weights in scope, indices included. The same command
-run again continues where the last one stopped.
+`keep` is stored bytes / dense bytes of the weights in scope, indices included. Run the same
+command again to continue where the last one stopped.
 
 Exit codes: 0 done; 1 ended with failed tasks or problems found; 2 bad input or refused;
 130 interrupted.""",

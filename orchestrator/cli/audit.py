@@ -25,14 +25,14 @@ def audit(
     ],
     given: Given,
     keep: Annotated[
-        str, typer.Option(help="Keeps to predict errors at, with commas between them.")
+        str, typer.Option(help="Keeps at which to predict errors, separated by commas.")
     ] = "0.8,0.6,0.4,0.2",
     html: Annotated[
         Path | None,
-        typer.Option(help="Write a page with figures too; needs lestd[report].", parser=as_path),
+        typer.Option(help="Also write a page with figures; needs lestd[report].", parser=as_path),
     ] = None,
     markdown: Annotated[
-        Path | None, typer.Option(help="Write the tables as Markdown too.", parser=as_path)
+        Path | None, typer.Option(help="Also write the tables as Markdown.", parser=as_path)
     ] = None,
     run_dir: Annotated[
         Path | None,
@@ -45,11 +45,11 @@ def audit(
     log_format: LogFormatOption = LogFormat.text,
     json: Json = False,
 ) -> None:
-    """Look at a model before compressing it: is a subspace shared, and what would each method do?
+    """Inspect a model before compressing it: is a subspace shared, and what would each method do?
 
     Explained energies of heads on each other and across layers, spectra, outliers, and predicted
     errors of every method at the same bytes, with a verdict for each layer. The model is read block
-    by block; the same command again continues what was interrupted.
+    by block; run the same command again to continue.
     """
     from orchestrator.audit.audit import audit as audit_blocks
     from orchestrator.audit.audit import check_keeps, default_audit_dir
@@ -95,7 +95,7 @@ def audit(
     except KeyboardInterrupt:
         logs.log(
             "message",
-            f"interrupted; what was finished is kept in {kept_in}: run the same command again to "
+            f"interrupted; finished work is kept in {kept_in}: run the same command again to "
             "continue",
         )
         raise typer.Exit(130) from None

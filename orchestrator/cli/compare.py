@@ -24,7 +24,7 @@ from orchestrator.console.logs import LogFormat
 _SPEED_TOKENS = (64, 33)
 
 
-@app.command(rich_help_panel="Judge and compare")
+@app.command(rich_help_panel="Evaluate and compare")
 @options(Evaluation, *RUN, *HOSTS)
 def compare(
     methods: Annotated[
@@ -46,17 +46,17 @@ def compare(
     speed: Annotated[
         bool,
         typer.Option(
-            help="Time decoding of every model beside the dense one.", rich_help_panel="Evaluation"
+            help="Time decoding of every model against the dense one.", rich_help_panel="Evaluation"
         ),
     ] = True,
     fresh: Fresh = False,
     log_format: LogFormatOption = LogFormat.text,
     json: Json = False,
 ) -> None:
-    """Compress a model by several methods to the same bytes, and measure and judge each.
+    """Compress a model by several methods to the same bytes, and measure and evaluate each.
 
-    Errors of the weights, perplexity, tasks, time and decode speed, in one table and plot. The same
-    command again continues; sizes that a method does not reach are left out, with the reason.
+    Errors of the weights, perplexity, tasks, time and decode speed, in one table and plot. Run it
+    again to continue. Sizes that a method does not reach are left out, with the reason.
     """
     asked = chosen(Evaluation, given)
     refuse_unused(given)

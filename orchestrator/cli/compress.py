@@ -160,7 +160,8 @@ def clean(
     out: Out,
     run_dir: RunDir = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Also when the model is not complete: work is lost.")
+        bool,
+        typer.Option("--force", help="Delete an incomplete model too: work is lost."),
     ] = False,
 ) -> None:
     """Delete the run directory of a finished compression; the model stays."""

@@ -1,4 +1,4 @@
-"""The command that judges models: perplexity on a text, and tasks of lm-eval."""
+"""The command that evaluates models: perplexity on a text, and tasks of lm-eval."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from orchestrator.console.logs import LogFormat
 from workers.storage.files import as_path
 
 
-@app.command(rich_help_panel="Judge and compare")
+@app.command(rich_help_panel="Evaluate and compare")
 @options(Evaluation, *HOSTS)
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Directory of a compressed or a dense model.")],
@@ -35,13 +35,13 @@ def evaluate(
         int | None,
         typer.Option(
             min=1,
-            help="GPUs of a worker, for a model that does not fit one.",
+            help="GPUs per worker, for a model too large for one.",
             show_default="1",
             rich_help_panel="Where",
         ),
     ] = None,
     log_samples: Annotated[
-        bool, output_option("--log-samples", help="Keep what was asked and answered, in RUN_DIR.")
+        bool, output_option("--log-samples", help="Keep questions and answers in RUN_DIR.")
     ] = False,
     run_dir: Annotated[
         Path | None,
@@ -54,7 +54,7 @@ def evaluate(
     log_format: LogFormatOption = LogFormat.text,
     json: Json = False,
 ) -> None:
-    """Measure perplexity over non-overlapping windows of a text, or judge by tasks of lm-eval.
+    """Measure perplexity over non-overlapping windows of a text, or run tasks of lm-eval.
 
     Run the same command again to continue what was interrupted.
     """
@@ -82,7 +82,7 @@ def evaluate(
     except KeyboardInterrupt:
         logs.log(
             "message",
-            f"interrupted; what was finished is kept in {run_dir}: run the same command again to "
+            f"interrupted; finished work is kept in {run_dir}: run the same command again to "
             "continue",
         )
         raise typer.Exit(130) from None
@@ -92,10 +92,10 @@ def evaluate(
         if not json:
             print_evaluations(found.perplexities)
     if found.examination is not None:
-        from orchestrator.evaluation.lm_eval_table import describe_judgements, print_judgements
+        from orchestrator.evaluation.lm_eval_table import describe_scores, print_scores
 
-        shown["judgements"] = describe_judgements(found.judgements, found.examination)
+        shown["tasks"] = describe_scores(found.scores, found.examination)
         if not json:
-            print_judgements(shown["judgements"], run_dir if log_samples else None)
+            print_scores(shown["tasks"], run_dir if log_samples else None)
     if json:
         output.print_json(shown)

@@ -1,4 +1,4 @@
-"""The common part of sweep and compare: models of one checkpoint, compressed and judged."""
+"""The common part of sweep and compare: models of one checkpoint, compressed and evaluated."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def run_experiment(
         measured: whether every model counts once: sizes that give no other are left out.
 
     Raises:
-        LestdError: the options are impossible, or as `compress_all` and `judge_all`.
+        LestdError: the options are impossible, or as `compress_all` and `evaluate_all`.
     """
     from orchestrator.cli.summary import print_outcome
     from orchestrator.config.cluster import cluster_options
@@ -71,7 +71,12 @@ def run_experiment(
     from orchestrator.execution.open import open_executor
     from orchestrator.execution.ray.jobs import jobs_address, run_as_job
     from orchestrator.experiments.compare import feasible, without_repeated
-    from orchestrator.experiments.engine import check_judgeable, compress_all, judge_all, models_of
+    from orchestrator.experiments.engine import (
+        check_evaluable,
+        compress_all,
+        evaluate_all,
+        models_of,
+    )
     from orchestrator.manifest.manifest import default_run_dir
     from orchestrator.source.checkpoint import resolve_source
 
@@ -96,9 +101,9 @@ def run_experiment(
         from orchestrator.evaluation.lm_eval_tasks import examine
 
         examination = examine(asked, settings)
-    judged = asked.text is not None or examination is not None
-    if judged or given.get("speed"):
-        check_judgeable(source, asked.text, asked.window)
+    evaluated = asked.text is not None or examination is not None
+    if evaluated or given.get("speed"):
+        check_evaluable(source, asked.text, asked.window)
     missing: list[Missing] = []
     if measured:
         for contender in configs:
@@ -109,7 +114,11 @@ def run_experiment(
             raise LestdError(missing[0].reason)
     out: Path = given["out"]
     plot: Path | None = given.get("plot")
-    if plot is None and (judged or measured) and importlib.util.find_spec("matplotlib") is not None:
+    if (
+        plot is None
+        and (evaluated or measured)
+        and importlib.util.find_spec("matplotlib") is not None
+    ):
         plot = out / f"{command}.png"
     out.mkdir(parents=True, exist_ok=True)
     if plot is not None:
@@ -134,7 +143,7 @@ def run_experiment(
             if measured:
                 outcomes, repeated = without_repeated(outcomes)
                 missing += repeated
-            qualities = judge_all(
+            qualities = evaluate_all(
                 source.directory,
                 models_of(outcomes, out),
                 out,
@@ -147,7 +156,7 @@ def run_experiment(
     except KeyboardInterrupt:
         logs.log(
             "message",
-            f"interrupted; what is done is kept in {out}: run the same command again to continue",
+            f"interrupted; finished work is kept in {out}: run the same command again to continue",
         )
         raise typer.Exit(130) from None
     return Experiment(model.model, source, config, plot, outcomes, missing, qualities, calibration)

@@ -29,11 +29,11 @@ _STATEMENT = re.compile(
     r"\s*(-\s*$|(select|from|with|describe|summarize|show|pivot|unpivot)\s.*)",
     re.IGNORECASE | re.DOTALL,
 )
-_QUERY_HELP = """Ask the manifests of runs in SQL, while a run goes on or after it.
+_QUERY_HELP = """Query the manifests of runs in SQL, during a run or after it.
 
-Each RUN is a directory or URL: a compressed model, its run directory, or an OUT still in the
-making. The last argument is one SELECT statement (`-`: read it from standard input), or a query
-that comes with lestd is asked for by `--name`.
+Each RUN is a directory or URL: a compressed model, its run directory, or an unfinished
+OUT. The last argument is one SELECT statement (`-`: read it from standard input); `--name`
+chooses a built-in query instead.
 
 Tables: **groups** (a row per finished block), **slices** (per head of a projection), **curves**
 (points of global allocation), **events** (starts, retries, failures), **runs** (calls of compress),
@@ -51,20 +51,18 @@ Views: **current** and **current_slices** (of the groups that the model is made 
 
     lestd query s3://BUCKET/OUT "from slices" --parquet slices.parquet
 
-A query reads these tables only, and cannot write or reach files or the network. Damaged files are
+A query reads these tables only; it cannot write, or reach files or the network. Damaged files are
 named on standard error; their rows are missing. Dialect: duckdb's."""
 
 
-@app.command(help=_QUERY_HELP, rich_help_panel="Look into a run")
+@app.command(help=_QUERY_HELP, rich_help_panel="Inspect a run")
 def query(
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="RUN... [SQL]", help="Runs, then the statement.")
     ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="A query that comes with lestd, instead of SQL.")
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="A built-in query, instead of SQL.")] = None,
     show_list: Annotated[
-        bool, typer.Option("--list", help="Show the queries that come with lestd; needs no RUN.")
+        bool, typer.Option("--list", help="List the built-in queries; needs no RUN.")
     ] = False,
     csv: Annotated[bool, typer.Option("--csv", help="All rows as CSV.")] = False,
     json: Annotated[
@@ -135,7 +133,7 @@ def _asked(arguments: list[str], name: str | None) -> tuple[list[AnyPath], str]:
     return [as_path(run) for run in dict.fromkeys(runs)], sql
 
 
-@app.command(rich_help_panel="Look into a run")
+@app.command(rich_help_panel="Inspect a run")
 def report(
     run: Annotated[
         str, typer.Argument(help="A compressed model or a run: path or URL, finished or not.")
@@ -166,12 +164,12 @@ def report(
     output.out.print(f"{target}: {output.size(len(content))}", soft_wrap=True)
 
 
-@app.command(rich_help_panel="Look into a run")
+@app.command(rich_help_panel="Inspect a run")
 def diff(
     before: Annotated[str, typer.Argument(help="A model, a run directory, or a URL of one.")],
-    after: Annotated[str, typer.Argument(help="What it is compared with.")],
+    after: Annotated[str, typer.Argument(help="The run to compare with the first.")],
     every_layer: Annotated[
-        bool, typer.Option("--all", help="Every layer, not only those that differ most.")
+        bool, typer.Option("--all", help="Show every layer, not only those that differ most.")
     ] = False,
     json: Json = False,
 ) -> None:
@@ -187,16 +185,16 @@ def diff(
         print_diff(found, every_layer)
 
 
-@app.command(rich_help_panel="Look into a run")
+@app.command(rich_help_panel="Inspect a run")
 def compact(out: Out, run_dir: RunDir = None) -> None:
-    """Put a run's manifest together, one file per table: faster to read. Safe at any moment."""
+    """Merge a run's manifest into one file per table: faster to read. Safe at any moment."""
     from orchestrator.run.directory import compact as compact_manifest
 
     place = run_dir or out
     gone, damaged = compact_manifest(place)
     for bad in damaged:
         logs.damaged(bad.path, bad.reason)
-    said = f"{gone} files were put together" if gone else "there was nothing to put together"
+    said = f"{gone} files were merged" if gone else "there was nothing to merge"
     output.out.print(f"{place}: {said}", soft_wrap=True)
     if damaged:
         stay = "file stays where it is" if len(damaged) == 1 else "files stay where they are"

@@ -48,7 +48,7 @@ def export(
     ],
     dtype: Annotated[
         Literal["auto", "float32"],
-        typer.Option(help="Of the reconstructed weights; auto: as the values are stored."),
+        typer.Option(help="Dtype of the reconstructed weights; auto: that of the stored values."),
     ] = "auto",
     json: Json = False,
 ) -> None:
@@ -64,30 +64,30 @@ def export(
     print_export(exported, json)
 
 
-@app.command(rich_help_panel="Judge and compare")
+@app.command(rich_help_panel="Evaluate and compare")
 @options(Precision, Host)
 def bench(
     dense: Annotated[Path, typer.Argument(help="Directory of the dense model.")],
     compressed: Annotated[Path, typer.Argument(help="Directory of the compressed model.")],
     given: Given,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt; random.")] = 128,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Random tokens per prompt.")] = 128,
     new_tokens: Annotated[
-        int, typer.Option(min=2, help="Tokens to decode, the one of the prefill included.")
+        int, typer.Option(min=2, help="Tokens to decode, including the one from the prefill.")
     ] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
-    repeats: Annotated[int, typer.Option(min=2, help="Repetitions that count, of each model.")] = 5,
+    repeats: Annotated[int, typer.Option(min=2, help="Measured repetitions per model.")] = 5,
     threads: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="CPU threads of a model.",
+            help="CPU threads per model.",
             show_default="torch's own",
             rich_help_panel="Where",
         ),
     ] = None,
     plot: Annotated[
         Path | None,
-        output_option(help="Draw the figures too: FILE.png or FILE.svg; needs lestd[report]."),
+        output_option(help="Also draw the figures: FILE.png or FILE.svg; needs lestd[report]."),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -112,13 +112,13 @@ def push(
     model: Annotated[
         Path, typer.Argument(help="The compressed model's directory.", callback=absolute)
     ],
-    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; made if it is not there.")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; created if absent.")],
     private: Annotated[
         bool, typer.Option("--private", help="Make a private repository; refuse a public one.")
     ] = False,
     revision: Annotated[
         str | None,
-        typer.Option(help="Branch; made if it is not there.", show_default="the main one"),
+        typer.Option(help="Branch; created if absent.", show_default="the main one"),
     ] = None,
     json: Json = False,
 ) -> None:

@@ -46,11 +46,11 @@ CalibrationDir = Annotated[
 ]
 Fresh = Annotated[
     bool,
-    output_option("--fresh", help="Forget what an earlier call left at --out, and start over."),
+    output_option("--fresh", help="Discard what an earlier call left at --out and start over."),
 ]
 Time = Annotated[
     bool,
-    output_option("--time", help="Predict the time as well: measures this machine briefly."),
+    output_option("--time", help="Also predict the time; measures this machine briefly."),
 ]
 Json = Annotated[bool, output_option("--json", help="Print one JSON object instead of tables.")]
 LogFormatOption = Annotated[
@@ -124,7 +124,7 @@ _BELONG = {
 
 
 def refuse_unused(given: Mapping[str, Any]) -> None:
-    """Refuse what belongs to one way of judging and would be ignored in the other.
+    """Refuse what belongs to one way of evaluating and would be ignored in the other.
 
     Args:
         given: the options.

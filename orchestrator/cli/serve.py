@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,17 +25,31 @@ def serve(
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")
     ] = 8000,
+    engine: Annotated[
+        Literal["auto", "vllm", "transformers"],
+        typer.Option(help="auto: vLLM where it is installed."),
+    ] = "auto",
     device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU where there is one.")
+        Literal["auto", "cpu", "cuda"],
+        typer.Option(help="Of the engine transformers. auto: a GPU where there is one."),
     ] = "auto",
 ) -> None:
     """Serve a model with OpenAI's API: completions, chat, streaming. Ctrl-C ends it."""
-    from orchestrator.serving.server import example
-    from orchestrator.serving.server import serve as serve_model
+    from orchestrator.evaluation.model import open_model
+    from orchestrator.serving import transformers_server, vllm_server
+    from orchestrator.serving.address import example, free_port
+
+    tokenizer = open_model(model).tokenizer  # Refuse what is damaged before seconds of imports.
+    port = free_port(host, port)
 
     def ready(url: str) -> None:
         output.out.print(f"serving {model} at {url}; Ctrl-C ends it", soft_wrap=True)
-        output.out.print(example(url, model), soft_wrap=True, markup=False, highlight=False)
+        line = example(url, str(model), chat=bool(tokenizer.chat_template))
+        output.out.print(line, soft_wrap=True, markup=False, highlight=False)
 
-    serve_model(model, host, port, chosen(Precision, given).dtype, device, ready)
+    dtype = chosen(Precision, given).dtype
+    if engine == "vllm" or (engine == "auto" and find_spec("vllm") is not None):
+        vllm_server.serve(model, host, port, dtype, ready)
+    else:
+        transformers_server.serve(model, host, port, dtype, device, ready)
     output.out.print("stopped")

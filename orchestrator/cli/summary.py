@@ -182,7 +182,7 @@ def outcome_figures(outcome: Outcome, out: AnyPath, run_dir: AnyPath) -> dict[st
 
 
 def told_retries(plan: Plan, run_dir: AnyPath) -> list[dict[str, Any]]:
-    """Every attempt of a run that another followed, in order, by the names of the groups.
+    """Every retried attempt of a run, in order, by the names of the groups.
 
     None once the run is cleaned up.
     """
@@ -212,7 +212,7 @@ def print_outcome(
             for retry in figures["retries"]
         ]
         output.print_table(
-            f"attempts that another followed: {len(told)}",
+            f"retried attempts: {len(told)}",
             ("block", "attempt", "cause", "what happened"),
             told,
         )
@@ -232,7 +232,7 @@ def print_outcome(
         logs.log(
             "message",
             f"{len(outcome.failures)} of {tasks} tasks failed; the other "
-            f"{finished} are kept in {run_dir}: mend the cause, then run the same "
+            f"{finished} are kept in {run_dir}: fix the cause, then run the same "
             "command again",
         )
         return
@@ -269,7 +269,7 @@ def print_outcome(
         output.out.print(f"expected loss {expected_loss(loss)}", soft_wrap=True)
     output.out.print(
         f"relative error {figures['relative_error']:.4f} over {figures['tasks']} blocks, "
-        f"{figures['finished_before']} of them finished before; {figures['seconds']:.1f} s\n"
+        f"{figures['finished_before']} of them already finished; {figures['seconds']:.1f} s\n"
         f"model {out}",
         soft_wrap=True,
     )
@@ -277,7 +277,7 @@ def print_outcome(
         logs.log(
             "message",
             f"{len(far)} of {figures['tasks']} blocks have an error far beyond what their ranks "
-            f"and bits explain: {', '.join(far)}; judge the model with lestd evaluate before it is "
+            f"and bits explain: {', '.join(far)}; check the model with lestd evaluate before it is "
             "used",
             logging.WARNING,
         )
@@ -353,7 +353,7 @@ def expected_loss(nats: float) -> str:
 
 
 def _error(layer: dict[str, Any]) -> str:
-    """A relative error; of values that were trained nobody knows it."""
+    """A relative error; unknown for values that were trained."""
     value = layer["relative_error"]
     far = " (far more than expected)" if is_far(layer) else ""
     return "" if value is None else f"{value:.4f}{far}"

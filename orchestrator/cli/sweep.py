@@ -1,4 +1,4 @@
-"""The command that compresses a model to several sizes and judges each: sweep."""
+"""The command that compresses a model to several sizes and evaluates each: sweep."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from orchestrator.config.options import HOSTS, METHOD, RUN, Evaluation, chosen
 from orchestrator.console.logs import LogFormat
 
 
-@app.command(rich_help_panel="Judge and compare")
+@app.command(rich_help_panel="Evaluate and compare")
 @options(Evaluation, *RUN, *METHOD, *HOSTS)
 def sweep(
     keep: Annotated[str, typer.Option(help="Several keeps, like 0.8,0.6,0.4,0.2.")],
@@ -49,14 +49,14 @@ def sweep(
     log_format: LogFormatOption = LogFormat.text,
     json: Json = False,
 ) -> None:
-    """Compress a model to several sizes and judge each. The same command again continues.
+    """Compress a model to several sizes and evaluate each. Run it again to continue.
 
-    Size against quality, with the dense model as the line to beat. The weights are read, and Stage
-    I is done, once for all sizes. Without --text and --tasks nothing is judged or drawn.
+    Size against quality, with the dense model as a line. The weights are read, and Stage
+    I is done, once for all sizes. Without --text and --tasks nothing is evaluated or drawn.
     """
     asked = chosen(Evaluation, given)
-    judged = asked.text is not None or asked.tasks is not None
-    if plot is not None and not judged:
+    evaluated = asked.text is not None or asked.tasks is not None
+    if plot is not None and not evaluated:
         raise LestdError(
             "--plot draws size against quality; give --text or --tasks, or leave --plot out"
         )

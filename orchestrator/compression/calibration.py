@@ -79,7 +79,7 @@ CALIBRATION_FILE = "calibration.json"
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is known of a model's activations.
+    """Recorded statistics of a model's activations.
 
     Attributes:
         directory: where the files are.
@@ -93,7 +93,7 @@ class Calibration:
 
 
 def with_metrics(task: TaskT, calibration: Calibration) -> TaskT:
-    """The task with the place of what its metric is made of."""
+    """The task with the location of its metric's tensors."""
     wanted = {
         reads + suffix: f"{task.block}.{reads}{suffix}"
         for reads in {module.reads: None for module in task.layout.modules}
@@ -116,7 +116,7 @@ def calibrate_for(
     directory: AnyPath,
     **listeners: Any,
 ) -> Calibration:
-    """The activations that the slice groups of a run with a calibration text want to know.
+    """The activations that the slice groups of a run with a calibration text need.
 
     `device` is the class that ``auto`` came to mean; the other arguments, and what is raised, are
     those of `calibrate` and `orchestrator.source.texts.read_samples`.
@@ -149,7 +149,7 @@ def calibrate(
 ) -> Calibration:
     """Find the Gram matrices of some blocks; continue where an earlier such call stopped.
 
-    What is there already, of whichever blocks, is not computed again.
+    What already exists, of whichever blocks, is not computed again.
 
     Args:
         source: the dense model.
@@ -212,8 +212,8 @@ def calibrate(
         for outcome in kept:
             if isinstance(outcome, Failure):
                 raise LestdError(
-                    f"calibration failed: {outcome.message}; what was finished is kept in "
-                    f"{directory}, the same command continues"
+                    f"calibration failed: {outcome.message}; finished work is kept in "
+                    f"{directory}, run the same command again to continue"
                 )
     remove_tree(directory / PIECES_DIR)
     refs: dict[str, TensorRef] = {}
@@ -242,7 +242,7 @@ def _begin(directory: AnyPath, about: dict[str, Any]) -> None:
             return
     elif names := [name for name in list_names(directory) if not name.startswith(TEMPORARY)]:
         raise LestdError(
-            f"{directory} is not empty and holds {names[0]}, but no {CALIBRATION_FILE}; choose "
+            f"{directory} is not empty and holds {names[0]} but no {CALIBRATION_FILE}; choose "
             "another directory"
         )
     make_directory(directory)
@@ -262,7 +262,7 @@ def _require_disk(
     if free < needed:
         raise LestdError(
             f"the disk of {directory} has {size(free)} free, but the calibration needs "
-            f"{size(needed)} there while it is made; free some, or choose another directory"
+            f"{size(needed)} there while it runs; free some, or choose another directory"
         )
 
 

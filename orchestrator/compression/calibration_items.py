@@ -63,7 +63,7 @@ class _Step:
         return {part_path(directory, block, piece, self.back).name for block in self.blocks}
 
     def task_id(self, piece: int | str) -> str:
-        """That of a piece at this step, or of what becomes of all of them."""
+        """Task id of a piece at this step, or of the sum of all pieces."""
         return f"{self.layer:04d}-{piece}" + ("-back" if self.back else "")
 
     @property
@@ -80,7 +80,7 @@ def items_left(
     windows: Sequence[tuple[int, ...]],
     directory: AnyPath,
 ) -> list[CalibrationItem]:
-    """What is left to do, in an order in which each item comes after those that it waits for.
+    """Unfinished items, each after those that it waits for.
 
     Args:
         source: the dense model.
@@ -149,7 +149,7 @@ def items_left(
 
 
 def _steps(inputs: Wanted, outputs: Wanted, layers: int) -> list[_Step]:
-    """The way of a piece: no further than anybody wants to know."""
+    """The steps of a piece: no further than the last block that needs it."""
     last = layers - 1 if outputs else max(inputs, default=-1)
     lowest = min(outputs, default=layers)
     there = [

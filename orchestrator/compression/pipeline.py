@@ -23,7 +23,7 @@ from typing import Any
 from lestd_kernels.errors import OutOfSpaceError
 from lestd_kernels.methods import CALIBRATED
 from orchestrator.compression.calibration import CALIBRATION_DIR, calibrate_for, with_metrics
-from orchestrator.compression.refusals import (
+from orchestrator.compression.preflight import (
     file_bytes,
     require_apart,
     require_disk,
@@ -67,7 +67,7 @@ class Outcome:
         rows: group rows of the finished tasks, by layer.
         curves: a row of each curve that is found; what belongs to its group stands in each row.
         failures: tasks that have no result.
-        skipped: tasks that were finished before this call.
+        skipped: tasks that were already finished this call.
         seconds: wall time of this call.
         predicted: seconds that each block's decomposition was expected to take; None if not asked.
     """

@@ -20,7 +20,7 @@ from workers.calibration.contracts import Calibrated, CalibrationItem, Calibrati
 from workers.contracts import CurveResult, Failure, Result, Task
 
 # How a line goes on after "attempt 2"; other kinds speak for themselves.
-_KINDS = {"retried": "is followed by another"}
+_KINDS = {"retried": "is retried"}
 
 
 class CompressionProgress:
@@ -97,7 +97,7 @@ class CompressionProgress:
         self._total = sum(task.dense_bytes for task in tasks)
         self._meter.update(self._done, self._total)
         if finished:
-            line = f"{len(finished)} of {len(tasks)} tasks were finished before"
+            line = f"{len(finished)} of {len(tasks)} tasks were already finished"
             fields: dict[str, Any] = {"pass": name, "finished": len(finished)}
             self._meter.say("tasks_found", line, **fields)
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator
 from lestd_kernels.errors import LestdError
 from lestd_kernels.options import Option
 from orchestrator.config.yaml_text import parse_yaml
-from workers.storage.regular import read_regular
+from workers.storage.untrusted_files import read_regular
 
 
 class Strict(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):

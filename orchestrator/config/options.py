@@ -58,7 +58,7 @@ class Target:
         WHAT("Stored bytes / dense bytes of the weights in scope.", gt=0, lt=1, first=True),
     ] = None
     keep_model: Annotated[
-        float | None, WHAT("The same of the whole model, in place of --keep.", gt=0, lt=1)
+        float | None, WHAT("The same for the whole model; replaces --keep.", gt=0, lt=1)
     ] = None
 
 
@@ -75,12 +75,12 @@ class Weights:
         ),
     ] = "attention"
     include: Annotated[str | None, WHAT('Only these layers, like "0-3,7".')] = None
-    exclude: Annotated[str | None, WHAT("All layers but these.")] = None
+    exclude: Annotated[str | None, WHAT("All layers except these.")] = None
     targets: Annotated[
         str | None,
         WHAT("Only blocks whose path, or that of a matrix of theirs, matches this expression."),
     ] = None
-    ignore: Annotated[str | None, WHAT("All blocks but those that match this one.")] = None
+    ignore: Annotated[str | None, WHAT("All blocks except those that match this one.")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class Allocation:
     allocation: Annotated[
         Literal["uniform", "global"] | None,
         HOW(
-            "uniform: each layer the same keep. global: bytes where they lower the error "
+            "uniform: the same keep in each layer. global: bytes go where they lower the error "
             "most; two passes.",
             default="global in the metric loss, else uniform",
         ),
@@ -128,25 +128,25 @@ class CalibrationText:
     """Calibration: the sample of the model's inputs."""
 
     calibrate_on: Annotated[
-        str | None, CALIBRATION("UTF-8 text whose activations make the metric.", first=True)
+        str | None, CALIBRATION("UTF-8 text whose activations define the metric.", first=True)
     ] = None
     samples: Annotated[int, CALIBRATION("Windows of the calibration text.", ge=1)] = 128
-    sample_tokens: Annotated[int, CALIBRATION("Tokens of such a window.", ge=1)] = 256
+    sample_tokens: Annotated[int, CALIBRATION("Tokens per such window.", ge=1)] = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
     """Device and threads of a worker."""
 
-    device: Annotated[Literal["auto", "cpu", "cuda"], WHERE("auto: GPUs where there are any.")] = (
+    device: Annotated[Literal["auto", "cpu", "cuda"], WHERE("auto: GPUs if there are any.")] = (
         "auto"
     )
-    threads: Annotated[int, WHERE("CPU threads of a worker; changes the last bit.", ge=1)] = 1
+    threads: Annotated[int, WHERE("CPU threads per worker; changes the last bit.", ge=1)] = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Who runs the tasks. Nothing here affects the bytes of the result."""
+    """Workers that run the tasks. Nothing here affects the bytes of the result."""
 
     executor: Annotated[Literal["ray", "serial"], WHERE("ray, or in this process.")] = "ray"
     workers: Annotated[
@@ -164,7 +164,7 @@ class Cluster:
     max_attempts: Annotated[
         int,
         WHERE(
-            "Tries of a task whose worker was lost, before it counts as failed.",
+            "Attempts at a task whose worker was lost before it counts as failed.",
             ge=1,
             file_only=True,
         ),
@@ -182,7 +182,7 @@ class Cluster:
     autoscaling: Annotated[
         bool,
         WHERE(
-            "Nodes join on demand: ask for them, and wait for what no node offers yet.",
+            "Nodes join on demand: request them, and wait for what no node offers yet.",
             file_only=True,
         ),
     ] = False
@@ -212,7 +212,7 @@ class Windows(Precision):
         ),
     ] = None
     max_windows: Annotated[
-        int | None, EVALUATION("Only the first windows.", default="all", ge=1)
+        int | None, EVALUATION("Evaluate only the first windows.", default="all", ge=1)
     ] = None
 
 
@@ -223,7 +223,7 @@ class Evaluation(Windows):
     text: Annotated[Path | None, EVALUATION("UTF-8 text to predict.", first=True)] = None
     tasks: Annotated[
         str | None,
-        EVALUATION("Tasks of lm-eval, with commas between them; needs lestd[eval].", first=True),
+        EVALUATION("Tasks of lm-eval, separated by commas; needs lestd[eval].", first=True),
     ] = None
     data: Annotated[
         Path | None,
@@ -234,10 +234,12 @@ class Evaluation(Windows):
     ] = None
     include_path: Annotated[Path | None, EVALUATION("Directory of more lm-eval task files.")] = None
     limit: Annotated[
-        int | None, EVALUATION("Only the first documents of each task.", default="all", ge=1)
+        int | None,
+        EVALUATION("Only the first documents of each task.", default="all", ge=1),
     ] = None
     fewshot: Annotated[
-        int | None, EVALUATION("Examples before a question.", default="each task's own", ge=0)
+        int | None,
+        EVALUATION("Examples before each question.", default="each task's own", ge=0),
     ] = None
     batch_size: Annotated[
         int, EVALUATION("Requests of tasks at once; 1 gives lm-eval's digits.", ge=1)

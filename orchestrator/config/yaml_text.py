@@ -1,4 +1,4 @@
-"""YAML that may be anybody's: run.yaml, cluster.yaml, the front matter of a model card.
+"""Untrusted YAML: run.yaml, cluster.yaml, the front matter of a model card.
 
 The one loader of the tree. It refuses what makes a small text cost without bound or mean what it
 does not show: aliases, of which a few lines expand to more than any memory, and keys named twice.

@@ -32,7 +32,7 @@ class LogFormat(StrEnum):
 
 
 class _TextHandler(logging.Handler):
-    """Lines for people, above the bar where there is one."""
+    """Lines of text, above the bar where there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         event = getattr(record, "event", "message")
@@ -131,7 +131,7 @@ def damaged(path: object, reason: str) -> None:
 
 
 def short(task_id: str) -> str:
-    """As much of a task's id as tells it from others, for people."""
+    """As much of a task's id as tells it from others."""
     return task_id[:_SHORT_ID]
 
 

@@ -1,4 +1,4 @@
-"""Output of a command: tables for people, one JSON object for programs.
+"""Output of a command: tables to read, one JSON object for programs.
 
 Results go to standard output; what is said on the way goes to standard error (see `logs`), so
 that output can be piped.
@@ -40,7 +40,7 @@ err = _Console(sys.stderr.isatty(), stderr=True)
 
 
 def size(count: float) -> str:
-    """Bytes for people, in binary units."""
+    """Bytes as text, in binary units."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"

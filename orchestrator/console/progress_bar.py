@@ -32,7 +32,7 @@ _SHOWN_RUNNING = 3
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people."""
+    """Seconds as text."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
@@ -72,7 +72,7 @@ class Pace:
         return (self.done - self._first[1]) / (self._last - self._first[0])
 
     def seconds_left(self) -> float | None:
-        """None where nobody knows, or all is done."""
+        """None if unknown, or if all is done."""
         rate = self.rate()
         if rate is None or self.done >= self.total:
             return None
@@ -223,7 +223,7 @@ class Meter:
                 self.update(done, self._pace.total)
 
     def _remind(self) -> None:
-        """Say how things stand when nothing was said for long: in a log, silence looks dead."""
+        """Log the state after a long silence, which in a log looks like a dead run."""
         began = time.monotonic()
         while not self._ended.wait(SILENCE_SECONDS / 30):
             with self._lock:
@@ -269,12 +269,12 @@ class Meter:
         return ", ".join(parts)
 
     def _percent_text(self) -> str:
-        """Nothing where nobody knows how much there is to do."""
+        """Empty while the amount of work is unknown."""
         pace = self._pace
         return f"{100 * pace.done / pace.total:>3.0f} %" if pace.total else ""
 
     def rate_text(self) -> str:
-        """The mean rate for people; empty before anything is done."""
+        """The mean rate as text; empty before anything is done."""
         rate = self._pace.rate()
         if rate is None:
             return ""
@@ -294,7 +294,7 @@ class Meter:
 
 
 class _Shown(ProgressColumn):
-    """A column of the bar that says what a function says."""
+    """A column of the bar whose text a function gives."""
 
     def __init__(self, text: Callable[[], str], column: Column | None = None) -> None:
         super().__init__(column)

@@ -8,11 +8,11 @@ from typing import Any
 
 from lm_eval.utils import handle_non_serializable, hash_string
 
-from workers.contracts import JudgeResult
+from workers.contracts import LmEvalResult
 from workers.evaluation.lm_eval_tasks import BuiltTask
 
 
-def sample_lines(built: BuiltTask, results: Sequence[JudgeResult]) -> bytes:
+def sample_lines(built: BuiltTask, results: Sequence[LmEvalResult]) -> bytes:
     """JSON lines, an object per document and filter, with the fields of lm-eval's own.
 
     Args:
@@ -25,7 +25,7 @@ def sample_lines(built: BuiltTask, results: Sequence[JudgeResult]) -> bytes:
     ).encode()
 
 
-def _samples(built: BuiltTask, results: Sequence[JudgeResult]) -> Iterator[dict[str, Any]]:
+def _samples(built: BuiltTask, results: Sequence[LmEvalResult]) -> Iterator[dict[str, Any]]:
     for result in results:
         for name, metrics in sorted(result.metrics.items()):
             for position, number in enumerate(range(*result.documents)):

@@ -1,4 +1,4 @@
-"""Scores of documents put together: lm-eval's figures, and their rows in the manifest."""
+"""Merged scores of documents: lm-eval's figures, and their rows in the manifest."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class TaskScores:
     """How a model did in one task, or in a group of tasks.
 
     Attributes:
@@ -49,7 +49,7 @@ class Judgement:
         task: name of the task or group.
         version: the task's own version.
         fewshot: examples shown before each question; None for a group.
-        documents: documents judged.
+        documents: documents evaluated.
         figures: one per metric and filter.
         raw: what the figures are made of; empty for a group.
         cut: inputs that were longer than the model's positions, and lost their beginning.
@@ -99,15 +99,15 @@ def figures_of(found: Any, task: str) -> tuple[Figure, ...]:
 
 
 def figure_rows(
-    facts: ModelFacts, judgement: Judgement, columns: Mapping[str, Any]
+    facts: ModelFacts, score: TaskScores, columns: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """The rows of `evaluations` for a judgement; `columns` are those that it does not know."""
+    """The rows of `evaluations` for a score; `columns` are those that it does not know."""
     common = {
         **columns,
         **model_columns(facts),
-        "evaluation_id": judgement.evaluation_id,
+        "evaluation_id": score.evaluation_id,
         "time": time.time_ns() // 1000,
-        "samples": judgement.documents,
+        "samples": score.documents,
     }
     return [
         common
@@ -118,5 +118,5 @@ def figure_rows(
             "stderr": figure.stderr,
             "higher_is_better": figure.higher_is_better,
         }
-        for figure in judgement.figures
+        for figure in score.figures
     ]

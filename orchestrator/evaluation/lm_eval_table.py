@@ -1,4 +1,4 @@
-"""Several models judged by the same tasks: progress, comparison, and what is shown.
+"""Several models evaluated by the same tasks: progress, comparison, and what is shown.
 
 The standard error of a difference is paired: both models answered the same documents, and most of
 what makes documents differ is in both figures. It is the jackknife's
@@ -18,8 +18,8 @@ from typing import Any
 from lm_eval.api.metrics import bits_per_byte, mean, perplexity, weighted_perplexity
 
 from orchestrator.console import logs, output
-from orchestrator.evaluation.lm_eval_scores import Judgement
-from orchestrator.evaluation.lm_eval_tasks import Examination, judge
+from orchestrator.evaluation.lm_eval_scores import TaskScores
+from orchestrator.evaluation.lm_eval_tasks import Examination, run_tasks
 from orchestrator.evaluation.model import EvaluationModel
 from orchestrator.evaluation.progress import PieceProgress
 from orchestrator.evaluation.records import ModelFacts
@@ -28,34 +28,34 @@ from orchestrator.execution.executor import Executor
 from workers.storage.files import AnyPath
 
 
-def judge_models(
+def evaluate_tasks(
     models: Sequence[tuple[EvaluationModel, ModelFacts]],
     examination: Examination,
     executor: Executor,
     run_dir: AnyPath,
     record: Callable[[Sequence[dict[str, Any]]], None],
     log_samples: bool = False,
-) -> list[list[Judgement]]:
-    """Judge models one after the other, with progress, and record what is found.
+) -> list[list[TaskScores]]:
+    """Evaluate models one after the other, with progress, and record what is found.
 
     Args:
         models: the models.
         examination: the tasks.
         executor: who runs the workers.
-        run_dir: see `judge`.
+        run_dir: see `run_tasks`.
         record: called with the rows of each task of each model.
-        log_samples: see `judge`.
+        log_samples: see `run_tasks`.
 
     Returns:
-        Of each model, its judgements: those of the tasks in their order, then those of groups.
+        Of each model, its scores: those of the tasks in their order, then those of groups.
 
     Raises:
-        LestdError: see `judge`.
+        LestdError: see `run_tasks`.
     """
-    judged = []
+    evaluated = []
     for model, facts in models:
-        with PieceProgress(f"judge {model.directory.name}", "samples") as shown:
-            found = judge(
+        with PieceProgress(f"evaluate {model.directory.name}", "samples") as shown:
+            found = run_tasks(
                 model,
                 facts,
                 examination,
@@ -74,17 +74,17 @@ def judge_models(
                     "positions and lost their beginning",
                     logging.WARNING,
                 )
-        judged.append(found)
-    return judged
+        evaluated.append(found)
+    return evaluated
 
 
-def describe_judgements(
-    judged: Sequence[Sequence[Judgement]], examination: Examination
+def describe_scores(
+    evaluated: Sequence[Sequence[TaskScores]], examination: Examination
 ) -> list[dict[str, Any]]:
     """Figures as plain values, one entry per task, metric and filter.
 
     Args:
-        judged: the judgements of one model; or of two, the second held against the first.
+        evaluated: the scores of one model; or of two, the second held against the first.
         examination: the tasks.
 
     Returns:
@@ -92,11 +92,11 @@ def describe_judgements(
         models ``difference`` (second minus first) and ``difference_stderr``.
     """
     entries = []
-    for judgements in zip(*judged, strict=True):
-        first = judgements[0]
+    for scores in zip(*evaluated, strict=True):
+        first = scores[0]
         for number, figure in enumerate(first.figures):
             key = (figure.metric, figure.answer_filter)
-            figures = [judgement.figures[number] for judgement in judgements]
+            figures = [score.figures[number] for score in scores]
             entry: dict[str, Any] = {
                 "task": first.task,
                 "task_version": first.version,
@@ -107,17 +107,17 @@ def describe_judgements(
                 "samples": first.documents,
                 "models": [
                     {
-                        "model": judgement.model,
-                        "evaluation_id": judgement.evaluation_id,
+                        "model": score.model,
+                        "evaluation_id": score.evaluation_id,
                         "value": one.value,
                         "stderr": one.stderr,
-                        "inputs_cut": judgement.cut,
+                        "inputs_cut": score.cut,
                     }
-                    for judgement, one in zip(judgements, figures, strict=True)
+                    for score, one in zip(scores, figures, strict=True)
                 ],
             }
-            if len(judgements) == 2:
-                before, after = judgements
+            if len(scores) == 2:
+                before, after = scores
                 entry["difference"] = figures[1].value - figures[0].value
                 entry["difference_stderr"] = None
                 if key in before.raw and key in after.raw:
@@ -165,7 +165,7 @@ def _leave_one_out(
     return None
 
 
-def print_judgements(entries: Sequence[dict[str, Any]], run_dir: AnyPath | None) -> None:
+def print_scores(entries: Sequence[dict[str, Any]], run_dir: AnyPath | None) -> None:
     """One table, a row per task, metric and filter; `run_dir` is named where samples are kept."""
     models = [one["model"] for one in entries[0]["models"]]
     names = [Path(model).name for model in models]

@@ -1,4 +1,4 @@
-"""Judging a model by tasks of lm-eval, with a pool of workers.
+"""Evaluating a model by tasks of lm-eval, with a pool of workers.
 
 A piece is a fixed range of a task's documents, whatever the pool. Every finished piece is
 committed to the evaluation's directory, so a kill costs the pieces in flight. A task whose pieces
@@ -20,8 +20,8 @@ from lestd_kernels.errors import LestdError
 from orchestrator.config.options import Evaluation
 from orchestrator.evaluation.lm_eval_samples import sample_lines
 from orchestrator.evaluation.lm_eval_scores import (
-    Judgement,
     RawMetrics,
+    TaskScores,
     aggregate,
     figure_rows,
     figures_of,
@@ -30,8 +30,8 @@ from orchestrator.evaluation.model import DTYPES, EvaluationModel, resolve_dtype
 from orchestrator.evaluation.pieces import EvaluationDirectory, run_pieces
 from orchestrator.evaluation.records import ModelFacts, evaluation_id, evaluation_versions
 from orchestrator.execution.executor import Executor, Listener, WorkerSpec
-from workers.contracts import Failure, JudgeRequest, JudgeResult
-from workers.evaluation.lm_eval import JudgeWorker
+from workers.contracts import Failure, LmEvalRequest, LmEvalResult
+from workers.evaluation.lm_eval import LmEvalWorker
 from workers.evaluation.lm_eval_tasks import BuiltTask, TaskSource, load_tasks
 from workers.storage.files import AnyPath
 
@@ -44,8 +44,8 @@ _LM_EVAL_BYTES = 300 * 2**20
 
 
 @dataclass(frozen=True)
-class JudgeSettings:
-    """Settings that decide how models are judged.
+class LmEvalSettings:
+    """Settings that decide how models are evaluated.
 
     Attributes:
         tasks: names of tasks, groups or tags of lm-eval.
@@ -68,7 +68,7 @@ class JudgeSettings:
 
 @dataclass(frozen=True)
 class Examination:
-    """The tasks that models are judged by, with their requests.
+    """The tasks that models are evaluated by, with their requests.
 
     Attributes:
         settings: what was asked for.
@@ -76,12 +76,12 @@ class Examination:
         groups: lm-eval's groups.
     """
 
-    settings: JudgeSettings
+    settings: LmEvalSettings
     tasks: dict[str, tuple[str, BuiltTask]]
     groups: dict[str, Any]
 
 
-def open_examination(settings: JudgeSettings) -> Examination:
+def open_examination(settings: LmEvalSettings) -> Examination:
     """Load the tasks and build their requests.
 
     Raises:
@@ -100,7 +100,7 @@ def open_examination(settings: JudgeSettings) -> Examination:
     if settings.dtype not in DTYPES:
         raise LestdError(f"dtype must be one of {', '.join(DTYPES)}, got {settings.dtype!r}")
     if not settings.tasks:
-        raise LestdError("--tasks names no task; give one or several, with commas between them")
+        raise LestdError("--tasks names no task; give one or several, separated by commas")
     tasks: dict[str, tuple[str, BuiltTask]] = {}
     groups: dict[str, Any] = {}
     for name in dict.fromkeys(settings.tasks):
@@ -116,7 +116,7 @@ def open_examination(settings: JudgeSettings) -> Examination:
     return Examination(settings, tasks, groups)
 
 
-def judge(
+def run_tasks(
     model: EvaluationModel,
     facts: ModelFacts,
     examination: Examination,
@@ -127,8 +127,8 @@ def judge(
     log_samples: bool = False,
     progress: Callable[[int, int], None] | None = None,
     on_event: Listener | None = None,
-) -> list[Judgement]:
-    """Judge a model by all tasks; continue where an earlier call with the same settings stopped.
+) -> list[TaskScores]:
+    """Evaluate a model by all tasks; continue where an earlier call with the same settings stopped.
 
     Args:
         model: the model.
@@ -153,17 +153,17 @@ def judge(
         _Sitting(facts, name, built, settings, run_dir)
         for name, built in examination.tasks.values()
     ]
-    judgements: dict[str, Judgement] = {}
+    scores: dict[str, TaskScores] = {}
 
     def finish() -> None:
         """Merge the tasks that are whole by now."""
         for sitting in sittings:
-            if sitting.store.complete and sitting.built.name not in judgements:
-                judgement, rows = sitting.merge()
+            if sitting.store.complete and sitting.built.name not in scores:
+                score, rows = sitting.merge()
                 record(rows)
                 if log_samples:
                     sitting.log_samples()
-                judgements[judgement.task] = judgement
+                scores[score.task] = score
 
     stores = [sitting.store for sitting in sittings]
     outcomes = run_pieces(stores, executor, _worker_spec(model, settings), progress, on_event)
@@ -171,32 +171,32 @@ def judge(
     for outcome in outcomes:
         if isinstance(outcome, Failure):
             raise LestdError(
-                f"{model.directory} could not be judged: {outcome.message}; what was finished is "
-                f"kept in {run_dir}"
+                f"{model.directory} could not be evaluated: {outcome.message}; finished work "
+                f"is kept in {run_dir}"
             )
         finish()
-    ordered = [judgements[sitting.built.name] for sitting in sittings]
-    for judgement, rows in _judge_groups(facts, examination, dtype, sittings, ordered):
+    ordered = [scores[sitting.built.name] for sitting in sittings]
+    for score, rows in _score_groups(facts, examination, dtype, sittings, ordered):
         record(rows)
-        ordered.append(judgement)
+        ordered.append(score)
     return ordered
 
 
-def _worker_spec(model: EvaluationModel, settings: JudgeSettings) -> WorkerSpec:
+def _worker_spec(model: EvaluationModel, settings: LmEvalSettings) -> WorkerSpec:
     # Logits and their log-softmax are held at once.
     logits = 8 * settings.batch_size * model.window_length * model.vocabulary
     asked = {k: v for k, v in vars(settings).items() if k != "tasks"}
-    return worker_spec(JudgeWorker, model, _LM_EVAL_BYTES + logits, **asked)
+    return worker_spec(LmEvalWorker, model, _LM_EVAL_BYTES + logits, **asked)
 
 
-def pieces_of(name: str, built: BuiltTask, batch_size: int) -> Iterator[JudgeRequest]:
+def pieces_of(name: str, built: BuiltTask, batch_size: int) -> Iterator[LmEvalRequest]:
     """The pieces of a task: the same for any pool."""
     step = _DOCUMENTS.get(built.kind, _DOCUMENTS_OF_CHOICE)
     step = max(step, batch_size)
     for first in range(0, len(built.requests), step):
         stop = min(first + step, len(built.requests))
         label = f"{built.name} {first}-{stop - 1}"
-        yield JudgeRequest(label, name, built.name, (first, stop), built.sha256)
+        yield LmEvalRequest(label, name, built.name, (first, stop), built.sha256)
 
 
 class _Sitting:
@@ -207,7 +207,7 @@ class _Sitting:
         facts: ModelFacts,
         name: str,
         built: BuiltTask,
-        settings: JudgeSettings,
+        settings: LmEvalSettings,
         run_dir: AnyPath,
     ) -> None:
         self.built = built
@@ -230,11 +230,11 @@ class _Sitting:
                     raw.setdefault((metric, name), []).extend(values)
         return raw
 
-    def merge(self) -> tuple[Judgement, list[dict[str, Any]]]:
+    def merge(self) -> tuple[TaskScores, list[dict[str, Any]]]:
         """The task's figures, and their rows of `evaluations`."""
         raw = self.raw()
         found = aggregate({self.built.name: (self.built.task, raw)}, {})
-        judgement = Judgement(
+        score = TaskScores(
             self.evaluation_id,
             self._facts.model,
             self.built.name,
@@ -248,25 +248,25 @@ class _Sitting:
         workers = {result.worker for result in self.store.ordered()}
         seconds = sum(result.seconds for result in self.store.ordered()) / len(workers)
         pool = {"workers": len(workers), "seconds": seconds}
-        return judgement, figure_rows(self._facts, judgement, self._deciding | pool)
+        return score, figure_rows(self._facts, score, self._deciding | pool)
 
     def log_samples(self) -> None:
         self.store.write_samples(sample_lines(self.built, self.store.ordered()))
 
 
-def _parse(fields: dict[str, Any]) -> JudgeResult:
+def _parse(fields: dict[str, Any]) -> LmEvalResult:
     """A piece as it was committed.
 
     Raises:
         ValueError, TypeError or KeyError: it is another.
     """
-    result = JudgeResult(**fields | {"documents": tuple(fields["documents"])})
+    result = LmEvalResult(**fields | {"documents": tuple(fields["documents"])})
     if len(result.responses) != result.documents[1] - result.documents[0]:
         raise ValueError(result.task_id)
     return result
 
 
-def _deciding(built: BuiltTask, facts: ModelFacts, settings: JudgeSettings) -> dict[str, Any]:
+def _deciding(built: BuiltTask, facts: ModelFacts, settings: LmEvalSettings) -> dict[str, Any]:
     """Columns of `evaluations` that, with the model, decide the figures."""
     more = {
         "requests_sha256": built.sha256,
@@ -285,13 +285,13 @@ def _deciding(built: BuiltTask, facts: ModelFacts, settings: JudgeSettings) -> d
     }
 
 
-def _judge_groups(
+def _score_groups(
     facts: ModelFacts,
     examination: Examination,
     dtype: str,
     sittings: Sequence[_Sitting],
-    judgements: Sequence[Judgement],
-) -> Iterator[tuple[Judgement, list[dict[str, Any]]]]:
+    scores: Sequence[TaskScores],
+) -> Iterator[tuple[TaskScores, list[dict[str, Any]]]]:
     """The figures that lm-eval makes of groups of tasks."""
     if not examination.groups:
         return
@@ -301,10 +301,10 @@ def _judge_groups(
         if not (figures := figures_of(found, name) if name in found["results"] else ()):
             continue
         members = {task.task_name for task in group.get_all_tasks()}
-        parts = [judgement for judgement in judgements if judgement.task in members]
+        parts = [score for score in scores if score.task in members]
         settings = {"evaluations": [one.evaluation_id for one in parts]}
         deciding = {"task": name, "settings": json.dumps(settings)}
-        judgement = Judgement(
+        score = TaskScores(
             evaluation_id(facts, deciding),
             facts.model,
             name,
@@ -317,10 +317,10 @@ def _judge_groups(
         )
         columns = {
             "dtype": dtype,
-            "task_version": judgement.version,
+            "task_version": score.version,
             "versions": json.dumps(evaluation_versions(lm_eval=lm_eval.__version__)),
         }
-        yield judgement, figure_rows(facts, judgement, deciding | columns)
+        yield score, figure_rows(facts, score, deciding | columns)
 
 
 def examine(asked: Evaluation, common: dict[str, Any]) -> Examination:
@@ -334,4 +334,4 @@ def examine(asked: Evaluation, common: dict[str, Any]) -> Examination:
         None if path is None else str(path.absolute()) for path in (asked.data, asked.include_path)
     )
     source = TaskSource(local, included, asked.fewshot, asked.limit)
-    return open_examination(JudgeSettings(names, source, asked.batch_size, **common))
+    return open_examination(LmEvalSettings(names, source, asked.batch_size, **common))

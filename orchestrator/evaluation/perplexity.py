@@ -40,7 +40,7 @@ from orchestrator.source.texts import decode_text
 from workers.contracts import EvalRequest, EvalResult, Failure
 from workers.evaluation.perplexity import EvalWorker
 from workers.storage.files import AnyPath, file_sha256
-from workers.storage.regular import MAX_TEXT_BYTES, read_regular
+from workers.storage.untrusted_files import MAX_TEXT_BYTES, read_regular
 
 TEXT_TASK = "text"
 """Name of the task that `lestd evaluate --text` is in the table."""

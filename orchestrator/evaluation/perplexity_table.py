@@ -115,7 +115,7 @@ def describe_evaluations(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
 
 
 def _paired_stderr(before: Evaluation, after: Evaluation) -> float | None:
-    """That of the difference of token perplexities; None where the windows are not the same."""
+    """Of the difference of token perplexities; None where the windows are not the same."""
     same = (before.token_ids_sha256, before.window_length)
     if same != (after.token_ids_sha256, after.window_length):
         return None

@@ -19,7 +19,7 @@ from workers.contracts import Failure
 from workers.storage.building import make_own_directory
 from workers.storage.files import AnyPath, atomic_write, is_file, list_names, read_files
 from workers.storage.json_files import json_bytes, write_json
-from workers.storage.regular import parse_json
+from workers.storage.untrusted_files import parse_json
 
 
 class Piece(Protocol):

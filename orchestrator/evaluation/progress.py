@@ -36,7 +36,7 @@ class PieceProgress:
         """So many are done; those of the first call were done before."""
         self._meter.update(done, total)
         if not self._begun and done:
-            line = f"{done} of {total} {self._unit} were finished before"
+            line = f"{done} of {total} {self._unit} were already finished"
             self._meter.say("pieces_found", line, finished=done)
         self._begun = True
 
@@ -45,6 +45,6 @@ class PieceProgress:
         if event.kind == "started":
             self._meter.work_begins()
             return
-        line = f"{event.task_id}: attempt {event.attempt} is followed by another: {event.message}"
+        line = f"{event.task_id}: attempt {event.attempt} is retried: {event.message}"
         about = {k: v for k, v in asdict(event).items() if v and k not in ("kind", "message")}
         self._meter.say(f"task_{event.kind}", line, logging.WARNING, **about)

@@ -1,8 +1,8 @@
 """Evaluations as rows of the manifest's table `evaluations`.
 
-They are kept with the compressed model that was judged, those of the dense model that it was held
-against too: ``MODEL/manifest/evaluations/<evaluation_id>.parquet``. A dense model has no manifest;
-when it is judged alone they are kept beside it, in ``MODEL.eval/manifest``.
+They are kept with the compressed model that was evaluated, also those of the dense model it was
+compared with: ``MODEL/manifest/evaluations/<evaluation_id>.parquet``. A dense model has no
+manifest; when it is evaluated alone they are kept beside it, in ``MODEL.eval/manifest``.
 
 An evaluation's id is a hash of the model and of all that decides the figure, so the same
 evaluation made again replaces its rows, and one with another setting does not.
@@ -44,7 +44,7 @@ class ModelFacts:
         model: the model, as it was named.
         model_id: sha256 of its config and of samples of its weights.
         tokenizer_sha256: of the files of its tokenizer.
-        compressed: whether it is a model of lestd.
+        compressed: whether lestd compressed it.
         model_bytes: bytes of its safetensors files, headers included.
         dense_bytes: bytes of its weights in scope when they were dense; None if not compressed.
         stored_bytes: bytes that these are stored in; None if not compressed.

@@ -1,1 +1,1 @@
-"""Who runs the items: this process, or actors."""
+"""Executors: this process, or actors of a Ray cluster."""

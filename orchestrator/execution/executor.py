@@ -1,4 +1,4 @@
-"""Who runs the items: this process, or actors on a Ray cluster. Neither knows what an item is.
+"""The executors' interface: items run in this process, or on actors of a Ray cluster.
 
 An executor maps a worker class over items. Items and results are small dataclasses; a worker
 reads and writes its tensors itself, so no weight passes through the driver or the object store.
@@ -69,7 +69,7 @@ Listener = Callable[[Event], None]
 
 
 def retried(again: Again) -> Event:
-    """The event of an attempt that is followed by another."""
+    """The event of an attempt that is retried."""
     task_id, attempt = again.attempt.item.task_id, again.attempt.number - 1
     return Event(
         "retried",

@@ -32,9 +32,9 @@ _TIMEOUT_FACTOR = 10.0
 
 Cause = Literal["WorkerDied", "WorkerFailed", "NodeLost", "TimedOut"]
 _HINTS: dict[Cause, str] = {
-    "WorkerDied": "most often memory is short: use fewer workers or larger machines",
-    "WorkerFailed": "see whether the machines' GPUs, disks and network are well",
-    "NodeLost": "see why the cluster loses its nodes",
+    "WorkerDied": "memory is the usual cause: use fewer workers or larger machines",
+    "WorkerFailed": "check the machines' GPUs, disks and network",
+    "NodeLost": "find out why the cluster loses nodes",
     "TimedOut": "if it is only slow, set a longer task_timeout in the cluster file",
 }
 
@@ -118,7 +118,7 @@ def after_loss(
         )
         return Again(following, loss.cause, loss.message, loss.evidence)
     if guilty >= MAX_KILLS:
-        found = f"is marked failed: it ended {guilty} workers that had nothing else to do"
+        found = f"is marked failed: it killed {guilty} workers that had no other task"
     else:
         found = f"lost its worker in each of {attempt.number} attempts"
     return Failure(

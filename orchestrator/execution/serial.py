@@ -32,7 +32,7 @@ class SerialExecutor:
         """See `Executor.require_cuda`."""
         if not self.has_cuda():
             raise LestdError(
-                "device cuda is asked for, but this process sees no GPU; use --device cpu, or run "
+                "device cuda was requested, but this process sees no GPU; use --device cpu, or run "
                 "where PyTorch sees one"
             )
 

@@ -119,7 +119,7 @@ def comparison_rows(
         source: the dense model.
         outcomes: complete ones.
         out: directory of the comparison.
-        qualities: see `judge_all`.
+        qualities: see `evaluate_all`.
         calibration: activations that errors are measured with, too.
         speed: how to time decoding; None for not at all.
 

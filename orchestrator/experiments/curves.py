@@ -22,7 +22,7 @@ def save_curve(points: Sequence[Point], title: str, path: Path) -> None:
     one paired standard error of the difference to the dense model, where it has one.
 
     Args:
-        points: the dense model first; judged.
+        points: the dense model first; evaluated.
         title: what stands above.
         path: the file; `check_plot` has accepted it.
     """
@@ -39,7 +39,7 @@ def save_comparison(rows: Sequence[Measured], title: str, path: Path) -> None:
     """Draw bytes against each main figure, a line for each method; dense is the line to beat.
 
     Of a text only the token perplexity is drawn, with bars of one paired standard error; where
-    nothing was judged, the errors of the weights are. Perplexities have a logarithmic axis.
+    nothing was evaluated, the errors of the weights are. Perplexities have a logarithmic axis.
 
     Args:
         rows: the dense model first.

@@ -1,4 +1,4 @@
-"""A checkpoint at several sizes, by one or several methods: compressed and judged.
+"""A checkpoint at several sizes, by one or several methods: compressed and evaluated.
 
     DIR/keep-0.80           a model, DIR/keep-0.80.run its run: as `lestd compress` makes them; of
                             several methods in DIR/METHOD-AND-OPTIONS
@@ -7,8 +7,8 @@
     DIR/manifest            their rows; those of a model and the dense one are in its own as well
 
 The compressions of one method share what no byte budget decides (see
-`orchestrator.compression.together`). Whatever is finished, a task or a piece of an evaluation, is
-kept and found again by the same call.
+`orchestrator.compression.several_sizes`). Every finished task, and every finished piece of an
+evaluation, is kept and found again by the same call.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from orchestrator.compression.calibration import (
     calibrate_for,
 )
 from orchestrator.compression.pipeline import Outcome, compress_model, device_of
-from orchestrator.compression.refusals import require_usable
-from orchestrator.compression.together import compress_together
+from orchestrator.compression.preflight import require_usable
+from orchestrator.compression.several_sizes import compress_together
 from orchestrator.config.run import RunConfig
 from orchestrator.console import logs, output
 from orchestrator.console.progress_bar import Meter
@@ -166,8 +166,8 @@ def _require_disk(out: Path, needed: int) -> None:
         )
 
 
-def check_judgeable(source: Source, text: Path | None, window: int | None) -> None:
-    """Refuse, before anything is compressed, what could not be judged afterwards.
+def check_evaluable(source: Source, text: Path | None, window: int | None) -> None:
+    """Refuse, before anything is compressed, what could not be evaluated afterwards.
 
     Raises:
         LestdError: the checkpoint is not in a local directory or has no usable tokenizer, or the
@@ -183,7 +183,7 @@ def check_judgeable(source: Source, text: Path | None, window: int | None) -> No
         read_tokens(model, text)
 
 
-def judge_all(
+def evaluate_all(
     dense: Path,
     compressed: Sequence[Path],
     out: Path,
@@ -194,7 +194,7 @@ def judge_all(
     settings: dict[str, Any],
     examination: Examination | None,
 ) -> list[tuple[Quality, ...]]:
-    """Judge the dense model and the compressed ones; continue where an earlier call stopped.
+    """Evaluate the dense model and the compressed ones; continue where an earlier call stopped.
 
     Args:
         dense: directory of the dense model.
@@ -210,7 +210,7 @@ def judge_all(
         The qualities of the dense model, then those of the others; empty where nothing is asked.
 
     Raises:
-        LestdError: see `evaluate` and `judge`.
+        LestdError: see `run_tasks` and `evaluate`.
     """
     models = [dense, *compressed]
     qualities: list[tuple[Quality, ...]] = [() for _ in models]
@@ -230,10 +230,10 @@ def judge_all(
         qualities = text_qualities(evaluations)
     if examination is not None:
         # It imports lm_eval, which a text does not need.
-        from orchestrator.evaluation.lm_eval_table import judge_models
+        from orchestrator.evaluation.lm_eval_table import evaluate_tasks
 
-        judged = judge_models(opened, examination, executor, pieces, keep_rows)
-        more = task_qualities(judged, examination)
+        evaluated = evaluate_tasks(opened, examination, executor, pieces, keep_rows)
+        more = task_qualities(evaluated, examination)
         qualities = [a + b for a, b in zip(qualities, more, strict=True)]
     return qualities
 
@@ -247,7 +247,7 @@ def points_of(
         source: the dense model.
         outcomes: complete ones.
         out: directory of the experiment.
-        qualities: see `judge_all`.
+        qualities: see `evaluate_all`.
     """
     done = [outcome for by_keep in outcomes.values() for outcome in by_keep.values()]
     keeps = [keep for by_keep in outcomes.values() for keep in by_keep]

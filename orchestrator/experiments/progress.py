@@ -40,7 +40,7 @@ class SweepProgress:
             self._meter.restart(what)
             self._meter.update(sum(self._done.values()), sum(self._total.values()))
             if finished:
-                line = f"{name}: {len(finished)} of {len(planned)} tasks were finished before"
+                line = f"{name}: {len(finished)} of {len(planned)} tasks were already finished"
                 self._meter.say("tasks_found", line, run=name, finished=len(finished))
 
         def on_event(event: Event) -> None:
@@ -50,7 +50,7 @@ class SweepProgress:
                     self._meter.begin(task.task_id, task.block, event.attempt)
                 return
             self._end(task)
-            line = f"{name}: {task.block}: attempt {event.attempt} is followed by another: "
+            line = f"{name}: {task.block}: attempt {event.attempt} is retried: "
             about: dict[str, Any] = {"run": name, "task_id": task.task_id, "block": task.block}
             self._meter.say(f"task_{event.kind}", line + event.message, logging.WARNING, **about)
 

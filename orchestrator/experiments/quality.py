@@ -10,7 +10,7 @@ from orchestrator.evaluation.perplexity import PERPLEXITIES, TEXT_TASK, Evaluati
 from orchestrator.evaluation.perplexity_table import describe_evaluations
 
 if TYPE_CHECKING:  # They import lm_eval.
-    from orchestrator.evaluation.lm_eval_scores import Judgement
+    from orchestrator.evaluation.lm_eval_scores import TaskScores
     from orchestrator.evaluation.lm_eval_tasks import Examination
 
 _MAIN = (
@@ -50,7 +50,7 @@ class Quality:
 
     @property
     def title(self) -> str:
-        """Name for people."""
+        """Name to show."""
         if self.task == TEXT_TASK:
             return self.metric.replace("_perplexity", " ppl")
         return f"{self.task} {self.metric}".replace("_perplexity", " ppl")
@@ -66,7 +66,7 @@ class Point:
         stored_bytes: bytes of its weights in scope.
         model_bytes_on_disk: bytes of its safetensors files, headers included.
         relative_error: ``||W - W_hat|| / ||W||`` over the weights in scope.
-        quality: its figures, of each model the same ones; empty where it was not judged.
+        quality: its figures, of each model the same ones; empty where it was not evaluated.
     """
 
     keep: float | None
@@ -103,22 +103,22 @@ def text_qualities(evaluations: Sequence[Evaluation]) -> list[tuple[Quality, ...
 
 
 def task_qualities(
-    judged: Sequence[Sequence[Judgement]], examination: Examination
+    evaluated: Sequence[Sequence[TaskScores]], examination: Examination
 ) -> list[tuple[Quality, ...]]:
     """The figures of models in tasks.
 
     Args:
-        judged: the judgements of each model; the first model is the dense one.
+        evaluated: the scores of each model; the first model is the dense one.
         examination: the tasks.
 
     Returns:
         Of each model all of its figures.
     """
-    from orchestrator.evaluation.lm_eval_table import describe_judgements
+    from orchestrator.evaluation.lm_eval_table import describe_scores
 
     qualities = []
-    for judgements in judged:
-        entries = describe_judgements([judged[0], judgements], examination)
+    for scores in evaluated:
+        entries = describe_scores([evaluated[0], scores], examination)
         main = _main_figures(entries)
         qualities.append(
             tuple(

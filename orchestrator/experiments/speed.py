@@ -179,7 +179,7 @@ def _check_models(models: tuple[Path, Path], settings: BenchSettings) -> None:
     length = settings.prompt_tokens + settings.new_tokens
     for model in models:
         if not model.is_dir():
-            raise LestdError(f"{model} is no directory; give the directory of a model")
+            raise LestdError(f"{model} is not a directory; give the directory of a model")
         loaded = load_config(model)
         quantization = getattr(loaded, "quantization_config", None) or {}
         compressed.append(quantization.get("quant_method") == QUANT_METHOD)

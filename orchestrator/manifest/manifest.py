@@ -1,4 +1,4 @@
-"""The manifest: what is known of a run, in Parquet files that appear whole or not at all.
+"""The manifest: the record of a run, in Parquet files that appear whole or not at all.
 
     manifest/groups/<task_id>.parquet       one row: the group is done     (written last)
     manifest/slices/<task_id>.parquet       one row per slice of the group (written before it)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from workers.storage.regular import parse_json
+from workers.storage.untrusted_files import parse_json
 
 Row = dict[str, Any]
 """A row of a table as plain values, by the columns' names."""
@@ -138,7 +138,7 @@ _SECONDS = (
 )
 _WORK = (
     Column("started_at", _TIME, "when the last attempt began to read", "UTC"),
-    Column("peak_memory_bytes", _LONG, "peak memory of the worker meanwhile", "bytes"),
+    Column("peak_memory_bytes", _LONG, "peak memory of the worker during the task", "bytes"),
     Column("device", _TEXT, "the GPU, or the machine and its vector instructions"),
     Column("worker", _TEXT, "host:pid of the worker"),
     Column("node", _TEXT, "host name of the worker"),
@@ -156,7 +156,7 @@ GROUPS = TableSpec(
         Column("R3", _INT, "rank of mode 3, the projections; null where none is learned"),
         Column("nnz", _LONG, "stored non-zeros of the cores"),
         Column("density", _REAL, "nnz / elements of the cores"),
-        Column("codec", _TEXT, "how the cores are stored; several joined by +"),
+        Column("codec", _TEXT, "codecs of the cores, joined by +"),
         Column("dense_bytes", _LONG, "the source weights", "bytes", required=True, least=1),
         Column("byte_budget", _LONG, "upper bound of stored_bytes", "bytes", required=True),
         Column("stored_bytes", _LONG, "factors, core values and indices", "bytes", required=True),
@@ -201,19 +201,19 @@ GROUPS = TableSpec(
         Column(
             "most_expected_squared_error",
             _REAL,
-            "beyond it metric_squared_error is far from what ranks and bits say; null: unknown",
+            "a metric_squared_error above this is more than ranks and bits explain; null: unknown",
             "metric^2",
         ),
         Column(
             "expected_loss",
             _REAL,
-            "loss that the block's error is expected to cost: half its square in the metric loss; "
-            "null in others",
+            "expected loss of the block's error: half its square in the metric loss; null in "
+            "others",
             "nats/token",
         ),
         Column("chosen", _TEXT, "method auto: the method and its bits of a value"),
         Column("runner_up", _TEXT, "method auto: the next best at these bytes"),
-        Column("runner_up_loss", _REAL, "what that was expected to cost", "nats/token"),
+        Column("runner_up_loss", _REAL, "expected loss of the runner-up", "nats/token"),
     ),
     key=("task_id",),
     order=("layer", "block"),
@@ -229,7 +229,7 @@ SLICES = TableSpec(
             "head", _INT, "index of the head (a key or value head where heads share them) or expert"
         ),
         Column("nnz", _LONG, "stored non-zeros of the slice"),
-        Column("density", _REAL, "nnz / elements that it could have had"),
+        Column("density", _REAL, "nnz / elements of the core slice"),
         Column("core_bytes", _REAL, "share of its core's bytes, by nnz", "bytes"),
         Column("relative_error", _REAL, "||W_s - W_hat_s|| / ||W_s||"),
         Column("squared_norm", _REAL, "||W_s||^2", "weights^2"),
@@ -252,7 +252,7 @@ CURVES = TableSpec(
         Column("predicted_squared_error", _REAL, "||W - W_hat||^2 to expect", "weights^2", True),
         Column("squared_norm", _REAL, "||W||^2 in the run's metric", "metric^2"),
         Column("dense_bytes", _LONG, "the source weights", "bytes", required=True, least=1),
-        Column("uniform_byte_budget", _LONG, "what uniform allocation gives it", "bytes", True),
+        Column("uniform_byte_budget", _LONG, "its budget under uniform allocation", "bytes", True),
         Column(
             "uniform_squared_error", _REAL, "||W - W_hat||^2 there, measured", "weights^2", True
         ),
@@ -274,8 +274,8 @@ EVENTS = TableSpec(
         Column("kind", _TEXT, "started, retried or failed", required=True),
         Column("attempt", _INT, "the attempt that started or ended; 1 is the first"),
         Column("error_type", _TEXT, "why it ended: NodeLost, WorkerDied, TimedOut, ..."),
-        Column("message", _TEXT, "the same as a sentence"),
-        Column("traceback", _TEXT, "what is known of the end, for people"),
+        Column("message", _TEXT, "the reason as a sentence"),
+        Column("traceback", _TEXT, "how it ended, for people to read"),
         Column("layer", _INT, "index of the decoder layer"),
         Column("block", _TEXT, "module path of the block"),
         Column("worker", _TEXT, "host:pid of the worker that had it, where known"),
@@ -310,18 +310,18 @@ RUNS = TableSpec(
         Column("finished_before", _INT, "of these, finished by earlier calls"),
         Column("finished", _INT, "of these, finished when the call ended"),
         Column("failed", _INT, "tasks that failed for good"),
-        Column("retried", _INT, "attempts that were followed by another of the same call"),
+        Column("retried", _INT, "attempts that the same call retried"),
         Column("dense_bytes", _LONG, "the weights in scope, dense", "bytes"),
-        Column("byte_budget", _LONG, "what they may take", "bytes"),
-        Column("stored_bytes", _LONG, "what they take", "bytes"),
+        Column("byte_budget", _LONG, "byte budget of the weights in scope", "bytes"),
+        Column("stored_bytes", _LONG, "the weights in scope, as stored", "bytes"),
         Column("model_bytes", _LONG, "all weights, dense", "bytes"),
         Column("untouched_bytes", _LONG, "weights out of scope", "bytes"),
         Column("planned_worker_memory_bytes", _LONG, "a worker's memory, at most", "bytes"),
         Column("planned_disk_bytes", _LONG, "disk of the run directory, at most", "bytes"),
-        Column("planned_seconds", _REAL, "decomposing, if --time was asked for", "seconds"),
+        Column("planned_seconds", _REAL, "decomposition, if --time was given", "seconds"),
         Column("seconds", _REAL, "wall time of the call", "seconds"),
-        Column("seconds_assemble", _REAL, "of these, putting the model together", "seconds"),
-        Column("versions", _TEXT, "JSON: versions of what ran", check=_is_object),
+        Column("seconds_assemble", _REAL, "of these, assembling the model", "seconds"),
+        Column("versions", _TEXT, "JSON: versions of the software", check=_is_object),
     ),
     key=("invocation",),
     order=("started_at", "invocation"),
@@ -329,13 +329,13 @@ RUNS = TableSpec(
 
 EVALUATIONS = TableSpec(
     "evaluations",
-    "one row per metric of an evaluation, of the compressed model or of one it was held against",
+    "one row per metric of an evaluation, of the compressed model or of one it was compared with",
     (
         Column("evaluation_id", _TEXT, "hash of the model and all settings", required=True),
         Column("time", _TIME, "when it was finished", "UTC"),
         Column("model", _TEXT, "the model, as it was named"),
         Column("model_id", _TEXT, "hash of its config and weights"),
-        Column("compressed", pa.bool_(), "whether it is a model of lestd"),
+        Column("compressed", pa.bool_(), "whether lestd compressed it"),
         Column("model_bytes", _LONG, "its safetensors files, headers included", "bytes"),
         Column("dense_bytes", _LONG, "its weights in scope, dense; null if not lestd's", "bytes"),
         Column("stored_bytes", _LONG, "its weights in scope, as stored; null likewise", "bytes"),
@@ -346,15 +346,15 @@ EVALUATIONS = TableSpec(
         Column("value", _REAL, "the figure", required=True),
         Column("stderr", _REAL, "its standard error; null where there is none"),
         Column("higher_is_better", pa.bool_(), "which way is better"),
-        Column("samples", _LONG, "documents or windows that it is made of"),
+        Column("samples", _LONG, "documents or windows evaluated"),
         Column("tokens", _LONG, "predicted tokens, where perplexity is measured"),
         Column("fewshot", _INT, "examples shown before each question"),
-        Column("settings", _TEXT, "JSON: all else that decides the figure", check=_is_object),
+        Column("settings", _TEXT, "JSON: all other settings", check=_is_object),
         Column("dtype", _TEXT, "compute dtype"),
         Column("device", _TEXT, "cpu or cuda"),
         Column("workers", _INT, "size of the pool"),
         Column("seconds", _REAL, "wall time of the task on this pool", "seconds"),
-        Column("versions", _TEXT, "JSON: versions of what ran", check=_is_object),
+        Column("versions", _TEXT, "JSON: versions of the software", check=_is_object),
     ),
     key=("evaluation_id", "task", "metric", "answer_filter"),
     order=("time", "task", "metric", "answer_filter"),

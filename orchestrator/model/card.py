@@ -15,7 +15,7 @@ from orchestrator.manifest.result_rows import total_expected_loss
 from orchestrator.planning.plan import Plan
 from orchestrator.source.checkpoint import Source
 from workers.storage.files import AnyPath, list_files
-from workers.storage.regular import read_regular
+from workers.storage.untrusted_files import read_regular
 
 CARD_FILE = "README.md"
 _KEPT = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")

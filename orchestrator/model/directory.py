@@ -1,4 +1,4 @@
-"""A directory that is a compressed model: what it says of itself, whole or not, and its end."""
+"""The directory of a compressed model: its own record, its completeness, its replacement."""
 
 from __future__ import annotations
 

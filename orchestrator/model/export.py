@@ -1,4 +1,4 @@
-"""A compressed model -> an ordinary dense checkpoint, for tools that do not know the format.
+"""A compressed model -> an ordinary dense checkpoint, for tools that do not support the format.
 
 In place of each group's factors and cores stands its reconstruction W-hat, with the adapter beside
 the model, if there is one, merged into it; every other tensor is copied byte for byte. The
@@ -148,7 +148,7 @@ def export_dense(
 def _require_free(out: Path) -> None:
     if not is_free(out):
         raise LestdError(
-            f"{out} is there already, and is no plain empty directory; choose a new name for "
+            f"{out} already exists and is not an empty directory; choose a new name for "
             "--dense, or remove it"
         )
 

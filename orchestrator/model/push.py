@@ -58,7 +58,7 @@ def push(directory: Path, repository: str, private: bool, branch: str | None) ->
 
     Args:
         directory: the model.
-        repository: ``OWNER/NAME``, or ``NAME`` for one of the user's own; made if it is not there.
+        repository: ``OWNER/NAME``, or ``NAME`` for one of the user's own; created if absent.
         private: make it private; one that is there must be private already.
         branch: where to; made from the main branch if it is not there. None: the main branch.
 
@@ -124,7 +124,7 @@ def _finished_files(directory: Path) -> list[str]:
     about = about_model(directory)
     if about is None:
         raise LestdError(
-            f"{directory} is no finished model of lestd (it has no {MANIFEST_DIR}/model.json); "
+            f"{directory} is not a finished lestd model (it has no {MANIFEST_DIR}/model.json); "
             "give the --out of a lestd compress that ended, or run that command again"
         )
     # Sizes take no time, hashes minutes: what is plainly incomplete is said at once.
@@ -202,14 +202,14 @@ def _why(repository: str, error: BaseException) -> str:
     said = f"{status}: {error.server_message}" if error.server_message else str(status)
     if status == 401:
         return (
-            f"the Hub wants to know who writes to {repository} ({said}); log in with "
-            "`hf auth login`, or set HF_TOKEN, with a token that may write"
+            f"the Hub requires a login to write to {repository} ({said}); log in with "
+            "`hf auth login`, or set HF_TOKEN, with a token that has write access"
         )
     if status == 403:
         return (
-            f"your token may not write to {repository} ({said}); use one that may, or choose "
-            "another REPO"
+            f"your token has no write access to {repository} ({said}); use one that has it, or "
+            "choose another REPO"
         )
     if status == 404:
-        return f"the Hub finds no {repository} ({said}); check its owner, its name and --revision"
+        return f"the Hub has no {repository} ({said}); check its owner, its name and --revision"
     return f"the Hub answered {said} for {repository}; {kept}"

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lestd_kernels import LestdConfig
 from lestd_kernels.errors import LestdError, first_line
-from lestd_kernels.formats.kinds import KINDS
+from lestd_kernels.formats.as_tensorly import Opened, open_modules
+from lestd_kernels.formats.kinds import KINDS, Decomposition
 from lestd_kernels.formats.shared_tucker import QUANT_METHOD
 from lestd_kernels.storage.codecs import TensorSpec
 from lestd_kernels.tensorize import GroupLayout, dense_tensors
@@ -27,6 +28,7 @@ from workers.checkpoint.headers import DTYPE_NAMES, DTYPES
 from workers.checkpoint.tensors import ShardIndex, read_tensor
 from workers.contracts import TensorRef
 
+T = TypeVar("T")
 _VALUE_DTYPES = ("BF16", "F16", "F32")
 _COPY_AGAIN = "copy the model again from where it was made"
 
@@ -68,12 +70,23 @@ class CompressedGroup:
         Raises:
             LestdError: the tensors cannot be read, or do not decode.
         """
+        return self._decoded(lambda stored: (stored.to_dense(), stored.layout))
+
+    def open_modules(self) -> dict[str, Opened]:
+        """Read the group: module -> its factors and cores, as tensorly's tensors.
+
+        Raises:
+            LestdError: see `weights`.
+        """
+        return self._decoded(open_modules)
+
+    def _decoded(self, use: Callable[[Decomposition], T]) -> T:
         path, shard = self.entry["path"], next(iter(self.refs.values())).shard
         tensors = {name: read_tensor(ref) for name, ref in self.refs.items()}
         try:
             decomposition = KINDS[self.entry["kind"]].from_named_tensors(self.entry, tensors)
             decomposition.check()
-            return decomposition.to_dense(), decomposition.layout
+            return use(decomposition)
         except (RuntimeError, IndexError, ValueError) as error:
             raise LestdError(
                 f"the tensors of {path} in {shard} do not decode ({first_line(error)}); "
@@ -107,6 +120,19 @@ class CompressedModel:
         """All other tensors, sorted by name."""
         stored = self.stored
         return [ref for name, ref in self.index.tensors.items() if name not in stored]
+
+    def open_block(self, block: str) -> dict[str, Opened]:
+        """The modules of a block, such as ``"model.layers.0.self_attn"``, as tensorly's tensors.
+
+        Raises:
+            LestdError: no such block is compressed, or its tensors cannot be read.
+        """
+        groups = {group.entry["path"]: group for group in self.groups}
+        if block not in groups:
+            raise LestdError(
+                f"{self.directory} has no compressed block {block!r}; it has {', '.join(groups)}"
+            )
+        return groups[block].open_modules()
 
     def stated_shards(self) -> list[dict[str, Any]]:
         """Name, size and sha256 of the shards that the model's manifest states, for `check_shard`.
@@ -144,14 +170,14 @@ class CompressedModel:
             raise LestdError(f"{problem}; {_COPY_AGAIN}")
 
 
-def open_compressed(directory: Path) -> CompressedModel:
+def open_compressed(directory: Path | str) -> CompressedModel:
     """Find a compressed model, and check that config.json and the shards' headers agree.
 
     Raises:
         LestdError: the directory holds no model compressed by lestd, one of a newer version, or a
             damaged one.
     """
-    directory = directory.absolute()
+    directory = Path(directory).absolute()
     check_pointers(directory)
     config_json = read_config_json(directory)
     quantization = config_json.get("quantization_config")

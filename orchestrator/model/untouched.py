@@ -1,4 +1,4 @@
-"""Tensors that are copied as they are, from a source that lies elsewhere.
+"""Tensors that are copied unchanged from a remote source.
 
 They are most of a model, and fetching them may take hours. A shard of them grows in the run
 directory, and a progress file beside it says how much of it is whole: it is written after each
@@ -24,7 +24,7 @@ from workers.contracts import TensorRef
 from workers.storage.building import make_own_directory
 from workers.storage.files import explain_os_errors
 from workers.storage.json_files import write_json
-from workers.storage.regular import parse_json, read_regular
+from workers.storage.untrusted_files import parse_json, read_regular
 
 UNTOUCHED_DIR = "untouched"
 

@@ -31,7 +31,7 @@ _WHOLE_WIDTH = 2048
 
 
 def blocks_of(tasks: Iterable[Task]) -> list[CalibratedBlock]:
-    """What the decomposition of these slice groups wants to know."""
+    """Statistics that the decomposition of these slice groups needs."""
     return [
         CalibratedBlock(
             task.layer,
@@ -119,7 +119,7 @@ def output_bytes(blocks: Iterable[CalibratedBlock]) -> int:
 
 @dataclass(frozen=True)
 class CalibrationCosts:
-    """What a calibration takes.
+    """Memory and disk of a calibration.
 
     Attributes:
         memory_bytes: of a worker, at most.
@@ -140,7 +140,7 @@ class CalibrationCosts:
 def calibration_costs(
     source: Source, blocks: Sequence[CalibratedBlock], samples: int, sample_tokens: int
 ) -> CalibrationCosts:
-    """What it takes to find out about some blocks, none of which is known.
+    """Costs of the statistics of some blocks, none of which is known.
 
     Memory: a layer in float32, of which stacked experts are there twice while they are put
     together; the largest tensor outside of the layers, an embedding; the layer's matrices, twice

@@ -39,7 +39,7 @@ _SIDE_FILES_BYTES = 2**20
 
 @dataclass(frozen=True)
 class PlannedTask:
-    """A task and what is known of its outcome before any weight is read.
+    """A task and the bounds of its outcome, before any weight is read.
 
     Attributes:
         task: the task. While its budget is undecided it has that of uniform allocation.

@@ -76,7 +76,7 @@ class NamedQuery:
 
 
 def named_queries() -> dict[str, NamedQuery]:
-    """All queries that come with lestd, by name."""
+    """All built-in queries, by name."""
     found = {}
     for file in files("orchestrator.query").joinpath("named").iterdir():
         name, _, ending = file.name.rpartition(".")
@@ -284,7 +284,7 @@ def _explained(ask: Callable[[], _Answer]) -> _Answer:
         return ask()
     except duckdb.PermissionException as error:
         raise LestdError(
-            f"the query reaches out of its tables ({_sentence(error)}); it can read "
+            f"the query reads outside its tables ({_sentence(error)}); it can read "
             f"{', '.join([*TABLES, *VIEWS])} only"
         ) from error
     except (duckdb.OutOfMemoryException, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""Views over the manifest's tables, for the queries that come with lestd and for anybody's."""
+"""Views over the manifest's tables, for the built-in queries and the users' own."""
 
 VIEWS = {
     "current": """

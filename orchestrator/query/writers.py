@@ -1,4 +1,4 @@
-"""The answer to a query, for people and for programs.
+"""The answer to a query, to read and for programs.
 
 Values that JSON and CSV lack are written as text: times in ISO 8601, bytes as Python says them.
 Exact decimals become whole numbers or doubles. In tables, and in CSV on a
@@ -37,7 +37,7 @@ _SPAN, _LARGEST, _MOST_DECIMALS = 5, 9, 8
 
 
 def print_answer(answer: pa.Table) -> None:
-    """A table for people, or where it is too wide one block per row; both of the first rows."""
+    """Print the first rows as a table, or one block per row if that is too wide."""
     shown = answer.slice(0, SHOWN_ROWS)
     values = [*zip(*_rows(shown), strict=True)] or [()] * len(answer.column_names)
     named = zip(answer.column_names, values, strict=True)

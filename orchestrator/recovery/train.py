@@ -1,6 +1,6 @@
-"""Win back by training what compression has lost; judged on held-out text before and after.
+"""Win back by training what compression has lost; evaluated on held-out text before and after.
 
-OUT.recover/      kept, so that the same command continues, or shows its result again
+OUT.recover/      kept, so that run the same command again to continue, or shows its result again
     recover.json  what is done: settings, the model, the text
     held-out.txt  the end of the text, which is not trained on, where no other text is given
     state.json    see workers.recover: the last state, and the tensors that it names
@@ -81,13 +81,13 @@ def recover(
     fresh: bool,
     **settings: Any,
 ) -> Recovery:
-    """Train a compressed model, write it, and judge both; continue where an earlier call stopped.
+    """Train a compressed model, write it, evaluate both; continue where an earlier call stopped.
 
     Args:
         directory: the compressed model.
         text: UTF-8 text to train on.
         out: directory of the trained model; must not exist, or be the result of this recovery.
-        eval_text: text to judge by; None for the last tenth of `text`, which then is not trained
+        eval_text: text to evaluate by; None for the last tenth of `text`, which then is not trained
             on.
         window: inputs of a window, of training and of evaluation; see `open_model`.
         max_windows: evaluate the first windows only.
@@ -147,23 +147,23 @@ def recover(
         write_json(run_dir / _OURS, stated)
 
         rows: list[Sequence[dict[str, Any]]] = []
-        judging: dict[str, Any] = {
+        evaluating: dict[str, Any] = {
             "dtype": how.dtype,
             "device": how.device,
             "threads": how.threads,
             "max_windows": max_windows,
         }
 
-        def judge(one: tuple[EvaluationModel, ModelFacts]) -> Evaluation:
+        def evaluate(one: tuple[EvaluationModel, ModelFacts]) -> Evaluation:
             executor, pieces = SerialExecutor(), run_dir / "evaluations"
-            return evaluate_models([one], held_out, executor, pieces, rows.append, judging)[0]
+            return evaluate_models([one], held_out, executor, pieces, rows.append, evaluating)[0]
 
-        first = judge(opened)
+        first = evaluate(opened)
         trained = _train(model, windows, how, run_dir)
         if not out.exists() or not any(out.iterdir()):
             write_recovered(model, trained, out, fingerprint, stated)
         [after] = open_models([out], window)
-        last = judge(after)
+        last = evaluate(after)
         for row in rows:
             record(row, Manifest(out / MANIFEST_DIR))
     return Recovery(
@@ -218,7 +218,7 @@ def _claimed(run_dir: Path, fresh: bool) -> Iterator[None]:
 
 
 def _split(text: str, eval_text: Path | None) -> tuple[str, str]:
-    """The text to train on, and what is kept of it to judge by."""
+    """The text to train on, and what is kept of it to evaluate by."""
     if eval_text is not None:
         return text, ""
     # At the end of a line, where there is one not far away.

@@ -57,7 +57,7 @@ def require_free(out: Path) -> None:
     """
     if not is_free(out):
         raise LestdError(
-            f"{out} is there already, and is not what this recovery writes; choose another --out, "
+            f"{out} already exists and is not what this recovery writes; choose another --out, "
             "or move it away"
         )
 

@@ -1,4 +1,4 @@
-"""`lestd diff` for people: a table for each kind of difference, and none where there is none."""
+"""The tables of `lestd diff`: one for each kind of difference that exists."""
 
 from __future__ import annotations
 

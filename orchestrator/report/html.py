@@ -18,8 +18,8 @@ from markupsafe import Markup
 
 from orchestrator.console.output import finite, ranks, size
 from orchestrator.manifest.schemas import STAGES, Row
-from orchestrator.report.answers import answers
 from orchestrator.report.data import ReportData, calls_in_words, model_name
+from orchestrator.report.highlights import answers
 from orchestrator.report.page import column_table, csp_hash, inline_script, package_file, plotly_js
 from orchestrator.report.quality import headline
 
@@ -80,7 +80,7 @@ def render(data: ReportData) -> str:
         scripts=[Markup(script) for script in scripts],
         hashes=" ".join(map(csp_hash, scripts)),
         style=Markup(package_file("report/report.css")),
-        judged=headline(data.evaluations),
+        evaluated=headline(data.evaluations),
         ranks=ranks,
     )
 
@@ -157,7 +157,7 @@ def _drawn_spectra(data: ReportData) -> list[Row]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people."""
+    """Seconds as text."""
     if seconds < 120:
         return f"{seconds:.1f} s"
     minutes, left = divmod(round(seconds), 60)
@@ -167,7 +167,7 @@ def duration(seconds: float) -> str:
 
 
 def moment(at: datetime) -> str:
-    """A time for people."""
+    """A time as text."""
     return at.strftime("%Y-%m-%d %H:%M UTC")
 
 

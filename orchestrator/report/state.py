@@ -130,7 +130,7 @@ def wall_time(calls: Sequence[Row], work: Sequence[Row]) -> list[Row]:
         {"part": part, "what": what, "seconds": seconds}
         for part, what, seconds in (
             ("tasks", "from the first task to the last, of each call", tasks),
-            ("assemble", "putting the model together", assemble),
+            ("assemble", "assembling the model", assemble),
             ("rest", f"{starting}planning and checking", max(rest, 0.0)),
         )
     ]

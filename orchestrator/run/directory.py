@@ -1,4 +1,4 @@
-"""The run directory: everything a run knows, and the right of one driver to write it.
+"""The run directory: the files of a run, and the lock that lets one driver write them.
 
 OUT.run/          on a disk or in an object store
     lock          held by the driver while it runs: a lock, in an object store a lease
@@ -6,7 +6,7 @@ OUT.run/          on a disk or in an object store
     plan.json     what is to be done
     payloads/     <task_id>-<sha256>.safetensors, one per finished task
     manifest/     see orchestrator.manifest.manifest
-    untouched/    see orchestrator.model.untouched; there while a model is put together
+    untouched/    see orchestrator.model.untouched; there while a model is assembled
     calibration/  see orchestrator.compression.calibration; of a run in the metric of activations
 
 The directory, and those above it, may be links, say to a scratch disk: what is deleted lies in it
@@ -100,7 +100,7 @@ class RunDirectory:
         value = read_json(self.path / "run.json").get(key)
         if not isinstance(value, dict):
             raise LestdError(
-                f"{self.path} holds a run.json that is not of lestd; choose another --run-dir"
+                f"{self.path} holds a run.json that lestd did not write; choose another --run-dir"
             )
         return value
 
@@ -118,19 +118,19 @@ class RunDirectory:
         for name in list_names(self.path):
             if name not in _OURS and not name.startswith(TEMPORARY):
                 raise LestdError(
-                    f"{self.path} is not empty and holds {name}, which no run of lestd "
+                    f"{self.path} is not empty and holds {name}, which no lestd run "
                     "makes; choose another --run-dir"
                 )
             if isinstance(self.path, Path) and (self.path / name).is_symlink():
                 raise LestdError(
-                    f"{self.path / name} is a link, which no run of lestd makes; move it away, or "
+                    f"{self.path / name} is a link, which no lestd run makes; move it away, or "
                     "choose another --run-dir"
                 )
         if self.fingerprint() is None:
             for name in _OURS - {"lock"}:
                 if is_file(self.path / name) or list_names(self.path / name):
                     raise LestdError(
-                        f"{self.path} holds {name}, but no run.json, and so is no run of lestd; "
+                        f"{self.path} holds {name}, but no run.json, so it is not a lestd run; "
                         "choose another --run-dir"
                     )
 

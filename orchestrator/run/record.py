@@ -85,7 +85,7 @@ class RunRecord:
 
     @contextmanager
     def assembling(self) -> Iterator[None]:
-        """The time of the context is that of putting the model together."""
+        """The time of the context is that of assembling the model."""
         self._assembling.append(time.monotonic())
         yield
         self._assembling.append(time.monotonic())

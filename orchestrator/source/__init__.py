@@ -1,1 +1,1 @@
-"""A checkpoint wherever it lies, its tokenizer, and texts."""
+"""A checkpoint, local or remote, its tokenizer, and texts."""

@@ -1,4 +1,4 @@
-"""A checkpoint that can be compressed, wherever it lies: found, and checked once.
+"""A checkpoint that can be compressed, local or remote: resolved, and checked once.
 
 Of a model elsewhere only config, index and headers are fetched here: its tensors are read by byte
 range where they are needed. No weight is read here, and no code that comes with a model is run.
@@ -41,7 +41,7 @@ from workers.checkpoint.tensors import INDEX_FILE, WEIGHTS_FILE, ShardIndex, rea
 from workers.storage.files import as_source, list_files, list_tree, require_content
 from workers.storage.hub import HUB_SCHEME
 from workers.storage.ranges import is_url
-from workers.storage.regular import parse_json, read_regular
+from workers.storage.untrusted_files import parse_json, read_regular
 
 CONFIG_FILE = "config.json"
 BIN_FILE = "pytorch_model.bin"
@@ -147,8 +147,8 @@ def _find(model: str, revision: str | None) -> Source:
     shards = set(weight_map.values()) or {WEIGHTS_FILE}
     if absent := sorted(shards - names):
         raise LestdError(
-            f"{model} has no file {absent[0]}, but its {INDEX_FILE} names it; tell its publisher, "
-            "or choose another --revision"
+            f"{model} has no file {absent[0]}, but its {INDEX_FILE} names it; report it to the "
+            "publisher, or choose another --revision"
         )
     if are_cached(model, commit, shards):
         directory = fetch_side_files(names, partial(download, model, commit))

@@ -46,7 +46,7 @@ from workers.checkpoint.tensors import (
 from workers.storage.building import is_free, open_own_file
 from workers.storage.files import atomic_write, explain_os_errors, fsync_directory, require_content
 from workers.storage.names import TEMPORARY
-from workers.storage.regular import read_regular
+from workers.storage.untrusted_files import read_regular
 
 _MARKER = "lestd-convert.json"
 

@@ -1,4 +1,4 @@
-"""Where a model lies, as its user names it, and how its small files come here.
+"""The location of a model, as its user names it, and the fetching of its small files.
 
 A model is a directory, a Hub id ``OWNER/NAME`` (also ``hf://OWNER/NAME@REVISION``), or the URL of
 a directory in a store that fsspec knows: ``s3://BUCKET/PREFIX``, ``gs://BUCKET/PREFIX``.
@@ -25,8 +25,8 @@ from lestd_kernels.errors import LestdError
 from workers.storage.files import as_source, in_parallel, read_file
 from workers.storage.hub import HUB_SCHEME, TIMEOUT_SECONDS, HubUnreachableError, explain_hub_errors
 from workers.storage.ranges import is_url
-from workers.storage.regular import MAX_SMALL_BYTES
 from workers.storage.retries import patiently
+from workers.storage.untrusted_files import MAX_SMALL_BYTES
 
 _FILE_SCHEME = "file://"
 _USERINFO = re.compile(r"([\w+.-]+)://([^/?#]*)@")

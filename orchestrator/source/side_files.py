@@ -16,7 +16,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 from workers.storage.files import AnyPath, copy_file, list_tree, make_directory, require_content
 from workers.storage.names import MANIFEST_DIR, is_inside
-from workers.storage.regular import parse_json, read_regular
+from workers.storage.untrusted_files import parse_json, read_regular
 
 _SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm"}
 _PREFIXES = ("LICENSE", "NOTICE", "README")

@@ -14,7 +14,7 @@ from lestd_kernels.errors import LestdError, first_line
 from orchestrator.config.run import RunConfig
 from orchestrator.source.checkpoint import Source
 from orchestrator.source.tokenizer import load_tokenizer, window_length
-from workers.storage.regular import MAX_TEXT_BYTES, read_regular
+from workers.storage.untrusted_files import MAX_TEXT_BYTES, read_regular
 
 # A token of a common tokenizer is four characters of English, and fewer of most else.
 _CHARACTERS_PER_TOKEN = 8

@@ -259,7 +259,7 @@ def test_a_name_that_is_taken_is_refused(tmp_path, run):
     code, out, err = run("--shape", "tiny", "--out", tmp_path / "made")
     assert (code, out) == (1, "")
     assert err.startswith("error: ")
-    assert "is there already" in err
+    assert "already exists" in err
     assert [path.name for path in tmp_path.rglob("*")] == ["made", "file"]
 
 

@@ -178,7 +178,7 @@ def test_a_run_begun_on_one_cluster_is_finished_on_another(
     options = ("--device", "cpu", "--address", "local", "--workers", 1)
     result = run_lestd("compress", many_layers, "--out", run.out, *KEEP, *options)
     assert result.code == 0, result.err
-    assert f"{len(finished)} of {LAYERS} tasks were finished before" in result.err
+    assert f"{len(finished)} of {LAYERS} tasks were already finished" in result.err
     assert finished.items() <= committed(run.run_dir).items()
     assert digest_tree(run.out) == undisturbed
 

@@ -151,7 +151,7 @@ def test_rays_own_command_submits_a_run(
     assert "[4/4]" in result.out
     again = head.submit("python", "-m", "orchestrator", *words)
     assert again.code == 0, again.err + again.out
-    assert "4 of them finished before" in again.out
+    assert "4 of them already finished" in again.out
 
 
 @pytest.mark.ray
@@ -199,7 +199,7 @@ def test_a_job_outlives_the_terminal_and_can_be_stopped(
     assert done <= RunDirectory(tmp_path / "out.run").manifest.finished_tasks() < 64
     resumed = head.lestd(*words)
     assert resumed.code == 0, resumed.err + resumed.out
-    assert "tasks were finished before" in resumed.out
+    assert "tasks were already finished" in resumed.out
 
 
 @pytest.mark.ray
@@ -262,7 +262,7 @@ def test_a_cluster_that_does_not_answer_is_said_so(
     words = ("compress", tiny_llama, "--keep", 0.4, "--out", tmp_path / "out")
     result = lestd(*words, "--address", address)
     assert result.code == 2
-    assert f"the Ray cluster at {address} takes no job" in result.err
+    assert f"the Ray cluster at {address} accepts no jobs" in result.err
     assert "Connection refused" in result.err
 
 
@@ -277,14 +277,14 @@ def test_another_web_server_is_no_cluster(
         result = lestd(*words, "--address", address)
         server.shutdown()
     assert result.code == 2
-    assert f"the Ray cluster at {address} takes no job (Version check returned 404" in result.err
+    assert f"the Ray cluster at {address} accepts no jobs (Version check returned 404" in result.err
 
 
 def test_results_that_a_log_would_mix_up_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     words = ("compress", tiny_llama, "--keep", 0.4, "--out", tmp_path / "out", "--json")
     result = lestd(*words, "--address", "http://127.0.0.1:1")
     assert result.code == 2
-    assert "--json does not go with --address http://127.0.0.1:1" in result.err
+    assert "--json cannot be used with --address http://127.0.0.1:1" in result.err
 
 
 def test_the_words_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +352,7 @@ def test_which_addresses_mean_a_job(
         ("FAILED", 1, 1, ""),
         ("FAILED", 2, 2, ""),
         ("FAILED", 130, 130, ""),
-        ("FAILED", 127, 1, "finds no command python"),
+        ("FAILED", 127, 1, "has no command python"),
         ("FAILED", 137, 1, "its driver ended with code 137, most often because it was killed"),
         ("FAILED", None, 1, "job j failed: The node is gone.; run the same command again"),
         ("STOPPED", None, 130, "job j was stopped; run the same command again to continue"),

@@ -32,7 +32,7 @@ from orchestrator.source.checkpoint import read_config_json, resolve_source
 from orchestrator.source.convert import convert
 from orchestrator.source.side_files import find_side_files
 from workers.checkpoint.headers import parse_header
-from workers.storage.regular import parse_json, read_regular
+from workers.storage.untrusted_files import parse_json, read_regular
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)

@@ -81,7 +81,7 @@ def test_a_process_that_gets_no_memory_says_so(
     said = capsys.readouterr().err
     if isinstance(ended.value, SystemExit):
         assert ended.value.code == 2
-        assert said.startswith("error: the system gives this process no more memory or threads (")
+        assert said.startswith("error: the system refuses this process more memory or threads (")
         assert said.count("\n") == 1
     else:
         assert said == ""

@@ -281,7 +281,7 @@ def test_kills_change_no_byte_and_repeat_no_finished_task(
     assert 0 < len(finished) < LAYERS
     result = run_lestd(*command)
     assert result.code == 0, result.err
-    assert f"{len(finished)} of {LAYERS} tasks were finished before" in result.err
+    assert f"{len(finished)} of {LAYERS} tasks were already finished" in result.err
     assert all(starts(run_dir)[task] == begun[task] for task in finished)
     assert digest_objects(out) == digest_tree(undisturbed)
     assert lestd("verify", out).code == 0

@@ -140,7 +140,7 @@ def test_a_run_begun_serially_is_finished_on_ray(
     assert 5 <= len(finished) < LAYERS
     result = run_lestd("compress", many_layers, "--out", out, *KEEP)
     assert result.code == 0, result.err
-    assert f"{len(finished)} of {LAYERS} tasks were finished before" in result.err
+    assert f"{len(finished)} of {LAYERS} tasks were already finished" in result.err
     assert finished.items() <= committed(tmp_path / "out.run").items()
     assert digest_tree(out) == undisturbed
 
@@ -178,5 +178,5 @@ def test_what_a_dead_worker_leaves_behind_is_kept_and_told(
     # The command is run again, and tells that it was.
     result = lestd("compress", tiny_llama, "--out", out, *KEEP, "--executor", "serial")
     assert result.code == 0, result.err
-    assert "attempts that another followed: 1" in result.out
+    assert "retried attempts: 1" in result.out
     assert "WorkerDied" in result.out

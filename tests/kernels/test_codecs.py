@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lestd_kernels.backends import apply_core
-from lestd_kernels.storage.bits import count_bits, pack_bits, unpack_bits
+from lestd_kernels.storage.bitmasks import count_bits, pack_bits, unpack_bits
 from lestd_kernels.storage.codecs import CODECS, cheapest_codec
 from lestd_kernels.storage.matrix import EncodedCore
 

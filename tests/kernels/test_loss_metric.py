@@ -276,5 +276,5 @@ def test_auto_keeps_the_best_of_its_candidates(
     assert done.decomposition.stored_bytes <= budget
     assert done.curve[0].squared_error <= done.metric_squared_error * (1 + 1e-3)
     assert done.curve[1].squared_error < done.curve[0].squared_error
-    with pytest.raises(LestdError, match="knows value_bits 16 only"):
+    with pytest.raises(LestdError, match="supports only value_bits 16"):
         auto.METHOD.least_bytes(small, BF16, MethodArgs(metric=LOSS, value_bits=4))

@@ -12,7 +12,7 @@ from torch import Tensor
 from lestd_kernels.errors import LestdError
 from lestd_kernels.linalg.low_rank import Bits, common_slope, fit_pair, pair_bytes, spectrum
 from lestd_kernels.linalg.metric import Root, Roots
-from lestd_kernels.methods import METHODS, MethodArgs
+from lestd_kernels.methods import METHODS, Group, MethodArgs
 from lestd_kernels.methods.common.base import ACTIVATION, LOSS, NORM, WEIGHT
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout, fold_weights
 
@@ -218,7 +218,8 @@ def test_a_curve_tells_the_errors_of_its_budgets(method: str) -> None:
     args, metrics = MethodArgs(metric=metric), metrics_of(layout, metric)
     whole = layout.elements * 4
     budgets = [int(share * whole) for share in (0.2, 0.4, 0.7)]
-    prepared = METHODS[method].prepare(random_unfolding(layout), layout, FP32, args, metrics)
+    group = Group(random_unfolding(layout), layout, FP32, args, metrics)
+    prepared = METHODS[method].prepare(group)
     done = METHODS[method].encode(prepared, budgets[1], budgets, reuse=True)
     for point, budget in zip(done.curve, budgets, strict=True):
         alone = METHODS[method].encode(prepared, budget, reuse=True)

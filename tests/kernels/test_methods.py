@@ -387,5 +387,5 @@ def test_arguments_are_plain_values():
 def test_what_is_of_sparse_cores_is_refused_by_methods_without(method, option, value):
     layout = LAYOUTS["mha"]
     args = MethodArgs(**{option: value})
-    with pytest.raises(LestdError, match=f"method '{method}' knows .*{value}.*; change one"):
+    with pytest.raises(LestdError, match=f"method '{method}' .*support.*{value}.*; change one"):
         METHODS[method].bounds(layout, budget_of(layout, 0.6, BF16), BF16, args)

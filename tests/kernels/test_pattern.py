@@ -26,7 +26,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from lestd_kernels.backends import BACKENDS, choose, semi_structured
-from lestd_kernels.backends.kept import Kept
+from lestd_kernels.backends.cache import Kept
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.shared_tucker import SharedTucker
 from lestd_kernels.linalg.stage1 import Factors, Ranks, hosvd

@@ -10,19 +10,18 @@ import tensorly
 import torch
 from support.groups import fused, gqa, mha
 from support.groups import unfolding as random_unfolding
-from tensorly.decomposition import partial_tucker, tensor_train
+from tensorly.decomposition import partial_tucker
 from torch import Tensor
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.linalg.metric import Root
-from lestd_kernels.methods import METHODS, MethodArgs
+from lestd_kernels.methods import METHODS, Group, MethodArgs
 from lestd_kernels.methods.common.base import ACTIVATION, NORM, WEIGHT, Decomposed
 from lestd_kernels.methods.tt import balanced_modes, stack_of, train_modes
 from lestd_kernels.search.tucker_stack import (
     StackFactors,
     StackRanks,
     best_ranks,
-    expand,
     fit_core,
     full_bases,
     leading_energies,
@@ -46,6 +45,11 @@ def random_stack(*shape: int, seed: int = 0) -> Tensor:
         Q = torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
         T = torch.tensordot(T, Q, dims=([mode], [0])).movedim(-1, mode)
     return T.contiguous()
+
+
+def expand(core: Tensor, factors: StackFactors) -> Tensor:
+    mixed = core if factors.P is None else torch.einsum("nr,rab->nab", factors.P, core)
+    return factors.U @ mixed @ factors.V.T
 
 
 def relative(T: Tensor, T_hat: Tensor) -> float:
@@ -130,16 +134,16 @@ def test_modes_are_balanced(n: int) -> None:
         assert modes == (8, 8, 11)
 
 
-def tt_matrix_by_tensorly(W: Tensor, ranks: tuple[int, int]) -> np.ndarray:
-    """TT-SVD of the reshaped matrix; W ``(in, out)``."""
+def tt_matrix_by_numpy(W: Tensor, ranks: tuple[int, int]) -> np.ndarray:
+    """TT-SVD of the reshaped matrix (Oseledets, algorithm 1); W ``(in, out)``."""
     a, b = train_modes(*W.shape)
-    tensorly.set_backend("numpy")
-    exact = W.double().numpy().reshape(*a, *b).transpose(0, 3, 1, 4, 2, 5)
-    tensor = exact.reshape([x * y for x, y in zip(a, b, strict=True)])
-    train = tensor_train(tensor, [1, *ranks, 1])
-    full = tensorly.tt_to_tensor(train).reshape(
-        [m for pair in zip(a, b, strict=True) for m in pair]
-    )
+    (m1, m2, m3), (r1, r2) = [x * y for x, y in zip(a, b, strict=True)], ranks
+    tensor = W.double().numpy().reshape(*a, *b).transpose(0, 3, 1, 4, 2, 5)
+    U1, S, V = np.linalg.svd(tensor.reshape(m1, m2 * m3), full_matrices=False)
+    rest = (S[:r1, None] * V[:r1]).reshape(r1 * m2, m3)
+    U2, S, V = np.linalg.svd(rest, full_matrices=False)
+    rest = (U2[:, :r2] * S[:r2] @ V[:r2]).reshape(r1, m2 * m3)
+    full = (U1[:, :r1] @ rest).reshape([m for pair in zip(a, b, strict=True) for m in pair])
     return full.transpose(0, 2, 4, 1, 3, 5).reshape(W.shape)  # type: ignore[no-any-return]
 
 
@@ -156,7 +160,7 @@ def ffn(d: int, f: int) -> GroupLayout:
 
 @pytest.mark.parametrize("shape", [(24, 60), (16, 35), (12, 13)])
 @pytest.mark.parametrize("keep", [0.7, 0.3])
-def test_a_train_is_the_tt_svd_of_tensorly(shape: tuple[int, int], keep: float) -> None:
+def test_a_train_is_the_tt_svd(shape: tuple[int, int], keep: float) -> None:
     layout = ffn(*shape)
     budget = int(keep * layout.elements * 4)
     done = METHODS["tt"].decompose(random_unfolding(layout), layout, budget, FP32, MethodArgs())
@@ -166,7 +170,7 @@ def test_a_train_is_the_tt_svd_of_tensorly(shape: tuple[int, int], keep: float) 
         rows = W[name].T
         (a1, a2, a3), (b1, b2, b3) = train_modes(*rows.shape)
         r1, r2 = chain.own[0].columns // b1, chain.own[2].rows // a3
-        expected = tt_matrix_by_tensorly(rows, (r1, r2))
+        expected = tt_matrix_by_numpy(rows, (r1, r2))
         np.testing.assert_allclose(dense[name].T, expected, atol=1e-4 * float(rows.abs().max()))
         assert chain.own[1].rows == r1 * a2
         assert sum(own.stored_bytes for own in chain.own) <= budget // 2 + 1
@@ -402,6 +406,21 @@ def test_heads_stay_within_their_bytes(name: str, dtype: torch.dtype, bits: int)
         assert torch.equal(matrix, done.decomposition.to_dense()[key])
 
 
+@pytest.mark.filterwarnings("error")
+def test_heads_of_rank_one_need_no_more_ranks_than_they_have() -> None:
+    layout = mha(64, 8, 2)
+    generator = torch.Generator().manual_seed(3)
+    u, v = torch.randn(64, 1, generator=generator), torch.randn(1, 8, generator=generator)
+    W = (u @ v).repeat(1, len(layout.slices))
+    done = METHODS["per_head_tucker"].decompose(
+        W.clone(), layout, int(0.1 * layout.elements * 4), FP32, MethodArgs()
+    )
+    R1, R2 = done.decomposition.ranks.values()
+    assert R1 <= 4 * R2
+    assert R2 <= 4 * R1
+    assert done.relative_error < 1e-5
+
+
 def test_heads_in_no_order_and_other_blocks_are_refused() -> None:
     mixed = GroupLayout(
         20,
@@ -431,7 +450,7 @@ def test_what_is_too_small_is_refused_and_the_least_is_not(method: str) -> None:
 def test_a_curve_tells_the_errors_of_its_budgets(method: str) -> None:
     layout = experts(19, 13, 4) if method == "td_moe" else mha(24, 8, 3)
     budgets = [int(share * layout.elements * 4) for share in (0.3, 0.5, 0.8)]
-    prepared = METHODS[method].prepare(random_unfolding(layout), layout, FP32, MethodArgs(), {})
+    prepared = METHODS[method].prepare(Group(random_unfolding(layout), layout, FP32, MethodArgs()))
     done = METHODS[method].encode(prepared, budgets[1], budgets, reuse=True)
     for point, budget in zip(done.curve, budgets, strict=True):
         alone = METHODS[method].encode(prepared, budget, reuse=True)

@@ -115,7 +115,7 @@ class CalibrationPiece:
 
 @dataclass(frozen=True)
 class CalibrationSum:
-    """What was found of one layer, to be added up over all pieces, in their order.
+    """Sum of a layer's statistics over all pieces, in their order.
 
     Attributes:
         task_id: its id among those of the calibration.

@@ -63,7 +63,7 @@ def logit_gradient(logits: Tensor, window: int) -> Tensor:
     if not bool(torch.isfinite(logits).all()):
         raise LestdError(
             "the model's predictions are not finite, computed in float32; the weights are broken, "
-            "get the checkpoint again"
+            "download the checkpoint again"
         )
     labels = sampled_labels(logits, window)
     gradient = logits.softmax(dim=-1)
@@ -72,7 +72,7 @@ def logit_gradient(logits: Tensor, window: int) -> Tensor:
 
 
 def gradient_takers(block: CalibratedBlock, found: dict[str, Tensor]) -> dict[str, Take]:
-    """For `Watch`: who adds up ``g^T g`` of a block's outputs, when the loss is differentiated.
+    """For `Watch`: functions that add up ``g^T g`` of a block's outputs in the backward pass.
 
     Args:
         block: its `outputs` are looked at.

@@ -146,7 +146,7 @@ class LayerwiseModel:
         return below[0] != "" or below[1] == "" or below[2].startswith(f"{layer}.")
 
     def run(self, given: Tensor) -> Tensor:
-        """What the loaded layer makes of a window.
+        """Output of the loaded layer for a window.
 
         Args:
             given: token ids ``(L,)``, int64, for the first layer; for any other the hidden states
@@ -195,7 +195,7 @@ class LayerwiseModel:
         return found
 
     def _through_layer(self, given: Tensor) -> tuple[Tensor, Tensor]:
-        """What the loaded layer is given, a leaf where gradients are on, and its answer."""
+        """Input of the loaded layer, a leaf where gradients are on, and its output."""
         assert self._loaded is not None
         layer = self._layers[self._loaded]
         inputs = {"input_ids": given[None]} if self._loaded == 0 else self._like_embedded(given)

@@ -188,7 +188,7 @@ class _Rows:
 
 
 def input_takers(watched: Iterable[Watched], found: dict[str, InputStatistics]) -> dict[str, Take]:
-    """For `Watch`: who adds to the statistics of inputs.
+    """For `Watch`: functions that add to the statistics of inputs.
 
     Args:
         watched: what to look at.

@@ -44,7 +44,7 @@ from workers.calibration.statistics import (
 )
 from workers.checkpoint.tensors import read_header, read_tensor, write_safetensors
 from workers.contracts import Failure, TensorRef
-from workers.host.devices import return_freed_memory
+from workers.host.devices import require_exact_products, return_freed_memory
 from workers.host.failures import failure_of
 from workers.storage.files import (
     AnyPath,
@@ -92,7 +92,7 @@ class CalibrationWorker:
             raise LestdError(not_shared([socket.gethostname()], [directory]))
         return_freed_memory()
         self._threads = threads
-        torch.backends.cuda.matmul.allow_tf32 = False
+        require_exact_products()
         self._device = torch.device(device)
         self._make_model: Callable[[], LayerwiseModel] = partial(
             LayerwiseModel, config_json, tensors, layers, self._device
@@ -139,7 +139,7 @@ class CalibrationWorker:
             if not bool(torch.isfinite(states).all()):
                 raise LestdError(
                     f"the hidden states after layer {item.layer} are not finite, computed in "
-                    "float32; the weights are broken, get the checkpoint again"
+                    "float32; the weights are broken, download the checkpoint again"
                 )
             hidden.append(states.cpu())
         for block in item.blocks:
@@ -194,7 +194,7 @@ class CalibrationWorker:
                     tensors[name] = found.pop(name).cpu()
                 elif one.expert is None:
                     raise LestdError(
-                        f"the loss of {type(self._model.model).__name__} does not come through "
+                        f"the loss of {type(self._model.model).__name__} does not reach "
                         f"{block.path}.{one.weight}; use --metric activation"
                     )
             _write(part_path(self._directory, block, item.piece, back=True), tensors)
@@ -204,7 +204,7 @@ class CalibrationWorker:
         remove_file(behind)
 
     def _given(self, item: CalibrationPiece) -> list[Tensor] | Tensor:
-        """What a piece's windows are before a layer: token ids ``(L,)``, or ``(.., L, d)``."""
+        """Windows of a piece before a layer: token ids ``(L,)``, or ``(.., L, d)``."""
         if item.layer == 0:
             return [torch.tensor(ids, dtype=torch.int64) for ids in item.token_ids]
         return _read(hidden_path(self._directory, item.layer, item.piece), "hidden")

@@ -1,4 +1,4 @@
-"""A checkpoint: which tensor lies where, exact range reads, atomic writes.
+"""A checkpoint: the location of each tensor, exact range reads, atomic writes.
 
 Everything about the tensors comes from the headers (`workers.checkpoint.headers`); data are read
 only by byte range, from a path or a URL (`workers.storage.ranges`), and every file is written
@@ -34,7 +34,7 @@ from workers.contracts import TensorRef
 from workers.storage import ranges
 from workers.storage.files import AnyPath, in_parallel, open_binary, read_file
 from workers.storage.names import is_inside
-from workers.storage.regular import parse_json
+from workers.storage.untrusted_files import parse_json
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -51,7 +51,7 @@ _FIRST_FETCH_BYTES = 256 * 1024
 
 
 def read_header(path: AnyPath | str) -> dict[str, TensorRef]:
-    """Read the header of one safetensors file: tensor name -> where it lies, in data order.
+    """Read the header of one safetensors file: tensor name -> its location, in data order.
 
     Args:
         path: of the file, or its URL.

@@ -1,4 +1,4 @@
-"""Judge documents of lm-eval's tasks with a model that was loaded once.
+"""Evaluate documents of lm-eval's tasks with a model that was loaded once.
 
 Requests, responses, filters and metrics are lm-eval's own code. With a batch size of 1 a response
 depends on its request, the model, the device and the number of threads alone, so any division into
@@ -19,14 +19,14 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
 from lestd_kernels.errors import LestdError
-from workers.contracts import JudgeRequest, JudgeResult
+from workers.contracts import LmEvalRequest, LmEvalResult
 from workers.evaluation.lm_eval_tasks import BuiltTask, TaskSource, hushed, load_tasks
 from workers.evaluation.worker import ModelWorker
 from workers.host.loading import quiet_transformers
 
 
-class JudgeWorker(ModelWorker):
-    """Judges documents with one model; a task is loaded when its first documents come.
+class LmEvalWorker(ModelWorker):
+    """Evaluates documents with one model; a task is loaded when its first documents come.
 
     Args:
         model_dir: directory of a dense or a compressed model, with its tokenizer.
@@ -53,7 +53,7 @@ class JudgeWorker(ModelWorker):
         with hushed():
             return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self._batch_size)
 
-    def _task(self, request: JudgeRequest) -> BuiltTask:
+    def _task(self, request: LmEvalRequest) -> BuiltTask:
         key = (request.name, request.task)
         if key not in self._built:
             if request.name not in self._loaded:
@@ -68,7 +68,7 @@ class JudgeWorker(ModelWorker):
             )
         return built
 
-    def _score(self, request: JudgeRequest) -> JudgeResult:
+    def _score(self, request: LmEvalRequest) -> LmEvalResult:
         built, model = self._task(request), self._lm
         start = time.perf_counter()
         documents = built.requests[slice(*request.documents)]
@@ -92,7 +92,7 @@ class JudgeWorker(ModelWorker):
                 for metric, value in values.items():
                     found[metric].append(_plain(value))
             metrics[name] = dict(found)
-        return JudgeResult(
+        return LmEvalResult(
             task_id=request.task_id,
             task=request.task,
             documents=request.documents,
@@ -121,7 +121,7 @@ class JudgeWorker(ModelWorker):
                 one.resps.append(response)
 
     def _require_known_tokens(self, requests: list[Any]) -> None:
-        """Refuse what the embedding does not know, where it would be an index out of range."""
+        """Refuse token ids that the embedding lacks, which would be an index out of range."""
         model = self._lm
         texts = {text for one in requests for text in one.args if isinstance(text, str)}
         largest = max(max(model.tok_encode(text), default=0) for text in texts)

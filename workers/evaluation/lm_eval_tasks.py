@@ -1,7 +1,7 @@
 """Tasks of lm-eval, found by name, with their requests built as lm-eval itself builds them.
 
 A task that is asked for is loaded after the random generators are seeded as lm-eval seeds them, so
-it is what `lm_eval.simple_evaluate` makes of that task alone, whatever else is judged. All its
+it is what `lm_eval.simple_evaluate` makes of that task alone, whatever else is evaluated. All its
 requests are built at once and in order, because lm-eval draws the examples that are shown before
 the questions one question after the other.
 """
@@ -173,7 +173,7 @@ def _manager(name: str, include_path: str | None) -> TaskManager:
     paths: list[str | Path] = [folder / each for each in TASK_FOLDERS]
     if include_path is not None:
         if not Path(include_path).is_dir():
-            raise LestdError(f"{include_path} is no directory; check --include-path")
+            raise LestdError(f"{include_path} is not a directory; check --include-path")
         paths.append(include_path)
     manager = TaskManager(include_path=paths, include_defaults=False)
     # Groups and tags may have members anywhere.
@@ -226,7 +226,7 @@ def _refuse_unsupported(task: Any) -> None:
         )
     if getattr(task, "MULTIMODAL", False):
         raise LestdError(
-            f"task {task.task_name} shows images or sounds, and lestd judges language models; "
+            f"task {task.task_name} shows images or sounds, and lestd evaluates language models; "
             "choose another task"
         )
 

@@ -1,4 +1,4 @@
-"""The judgements of the paper on local files: which files, and what lm-eval's tasks read in them.
+"""The scores of the paper on local files: which files, and what lm-eval's tasks read in them.
 
     DIR/wikitext-2/test.txt         WikiText-2, the word-level text; articles become documents
     DIR/mathqa/test.jsonl           Problem, options, correct
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lestd_kernels.errors import LestdError
-from workers.storage.regular import MAX_TEXT_BYTES, parse_json, read_regular
+from workers.storage.untrusted_files import MAX_TEXT_BYTES, parse_json, read_regular
 
 Document = dict[str, Any]
 """A row of a data set, by its columns' names."""
@@ -61,8 +61,8 @@ def _text(path: Path) -> str:
         return read_regular(path, MAX_TEXT_BYTES).decode("utf-8-sig")
     except OSError as error:
         raise LestdError(
-            f"the data {path} cannot be read ({error.strerror}); expected there is the file that "
-            "docs/judging.md describes, check --data"
+            f"the data {path} cannot be read ({error.strerror}); expected the file that "
+            "docs/evaluation.md describes, check --data"
         ) from error
     except UnicodeDecodeError as error:
         raise LestdError(f"the data {path} is not UTF-8; convert it to UTF-8") from error

@@ -41,6 +41,11 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
+def require_exact_products() -> None:
+    """Turn TF32 off: its 10 bits of mantissa are too few for factors that are to be orthonormal."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Begin to measure `peak_memory_bytes`."""
     if device.type == "cuda":

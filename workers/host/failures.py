@@ -48,7 +48,7 @@ def _is_of_the_machine(error: BaseException) -> bool:
 
 
 def lacks_device_memory(error: BaseException) -> bool:
-    """Whether an error says that a GPU's memory does not suffice, in a library's own words."""
+    """Whether an error means, in a library's own words, that GPU memory ran out."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     words = ("out of memory", "ALLOC_FAILED")

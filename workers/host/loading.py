@@ -104,12 +104,12 @@ def load_model(model_dir: str, dtype: str, device: str, gpus: int = 1) -> Any:
     if absent := sorted(loading["missing_keys"]):
         raise LestdError(
             f"{model_dir} lacks {len(absent)} of the model's tensors, the first is {absent[0]}; "
-            "get the checkpoint again"
+            "download the checkpoint again"
         )
     if mismatched := sorted(loading["mismatched_keys"]):
         name, found, expected = mismatched[0]
         raise LestdError(
             f"{model_dir}: tensor {name} has shape {tuple(found)}, config.json makes it "
-            f"{tuple(expected)}; get the checkpoint again"
+            f"{tuple(expected)}; download the checkpoint again"
         )
     return model

@@ -1,4 +1,4 @@
-"""Paths that are ours only by their name: made, told from others', replaced and deleted.
+"""Paths that LeSTD owns by name: created, recognized, replaced and deleted.
 
 A directory is built beside its name, and gets it when it is whole:
 
@@ -87,8 +87,8 @@ def empty_own_directory(directory: Path, marker: str) -> None:
     others = [name for name in names if not name.startswith(TEMPORARY)]
     if others and marker not in names:
         raise LestdError(
-            f"{directory} holds {others[0]}, but no {marker}, and is not lestd's to delete; move "
-            "it away, and run the same command again"
+            f"{directory} holds {others[0]}, but no {marker}, and is not deleted because lestd "
+            "did not make it; move it away, and run the same command again"
         )
     require_removable(directory)
     for name in sorted(names, key=lambda name: name == marker):

@@ -28,7 +28,7 @@ from upath import UPath
 from lestd_kernels.errors import LestdError, OutOfSpaceError
 from workers.storage import objects, ranges
 from workers.storage.names import TEMPORARY
-from workers.storage.regular import open_regular, read_regular
+from workers.storage.untrusted_files import open_regular, read_regular
 
 AnyPath = Path | UPath
 
@@ -262,7 +262,7 @@ def is_file(path: AnyPath) -> bool:
 
 
 def is_directory(path: AnyPath) -> bool:
-    """Whether there is such a directory; in an object store, whether anything lies below it.
+    """Whether there is such a directory; in an object store, whether it has objects below it.
 
     Raises:
         LestdError: the object store does not say.
@@ -271,7 +271,7 @@ def is_directory(path: AnyPath) -> bool:
 
 
 def list_names(directory: AnyPath) -> list[str]:
-    """Names of all that lies in a directory, sorted; none where there is no directory.
+    """Names of all entries of a directory, sorted; none where there is no directory.
 
     Raises:
         LestdError: the object store does not say.

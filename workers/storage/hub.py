@@ -143,7 +143,7 @@ def explain_hub_errors(model: str, revision: str | None) -> Iterator[None]:
         # Whatever HTTP client huggingface_hub uses has errors of its own for a dead connection.
         offline = isinstance(error, OfflineModeIsEnabled)
         raise (HubOfflineError if offline else HubUnreachableError)(
-            f"{where} is no directory here, is not in the local cache, and the Hub cannot be "
+            f"{where} is not a directory here, is not in the local cache, and the Hub cannot be "
             f"reached ({type(error).__name__}); check the connection and HF_HUB_OFFLINE, or give a "
             "local directory"
         ) from error

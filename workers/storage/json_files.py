@@ -7,7 +7,7 @@ from typing import Any
 
 from lestd_kernels.errors import LestdError
 from workers.storage.files import AnyPath, atomic_write, read_file
-from workers.storage.regular import parse_json
+from workers.storage.untrusted_files import parse_json
 
 
 def read_json(path: AnyPath) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO, cast
 from upath import UPath
 
 from lestd_kernels.errors import LestdError
-from workers.storage.regular import MAX_SMALL_BYTES
 from workers.storage.retries import TransientError, patiently
+from workers.storage.untrusted_files import MAX_SMALL_BYTES
 
 CHUNK_BYTES = 8 * 2**20
 # About two minutes, as `workers.storage.ranges` bears a store that sends nothing.

@@ -17,8 +17,8 @@ from typing import Any
 
 from lestd_kernels.errors import LestdError
 from workers.storage.objects import explain_store_errors
-from workers.storage.regular import MAX_SMALL_BYTES
 from workers.storage.retries import TransientError, patiently
+from workers.storage.untrusted_files import MAX_SMALL_BYTES
 
 _PARALLEL = 8
 _CHUNK_BYTES = 32 * 1024 * 1024

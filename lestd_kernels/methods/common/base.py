@@ -1,4 +1,4 @@
-"""What every method takes and gives.
+"""Arguments and results of every method.
 
 Shapes: see lestd_kernels.tensorize and decomposition.
 """
@@ -6,7 +6,7 @@ Shapes: see lestd_kernels.tensorize and decomposition.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.kinds import Decomposition
+from lestd_kernels.linalg.metric import Metric, diagonal_of
 from lestd_kernels.options import METRICS, MethodOptions
 from lestd_kernels.search.budget import CurvePoint
-from lestd_kernels.tensorize import GroupLayout
+from lestd_kernels.tensorize import GroupLayout, ModuleLayout
 
 WEIGHT, NORM, ACTIVATION, LOSS = METRICS
 
@@ -40,7 +41,7 @@ class MethodArgs(MethodOptions):
 
 @dataclass(frozen=True)
 class Bounds:
-    """What is known of a decomposition from shapes alone.
+    """Bounds of a decomposition that shapes alone give.
 
     Attributes:
         max_R1: the largest R1 that fits, beside the smallest other ranks; None where there is none.
@@ -70,7 +71,7 @@ class SliceStats:
         head: index of the head, or of the expert.
         nnz: non-zeros of the slice's M_s (mixed, with a learned type mode); of a chain, the slice's
             share of the module's own matrices.
-        density: nnz / elements that it could have had.
+        density: nnz / elements of the core slice.
         core_bytes: the slice's share of its core's bytes, in proportion to nnz; with a learned
             type mode a fourth of its head's share.
         relative_error: ``||W_s - W_hat_s|| / ||W_s||``.
@@ -90,7 +91,7 @@ class SliceStats:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What the method auto stores a group by. Losses are expected ones, nats per token.
+    """Choice of the method auto for a group. Losses are expected ones, in nats per token.
 
     Attributes:
         candidate: method and bits of a value, such as ``"lestd-4"``.
@@ -171,6 +172,43 @@ STATISTICS = ("mean_abs", "max_abs", "out_max_abs")
 """What calibration records of an input beside its Gram matrix."""
 
 
+@dataclass
+class Group:
+    """A slice group as it was read; methods derive what they prepare from it.
+
+    Attributes:
+        unfolding: ``(d, S p)``, float32.
+        layout: the group.
+        value_dtype: of the stored tensors.
+        args: of the method.
+        metrics: of the modules.
+        seconds: what preparing took, by stage.
+    """
+
+    unfolding: Tensor
+    layout: GroupLayout
+    value_dtype: torch.dtype
+    args: MethodArgs
+    metrics: Metrics = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def weight(self, module: ModuleLayout) -> Tensor:
+        """W ``(in, out)`` of a module, float32; a view that is not to be written to."""
+        block = self.unfolding[:, self.layout.columns(module)]
+        return block if module.basis_side == "input" else block.T
+
+    def metric(self, module: ModuleLayout) -> Metric:
+        """The metric of a module."""
+        return Metric(self.metrics.get(module.name), self.metrics.get(f"{module.name}.output"))
+
+    def without_feedback_of_outputs(self, module: ModuleLayout) -> Metric:
+        """The metric with the diagonal of its output side: quick, where an estimate will do."""
+        metric = self.metric(module)
+        return (
+            metric if metric.output is None else metric._replace(output=diagonal_of(metric.output))
+        )
+
+
 class Encode(Protocol):
     """See `Method.encode`."""
 
@@ -186,7 +224,7 @@ class Encode(Protocol):
 
 
 def require_plain(name: str, args: MethodArgs) -> None:
-    """Refuse what a method of shared bases in the weights' own norm does not know.
+    """Refuse options that the shared-basis methods in the weights' own norm do not support.
 
     Raises:
         LestdError: another metric, few-bit values, or outliers.
@@ -195,7 +233,7 @@ def require_plain(name: str, args: MethodArgs) -> None:
 
 
 def require_no_core(name: str, args: MethodArgs) -> None:
-    """Refuse what is of sparse cores in a shared basis only.
+    """Refuse options that only sparse cores in a shared basis have.
 
     Raises:
         LestdError: a type mode, a kind of Stage II, a pattern or a limit of arithmetic is asked
@@ -205,7 +243,7 @@ def require_no_core(name: str, args: MethodArgs) -> None:
 
 
 def require_default(name: str, args: MethodArgs, *options: str) -> None:
-    """Refuse other values of options than their defaults, which are all that a method knows.
+    """Refuse options that are not at their defaults, which are all that a method supports.
 
     Raises:
         LestdError: there is one.
@@ -213,10 +251,10 @@ def require_default(name: str, args: MethodArgs, *options: str) -> None:
     plain = MethodArgs()
     for option in options:
         if (found := getattr(args, option)) != (known := getattr(plain, option)):
-            takes = f"no {option}" if known is None else f"{option} {known!r} only"
-            raise LestdError(
-                f"method {name!r} knows {takes}, found {found!r}; change one of the two"
-            )
+            takes = f"does not support {option}"
+            if known is not None:
+                takes = f"supports only {option} {known!r}"
+            raise LestdError(f"method {name!r} {takes}, found {found!r}; change one of the two")
 
 
 def require_budget(name: str, byte_budget: int, least: int) -> None:
@@ -244,9 +282,9 @@ class Method:
 
     Attributes:
         name: how configuration and manifest call it.
-        prepare: ``(unfolding (d, S p) float32, layout, value_dtype, args, metrics)``; what no byte
-            budget decides, done once for all of them. What it returns has its cost as `seconds`.
-            The unfolding is used up: it is scaled in place, since a copy would double the memory.
+        prepare: what no byte budget decides, done once for all of them. What it returns has its
+            cost as `seconds`. The unfolding is used up: it is scaled in place, since a copy would
+            double the memory.
             Raises LestdError where the type mode does not go with the layout or the pattern.
         encode: ``(prepared, byte_budget, curve_budgets, reuse=...)``; the result stores at most
             `byte_budget` bytes, and has the error to expect at each of the curve's budgets
@@ -260,13 +298,13 @@ class Method:
             mode or the kind of Stage II does not go with the pattern.
         least_bytes: ``(layout, value_dtype, args)``; the smallest feasible byte budget. Raises
             LestdError as `bounds` does, but for the budget and `max_flops`.
-        metrics: the metrics that it knows; the first is the one that it takes without calibration,
-            or where that is ``"activation"`` it cannot do without.
+        metrics: the metrics that it supports. The first is the one used without calibration; if
+            it is ``"activation"`` or ``"loss"``, the method needs a calibration.
         per_matrix: whether it stores every matrix on its own, and so takes groups of one.
     """
 
     name: str
-    prepare: Callable[[Tensor, GroupLayout, torch.dtype, MethodArgs, Metrics], Any]
+    prepare: Callable[[Group], Any]
     encode: Encode
     bounds: Callable[[GroupLayout, int, torch.dtype, MethodArgs], Bounds]
     least_bytes: Callable[[GroupLayout, torch.dtype, MethodArgs], int]
@@ -284,6 +322,6 @@ class Method:
         metrics: Metrics | None = None,
     ) -> Decomposed:
         """Decompose a slice group for one byte budget: `prepare`, then `encode`."""
-        prepared = self.prepare(unfolding, layout, value_dtype, args, metrics or {})
+        prepared = self.prepare(Group(unfolding, layout, value_dtype, args, metrics or {}))
         done = self.encode(prepared, byte_budget, curve_budgets)
         return replace(done, seconds=add_seconds(prepared.seconds, done.seconds))

@@ -12,10 +12,9 @@ expert's errors count as often as tokens came to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from lestd_kernels.formats.chain import ModuleChain
@@ -30,24 +29,20 @@ from lestd_kernels.linalg.low_rank import (
     spectrum,
 )
 from lestd_kernels.linalg.metric import Root, Roots
-from lestd_kernels.linalg.stage1 import Ranks
 from lestd_kernels.methods.common.base import (
     LOSS,
-    Bounds,
     Decomposed,
+    Group,
     Method,
     MethodArgs,
     Metrics,
-    require_budget,
-    require_no_core,
 )
 from lestd_kernels.methods.common.per_module import (
-    PreparedGroup,
+    StoredChains,
+    chain_method,
     chain_result,
-    module_workspace_bytes,
 )
 from lestd_kernels.methods.common.stopwatch import Stopwatch
-from lestd_kernels.search.budget import CurvePoint
 from lestd_kernels.storage.matrix import EncodedCore
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout
 
@@ -56,7 +51,7 @@ _LEAST_TRAFFIC = 0.01
 
 
 @dataclass
-class PreparedPairs(PreparedGroup):
+class PreparedPairs(Group):
     """A group with the spectrum of every module.
 
     Attributes:
@@ -64,8 +59,8 @@ class PreparedPairs(PreparedGroup):
         spectra: of the modules.
     """
 
-    roots: dict[str, Roots]
-    spectra: dict[str, Spectrum]
+    roots: dict[str, Roots] = field(default_factory=dict)
+    spectra: dict[str, Spectrum] = field(default_factory=dict)
 
 
 MetricOf = Callable[[Metrics, str, MethodArgs], Tensor | None]
@@ -77,7 +72,7 @@ def own_metric(metrics: Metrics, module: str, args: MethodArgs) -> Tensor | None
     return metrics.get(module)
 
 
-def traffic(prepared: PreparedGroup) -> dict[str, float]:
+def traffic(prepared: Group) -> dict[str, float]:
     """How much each module's relative error counts: the energy that its block has read.
 
     Modules of one expert, and of one block without experts, count the same; by the trace of the
@@ -143,29 +138,26 @@ def choose_ranks(prepared: PreparedPairs, byte_budget: int) -> Choice:
     return {module.name: rank for module, rank in zip(modules, ranks, strict=True)}
 
 
-def _encode_choice(
-    prepared: PreparedPairs, choice: Choice, clock: Stopwatch
-) -> dict[str, ModuleChain]:
+def _encode_choice(prepared: PreparedPairs, choice: Choice) -> dict[str, ModuleChain]:
     chains = {}
     dtype, bits = prepared.value_dtype, bits_of(prepared.args)
-    with clock("stage2"):
-        for module in prepared.layout.modules:
-            name, W = module.name, prepared.weight(module)
-            rank = choice[name]
-            if rank is None:
-                whole = EncodedCore.quantized(W, bits.value, dtype)
-                chains[name] = ModuleChain((Multiply(0),), (whole,))
-                continue
-            metric = prepared.metric(module) if prepared.args.metric == LOSS else None
-            roots, found = prepared.roots[name], prepared.spectra[name]
-            pair = fit_pair(W, roots, found, rank, dtype, bits, metric)
-            ops = (Multiply(0, transposed=True), Multiply(1))
-            chains[name] = ModuleChain(ops, (pair.left, pair.right))
+    for module in prepared.layout.modules:
+        name, W = module.name, prepared.weight(module)
+        rank = choice[name]
+        if rank is None:
+            whole = EncodedCore.quantized(W, bits.value, dtype)
+            chains[name] = ModuleChain((Multiply(0),), (whole,))
+            continue
+        metric = prepared.metric(module) if prepared.args.metric == LOSS else None
+        roots, found = prepared.roots[name], prepared.spectra[name]
+        pair = fit_pair(W, roots, found, rank, dtype, bits, metric)
+        ops = (Multiply(0, transposed=True), Multiply(1))
+        chains[name] = ModuleChain(ops, (pair.left, pair.right))
     return chains
 
 
 def _left_out(prepared: PreparedPairs, choice: Choice) -> float:
-    """What the choice leaves of the weights in their metric, before anything is rounded."""
+    """Squared error of the choice in the metric, before anything is rounded."""
     total = 0.0
     for module in prepared.layout.modules:
         rank, energies = choice[module.name], prepared.spectra[module.name].energies
@@ -192,94 +184,74 @@ def pair_method(
         choose: ranks for a byte budget.
     """
 
-    def prepare(
-        unfolding: Tensor,
-        layout: GroupLayout,
-        value_dtype: torch.dtype,
-        args: MethodArgs,
-        metrics: Metrics,
-    ) -> PreparedPairs:
-        clock = Stopwatch(unfolding.device)
-        roots: dict[str, Roots] = {}
-        spectra: dict[str, Spectrum] = {}
-        prepared = PreparedPairs(
-            unfolding, layout, value_dtype, args, metrics, clock.seconds, roots, spectra
-        )
-        inputs: dict[str, Root] = {}
-        with clock("stage1"):
-            for module in layout.modules:
-                if module.reads not in inputs:
-                    inputs[module.reads] = Root.of_gram(metric_of(metrics, module.name, args))
-                metric = prepared.metric(module)
-                mine = Roots(inputs[module.reads], Root.of_gram(metric.output))
-                roots[module.name] = mine
-                known = metric if args.metric == LOSS else None
-                spectra[module.name] = spectrum(prepared.weight(module), mine, known)
+    def prepare(group: Group) -> PreparedPairs:
+        prepared, inputs = PreparedPairs(**vars(group)), dict[str, Root]()
+        for module in group.layout.modules:
+            if module.reads not in inputs:
+                gram = metric_of(group.metrics, module.name, group.args)
+                inputs[module.reads] = Root.of_gram(gram)
+            metric = group.metric(module)
+            mine = Roots(inputs[module.reads], Root.of_gram(metric.output))
+            prepared.roots[module.name] = mine
+            known = metric if group.args.metric == LOSS else None
+            prepared.spectra[module.name] = spectrum(group.weight(module), mine, known)
         return prepared
 
-    def encode(
-        prepared: PreparedPairs,
-        byte_budget: int,
-        curve_budgets: Sequence[int] = (),
-        *,
-        reuse: bool = False,
-    ) -> Decomposed:
-        bounds(prepared.layout, byte_budget, prepared.value_dtype, prepared.args)
-        clock = Stopwatch(prepared.unfolding.device)
+    def store(prepared: PreparedPairs, byte_budget: int, clock: Stopwatch) -> StoredChains:
         with clock("rank_search"):
             choice = choose(prepared, byte_budget)
-            curve = [
-                CurvePoint(b, Ranks(0, 0, 0), expected_error(prepared, choose(prepared, b)))
-                for b in curve_budgets
-            ]
-        chains = _encode_choice(prepared, choice, clock)
+        with clock("stage2"):
+            chains = _encode_choice(prepared, choice)
         expected = _left_out(prepared, choice) if metric_of is own_metric else None
-        done = chain_result(prepared, chains, clock, None, _named_ranks(choice), curve, expected)
-        if prepared.args.metric != LOSS or expected is None:
-            return done
+        return StoredChains(chains, {}, _named_ranks(choice), expected)
+
+    def errors(prepared: PreparedPairs, done: Decomposed, budgets: Sequence[int]) -> list[float]:
+        choices = [choose(prepared, budget) for budget in budgets]
+        known = done.expected_squared_error
+        if known is None:
+            # Truncated in one metric and measured in another: only the pairs themselves tell.
+            return [_stored_error(prepared, choice) for choice in choices]
         # Few-bit values lose about the same at every rank.
-        rounding = max(done.metric_squared_error - expected, 0.0)
-        curve = [replace(point, squared_error=point.squared_error + rounding) for point in curve]
-        return replace(done, curve=tuple(curve))
+        rounding = max(done.metric_squared_error - known, 0.0)
+        more = rounding if prepared.args.metric == LOSS else 0.0
+        return [_left_out(prepared, choice) + more for choice in choices]
 
-    def expected_error(prepared: PreparedPairs, choice: Choice) -> float:
-        if metric_of is own_metric:
-            return _left_out(prepared, choice)
-        # Truncated in one metric and measured in another: only the pairs themselves tell.
-        clock = Stopwatch(prepared.unfolding.device)
-        pairs = _encode_choice(prepared, choice, clock)
-        return chain_result(prepared, pairs, clock).metric_squared_error
-
-    def bounds(
-        layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
-    ) -> Bounds:
-        least = least_bytes(layout, value_dtype, args)
-        require_budget(name, byte_budget, least)
-        # The vectors of every module, and the roots of their inputs' metrics.
+    def workspace(layout: GroupLayout, args: MethodArgs) -> int:
+        """The vectors of every module, and the roots of their inputs' metrics."""
         shapes = [layout.weight_shape(module) for module in layout.modules]
         inputs = {
             module.reads: shape[1] for module, shape in zip(layout.modules, shapes, strict=True)
         }
         kept = sum(4 * min(shape) ** 2 for shape in shapes) + sum(4 * n**2 for n in inputs.values())
-        if args.metric == LOSS:
-            kept += sum(4 * out**2 for out, _ in shapes)
-        most = _most_bytes(layout, value_dtype, args)
-        workspace = module_workspace_bytes(layout, args) + kept
-        return Bounds(None, None, None, min(byte_budget, most), workspace, 0)
+        return kept + (sum(4 * out**2 for out, _ in shapes) if args.metric == LOSS else 0)
 
-    def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
-        require_no_core(name, args)
+    def least(layout: GroupLayout, value_bytes: int, args: MethodArgs) -> int:
         return sum(
-            module_bytes(layout, module, 1, value_bytes=value_dtype.itemsize, args=args)
+            module_bytes(layout, module, 1, value_bytes=value_bytes, args=args)
             for module in layout.modules
         )
 
-    return Method(name, prepare, encode, bounds, least_bytes, metrics, per_matrix=True)
+    return chain_method(
+        name,
+        prepare,
+        store,
+        errors,
+        least,
+        workspace,
+        most=_most_bytes,
+        metrics=metrics,
+        per_matrix=True,
+    )
 
 
-def _most_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
+def _stored_error(prepared: PreparedPairs, choice: Choice) -> float:
+    chains = StoredChains(_encode_choice(prepared, choice))
+    return chain_result(prepared, chains, Stopwatch(prepared.unfolding.device)).metric_squared_error
+
+
+def _most_bytes(layout: GroupLayout, value_bytes: int, args: MethodArgs) -> int:
     """Bytes at full rank, or of the whole matrix where that takes more."""
-    value_bytes, total = value_dtype.itemsize, 0
+    total = 0
     for module in layout.modules:
         full = min(layout.weight_shape(module))
         pair = module_bytes(layout, module, full, value_bytes=value_bytes, args=args)

@@ -61,7 +61,7 @@ class Reader:
 
 
 class Encoded(NamedTuple):
-    """What is stored of the modules of one side.
+    """Stored factor and cores of the modules of one side.
 
     Attributes:
         factor: the basis (d, R); None for the identity.
@@ -106,7 +106,7 @@ class SidedGroup:
         return A / A.abs().amax(dim=0), tuple(values)
 
     def _rotate(self) -> tuple[list[Tensor], Tensor]:
-        """What `search_rank` needs: losses ``(d, n_c)`` of each core, and `left_out` ``(d,)``.
+        """Arguments of `search_rank`: losses ``(d, n_c)`` of each core, and `left_out` ``(d,)``.
 
         A direction counts as the sum of its elements. On the output side that understates both
         what it costs to leave a direction out and what it costs to prune many elements of a column,
@@ -279,7 +279,7 @@ class _Fit:
 
 
 def feedback_inverse(row_root: Tensor) -> Tensor | None:
-    """What `round_with_feedback` needs; None where rows apart cannot make up for each other."""
+    """Factor for `round_with_feedback`; None where rows apart cannot make up for each other."""
     if row_root.dim() == 1:
         return None
     identity = torch.eye(len(row_root), device=row_root.device)

@@ -28,8 +28,8 @@ from lestd_kernels.formats.chain import Chain, ModuleChain
 from lestd_kernels.formats.ops import Multiply
 from lestd_kernels.formats.shared_tucker import U1_NAME, U2_NAME, SharedTucker
 from lestd_kernels.linalg.error_feedback import largest
-from lestd_kernels.methods.common.base import Bounds, Decomposed, Method, MethodArgs, Metrics
-from lestd_kernels.methods.common.per_module import PreparedGroup, chain_result
+from lestd_kernels.methods.common.base import Bounds, Decomposed, Group, Method, MethodArgs
+from lestd_kernels.methods.common.per_module import StoredChains, chain_result
 from lestd_kernels.methods.common.stopwatch import Stopwatch
 from lestd_kernels.storage.codecs import CODECS
 from lestd_kernels.storage.few_bits import FULL_BITS
@@ -106,7 +106,7 @@ class Protected:
     """
 
     method: Any
-    group: PreparedGroup
+    group: Group
     masks: Mapping[str, Tensor]
     seconds: dict[str, float]
 
@@ -114,19 +114,14 @@ class Protected:
 def with_outliers(method: Method) -> Method:
     """The method, and what it does where `MethodArgs.keep_outliers` asks for more than none."""
 
-    def prepare(
-        unfolding: Tensor,
-        layout: GroupLayout,
-        value_dtype: torch.dtype,
-        args: MethodArgs,
-        metrics: Metrics,
-    ) -> Any:
+    def prepare(group: Group) -> Any:
+        args, layout, metrics = group.args, group.layout, group.metrics
         if not args.keep_outliers:
-            return method.prepare(unfolding, layout, value_dtype, args, metrics)
-        group = PreparedGroup(unfolding.clone(), layout, value_dtype, args, metrics, {})
+            return method.prepare(group)
+        kept = replace(group, unfolding=group.unfolding.clone())
         masks = {}
         for module in layout.modules:
-            W = group.weight(module)
+            W = kept.weight(module)
             mask = find_outliers(
                 W,
                 outlier_count(W.numel(), args.keep_outliers),
@@ -135,9 +130,9 @@ def with_outliers(method: Method) -> Method:
             )
             masks[module.name] = mask
             in_unfolding = mask if module.basis_side == "input" else mask.T
-            unfolding[:, layout.columns(module)].masked_fill_(in_unfolding, 0)
-        rest = method.prepare(unfolding, layout, value_dtype, _without(args), metrics)
-        return Protected(rest, group, masks, rest.seconds)
+            group.unfolding[:, layout.columns(module)].masked_fill_(in_unfolding, 0)
+        rest = method.prepare(replace(group, args=_without(args)))
+        return Protected(rest, kept, masks, rest.seconds)
 
     def encode(
         prepared: Any, byte_budget: int, curve_budgets: Sequence[int] = (), *, reuse: bool = False
@@ -164,9 +159,9 @@ def with_outliers(method: Method) -> Method:
         curve = [replace(point, byte_budget=point.byte_budget + taken) for point in rest.curve]
         clock = Stopwatch(group.unfolding.device)
         clock.seconds.update(rest.seconds)
-        done = chain_result(group, modules, clock, chain.shared, chain.ranks, curve)
-        expected = rest.expected_squared_error
-        return replace(done, singular_values=rest.singular_values, expected_squared_error=expected)
+        chains = StoredChains(modules, chain.shared, chain.ranks, rest.expected_squared_error)
+        done = chain_result(group, chains, clock)
+        return replace(done, curve=tuple(curve), singular_values=rest.singular_values)
 
     def bounds(
         layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs

@@ -7,14 +7,17 @@ W of modules whose basis side is the input, and W^T of the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from math import inf
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.chain import Chain, ModuleChain
-from lestd_kernels.linalg.metric import Metric, diagonal_of
+from lestd_kernels.linalg.metric import Metric
 from lestd_kernels.linalg.stage1 import Ranks
 from lestd_kernels.methods.common.base import (
     BUFFERS_BYTES,
@@ -22,9 +25,9 @@ from lestd_kernels.methods.common.base import (
     WEIGHT,
     Bounds,
     Decomposed,
+    Group,
     Method,
     MethodArgs,
-    Metrics,
     SliceStats,
     require_budget,
     require_no_core,
@@ -36,92 +39,45 @@ from lestd_kernels.storage.matrix import EncodedCore
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout
 
 
-@dataclass
-class PreparedGroup:
-    """A group as it was read.
+class StoredChains(NamedTuple):
+    """The chains of a group for one byte budget.
 
     Attributes:
-        unfolding: ``(d, S p)``, float32.
-        layout: the group.
-        value_dtype: of the stored tensors.
-        args: of the method.
-        metrics: of the modules.
-        seconds: what preparing took, by stage.
-    """
-
-    unfolding: Tensor
-    layout: GroupLayout
-    value_dtype: torch.dtype
-    args: MethodArgs
-    metrics: Metrics
-    seconds: dict[str, float]
-
-    def weight(self, module: ModuleLayout) -> Tensor:
-        """W ``(in, out)`` of a module, float32; a view that is not to be written to."""
-        block = self.unfolding[:, self.layout.columns(module)]
-        return block if module.basis_side == "input" else block.T
-
-    def metric(self, module: ModuleLayout) -> Metric:
-        """The metric of a module."""
-        return Metric(self.metrics.get(module.name), self.metrics.get(f"{module.name}.output"))
-
-    def without_feedback_of_outputs(self, module: ModuleLayout) -> Metric:
-        """The metric with the diagonal of its output side: quick, where an estimate will do."""
-        metric = self.metric(module)
-        return (
-            metric if metric.output is None else metric._replace(output=diagonal_of(metric.output))
-        )
-
-
-def prepare(
-    unfolding: Tensor,
-    layout: GroupLayout,
-    value_dtype: torch.dtype,
-    args: MethodArgs,
-    metrics: Metrics,
-) -> PreparedGroup:
-    """Keep a group for `encode`; see `Method.prepare`."""
-    return PreparedGroup(unfolding, layout, value_dtype, args, metrics, {})
-
-
-def chain_result(
-    prepared: PreparedGroup,
-    modules: Mapping[str, ModuleChain],
-    clock: Stopwatch,
-    shared: Mapping[str, EncodedCore] | None = None,
-    ranks: dict[str, int] | None = None,
-    curve: Sequence[CurvePoint] = (),
-    expected: float | None = None,
-) -> Decomposed:
-    """Put chains together, and measure what was stored against the weights.
-
-    Args:
-        prepared: the group.
         modules: a chain for each of its modules.
-        clock: gets the stage ``"error"``; its seconds are the result's.
         shared: matrices that several modules use.
         ranks: see `Chain`.
-        curve: see `Decomposed`.
-        expected: its `expected_squared_error`.
+        expected: the `expected_squared_error`, see `Decomposed`.
+    """
+
+    modules: Mapping[str, ModuleChain]
+    shared: Mapping[str, EncodedCore] = MappingProxyType({})
+    ranks: Mapping[str, int] = MappingProxyType({})
+    expected: float | None = None
+
+
+def chain_result(group: Group, chains: StoredChains, clock: Stopwatch) -> Decomposed:
+    """Put chains together, and measure what was stored against the weights.
+
+    The clock gets the stage ``"error"``; its seconds are the result's.
 
     Raises:
         LestdError: a stored value is not finite in the value dtype.
     """
-    layout = prepared.layout
-    stored = Chain(layout, shared or {}, modules, ranks or {}, prepared.value_dtype)
+    layout, modules = group.layout, chains.modules
+    stored = Chain(layout, chains.shared, modules, dict(chains.ranks), group.value_dtype)
     slices: list[SliceStats] = []
     metric_norm = metric_error = 0.0
     with clock("error"):
         for module in layout.modules:
-            W = prepared.weight(module)
+            W = group.weight(module)
             W_hat = stored.module_weight(module.name)
             if not bool(torch.isfinite(W_hat).all()):
                 raise LestdError(
                     f"what is stored of {module.name} has values that do not fit "
-                    f"{prepared.value_dtype}; convert the checkpoint to bfloat16"
+                    f"{group.value_dtype}; convert the checkpoint to bfloat16"
                 )
             residual = W - W_hat
-            metric = prepared.metric(module)
+            metric = group.metric(module)
             metric_norm += metric.squares(W)
             metric_error += metric.squares(residual)
             slices += _slice_stats(module, W, W_hat, residual, modules[module.name])
@@ -138,11 +94,11 @@ def chain_result(
         hooi_iterations=None,
         seconds=clock.seconds,
         slices=tuple(slices),
-        curve=tuple(curve),
+        curve=(),
         singular_values=((), ()),
         metric_squared_norm=metric_norm,
         metric_squared_error=metric_error,
-        expected_squared_error=expected,
+        expected_squared_error=chains.expected,
     )
 
 
@@ -176,6 +132,73 @@ def _slice_squares(X: Tensor, module: ModuleLayout) -> list[float]:
         slices = rows.reshape(len(rows), len(module.slices), -1)
         total += slices.double().square().sum(dim=(0, 2))
     return [float(one) for one in total.tolist()]
+
+
+def chain_method(
+    name: str,
+    prepare: Callable[[Group], Any] | None,
+    store: Callable[[Any, int, Stopwatch], StoredChains],
+    errors: Callable[[Any, Decomposed, Sequence[int]], Sequence[float]],
+    least: Callable[[GroupLayout, int, MethodArgs], int],
+    workspace: Callable[[GroupLayout, MethodArgs], int] = lambda layout, args: 0,
+    most: Callable[[GroupLayout, int, MethodArgs], float] = lambda layout, value_bytes, args: inf,
+    metrics: tuple[str, ...] = (WEIGHT,),
+    per_matrix: bool = False,
+) -> Method:
+    """A method that stores every module as a chain of matrices.
+
+    Args:
+        name: of the method.
+        prepare: the group with what no byte budget decides; None for the group as it is.
+        store: ``(prepared, byte_budget, clock)``: the chains, in at most so many bytes.
+        errors: ``(prepared, done, byte_budgets)``: the squared error to expect at each budget in
+            the metric, beside what was stored for another one.
+        least: ``(layout, value_bytes, args)``: the smallest feasible byte budget. Raises
+            LestdError for arguments that the method does not know.
+        workspace: ``(layout, args)``: memory beyond `module_workspace_bytes`.
+        most: ``(layout, value_bytes, args)``: the most bytes that it stores.
+        metrics: see `Method`.
+        per_matrix: see `Method`.
+    """
+
+    def prepare_timed(group: Group) -> Any:
+        if prepare is None:
+            return group
+        clock = Stopwatch(group.unfolding.device)
+        with clock("stage1"):
+            prepared = prepare(group)
+        prepared.seconds = clock.seconds
+        return prepared
+
+    def encode(
+        prepared: Any, byte_budget: int, curve_budgets: Sequence[int] = (), *, reuse: bool = False
+    ) -> Decomposed:
+        bounds(prepared.layout, byte_budget, prepared.value_dtype, prepared.args)
+        clock = Stopwatch(prepared.unfolding.device)
+        done = chain_result(prepared, store(prepared, byte_budget, clock), clock)
+        if not curve_budgets:
+            return done
+        with clock("rank_search"):
+            expected = errors(prepared, done, curve_budgets)
+        curve = (
+            CurvePoint(budget, Ranks(0, 0, 0), error)
+            for budget, error in zip(curve_budgets, expected, strict=True)
+        )
+        return replace(done, curve=tuple(curve))
+
+    def bounds(
+        layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
+    ) -> Bounds:
+        require_budget(name, byte_budget, least_bytes(layout, value_dtype, args))
+        most_bytes = int(min(byte_budget, most(layout, value_dtype.itemsize, args)))
+        memory = module_workspace_bytes(layout, args) + workspace(layout, args)
+        return Bounds(None, None, None, most_bytes, memory, 0)
+
+    def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
+        require_no_core(name, args)
+        return least(layout, value_dtype.itemsize, args)
+
+    return Method(name, prepare_timed, encode, bounds, least_bytes, metrics, per_matrix)
 
 
 EncodeModule = Callable[[Tensor, Metric, int, torch.dtype, MethodArgs], tuple[ModuleChain, float]]
@@ -213,70 +236,53 @@ def module_method(
         metrics: see `Method`.
     """
 
-    def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
-        require_no_core(name, args)
-        total = len(layout.slices)
-        least = 0
+    def store(group: Group, byte_budget: int, clock: Stopwatch) -> StoredChains:
+        with clock("stage2"):
+            return _encode_modules(group, byte_budget, encode_module, group.metric, {})
+
+    def errors(group: Group, done: Decomposed, budgets: Sequence[int]) -> list[float]:
+        stored: dict[str, tuple[ModuleChain, float]] = {}
+        metric_of, found = group.without_feedback_of_outputs, {}
+        for budget in sorted(budgets, reverse=True):
+            chains = _encode_modules(group, budget, encode_module, metric_of, stored)
+            clock = Stopwatch(group.unfolding.device)
+            found[budget] = chain_result(group, chains, clock).metric_squared_error
+        return [found[budget] for budget in budgets]
+
+    def least(layout: GroupLayout, value_bytes: int, args: MethodArgs) -> int:
+        total, fewest = len(layout.slices), 0
         for module in layout.modules:
             rows, columns = layout.weight_shape(module)[::-1]
-            needed = least_module_bytes(rows, columns, value_dtype.itemsize, args)
+            needed = least_module_bytes(rows, columns, value_bytes, args)
             # The budget of which the module's share is enough.
-            least = max(least, -(-(needed + 1) * total // len(module.slices)))
-        return least
+            fewest = max(fewest, -(-(needed + 1) * total // len(module.slices)))
+        return fewest
 
-    def encode(
-        prepared: PreparedGroup,
-        byte_budget: int,
-        curve_budgets: Sequence[int] = (),
-        *,
-        reuse: bool = False,
-    ) -> Decomposed:
-        bounds(prepared.layout, byte_budget, prepared.value_dtype, prepared.args)
-        done = _encode_modules(prepared, byte_budget, encode_module, prepared.metric, {})
-        stored: dict[str, tuple[ModuleChain, float]] = {}
-        errors = {}
-        for budget in sorted(curve_budgets, reverse=True):
-            other = _encode_modules(
-                prepared, budget, encode_module, prepared.without_feedback_of_outputs, stored
-            )
-            errors[budget] = other.metric_squared_error
-        points = (CurvePoint(budget, Ranks(0, 0, 0), errors[budget]) for budget in curve_budgets)
-        return replace(done, curve=tuple(points))
-
-    def bounds(
-        layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
-    ) -> Bounds:
-        least = least_bytes(layout, value_dtype, args)
-        require_budget(name, byte_budget, least)
-        return Bounds(None, None, None, byte_budget, module_workspace_bytes(layout, args), 0)
-
-    return Method(name, prepare, encode, bounds, least_bytes, metrics, per_matrix=True)
+    return chain_method(name, None, store, errors, least, metrics=metrics, per_matrix=True)
 
 
 def _encode_modules(
-    prepared: PreparedGroup,
+    group: Group,
     byte_budget: int,
     encode_module: EncodeModule,
     metric_of: Callable[[ModuleLayout], Metric],
     stored: dict[str, tuple[ModuleChain, float]],
-) -> Decomposed:
+) -> StoredChains:
     """Store every module, or take it from what a larger budget has stored, where that fits."""
-    clock = Stopwatch(prepared.unfolding.device)
     chains, expected = {}, 0.0
-    shares = split_budget(prepared.layout, byte_budget)
-    with clock("stage2"):
-        for module in prepared.layout.modules:
-            budget, known = shares[module.name], stored.get(module.name)
-            if known is None or sum(one.stored_bytes for one in known[0].own) > budget:
-                W, metric = prepared.weight(module), metric_of(module)
-                try:
-                    known = encode_module(W, metric, budget, prepared.value_dtype, prepared.args)
-                except LestdError as error:
-                    raise LestdError(f"{module.name}: {error}") from error
-                stored[module.name] = known
-            chains[module.name], lost = known
-            expected += lost
-    return chain_result(prepared, chains, clock, expected=expected)
+    shares = split_budget(group.layout, byte_budget)
+    for module in group.layout.modules:
+        budget, known = shares[module.name], stored.get(module.name)
+        if known is None or sum(one.stored_bytes for one in known[0].own) > budget:
+            W, metric = group.weight(module), metric_of(module)
+            try:
+                known = encode_module(W, metric, budget, group.value_dtype, group.args)
+            except LestdError as error:
+                raise LestdError(f"{module.name}: {error}") from error
+            stored[module.name] = known
+        chains[module.name], lost = known
+        expected += lost
+    return StoredChains(chains, expected=expected)
 
 
 def module_workspace_bytes(layout: GroupLayout, args: MethodArgs) -> int:

@@ -28,7 +28,7 @@ def fitting_bits(elements: int, byte_budget: int, value_bytes: int, args: Method
 def of_least_error(
     W: Tensor, metric: Metric, candidate: Callable[[Tensor | None], EncodedCore]
 ) -> EncodedCore:
-    """What loses less in the metric: rounding with feedback along the outputs too, or without.
+    """The better of rounding with feedback along the outputs too, and without.
 
     Args:
         W: ``(in, out)``, float32.

@@ -20,7 +20,7 @@ from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.shared_tucker import CORE_NAME, SharedTucker
 from lestd_kernels.linalg.stage1 import FLOAT64_ORDER, Bases, Factors, hooi, hosvd, squared_sum
 from lestd_kernels.linalg.stage2 import fit_cores
-from lestd_kernels.methods.common.base import BUFFERS_BYTES, Decomposed, MethodArgs, Metrics
+from lestd_kernels.methods.common.base import BUFFERS_BYTES, Decomposed, Group, MethodArgs
 from lestd_kernels.methods.common.slice_statistics import relative, slice_stats
 from lestd_kernels.methods.common.stopwatch import Stopwatch
 from lestd_kernels.search.budget import CurvePoint, GroupShape, Limits
@@ -46,15 +46,15 @@ def group_shape(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs)
     if learned and args.pattern != UNSTRUCTURED:
         raise LestdError(
             f"pattern {args.pattern!r} needs type_mode 'identity', found 'learned', which mixes "
-            "cores and so fills the pattern up; change one of the two"
+            "cores and so breaks the pattern; change one of the two"
         )
     heads = range(len(layout.slices) // len(PROJECTIONS))
     if learned and set(layout.slices) != {(t, i) for t in PROJECTIONS for i in heads}:
         counts = (sum(s[0] == t for s in layout.slices) for t in PROJECTIONS)
         found = ", ".join(f"{t} {count}" for t, count in zip(PROJECTIONS, counts, strict=True))
         raise LestdError(
-            "type_mode 'learned' needs equally many query, key, value and output heads, but this "
-            f"group has {found}; use type_mode 'identity'"
+            "type_mode 'learned' needs equal numbers of query, key, value and output heads, but "
+            f"this group has {found}; use type_mode 'identity'"
         )
     return GroupShape(layout, learned, value_dtype.itemsize, args.pattern)
 
@@ -153,19 +153,14 @@ class Prepared:
         return parts
 
 
-def prepare(
-    unfolding: Tensor,
-    layout: GroupLayout,
-    value_dtype: torch.dtype,
-    args: MethodArgs,
-    metrics: Metrics,
-) -> Prepared:
+def prepare(group: Group) -> Prepared:
     """Scale a group and find its HOSVD bases; see `Method.prepare`. Metrics are not used.
 
     Its rotation by them, the other half of what budgets have in common, is computed as far as rank
     searches ask for it.
     """
-    shape = group_shape(layout, value_dtype, args)
+    unfolding, value_dtype = group.unfolding, group.value_dtype
+    shape = group_shape(group.layout, value_dtype, group.args)
     clock = Stopwatch(unfolding.device)
     with clock("stage1"):
         scale = scale_to_one(unfolding)
@@ -173,7 +168,7 @@ def prepare(
         bases = hosvd(W)
         rotated = RotatedCore(W, bases, shape.core_slices)
     parts = (W, bases, rotated)
-    return Prepared(unfolding, shape, value_dtype, args, scale, clock.seconds, parts)
+    return Prepared(unfolding, shape, value_dtype, group.args, scale, clock.seconds, parts)
 
 
 def shared_basis(

@@ -45,12 +45,12 @@ class WorkerUnfitError(Exception):
 
 
 def lacks_memory(text: str) -> bool:
-    """Whether Ray says of a worker that it was ended because its node ran out of memory."""
+    """Whether Ray ended a worker because its node ran out of memory."""
     return bool(re.search(r"out of memory|low (on )?memory", text, re.IGNORECASE))
 
 
 def how_it_ended(error: BaseException | None, remains: Remains) -> str:
-    """A worker's death as a clause: the exit code or signal as far as anybody knows it."""
+    """A worker's death as a clause: with exit code or signal if known."""
     text = str(error)
     memory = ""
     if remains.memory_bytes is not None:

@@ -24,13 +24,13 @@ from orchestrator.console.output import size
 from orchestrator.execution.executor import Listener, WorkerSpec, retried, started
 from orchestrator.execution.ray.connect import join_or_start
 from orchestrator.execution.ray.deaths import Place
-from orchestrator.execution.ray.pool import Died, NotStarted, Pool, Ran, Started
-from orchestrator.execution.ray.words import (
+from orchestrator.execution.ray.messages import (
     in_use,
     never_begun,
     say_that_others_go_on,
     say_what_is_waited_for,
 )
+from orchestrator.execution.ray.pool import Died, NotStarted, Pool, Ran, Started
 from orchestrator.execution.retries import (
     Again,
     Deadlines,
@@ -102,7 +102,7 @@ class RayExecutor:
         """See `Executor.require_cuda`."""
         if not self.has_cuda() and not self._autoscaling:
             raise LestdError(
-                "device cuda is asked for, but no node of the Ray cluster has a GPU; use "
+                "device cuda was requested, but no node of the Ray cluster has a GPU; use "
                 "--device cpu, or join a cluster that has one with --address"
             )
 
@@ -240,7 +240,7 @@ class RayExecutor:
         most = int(self._most("GPU"))
         if count > most and not self._autoscaling:
             raise LestdError(
-                f"a worker is to have {count} GPUs, but no node of the Ray cluster has more than "
+                f"each worker needs {count} GPUs, but no node of the Ray cluster has more than "
                 f"{most}; give a smaller --gpus, or join a cluster that has one with --address"
             )
         return float(count)

@@ -33,7 +33,7 @@ from orchestrator.config.cluster import ClusterConfig
 from orchestrator.console import logs
 from orchestrator.source.location import store_url
 from orchestrator.source.texts import read_calibration
-from workers.storage.regular import read_regular
+from workers.storage.untrusted_files import read_regular
 
 PACKAGES = (orchestrator, workers, lestd_kernels)
 """Packages that every node of the job runs, whatever is installed there."""
@@ -86,8 +86,8 @@ def run_as_job(
     """
     if options.get("json"):
         raise LestdError(
-            f"--json does not go with --address {address}, because the log of a job mixes results "
-            "with progress; leave it out"
+            f"--json cannot be used with --address {address}, because the log of a job mixes "
+            "results with progress; leave it out"
         )
     with _explained(address), tempfile.TemporaryDirectory() as folder:
         url = _find_jobs_api(address)
@@ -169,8 +169,8 @@ def _explained(address: str) -> Iterator[None]:
         ) from error
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise LestdError(
-            f"the Ray cluster at {address} takes no job ({first_line(error)}); check that it runs "
-            "and that this is the address of its dashboard, most often http://HEAD:8265; from "
+            f"the Ray cluster at {address} accepts no jobs ({first_line(error)}); check that it "
+            "runs and that this is the address of its dashboard, most often http://HEAD:8265; from "
             "outside: ssh -L 8265:localhost:8265 HEAD, then --address http://localhost:8265"
         ) from error
 
@@ -294,7 +294,7 @@ def exit_code(details: Any, job: str) -> int:
         _say(f"job {job} failed: {why}; run the same command again to continue")
     elif code == 127:
         _say(
-            f"job {job} failed: the head node finds no command python; start Ray there in the "
+            f"job {job} failed: the head node has no command python; start Ray there in the "
             "environment that has the dependencies of lestd"
         )
     else:

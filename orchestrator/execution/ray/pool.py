@@ -327,9 +327,9 @@ class Pool:
         end = self._ends[actor]
         cause, message = end.cause, end.message
         if cause == "TimedOut" and attempt.item.task_id not in actor.overdue:
-            cause, message = "WorkerDied", "its worker was ended, for another of its items hung"
+            cause, message = "WorkerDied", "its worker was ended because another of its items hung"
         if cause == "WorkerFailed" and not isinstance(error, WorkerUnfitError):
-            cause, message = "WorkerDied", "its worker was ended, for it had failed another item"
+            cause, message = "WorkerDied", "its worker was ended because it had failed another item"
         return Loss(cause, message, actor.place.node, end.alone, error, end.evidence)
 
     def _remains(self, place: Place) -> Remains:

@@ -1,4 +1,4 @@
--- attempts that another followed, interrupted ones too, and why they ended
+-- retried attempts, interrupted ones too, and why they ended
 with
     ordered as (
         select *, lead(kind) over (partition by run, task_id order by time) as following

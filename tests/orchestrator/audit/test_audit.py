@@ -356,7 +356,7 @@ def test_a_killed_audit_continues(tmp_path: Path) -> None:
     del kept["4-5.json"], kept["1-2.json"]
     again = lestd(*options, "--run-dir", tmp_path / "run")
     assert again.code == 0, again.err
-    assert f"{len(kept)} of 24 blocks were finished before" in again.err
+    assert f"{len(kept)} of 24 blocks were already finished" in again.err
     done = pieces(tmp_path / "run")
     assert len(done) == 24  # The four reference layers are read once more.
     assert kept.items() <= done.items()

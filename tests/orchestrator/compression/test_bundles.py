@@ -14,7 +14,7 @@ from support.groups import fused, gqa, mha, unfolding
 from support.paths import ROOT, TESTS
 
 from lestd_kernels.errors import LestdError
-from lestd_kernels.methods import METHODS, MethodArgs
+from lestd_kernels.methods import METHODS, Group, MethodArgs
 from lestd_kernels.tensorize import fold_weights
 from workers.checkpoint.tensors import read_header
 from workers.contracts import Bundle, BundleResult, CurveTask, Failure, Result, Task
@@ -37,7 +37,7 @@ def test_a_group_prepared_once_has_the_bytes_of_each_budget_alone(case, dtype):
     method, layout, changes = CASES[case]
     method, args = METHODS[method], MethodArgs(rank_step=4, **changes)
     budgets = [int(keep * layout.elements * dtype.itemsize) for keep in KEEPS]
-    prepared = method.prepare(unfolding(layout), layout, dtype, args, {})
+    prepared = method.prepare(Group(unfolding(layout), layout, dtype, args))
     for budget in budgets:
         shared = method.encode(prepared, budget, budgets, reuse=budget != budgets[-1])
         alone = method.decompose(unfolding(layout), layout, budget, dtype, args, budgets)
@@ -54,7 +54,7 @@ MEASURE = """
 import sys, torch
 from pathlib import Path
 from support.groups import fused, mha
-from lestd_kernels.methods import METHODS, MethodArgs
+from lestd_kernels.methods import METHODS, Group, MethodArgs
 from workers.host.devices import return_freed_memory
 return_freed_memory()
 def resident(field):
@@ -68,7 +68,7 @@ W[:8] @ W[:8].T
 Path("/proc/self/clear_refs").write_text("5")
 before = resident("VmRSS")
 method = METHODS["{method}"]
-prepared = method.prepare(W, layout, torch.bfloat16, args, {{}})
+prepared = method.prepare(Group(W, layout, torch.bfloat16, args))
 for keep in (0.8, 0.6, 0.8):
     method.encode(prepared, int(keep * W.numel() * 2), reuse=True)
 print(resident("VmHWM") - before)

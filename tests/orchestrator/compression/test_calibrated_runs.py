@@ -16,8 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lestd_kernels.errors import LestdError
-from lestd_kernels.methods import METHODS, MethodArgs
-from lestd_kernels.tensorize import GroupLayout
+from lestd_kernels.methods import METHODS, Group, MethodArgs
 from orchestrator.compression.pipeline import compress_model
 from orchestrator.config.run import RunConfig
 from orchestrator.execution.executor import Listener, WorkerSpec
@@ -39,11 +38,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
     def unaware(args: MethodArgs) -> MethodArgs:
         return replace(args, metric="weight")
 
-    def look(
-        unfolding: Tensor, layout: GroupLayout, dtype: torch.dtype, args: MethodArgs, metrics: Any
-    ) -> Any:
-        given.append(dict(metrics))
-        return plain.prepare(unfolding, layout, dtype, unaware(args), {})
+    def look(group: Group) -> Any:
+        given.append(dict(group.metrics))
+        return plain.prepare(replace(group, args=unaware(group.args), metrics={}))
 
     def without_metric(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arguments: function(*arguments[:-1], unaware(arguments[-1]))

@@ -105,7 +105,7 @@ def test_a_log_has_plain_lines(tiny_llama: Path, tmp_path: Path) -> None:
     again = lestd("compress", tiny_llama, "--keep", 0.5, "--out", tmp_path / "out", *SERIAL)
     assert again.err.splitlines() == [
         "compress: 100 %",
-        "compress: 100 % | 4 of 4 tasks were finished before",
+        "compress: 100 % | 4 of 4 tasks were already finished",
     ]
 
 
@@ -190,9 +190,7 @@ def test_events_of_any_kind_are_told(capfd: pytest.CaptureFixture[str]) -> None:
         ("task_failed", "error", 3),
         ("run_ended", "error", None),
     ]
-    assert (
-        lines[3]["message"] == "g.3 (abababab): attempt 1 is followed by another: the worker died"
-    )
+    assert lines[3]["message"] == "g.3 (abababab): attempt 1 is retried: the worker died"
     assert lines[4]["message"] == "g.3 (abababab): attempt 2 timed out: no answer"
 
 

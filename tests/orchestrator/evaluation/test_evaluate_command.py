@@ -86,7 +86,7 @@ def test_two_models_and_the_difference(text_file: Path, tmp_path: Path) -> None:
     (row,) = (line for line in told.out.splitlines() if "│ difference" in line)
     error = found["difference"]["token_perplexity_stderr"]
     assert f"{found['difference']['token_perplexity']:+.4f} ± {error:.4f}" in row
-    assert "were finished before" in told.err
+    assert "were already finished" in told.err
 
 
 def plain_losses(text: Path, length: int) -> list[float]:
@@ -139,7 +139,7 @@ def test_a_killed_evaluation_continues(tmp_path: Path) -> None:
 
     again = lestd(*options, tmp_path / "run")
     assert again.code == 0, again.err
-    assert f"{4 * len(kept)} of 120 windows were finished before" in again.err
+    assert f"{4 * len(kept)} of 120 windows were already finished" in again.err
     assert "windows/s" in again.err
     done = pieces(tmp_path / "run")
     assert len(done) == 30
@@ -168,7 +168,7 @@ def test_a_run_dir_that_is_a_file(text_file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("absent", ["config.json", "tokenizer.json", "model.safetensors", "window"])
-def test_a_second_model_is_looked_at_before_the_first_is_judged(
+def test_a_second_model_is_looked_at_before_the_first_is_evaluated(
     absent: str, copied_model: Path, text_file: Path
 ) -> None:
     if absent == "window":

@@ -1,4 +1,4 @@
-"""Judging by tasks of lm-eval, against `lm_eval.simple_evaluate` in one process."""
+"""Evaluating by tasks of lm-eval, against `lm_eval.simple_evaluate` in one process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import EXAMPLE
 from support.cli import PATIENCE, Finished, lestd, start_lestd
-from support.judging import DATA, MODEL, TASKS, judge_by_lm_eval, write_oracle_tasks
+from support.lm_eval_data import DATA, MODEL, TASKS, score_by_lm_eval, write_oracle_tasks
 
 from orchestrator.evaluation import lm_eval_tasks
 from orchestrator.manifest.manifest import Manifest
@@ -55,10 +55,10 @@ def oracle(compressed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[P
     folder = tmp_path_factory.mktemp("oracle")
     write_oracle_tasks(folder)
     models = (MODEL, compressed)
-    return {model: judge_by_lm_eval(model, folder, LIMIT, num_fewshot=0) for model in models}
+    return {model: score_by_lm_eval(model, folder, LIMIT, num_fewshot=0) for model in models}
 
 
-def judge(model: Path, *options: object) -> Finished:
+def evaluate(model: Path, *options: object) -> Finished:
     result = lestd("evaluate", model, *options)
     assert result.code == 0, result.err
     return result
@@ -71,7 +71,7 @@ def figures(result: Finished, place: int = -1) -> dict[tuple[str, str, str], Any
             one["models"][place]["value"],
             one["models"][place]["stderr"],
         )
-        for one in json.loads(result.out)["judgements"]
+        for one in json.loads(result.out)["tasks"]
     }
 
 
@@ -88,27 +88,27 @@ def oracle_figures(found: dict[str, Any]) -> dict[tuple[str, str, str], Any]:
 
 
 @pytest.fixture(scope="module")
-def judged(compressed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
+def evaluated(compressed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
     """Both models by the real command, in this process."""
-    run_dir = tmp_path_factory.mktemp("judged")
+    run_dir = tmp_path_factory.mktemp("evaluated")
     options = ("--against", MODEL, "--run-dir", run_dir, "--log-samples")
-    return run_dir, judge(compressed, *ALL, *options, *SERIAL)
+    return run_dir, evaluate(compressed, *ALL, *options, *SERIAL)
 
 
 def test_figures_are_lm_evals_to_the_last_digit(
-    judged: tuple[Path, Finished], oracle: dict[Path, Any], compressed: Path
+    evaluated: tuple[Path, Finished], oracle: dict[Path, Any], compressed: Path
 ) -> None:
     for place, model in enumerate((MODEL, compressed)):
-        assert figures(judged[1], place) == oracle_figures(oracle[model])
-    # The models differ, so nothing was judged twice.
-    assert figures(judged[1], 0) != figures(judged[1], 1)
+        assert figures(evaluated[1], place) == oracle_figures(oracle[model])
+    # The models differ, so nothing was evaluated twice.
+    assert figures(evaluated[1], 0) != figures(evaluated[1], 1)
 
 
 def test_samples_are_lm_evals(
-    judged: tuple[Path, Finished], oracle: dict[Path, Any], compressed: Path
+    evaluated: tuple[Path, Finished], oracle: dict[Path, Any], compressed: Path
 ) -> None:
-    run_dir, result = judged
-    for one in json.loads(result.out)["judgements"]:
+    run_dir, result = evaluated
+    for one in json.loads(result.out)["tasks"]:
         path = run_dir / one["models"][1]["evaluation_id"] / "samples.jsonl"
         found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         expected = json.loads(json.dumps(oracle[compressed]["samples"][one["task"]], default=float))
@@ -120,9 +120,9 @@ def test_samples_are_lm_evals(
 
 
 def test_figures_are_recorded_with_the_compressed_model(
-    judged: tuple[Path, Finished], compressed: Path
+    evaluated: tuple[Path, Finished], compressed: Path
 ) -> None:
-    entries = json.loads(judged[1].out)["judgements"]
+    entries = json.loads(evaluated[1].out)["tasks"]
     rows = {
         (row["model"], row["task"], row["metric"], row["answer_filter"]): row
         for row in Manifest(compressed).evaluations().to_pylist()
@@ -146,9 +146,9 @@ def test_figures_are_recorded_with_the_compressed_model(
             }
 
 
-def test_differences_and_their_standard_errors(judged: tuple[Path, Finished]) -> None:
-    run_dir, result = judged
-    for entry in json.loads(result.out)["judgements"]:
+def test_differences_and_their_standard_errors(evaluated: tuple[Path, Finished]) -> None:
+    run_dir, result = evaluated
+    for entry in json.loads(result.out)["tasks"]:
         before, after = entry["models"]
         assert entry["difference"] == after["value"] - before["value"]
         if entry["task"] == "wikitext":
@@ -171,13 +171,13 @@ def test_differences_and_their_standard_errors(judged: tuple[Path, Finished]) ->
     [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)],
 )
 def test_any_pool_gives_lm_evals_figures(
-    workers: int, judged: tuple[Path, Finished], oracle: dict[Path, Any], tmp_path: Path
+    workers: int, evaluated: tuple[Path, Finished], oracle: dict[Path, Any], tmp_path: Path
 ) -> None:
     options = ("--run-dir", tmp_path / "run", "--workers", workers, "--json")
-    pooled = judge(MODEL, *ALL, *options)
+    pooled = evaluate(MODEL, *ALL, *options)
     assert figures(pooled) == oracle_figures(oracle[MODEL])
     rows = Manifest(tmp_path / "run").evaluations().to_pylist()
-    ids = {one["models"][0]["evaluation_id"] for one in json.loads(judged[1].out)["judgements"]}
+    ids = {one["models"][0]["evaluation_id"] for one in json.loads(evaluated[1].out)["tasks"]}
     assert {row["evaluation_id"] for row in rows} == ids
     assert max(row["workers"] for row in rows) <= workers
 
@@ -190,7 +190,7 @@ def wait_for_pieces(run_dir: Path, count: int, process: Any) -> None:
         time.sleep(0.01)
 
 
-def test_a_killed_judging_continues(
+def test_a_killed_evaluation_continues(
     oracle: dict[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()  # The pieces that a process of its own makes: here a document of wikitext.
@@ -203,14 +203,14 @@ def test_a_killed_judging_continues(
     assert len(kept) < 6
     torn = min(kept)
     torn.write_bytes(torn.read_bytes()[:100])
-    again = judge(MODEL, *options, *SERIAL)
+    again = evaluate(MODEL, *options, *SERIAL)
     assert figures(again) == oracle_figures(oracle[MODEL])
     for path, time_ns in kept.items():
         if path != torn:
-            assert path.stat().st_mtime_ns == time_ns  # Not judged again.
+            assert path.stat().st_mtime_ns == time_ns  # Not evaluated again.
     # All is there: the weights are not needed any more.
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*/pieces/*.json")}
-    third = judge(MODEL, *options, *SERIAL)
+    third = evaluate(MODEL, *options, *SERIAL)
     assert third.out == again.out
     assert {path: path.stat().st_mtime_ns for path in done} == done
 
@@ -223,7 +223,7 @@ def test_other_settings_are_another_evaluation(other: tuple[object, ...], tmp_pa
     common = ("--tasks", "mathqa", "--data", DATA, "--run-dir", tmp_path / "run", *SERIAL)
     ids = []
     for options in (("--limit", 1), ("--limit", 1, *other)):
-        entries = json.loads(judge(MODEL, *common, *options).out)["judgements"]
+        entries = json.loads(evaluate(MODEL, *common, *options).out)["tasks"]
         ids.append({one["models"][0]["evaluation_id"] for one in entries})
     assert not ids[0] & ids[1]
     assert len(list((tmp_path / "run" / "manifest" / "evaluations").iterdir())) == 2
@@ -232,7 +232,9 @@ def test_other_settings_are_another_evaluation(other: tuple[object, ...], tmp_pa
 def test_batches_change_the_last_digits_at_most(tmp_path: Path) -> None:
     common = ("--tasks", "truthfulqa_mc2", "--data", DATA, "--limit", 4, "--dtype", "float32")
     found = [
-        figures(judge(MODEL, *common, "--batch-size", size, "--run-dir", tmp_path / "r", *SERIAL))
+        figures(
+            evaluate(MODEL, *common, "--batch-size", size, "--run-dir", tmp_path / "r", *SERIAL)
+        )
         for size in (1, 4)
     ]
     key = ("truthfulqa_mc2", "acc", "none")
@@ -249,11 +251,11 @@ def test_examples_before_questions_are_those_of_one_process(tmp_path: Path) -> N
     folder = tmp_path / "oracle"
     folder.mkdir()
     write_oracle_tasks(folder, data, train="mathqa")
-    expected = judge_by_lm_eval(MODEL, folder, 4, tasks=("mathqa",), num_fewshot=2)
+    expected = score_by_lm_eval(MODEL, folder, 4, tasks=("mathqa",), num_fewshot=2)
     options = ("--tasks", "mathqa", "--data", data, "--limit", 4, "--fewshot", 2)
     run = tmp_path / "run"
-    found = judge(MODEL, *options, "--run-dir", run, "--log-samples", *SERIAL)
-    entry = json.loads(found.out)["judgements"][0]
+    found = evaluate(MODEL, *options, "--run-dir", run, "--log-samples", *SERIAL)
+    entry = json.loads(found.out)["tasks"][0]
     assert entry["fewshot"] == 2
     path = run / entry["models"][0]["evaluation_id"] / "samples.jsonl"
     samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -265,9 +267,9 @@ def test_examples_before_questions_are_those_of_one_process(tmp_path: Path) -> N
 def test_text_and_tasks_together(tmp_path: Path) -> None:
     text = EXAMPLE / "wikitext-2-test.txt"
     options = ("--text", text, "--max-windows", 1, "--tasks", "mathqa", "--data", DATA)
-    result = judge(MODEL, *options, "--limit", 1, "--run-dir", tmp_path / "run", *SERIAL)
+    result = evaluate(MODEL, *options, "--limit", 1, "--run-dir", tmp_path / "run", *SERIAL)
     found = json.loads(result.out)
-    assert found.keys() == {"text", "models", "judgements"}
+    assert found.keys() == {"text", "models", "tasks"}
     rows = Manifest(tmp_path / "run").evaluations().to_pylist()
     assert {row["task"] for row in rows} == {"text", "mathqa"}
 
@@ -275,7 +277,7 @@ def test_text_and_tasks_together(tmp_path: Path) -> None:
 def test_a_table_for_people(compressed: Path, tmp_path: Path) -> None:
     options = ("--tasks", "mathqa,truthfulqa_mc1", "--data", DATA, "--limit", 2, "--run-dir")
     options = (*options, tmp_path / "run", "--executor", "serial")
-    result = judge(compressed, *options, "--against", MODEL)
+    result = evaluate(compressed, *options, "--against", MODEL)
     assert f"{compressed} against {MODEL}" in result.out
     row = next(line for line in result.out.splitlines() if "acc_norm" in line)
     assert row.count("±") == 3

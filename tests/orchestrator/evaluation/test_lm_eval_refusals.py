@@ -1,4 +1,4 @@
-"""What judging refuses, and with which sentence."""
+"""What evaluating refuses, and with which sentence."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from conftest import EXAMPLE
 from lm_eval.api.metrics import bits_per_byte, mean, weighted_perplexity
 from safetensors.torch import load_file, save_file
 from support.cli import Finished, lestd
-from support.judging import DATA, MODEL
+from support.lm_eval_data import DATA, MODEL
 
 from orchestrator.evaluation.lm_eval_table import paired_stderr
-from workers.contracts import Failure, JudgeRequest
-from workers.evaluation.lm_eval import JudgeWorker
+from workers.contracts import Failure, LmEvalRequest
+from workers.evaluation.lm_eval import LmEvalWorker
 from workers.evaluation.lm_eval_tasks import BuiltTask, TaskSource, load_tasks
 from workers.evaluation.local_data import LOCAL_TASKS
 
@@ -53,7 +53,7 @@ def data(tmp_path: Path) -> Path:
         (("--tasks", " , "), "--tasks names no task"),
         (("--tasks", "mathqa", "--data", DATA, "--dtype", "int8"), "dtype must be one of"),
         (("--tasks", "mathqa", "--data", "/nowhere"), "/nowhere/mathqa/test.jsonl cannot be read"),
-        (("--tasks", "x", "--include-path", "/nowhere"), "/nowhere is no directory"),
+        (("--tasks", "x", "--include-path", "/nowhere"), "/nowhere is not a directory"),
         (("--tasks", "gsm8k", "--data", DATA), "train.jsonl to take them from; .* --fewshot 0"),
         (("--tasks", "mathqa", "--data", DATA, "--fewshot", 2), "shows 2 examples"),
     ],
@@ -75,7 +75,7 @@ def test_without_lm_eval_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     assert 'pip install "lestd[eval]"' in refused(MODEL, "--tasks", "mathqa", "--data", DATA)
 
 
-def test_judging_alone_imports_lm_eval() -> None:
+def test_lm_eval_tasks_alone_imports_lm_eval() -> None:
     code = (
         "import sys, orchestrator.cli, orchestrator.evaluation.perplexity_table\n"
         "import orchestrator.experiments.engine, orchestrator.experiments.tables\n"
@@ -142,7 +142,7 @@ def test_the_whole_test_text_is_divided_as_the_hubs(data: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", ["nan", "absent", "tokenizer"])
-def test_models_that_cannot_be_judged(broken: str, tmp_path: Path) -> None:
+def test_models_that_cannot_be_evaluated(broken: str, tmp_path: Path) -> None:
     model = Path(shutil.copytree(MODEL, tmp_path / "model"))
     weights = load_file(model / "model.safetensors")
     message = "lacks 1 of the model's tensors"
@@ -168,8 +168,8 @@ def test_models_that_cannot_be_judged(broken: str, tmp_path: Path) -> None:
 
 def test_a_worker_with_other_data_says_so(data: Path) -> None:
     source = TaskSource(str(data), fewshot=0)
-    worker = JudgeWorker(str(MODEL), source)
-    failure = worker.run(JudgeRequest("mathqa 0-0", "mathqa", "mathqa", (0, 1), "0" * 64))
+    worker = LmEvalWorker(str(MODEL), source)
+    failure = worker.run(LmEvalRequest("mathqa 0-0", "mathqa", "mathqa", (0, 1), "0" * 64))
     assert isinstance(failure, Failure)
     assert "makes other requests of task mathqa than the driver" in failure.message
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 from lm_eval.tasks import TaskManager
 from support.cli import lestd
-from support.judging import DATA, MODEL, load
+from support.lm_eval_data import DATA, MODEL, load
 
 from orchestrator.manifest.manifest import Manifest
 
@@ -35,18 +35,18 @@ def write_task(folder: Path, name: str, prompt: str, **more: Any) -> None:
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | more))
 
 
-def judge(folder: Path, run_dir: Path, tasks: str, limit: int) -> tuple[list[Any], str]:
+def evaluate(folder: Path, run_dir: Path, tasks: str, limit: int) -> tuple[list[Any], str]:
     options = ("--tasks", tasks, "--include-path", folder, "--limit", limit, "--run-dir", run_dir)
     result = lestd("evaluate", MODEL, *options, *SERIAL)
     assert result.code == 0, result.err
-    return json.loads(result.out)["judgements"], result.err
+    return json.loads(result.out)["tasks"], result.err
 
 
 def test_task_files_of_the_users(tmp_path: Path) -> None:
     folder = tmp_path / "tasks"
     folder.mkdir()
     write_task(folder, "letters", "{{Problem}} {{options}}\nAnswer:")
-    (entry, _), _ = judge(folder, tmp_path / "run", "letters", 5)
+    (entry, _), _ = evaluate(folder, tmp_path / "run", "letters", 5)
     assert (entry["task"], entry["task_version"], entry["samples"]) == ("letters", "3.0", 5)
     (row, _) = Manifest(tmp_path / "run").evaluations().to_pylist()
     assert (row["task"], row["metric"], row["value"]) == (
@@ -76,7 +76,7 @@ def test_requests_that_lose_their_beginning_are_counted(tmp_path: Path) -> None:
     folder = tmp_path / "tasks"
     folder.mkdir()
     write_task(folder, "long", "{% for _ in range(30) %}{{Problem}} {% endfor %}\nAnswer:")
-    (entry, _), err = judge(folder, tmp_path / "run", "long", 3)
+    (entry, _), err = evaluate(folder, tmp_path / "run", "long", 3)
     cut = entry["models"][0]["inputs_cut"]
     assert cut == 3  # Answers of one letter share an input; the model reads 512 tokens.
     assert f"long: {cut} inputs are longer than the model's positions" in err
@@ -104,7 +104,7 @@ def test_figures_of_groups_are_lm_evals(tmp_path: Path) -> None:
         task_manager=TaskManager(include_path=str(folder)),
     )["results"]
     torch.set_num_threads(threads)
-    entries, _ = judge(folder, tmp_path / "run", "both_ways", 12)
+    entries, _ = evaluate(folder, tmp_path / "run", "both_ways", 12)
     assert {entry["task"] for entry in entries} == set(group["task"]) | {"both_ways"}
     for entry in entries:
         found = expected[entry["task"]]

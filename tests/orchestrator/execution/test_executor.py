@@ -108,7 +108,7 @@ def test_every_item_gets_one_answer(ray_executor: Executor, tmp_path: Path, in_f
     assert results["once"].number == 49
     assert results["always"].kind == "infrastructure"
     assert results["always"].attempt in ((2,) if in_flight == 1 else (2, 3))
-    assert "ended 2 workers" in results["always"].message
+    assert "killed 2 workers" in results["always"].message
     assert results["refuse"].kind == "application"
     assert results["refuse"].message == "bad input"
     assert results["bug"].kind == "application"
@@ -188,7 +188,7 @@ def test_where_some_workers_cannot_be_made_the_others_do_the_work(
     assert sorted(r.number for r in results) == [i * i for i in range(12)]
     assert len({r.pid for r in results}) == 1
     assert len(told) == 1
-    assert "could not be made (this node sees no GPU)" in told[0]
+    assert "could not be started (this node sees no GPU)" in told[0]
 
 
 @pytest.mark.ray
@@ -303,5 +303,5 @@ def test_a_worker_of_several_gpus_has_them_on_one_node(monkeypatch: pytest.Monke
     need = executor._need(WorkerSpec(Squarer, {}, device="cuda", gpus=4))
     assert need["GPU"] == 4
     assert executor._pool_size(need, items=9) == 1
-    with pytest.raises(LestdError, match=r"to have 5 GPUs, but no node .* has more than 4"):
+    with pytest.raises(LestdError, match=r"needs 5 GPUs, but no node .* has more than 4"):
         executor._need(WorkerSpec(Squarer, {}, device="cuda", gpus=5))

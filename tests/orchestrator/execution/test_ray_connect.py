@@ -18,7 +18,7 @@ from support.paths import ROOT
 from lestd_kernels.errors import LestdError
 from orchestrator.execution.ray.connect import join_or_start
 from orchestrator.execution.ray.deaths import how_it_ended
-from orchestrator.execution.ray.words import own_words
+from orchestrator.execution.ray.messages import own_words
 from workers.host.watcher import Remains
 
 

@@ -56,12 +56,12 @@ def test_whoever_was_there_when_a_worker_died_is_tried_again_by_itself() -> None
 
 
 @pytest.mark.parametrize("cause", ["WorkerDied", "WorkerFailed", "TimedOut"])
-def test_who_ends_two_workers_of_its_own_is_set_aside(cause: Any) -> None:
+def test_who_ends_two_workers_of_its_own_is_marked_failed(cause: Any) -> None:
     assert isinstance(through(loss(), loss(cause, alone=True)), Again)
     failure = through(loss(), loss(cause, alone=True), loss(cause, alone=True))
     assert isinstance(failure, Failure)
     assert (failure.kind, failure.error_type, failure.attempt) == ("infrastructure", cause, 3)
-    assert "ended 2 workers" in failure.message
+    assert "killed 2 workers" in failure.message
     assert "it was so" in failure.message
     assert failure.evidence == "the log"
     assert "gone" in failure.traceback

@@ -1,4 +1,4 @@
-"""`lestd compare`: a sweep for each method, measured, judged, tabled and drawn."""
+"""`lestd compare`: a sweep for each method, measured, evaluated, tabled and drawn."""
 
 import json
 import math
@@ -142,7 +142,7 @@ def test_the_whole_command(tiny_llama: Path, wikitext: Path, tmp_path: Path) -> 
     assert again.code == 0, again.err
     assert figures == {p: p.stat().st_mtime_ns for p in (out / "figures").iterdir()}
     assert models == {p: p.stat().st_ino for p in models}
-    assert "4 of 4 windows were finished before" in again.err
+    assert "4 of 4 windows were already finished" in again.err
     assert table == (out / "compare.md").read_text()
     for words in ("lestd", "tucker", "operator", "left out"):
         assert words in again.out

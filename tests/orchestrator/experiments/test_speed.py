@@ -280,7 +280,7 @@ def test_models_that_cannot_be_compared_are_refused(tiny_llama, compressed, tmp_
     for models in ((tmp_path / "no", compressed), (tiny_llama, tmp_path / "no")):
         run = lestd("bench", *models)
         assert run.code == 2
-        assert f"{tmp_path / 'no'} is no directory" in run.err
+        assert f"{tmp_path / 'no'} is not a directory" in run.err
     run = lestd("bench", tiny_llama, tmp_path)
     assert run.code == 2
     assert "config.json" in run.err

@@ -1,4 +1,4 @@
-"""`lestd sweep`: several sizes at once, each as `lestd compress` makes it, judged and drawn."""
+"""`lestd sweep`: several sizes at once, each as `lestd compress` makes it, evaluated and drawn."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file, save_file
 from support.cli import PATIENCE, digest_tree, lestd, run_lestd, start_lestd
-from support.judging import DATA
+from support.lm_eval_data import DATA
 
 from orchestrator.config.layers import parse_keeps
 from orchestrator.config.run import RunConfig
@@ -88,15 +88,15 @@ def beginning(text: Path, size: int, path: Path) -> Path:
 
 def test_the_whole_command(tiny_llama: Path, wikitext: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    judged = ("--text", beginning(wikitext, 4000, tmp_path / "text.txt"), *FEW, *TASKS, *SERIAL)
-    first = lestd(*sweep(tiny_llama, out, *judged, "--json"))
+    evaluated = ("--text", beginning(wikitext, 4000, tmp_path / "text.txt"), *FEW, *TASKS, *SERIAL)
+    first = lestd(*sweep(tiny_llama, out, *evaluated, "--json"))
     assert first.code == 0, first.err
     found = json.loads(first.out)
     assert [point["keep"] for point in found["points"]] == list(KEEPS)
 
     # `lestd evaluate` finds the same, with the same errors, in a directory of its own.
     last = found["points"][-1]
-    options = (*judged, "--json", "--run-dir", tmp_path / "apart")
+    options = (*evaluated, "--json", "--run-dir", tmp_path / "apart")
     apart = lestd("evaluate", last["model"], "--against", tiny_llama, *options)
     assert apart.code == 0, apart.err
     expected = json.loads(apart.out)
@@ -105,7 +105,7 @@ def test_the_whole_command(tiny_llama: Path, wikitext: Path, tmp_path: Path) -> 
             (one["task"], one["metric"], one["answer_filter"]): one for one in entry["quality"]
         }
         assert {task for task, _, _ in quality} == {"text", "mathqa", "truthfulqa_mc2"}
-        assert len(quality) == 2 + len(expected["judgements"])
+        assert len(quality) == 2 + len(expected["tasks"])
         model = expected["models"][place]
         for name in ("token_perplexity", "word_perplexity"):
             one = quality["text", name, "none"]
@@ -116,13 +116,13 @@ def test_the_whole_command(tiny_llama: Path, wikitext: Path, tmp_path: Path) -> 
                 assert one["difference_stderr"] == expected["difference"].get(error)
             else:
                 assert one["difference"] == 0
-        for judgement in expected["judgements"]:
-            one = quality[judgement["task"], judgement["metric"], judgement["answer_filter"]]
-            assert one["higher_is_better"] is judgement["higher_is_better"]
+        for score in expected["tasks"]:
+            one = quality[score["task"], score["metric"], score["answer_filter"]]
+            assert one["higher_is_better"] is score["higher_is_better"]
             for name in ("value", "stderr"):
-                assert one[name] == judgement["models"][place][name]
+                assert one[name] == score["models"][place][name]
             for name in ("difference", "difference_stderr"):
-                assert one[name] == (judgement[name] if place == 1 else 0)
+                assert one[name] == (score[name] if place == 1 else 0)
         main = {key for key, one in quality.items() if one["main"] and key[0] != "text"}
         assert main == {("mathqa", "acc", "none"), ("truthfulqa_mc2", "acc", "none")}
         assert entry["model_bytes_on_disk"] == model["model_bytes_on_disk"]
@@ -151,23 +151,23 @@ def test_the_whole_command(tiny_llama: Path, wikitext: Path, tmp_path: Path) -> 
 
     # The same command finds everything done, and says the same.
     before = results(out)
-    again = lestd(*sweep(tiny_llama, out, *judged, "--json"))
+    again = lestd(*sweep(tiny_llama, out, *evaluated, "--json"))
     assert json.loads(again.out) == found
     assert results(out) == before
-    assert again.err.count("4 of 4 windows were finished before") == len(models)
+    assert again.err.count("4 of 4 windows were already finished") == len(models)
     # Of another text only the evaluation is new.
     text = beginning(wikitext, 3000, tmp_path / "short.txt")
     other = lestd(*sweep(tiny_llama, out, "--text", text, *FEW, *TASKS, *SERIAL))
     assert other.code == 0, other.err
-    assert "tasks were finished before" in other.err
-    assert other.err.count("4 of 4 samples were finished before") == len(models)
-    assert "windows were finished before" not in other.err
+    assert "tasks were already finished" in other.err
+    assert other.err.count("4 of 4 samples were already finished") == len(models)
+    assert "windows were already finished" not in other.err
     for words in ("dense", "truthfulqa_mc2", "mathqa", f"{KEEPS[1]}", "plot"):
         assert words in other.out
 
 
 @pytest.mark.slow
-def test_a_sweep_killed_while_judging_judges_the_rest(
+def test_a_sweep_killed_while_evaluating_evaluates_the_rest(
     tiny_llama: Path, wikitext: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -183,7 +183,7 @@ def test_a_sweep_killed_while_judging_judges_the_rest(
     result = lestd(*sweep(tiny_llama, out, *options))
     assert result.code == 0, result.err
     assert kept.items() <= results(out).items()
-    assert result.err.count("60 of 60 windows were finished before") == 1
+    assert result.err.count("60 of 60 windows were already finished") == 1
     assert len(list(out.glob("evaluations/*/pieces/*.json"))) == 3 * 15
 
 

@@ -267,7 +267,7 @@ def test_a_run_is_compacted_under_its_lock(tmp_path: Path) -> None:
     assert compact(run_dir) == (5 * 4, [])
     assert compact(out) == (0, [])
     assert rows_of(run_dir / "manifest") == before
-    # A model whose run is gone has nothing that could be put together.
+    # A model whose run is gone has nothing that could be merged.
     write_parts(out / "manifest", 2)
     (run_dir / "run.json").unlink()
     assert compact(out) == (0, [])

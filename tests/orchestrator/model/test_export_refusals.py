@@ -85,7 +85,7 @@ def test_what_is_at_out_stays(compressed, tmp_path, take):
     before = digest_tree(tmp_path), sorted(path.name for path in tmp_path.rglob("*"))
     run = lestd("export", compressed, "--dense", tmp_path / "out")
     assert run.code == 2
-    assert run.err.startswith(f"error: {tmp_path / 'out'} is there already")
+    assert run.err.startswith(f"error: {tmp_path / 'out'} already exists")
     assert before == (digest_tree(tmp_path), sorted(path.name for path in tmp_path.rglob("*")))
     # The model itself is no place for its reconstruction.
     digests = digest_tree(compressed)

@@ -207,15 +207,15 @@ def test_a_private_repository_of_ones_own_and_a_branch(story: Story, model: Path
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (0, "the Hub wants to know who writes to me/model (401: Invalid username or password.)"),
-        (1, "your token may not write to me/model (403"),
-        (2, "your token may not write to foreign/model (403: You don't have the rights"),
+        (0, "the Hub requires a login to write to me/model (401: Invalid username or password.)"),
+        (1, "your token has no write access to me/model (403"),
+        (2, "your token has no write access to foreign/model (403: You don't have the rights"),
         (3, "'a//b' cannot be the name of a Hub repository; expected OWNER/NAME"),
         (4, "me/other holds model.safetensors, weights of another model; choose another REPO"),
         (5, "me/other is public; make it private"),
         (6, f"{SHARD} does not have the sha256"),
         (7, f"{SHARD} is absent, or has not the"),
-        (8, "is no finished model of lestd (it has no manifest/model.json)"),
+        (8, "is not a finished lestd model (it has no manifest/model.json)"),
         (12, "the upload to broken/model broke off (RemoteProtocolError: "),
     ],
 )

@@ -322,15 +322,15 @@ def test_a_run_is_asked_while_it_goes_on_and_compacted_when_it_has_stopped(
     parts = list((run / "manifest").rglob("*.parquet"))
     compacted = lestd("compact", out)
     assert compacted.code == 0, compacted.err
-    assert compacted.out == f"{out}: {len(parts)} files were put together\n"
+    assert compacted.out == f"{out}: {len(parts)} files were merged\n"
     left = list((run / "manifest").rglob("*.parquet"))
     assert all(path.parent == run / "manifest" for path in left)
     assert (ask(run, HEADS), ask(run, "from groups")) == (rows, tables)
     again = lestd("compact", out, "--run-dir", run)
-    assert (again.code, again.out) == (0, f"{run}: there was nothing to put together\n")
+    assert (again.code, again.out) == (0, f"{run}: there was nothing to merge\n")
     resumed = lestd(*compress)
     assert resumed.code == 0, resumed.err
-    assert f"{len(tables)} of {LAYERS} tasks were finished before" in resumed.err
+    assert f"{len(tables)} of {LAYERS} tasks were already finished" in resumed.err
     assert ask(out, count) == [{"n": LAYERS}]
     # What the killed call left is told in the same way everywhere.
     for place in (out, run):
@@ -364,5 +364,5 @@ def test_damaged_files_are_named_and_left_by_compact(out: Path) -> None:
 def test_what_there_is_to_compact(out: Path, tmp_path: Path) -> None:
     refused(lestd("compact", tmp_path / "absent"), "absent", "does not exist")
     assert lestd("clean", out).code == 0
-    assert "nothing to put together" in lestd("compact", out).out
+    assert "nothing to merge" in lestd("compact", out).out
     assert not os.path.exists(f"{out}.run")  # noqa: PTH110

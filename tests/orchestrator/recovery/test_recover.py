@@ -258,7 +258,7 @@ def test_refusals_are_one_sentence(recovered, compressed, tiny_llama, text, tmp_
     out = tmp_path / "out"
     assert "not a model compressed by lestd" in refused(tiny_llama, "--text", text, "--out", out)
     assert "fewer than the 65 of one window" in refused(compressed, "--text", short, "--out", out)
-    assert f"{taken} is there already" in refused(compressed, "--text", text, "--out", taken)
+    assert f"{taken} already exists" in refused(compressed, "--text", text, "--out", taken)
     adapted = recovered["lora"][0]
     assert "has an adapter already" in refused(adapted, "--text", text, "--out", out)
     assert "above 0" in refused(compressed, "--text", text, "--out", out, "--lr", 0)

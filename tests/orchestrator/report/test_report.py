@@ -136,7 +136,7 @@ def test_a_run_without_calls_and_spectra_has_a_page(tmp_path: Path) -> None:
 
 
 def test_evaluations_say_what_they_were_measured_on(tmp_path: Path) -> None:
-    def judged(windows: int, seconds: float, value: float, **more: Any) -> list[dict[str, Any]]:
+    def evaluated(windows: int, seconds: float, value: float, **more: Any) -> list[dict[str, Any]]:
         settings = {"text": "t.txt", "windows": windows, "window": 512} | more.pop("settings", {})
         more |= {"settings": json.dumps(settings), "samples": windows, "tokens": windows * 511}
         names = {"time": at(seconds), "evaluation_id": f"{seconds}", **more}
@@ -148,10 +148,10 @@ def test_evaluations_say_what_they_were_measured_on(tmp_path: Path) -> None:
     shots = {"task": "arc", "samples": 1172, "fewshot": 25, "time": at(0)}
     rows = [
         *(evaluation(compressed, "acc", 0.5, **shots) for compressed in (False, True)),
-        *judged(718, 1, 44.0),
-        *judged(20, 2, 60.0),
-        *judged(718, 3, 45.0, model_id="made anew"),
-        *judged(20, 4, 61.0, settings={"threads": 8}),
+        *evaluated(718, 1, 44.0),
+        *evaluated(20, 2, 60.0),
+        *evaluated(718, 3, 45.0, model_id="made anew"),
+        *evaluated(20, 4, 61.0, settings={"threads": 8}),
     ]
     run = run_of(tmp_path / "run", evaluations=rows)
     data = gather(str(run))
@@ -222,8 +222,8 @@ def test_names_and_messages_stay_text(tmp_path: Path) -> None:
     groups = [group(layer, 32, 8, 2, block=f"layers.{layer}", worker=EVIL) for layer in range(6)]
     events = [event(3, "failed", 5, error_type=EVIL, message=EVIL, worker=EVIL)]
     runs = [call(0, "complete", 6, model=EVIL, family=EVIL)]
-    judged = [evaluation(True, EVIL, 1.0, task=EVIL, answer_filter=EVIL)]
-    run = run_of(tmp_path / "run", groups=groups, events=events, runs=runs, evaluations=judged)
+    evaluated = [evaluation(True, EVIL, 1.0, task=EVIL, answer_filter=EVIL)]
+    run = run_of(tmp_path / "run", groups=groups, events=events, runs=runs, evaluations=evaluated)
     plain = report(run_of(tmp_path / "plain", events=events[:0]), tmp_path / "plain.html")
     page = report(run, tmp_path / "page.html")
     assert len(page.scripts) == len(plain.scripts) == 4

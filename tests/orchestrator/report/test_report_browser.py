@@ -35,7 +35,7 @@ EVIL = "</script><script>document.title='taken'</script><b>bold</b><img src=x on
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example, compressed and judged before and after by the command line."""
+    """The example, compressed and evaluated before and after by the command line."""
     directory = tmp_path_factory.mktemp("report")
     out, text = directory / "small", directory / "text.txt"
     text.write_bytes((EXAMPLE / "wikitext-2-test.txt").read_bytes()[:4000])

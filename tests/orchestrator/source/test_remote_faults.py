@@ -21,7 +21,7 @@ from safetensors.torch import save
 from upath import UPath
 
 from lestd_kernels.errors import LestdError, OutOfSpaceError
-from orchestrator.compression import refusals
+from orchestrator.compression import preflight
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.run import RunConfig
 from orchestrator.execution.ray.jobs import job_command
@@ -112,8 +112,8 @@ def test_what_is_fetched_counts_on_the_disk_of_the_run(
     def check(free: int) -> None:
         usage = shutil.disk_usage(tmp_path)._replace(free=free)
         with monkeypatch.context() as patch:
-            patch.setattr(refusals.shutil, "disk_usage", lambda path: usage)
-            refusals.require_disk(plan, place, tmp_path / "run", reclaimed)
+            patch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
+            preflight.require_disk(plan, place, tmp_path / "run", reclaimed)
 
     check(needed)
     with pytest.raises(LestdError, match="but the run needs"):

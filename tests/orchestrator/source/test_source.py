@@ -18,7 +18,7 @@ from orchestrator.source.checkpoint import BIN_FILE, BIN_INDEX_FILE, resolve_sou
 from orchestrator.source.convert import convert
 from orchestrator.source.side_files import copy_side_files, is_side_file
 from workers.checkpoint.tensors import INDEX_FILE, WEIGHTS_FILE, ShardIndex
-from workers.storage.regular import MAX_SMALL_BYTES
+from workers.storage.untrusted_files import MAX_SMALL_BYTES
 
 
 def edit_config(directory: Path, **changes: Any) -> None:

@@ -1,4 +1,4 @@
-"""The questions that one has of a run, answered in a sentence each."""
+"""The highlights of a run: a question and its answer in a sentence each."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _time(data: ReportData) -> str:
     if wall:
         total = sum(row["seconds"] for row in data.wall)
         each = [f"{wall['tasks']['seconds']:,.1f} s from the first task to the last"]
-        each.append(f"{wall['assemble']['seconds']:,.1f} s putting the model together")
+        each.append(f"{wall['assemble']['seconds']:,.1f} s assembling the model")
         each.append(f"{wall['rest']['seconds']:,.1f} s {wall['rest']['what']}")
         said.append(f"Of {total:,.1f} s wall time: {'; '.join(each)}.")
     total = sum(row["seconds"] for row in data.stages)

@@ -20,7 +20,7 @@ _State = tuple[tuple[int, int, torch.dtype], ...]
 
 
 def _state(core: EncodedCore) -> _State:
-    """What changes when a packed tensor is written to, moved or exchanged."""
+    """State that changes when a packed tensor is written to, moved or exchanged."""
     return tuple(
         (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype)
         for t in core.tensors.values()

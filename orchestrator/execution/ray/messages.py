@@ -42,8 +42,8 @@ def say_that_others_go_on(outcome: NotStarted, pause_seconds: float) -> bool:
     """Say that a worker could not be made, and that work goes on."""
     logs.log(
         "message",
-        f"a worker could not be made ({own_words(outcome.error)}); going on with the others, "
-        f"tried again every {pause_seconds:.0f} s",
+        f"a worker could not be started ({own_words(outcome.error)}); continuing with the others, "
+        f"retrying every {pause_seconds:.0f} s",
         logging.WARNING,
     )
     return True
@@ -63,8 +63,9 @@ def say_what_is_waited_for(
     )
     logs.log(
         "message",
-        f"no worker is running yet: {starting} are starting, or wait for room; each takes {wanted};"
-        f" in use: {'; '.join(nodes[:_SHOWN_NODES])}{more}; waiting, see ray status{advice}",
+        f"no worker is running yet: {starting} are starting or waiting for room; each takes "
+        f"{wanted}; in use: {'; '.join(nodes[:_SHOWN_NODES])}{more}; waiting, see ray "
+        f"status{advice}",
     )
 
 

@@ -1,4 +1,4 @@
-"""Local judgements for tests, and what lm-eval itself makes of them in one process."""
+"""Local scores for tests, and what lm-eval itself makes of them in one process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import lestd_kernels  # noqa: F401 - registers the format, for lm-eval loads mod
 from workers.host.loading import auto_dtype
 
 MODEL = EXAMPLE / "model"
-DATA = EXAMPLE.parent / "judgements"
+DATA = EXAMPLE.parent / "tasks"
 TASKS = ("wikitext", "mathqa", "gsm8k", "truthfulqa_mc1", "truthfulqa_mc2")
 
 
@@ -102,7 +102,7 @@ def load(model: Path) -> HFLM:
     return HFLM(pretrained=str(model), device="cpu", batch_size=1, dtype=dtype)
 
 
-def judge_by_lm_eval(
+def score_by_lm_eval(
     model: Path, folder: Path, limit: int, tasks: Sequence[str] = TASKS, **options: Any
 ) -> dict[str, Any]:
     """`simple_evaluate` of all tasks in this process."""

@@ -58,7 +58,7 @@ def read_regular(path: Path, limit: int = MAX_SMALL_BYTES) -> bytes:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """The value of a JSON text that may be anybody's.
+    """The value of an untrusted JSON text.
 
     Raises:
         ValueError: it is not JSON, or is nested deeper than anything of ours.

@@ -6,12 +6,8 @@ What the server answers is written here in one place: `/v1/completions`, `/v1/ch
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
-import shlex
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -19,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lestd_kernels.errors import LestdError
-from orchestrator.evaluation.model import open_model, resolve_dtype
+from orchestrator.evaluation.model import resolve_dtype
 
 _STOP_SECONDS = 10.0
 
@@ -32,14 +28,13 @@ def serve(
     Args:
         directory: where it lies.
         host: address to listen on.
-        port: port to listen on; 0 for any that is free.
+        port: port to listen on.
         dtype: compute dtype, see `resolve_dtype`.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         ready: called when requests are answered, with the server's URL.
 
     Raises:
-        LestdError: the model cannot be read, the packages of a server are missing, or the address
-            cannot be listened on.
+        LestdError: the packages of a server are missing, or it does not start.
     """
     from transformers.utils.import_utils import is_serve_available
 
@@ -49,8 +44,6 @@ def serve(
         )
     import torch
 
-    open_model(directory)  # Refuse what is damaged before seconds of imports.
-    port = _free_port(host, port)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     stop = threading.Event()
@@ -82,7 +75,7 @@ def _start(directory: Path, host: str, port: int, dtype: str, device: str) -> An
         """Knows one model, by its directory, and lets nobody load or unload any."""
 
         def start_server(self) -> None:
-            app = self.server.config.app
+            app: Any = self.server.config.app
             hidden = {"/load_model", "/reset", "/v1/models", "/v1/audio/transcriptions"}
             app.router.routes[:] = [
                 route for route in app.router.routes if getattr(route, "path", "") not in hidden
@@ -100,33 +93,3 @@ def _start(directory: Path, host: str, port: int, dtype: str, device: str) -> An
         force_model=name, device=device, dtype=dtype, host=host, port=port, non_blocking=True
     )
     return server
-
-
-def example(url: str, directory: Path) -> str:
-    """A command line that asks the server something: chat where the model has a template for it."""
-    tokenizer = open_model(directory).tokenizer
-    path, asked = "completions", {"prompt": "The city of"}  # type: str, dict[str, Any]
-    if tokenizer.chat_template:
-        path = "chat/completions"
-        asked = {"messages": [{"role": "user", "content": "Who are you?"}]}
-    body = shlex.quote(json.dumps({"model": str(directory), "max_tokens": 20} | asked))
-    return f"curl {url}/v1/{path} -H 'Content-Type: application/json' -d {body}"
-
-
-def _free_port(host: str, port: int) -> int:
-    """The port, if it can be listened on.
-
-    Raises:
-        LestdError: it cannot.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind((host, port))
-            return int(trial.getsockname()[1])
-    except OSError as error:
-        hint = "another --port" if error.errno == errno.EADDRINUSE else "another --host or --port"
-        raise LestdError(
-            f"cannot listen on {host}:{port} ({error.strerror or error}); give {hint}"
-        ) from error
