@@ -92,7 +92,9 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
         f"{output.size(total['out_disk_bytes'])} more"
     )
     for one in planned.get("left_dense", ()):
-        output.out.print(f"stays dense: {one['module']}: {one['why']}", markup=False)
+        # Of what is no block the matrices are groups of their own.
+        what = "" if one["why"].startswith("no ") else "stays dense: "
+        output.out.print(f"{what}{one['module']}: {one['why']}", markup=False, soft_wrap=True)
     if (costs := planned.get("calibration")) is not None:
         output.out.print(
             "calibration comes first: a worker needs about "
