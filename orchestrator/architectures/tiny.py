@@ -89,6 +89,10 @@ _INDEXER = {
 _ZAMBA = {"attention_hidden_size": 2 * WIDTH, "attention_head_dim": 2 * WIDTH // HEADS}
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _OF_FAMILY: dict[str, dict[str, Any]] = {
+    **{
+        family: {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [2, 3, 3]}}}
+        for family in ("glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga", "qwen2_5_vl", "qwen2_vl")
+    },
     "bailing_hybrid": {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1, 3]},
     "cohere_compass_text": {
