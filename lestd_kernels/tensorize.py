@@ -37,12 +37,14 @@ class StoredWeight:
         part: ``(k, n)`` where the matrix interleaves n weights by their outputs: output j of this
             one is output ``j n + k`` of the matrix.
         transposed: whether the matrix is ``(in, out)``.
+        concatenated: whether the n weights of the matrix follow one another instead.
     """
 
     tensor: str
     index: int | None = None
     part: tuple[int, int] = (0, 1)
     transposed: bool = False
+    concatenated: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,9 @@ class ModuleLayout:
         basis_side: the side of the module that U1 stands on. ``"input"`` (Q, K, V): the weight is
             ``(S_m p, d)`` on disk. ``"output"`` (O): the weight is ``(d, S_m p)`` on disk.
         slices: ``(projection, number)`` of each slice in storage order; projection is one of
-            ``"q" "k" "v" "o" "gate" "up" "down"``, number that of the head or expert. A fused,
-            per-head interleaved QKV lists q0 k0 v0 q1 k1 v1 ...
+            ``"q" "k" "v" "o" "gate" "up" "down"``, or ``"linear"`` of a matrix that is a group of
+            its own; number that of the head or expert. A fused, per-head interleaved QKV lists
+            q0 k0 v0 q1 k1 v1 ...
         reads: name of the input that the module reads, by which its metric is found; modules that
             read the same tensor have the same.
         stored: where the weight lies in the dense checkpoint, if not in ``<name>.weight``.
@@ -175,7 +178,8 @@ def _weight_of(matrix: Tensor, stored: StoredWeight | None) -> Tensor:
     if stored is None:
         return matrix
     which, parts = stored.part
-    return (matrix.T if stored.transposed else matrix)[which::parts]
+    by_output = matrix.T if stored.transposed else matrix
+    return by_output.chunk(parts)[which] if stored.concatenated else by_output[which::parts]
 
 
 def dense_tensors(weights: Mapping[str, Tensor], layout: GroupLayout) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.entries import guard_specs
 from lestd_kernels.formats.entry_schema import check_groups
 from lestd_kernels.formats.shared_tucker import FORMAT_VERSION, QUANT_METHOD
-from lestd_kernels.modules.build import build_groups
+from lestd_kernels.modules.build import build_groups, module_path
 from lestd_kernels.modules.coded_numbers import CodedNumbers, decode_all
 from lestd_kernels.modules.experts import GUARD_NAME
 from lestd_kernels.modules.registry import MODULES, check_module
@@ -111,7 +111,12 @@ class LestdQuantizer(HfQuantizer):
         **kwargs: Any,
     ) -> None:
         build_groups(model, self.quantization_config.groups)
-        self._prefix = f"{model.base_model_prefix}."
+        prefix = f"{model.base_model_prefix}."
+        self._guarded = {
+            entry["path"]: module_path(model, entry["path"]).removeprefix(prefix)
+            for entry in self.quantization_config.groups
+            if "guard" in entry
+        }
         if checkpoint_files is not None:
             _check_headers(model, self.quantization_config.groups, checkpoint_files)
             _expect_adapter(Path(checkpoint_files[0]).parent)
@@ -128,7 +133,7 @@ class LestdQuantizer(HfQuantizer):
         guards: dict[str, list[str]] = {}
         for entry in self.quantization_config.groups:
             if "guard" in entry:
-                path = re.escape(entry["path"].removeprefix(self._prefix))
+                path = re.escape(self._guarded[entry["path"]])
                 guards.setdefault(entry["guard"], []).append(path)
         renamings = [
             # Transformers' form: the group stands in the target, and is \\1 in the source.
@@ -204,7 +209,7 @@ def _check_headers(
         for name, tensor in module.state_dict().items()
     }
     for entry in groups:
-        wanted |= guard_specs(entry)
+        wanted |= guard_specs(entry | {"path": module_path(model, entry["path"])})
     for name, (shape, dtype) in wanted.items():
         found = present.get(name.removeprefix(prefix))
         if found is None:

@@ -56,8 +56,8 @@ def plan(model: Location, **options: Unpack[RunOptions]) -> Plan:
         LestdError: an option is unknown or not valid, or the checkpoint cannot be compressed so.
     """
     given = _given(options | {"model": model}, RunFile, ClusterConfig, also=("config", "cluster"))
-    name, revision, config = run_options(given)
-    return make_plan(resolve_source(name, revision), config)
+    chosen, config = run_options(given)
+    return make_plan(resolve_source(*chosen), config)
 
 
 def compress(
@@ -101,9 +101,9 @@ def compress(
     from orchestrator.planning.timing import predict_seconds
 
     given = _given(options | {"model": model}, RunFile, ClusterConfig, also=("config", "cluster"))
-    name, revision, config = run_options(given)
+    chosen, config = run_options(given)
     cluster = _here(given)
-    source = resolve_source(name, revision)
+    source = resolve_source(*chosen)
     planned = make_plan(source, config)  # Refuse what is impossible before Ray is started.
     predicted = predict_seconds(planned, config.device, config.threads) if time else None
     target = _place(out)

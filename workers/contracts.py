@@ -65,6 +65,8 @@ class Task:
             ``"weight"``. In the metric ``"norm"`` it is the weight of the preceding norm. In the
             metric ``"loss"`` there are ``<reads>.tokens`` and ``<module>.output`` as well.
         metric_digest: names what they were computed from.
+        dense_prefix: path of the block in the dense checkpoint's tensor names, where a compressed
+            model must have another one there; else empty.
     """
 
     task_id: str
@@ -81,6 +83,17 @@ class Task:
     scope: str = "attention"
     metric_tensors: dict[str, TensorRef] = field(default_factory=dict)
     metric_digest: str = ""
+    dense_prefix: str = ""
+
+    @property
+    def path(self) -> str:
+        """Path in the loaded model that the modules' names stand below.
+
+        The block's, but for a group of one matrix, which is called by its matrix.
+        """
+        if self.scope != "linear":
+            return self.block
+        return self.block.removesuffix(f".{self.layout.modules[0].name}")
 
     @property
     def dense_bytes(self) -> int:
@@ -292,46 +305,6 @@ class EvalResult:
     task_id: str
     windows: tuple[int, ...]
     nll: tuple[float, ...]
-    tokens: tuple[int, ...]
-    seconds: float
-    worker: str
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """Index of the first window, and of the one after the last."""
-        return self.windows[0], self.windows[-1] + 1
-
-
-@dataclass(frozen=True)
-class DivergenceRequest(EvalRequest):
-    """Some windows of a text, on which a compressed model is held against the dense one.
-
-    Attributes:
-        blocks: paths of blocks; each is measured as the only one that is compressed.
-    """
-
-    blocks: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class DivergenceResult:
-    """Divergences of a piece's windows.
-
-    Attributes:
-        task_id: the request's.
-        windows: the request's.
-        blocks: the request's.
-        divergences: of each window ``KL(dense || other)`` in nats, summed over its positions: of
-            the compressed model, then of the dense one with each block in turn compressed.
-        tokens: positions of each window.
-        seconds: time the piece took, without loading the models.
-        worker: who did it, ``host:pid``.
-    """
-
-    task_id: str
-    windows: tuple[int, ...]
-    blocks: tuple[str, ...]
-    divergences: tuple[tuple[float, ...], ...]
     tokens: tuple[int, ...]
     seconds: float
     worker: str

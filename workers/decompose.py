@@ -239,7 +239,9 @@ class DecomposeWorker:
                     payload=payload,
                     sha256=sha256,
                     payload_bytes=payload_bytes,
-                    format=with_stored_path(decomposition.describe(task.block), task.tensor_prefix),
+                    format=with_stored_path(
+                        decomposition.describe(task.path), task.tensor_prefix, task.dense_prefix
+                    ),
                     ranks=decomposition.ranks,
                     nnz=decomposition.nnz,
                     density=decomposition.nnz / decomposition.core_elements,

@@ -24,13 +24,15 @@ def describe_layout(layout: GroupLayout, group: str) -> dict[str, Any]:
     return entry if layout.guard is None else entry | {"guard": layout.guard}
 
 
-def with_stored_path(entry: dict[str, Any], path: str) -> dict[str, Any]:
+def with_stored_path(entry: dict[str, Any], path: str, dense_path: str = "") -> dict[str, Any]:
     """The entry of a group whose tensors lie below `path`, which it states where it must.
 
     Transformers calls some blocks otherwise in memory than on disk; a missing prefix alone is found
-    by who reads the model.
+    by who reads the model. The dense model's tensors may lie elsewhere again, below `dense_path`.
     """
-    return entry if f".{entry['path']}".endswith(f".{path}") else entry | {"stored_path": path}
+    if not f".{entry['path']}".endswith(f".{path}"):
+        entry = entry | {"stored_path": path}
+    return entry | {"dense_path": dense_path} if dense_path not in ("", path) else entry
 
 
 def groups_sha256(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -53,6 +55,8 @@ def describe_module(module: ModuleLayout) -> dict[str, Any]:
         stored["part"] = list(module.stored.part)
     if module.stored.transposed:
         stored["transposed"] = True
+    if module.stored.concatenated:
+        stored["concatenated"] = True
     return entry | {"stored": stored}
 
 
@@ -80,6 +84,7 @@ def _stored_of(module: Mapping[str, Any]) -> StoredWeight | None:
         stored.get("index"),
         tuple(stored.get("part", (0, 1))),
         stored.get("transposed", False),
+        stored.get("concatenated", False),
     )
 
 

@@ -80,7 +80,7 @@ _GROUP: Fields = {
     "modules": _named(1),
     "ranks": _named(0),
 }
-_GROUP_OPTIONS: Fields = {"guard": _WHERE, "stored_path": _WHERE}
+_GROUP_OPTIONS: Fields = dict.fromkeys(("guard", "stored_path", "dense_path"), _WHERE)
 _OF_KIND: Mapping[str, tuple[Fields, Fields]] = {
     SharedTucker.kind: ({"factors": _ANY}, {"core": _ANY}),
     Chain.kind: ({"shared": _named(0)}, {}),
@@ -105,7 +105,10 @@ _MODULE_OPTIONS: Fields = {"stored": _ANY}
 _TYPES = _list_of(_whole(0, len(PROJECTIONS) - 1))
 _CHAIN: Fields = {"ops": _LIST, "own": _LIST}
 _STORED: Fields = {"tensor": _WHERE}
-_STORED_OPTIONS: Fields = {"index": _INDEX, "part": _list_of(_INDEX), "transposed": _FLAG}
+_STORED_OPTIONS: Fields = {
+    **{"index": _INDEX, "part": _list_of(_INDEX)},
+    **dict.fromkeys(("transposed", "concatenated"), _FLAG),
+}
 _OPS: Mapping[str, tuple[Fields, Fields]] = {
     "permute": ({"permute": _list_of(_INDEX), "shape": _list_of(_COUNT)}, {}),
     "mix": ({"mix": _WHERE, "weights": _INDEX, "rows": _COUNT}, {}),
@@ -298,7 +301,8 @@ def _check_stored(where: str, entry: dict[str, Any]) -> None:
         part = stored.get("part", [0, 1])
         if len(part) != 2 or part[0] >= part[1]:
             raise damaged(f"{at} has part {part[:3]}, expected a number and how many there are")
-        alike = (part[1], stored.get("transposed", False), module_shape(entry, module))
+        flags = stored.get("transposed", False), stored.get("concatenated", False)
+        alike = (part[1], *flags, module_shape(entry, module))
         place = stored.get("index"), part[0]
         found.setdefault(stored["tensor"], []).append((place, alike))
     for tensor, members in found.items():

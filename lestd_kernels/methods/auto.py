@@ -64,6 +64,8 @@ def _least(
     require_default("auto", args, "value_bits", "factor_bits")
     found = []
     for method, *bits in CANDIDATES:
+        if len(layout.modules) == 1 and not method.per_matrix:  # A basis that nothing shares.
+            continue
         own = _args_of(args, *bits)
         found.append((method, own, method.least_bytes(layout, value_dtype, own)))
     return found
@@ -156,4 +158,7 @@ def jumps(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> tu
     return tuple(jump for own in every for jump in own)
 
 
-METHOD = Method("auto", lambda group: group, encode, bounds, least_bytes, (LOSS,), jumps)
+# Every candidate prepares the group for itself: one at a time is in memory.
+METHOD = Method(
+    "auto", lambda group: group, encode, bounds, least_bytes, (LOSS,), jumps, per_matrix=True
+)

@@ -349,5 +349,11 @@ def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs)
 
 
 METHOD = Method(
-    "watersic", lambda group: group, encode, bounds, least_bytes, (WEIGHT, NORM, ACTIVATION, LOSS)
+    "watersic",
+    lambda group: group,
+    encode,
+    bounds,
+    least_bytes,
+    (WEIGHT, NORM, ACTIVATION, LOSS),
+    per_matrix=True,
 )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.chain import Chain
@@ -20,7 +21,13 @@ from lestd_kernels.formats.entry_schema import damaged, module_shape
 from lestd_kernels.formats.ops import op_of
 from lestd_kernels.formats.shared_tucker import SharedTucker
 from lestd_kernels.modules.chain_linear import ChainLinear, PackedMatrix
-from lestd_kernels.modules.experts import ROLES, CompressedExperts
+from lestd_kernels.modules.experts import (
+    EXPERT_MODULES,
+    CompressedExperts,
+    compressed_experts,
+    is_experts,
+    is_transposed,
+)
 from lestd_kernels.modules.shared_tucker_linear import (
     CompressedLinear,
     CoreSpec,
@@ -32,6 +39,9 @@ from lestd_kernels.storage.codecs import UNSTRUCTURED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# Subclasses of nn.Linear in Transformers that compute what it computes.
+_LINEAR_SUBCLASSES = ("FalconLinear",)
 
 
 @dataclass(frozen=True)
@@ -99,27 +109,32 @@ def _place_experts(
     parent = find_module(model, parent_path)
     found: Any = getattr(parent, name, None)
     guard = getattr(found, entry["guard"], None)
-    if not hasattr(found, "_apply_gate") or not isinstance(guard, nn.Parameter):
+    if not is_experts(found) or not isinstance(guard, nn.Parameter):
         raise LestdError(
             f"config.json: quantization_config names {path}, expected experts there, found "
             f"{type(found).__name__}: load the architecture that was compressed."
         )
     count, d, f = found.down_proj.shape
-    if found.is_transposed:
+    if is_transposed(found):
         d, f = f, d
     dtype = found.down_proj.dtype
-    originals = {}
-    for expert in range(count):
-        for role in ROLES:
-            shape = (f, d) if role == "down" else (d, f)
-            originals[f"expert_{expert}.{role}"] = _Original(*shape, bias=False, dtype=dtype)
-    if originals.keys() != entry["modules"].keys():
+    for roles in EXPERT_MODULES:
+        originals = {
+            f"expert_{expert}.{role}": _Original(
+                *((f, d) if role == roles[-1] else (d, f)), bias=False, dtype=dtype
+            )
+            for expert in range(count)
+            for role in roles
+        }
+        if originals.keys() == entry["modules"].keys():
+            break
+    else:
         raise LestdError(
             f"config.json: {path} has {count} experts in the model and other modules in "
             "quantization_config: one of the two was changed after the model was compressed, "
             "restore it."
         )
-    experts = CompressedExperts(found, "meta")
+    experts = compressed_experts(found, "meta")
     parent.add_module(name, experts)
     return experts, originals
 
@@ -213,18 +228,41 @@ def _place(
 
 
 def find_module(model: PreTrainedModel, path: str) -> nn.Module:
-    """The module at `path`, which may have or lack the base model's prefix."""
+    """The module at `path`, see `module_path`."""
+    return model.get_submodule(module_path(model, path))
+
+
+def module_path(model: PreTrainedModel, path: str) -> str:
+    """Path in this model of the module that another class of it has at `path`.
+
+    It may have or lack the base model's prefix; in a model with other inputs than text the decoder
+    stands deeper.
+
+    Raises:
+        LestdError: there is no such module.
+    """
     prefix = f"{model.base_model_prefix}."
     without = f"{path}.".removeprefix(prefix).removesuffix(".")  # the base model itself: ""
-    for candidate in (path, without, prefix + path):
+    for candidate in (path, without, prefix + path, f"{_decoder_path(model)}.{without}"):
         try:
-            return model.get_submodule(candidate)
+            model.get_submodule(candidate)
         except AttributeError:
             continue
+        return candidate
     raise LestdError(
         f"config.json: quantization_config names the module {path}, which "
         f"{type(model).__name__} does not have: load the architecture that was compressed."
     )
+
+
+def _decoder_path(model: PreTrainedModel) -> str:
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return next((name for name, one in model.named_modules() if one is decoder), "")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes ``x W + b`` and nothing else, so that another may stand in."""
+    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ in _LINEAR_SUBCLASSES
 
 
 def _find_linear(block: nn.Module, path: str, name: str) -> _Original:
@@ -232,10 +270,13 @@ def _find_linear(block: nn.Module, path: str, name: str) -> _Original:
         module = block.get_submodule(name)
     except AttributeError:
         module = None
-    if type(module) is not nn.Linear:
+    if module is None or not is_linear(module):
         raise LestdError(
             f"config.json: quantization_config names {path}.{name}, expected a linear module "
             f"there, found {type(module).__name__}: load the architecture that was compressed."
         )
-    bias = module.bias is not None
-    return _Original(module.in_features, module.out_features, bias, module.weight.dtype)
+    linear: Any = module
+    outputs, inputs = linear.weight.shape
+    if isinstance(module, Conv1D):
+        inputs, outputs = outputs, inputs
+    return _Original(inputs, outputs, linear.bias is not None, linear.weight.dtype)

@@ -23,9 +23,33 @@ from torch import Tensor, nn
 
 from lestd_kernels.tensorize import GUARD_DTYPE, GUARD_SHAPE
 
-ROLES = ("gate", "up", "down")
+EXPERT_MODULES = (("gate", "up", "down"), ("gating", "up", "down"))
+"""Names of an expert's modules; the second are for families whose routers are called ``gate``, of
+which Transformers takes any ``gate`` in a checkpoint for one."""
 GUARD_NAME = "lestd_guard"
 """The guard's name in memory; on disk it has that of the parameter that it stands for."""
+
+
+# Experts that Transformers deals their tokens out to before they are called.
+_DEALT = ("Llama4TextExperts",)
+
+
+def is_experts(module: Any) -> bool:
+    """Whether a module holds all experts of a layer, stacked, as a `CompressedExperts` can."""
+    usual = hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
+    known = usual or type(module).__name__ in _DEALT
+    return known and isinstance(getattr(module, "down_proj", None), nn.Parameter)
+
+
+def is_transposed(experts: Any) -> bool:
+    """Whether the stacked matrices of experts are ``(in, out)``."""
+    return type(experts).__name__ in _DEALT or bool(experts.is_transposed)
+
+
+def compressed_experts(original: nn.Module, device: torch.device | str) -> CompressedExperts:
+    """What stands in for experts; arguments as those of `CompressedExperts`."""
+    dealt = type(original).__name__ in _DEALT
+    return (DealtExperts if dealt else CompressedExperts)(original, device)
 
 
 class CompressedExperts(nn.Module):
@@ -47,7 +71,7 @@ class CompressedExperts(nn.Module):
         super().__init__()
         source: Any = original
         self.num_experts = int(source.num_experts)
-        self._interleaved = not source.is_concatenated
+        self._interleaved = not getattr(source, "is_concatenated", True)
         for name in ("gate_up_proj", "down_proj"):
             delattr(original, name)
             bias = original._parameters.pop(f"{name}_bias", None)
@@ -70,8 +94,7 @@ class CompressedExperts(nn.Module):
         Returns:
             ``(N, d)`` in the dtype of `hidden_states`.
         """
-        experts: list[Any] = [self.get_submodule(f"expert_{e}") for e in range(self.num_experts)]
-        gates, ups, downs = ([getattr(expert, role) for expert in experts] for role in ROLES)
+        gates, ups, downs = self._modules_by_role()
         chosen = top_k_index.reshape(-1)
         order = torch.argsort(chosen, stable=True)
         counts = torch.bincount(chosen, minlength=self.num_experts).tolist()
@@ -107,6 +130,13 @@ class CompressedExperts(nn.Module):
         out: Tensor = total.to(hidden_states.dtype)
         return out
 
+    def _modules_by_role(self) -> tuple[list[Any], list[Any], list[Any]]:
+        """The experts' gates, ups and downs."""
+        experts: list[Any] = [self.get_submodule(f"expert_{e}") for e in range(self.num_experts)]
+        roles = next(names for names in EXPERT_MODULES if hasattr(experts[0], names[0]))
+        gates, ups, downs = ([getattr(expert, role) for expert in experts] for role in roles)
+        return gates, ups, downs
+
     def _activate(self, gate: Tensor, up: Tensor, expert: int) -> Tensor:
         """Input of down ``(n, f)``, by the original's way, which reads gate and up joined."""
         if self._interleaved:
@@ -121,6 +151,37 @@ class CompressedExperts(nn.Module):
     def extra_repr(self) -> str:
         """Number of experts, for ``print(model)``."""
         return f"num_experts={self.num_experts}"
+
+
+class DealtExperts(CompressedExperts):
+    """Stands in for the experts of Llama 4, each of which is given every token.
+
+    A token is multiplied by what the router gives the expert, so it is zero for most of them, and
+    zero is what comes out then: those rows are not computed.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """Outputs of the experts.
+
+        Args:
+            hidden_states: ``(E N, d)``, those of an expert one behind the other.
+
+        Returns:
+            ``(E N, d)``.
+        """
+        gates, ups, downs = self._modules_by_role()
+        [original] = self._original
+        inputs = hidden_states.reshape(self.num_experts, -1, hidden_states.shape[-1])
+        outputs = torch.zeros_like(inputs)
+        for expert, given in enumerate(inputs):
+            rows = given.any(dim=-1).nonzero()[:, 0]
+            if len(rows):
+                x = given[rows]
+                hidden = original.act_fn(gates[expert](x)) * ups[expert](x)
+                outputs = outputs.index_put(
+                    (torch.full_like(rows, expert), rows), downs[expert](hidden)
+                )
+        return outputs.reshape(-1, hidden_states.shape[-1])
 
 
 def _share(projections: list[Any], side: str) -> bool:

@@ -1,6 +1,8 @@
 """Model families: the names of their weights, and how these divide into slices.
 
-A family is one JSON file in this directory, and adding one is adding a file:
+Of most models this is found in their own modules (`orchestrator.architectures.infer`). A family
+that is used much has a JSON file in this directory, which spares the driver Transformers' modelling
+code, and goes before what would be found; adding one is adding a file:
 
     family              the family, as ``model_type`` in config.json calls it
     layer_path          path of a decoder layer in ``AutoModelForCausalLM``, with ``{layer}``
@@ -39,78 +41,126 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 
+import transformers
 from pydantic import ValidationError
 from transformers import PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lestd_kernels.errors import LestdError
-from orchestrator.architectures.groups import SCOPES, Architecture, SliceGroup
+from orchestrator.architectures.groups import LINEAR, SCOPES, Architecture, SliceGroup
+from orchestrator.architectures.structure import LeftDense, Structure
+from workers.checkpoint.tensors import ShardIndex
 
 __all__ = [
+    "LINEAR",
     "SCOPES",
     "Architecture",
+    "LeftDense",
     "SliceGroup",
-    "architectures",
+    "Structure",
     "check_family",
+    "families",
     "find_architecture",
+    "load_architecture",
     "parse_architecture",
+    "read_architecture",
 ]
+
+_SUFFIX = ".json"
+_OUR_OWN = "orchestrator/architectures"
 
 
 @cache
-def architectures() -> dict[str, Architecture]:
-    """Every supported family: model type -> architecture, sorted.
+def families() -> tuple[str, ...]:
+    """The families that have a file, sorted."""
+    names = (file.name for file in files(__name__).iterdir())
+    return tuple(sorted(name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX)))
+
+
+@cache
+def load_architecture(family: str) -> Architecture:
+    """The architecture of one of `families`; no other family's file is looked at.
 
     Raises:
-        LestdError: a file is not a valid architecture.
+        LestdError: its file is not a valid architecture.
     """
-    known = {}
-    for file in sorted(files(__name__).iterdir(), key=lambda file: file.name):
-        if file.name.endswith(".json"):
-            architecture = parse_architecture(file.read_text(encoding="utf-8"), file.name)
-            known[architecture.family] = architecture
-    return known
+    file = files(__name__) / f"{family}{_SUFFIX}"
+    found = parse_architecture(file.read_text(encoding="utf-8"), f"{_OUR_OWN}/{file.name}")
+    assert isinstance(found, Architecture)
+    return found
 
 
-def parse_architecture(text: str, file_name: str) -> Architecture:
-    """Parse one architecture file.
+def read_architecture(path: Path) -> Architecture | Structure:
+    """The architecture that a user's file describes.
+
+    Raises:
+        LestdError: it cannot be read, or is neither of the two kinds of descriptions.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise LestdError(f"{path} cannot be read ({reason}); name a JSON file") from error
+    return parse_architecture(text, str(path))
+
+
+def parse_architecture(text: str, path: str) -> Architecture | Structure:
+    """Parse a description of a family, or of a model's own structure, which has ``blocks``.
+
+    Args:
+        text: the JSON text.
+        path: of the file, for messages.
 
     Raises:
         LestdError: names the file and each wrong field.
     """
+    kind: type[Architecture | Structure] = Structure if '"blocks"' in text else Architecture
     try:
-        return Architecture.model_validate_json(text)
+        return kind.model_validate_json(text)
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()
         )
+        module = "structure" if kind is Structure else "__init__"
         raise LestdError(
-            f"orchestrator/architectures/{file_name} is not a valid architecture ({problems}); "
-            "the fields are explained in orchestrator/architectures/__init__.py"
+            f"{path} is not a valid architecture ({problems}); the fields are explained in "
+            f"{_OUR_OWN}/{module}.py"
         ) from error
 
 
-def find_architecture(config: PretrainedConfig) -> Architecture:
-    """The family of a model with this config.
+def find_architecture(config: PretrainedConfig, index: ShardIndex) -> Architecture | Structure:
+    """The architecture of a model: that of its family's file, or what its modules tell.
+
+    Args:
+        config: the model's.
+        index: of its checkpoint.
 
     Raises:
-        LestdError: the family is unknown; lists those known and says how to add one.
+        LestdError: Transformers does not have the family, or nothing in the model is recognised.
     """
     check_family(config.model_type)
-    return architectures()[config.model_type]
+    if config.model_type in families():
+        known = load_architecture(config.model_type)
+        if not known.stacks_experts(index):
+            return known
+    # Transformers' modelling code is large, and families with a file do without.
+    from orchestrator.architectures.infer import infer
+
+    return infer(config, index)
 
 
 def check_family(model_type: object) -> None:
-    """Refuse a ``model_type`` of ``config.json`` that no architecture file describes.
+    """Refuse a ``model_type`` of ``config.json`` that neither a file nor Transformers knows.
 
     Raises:
-        LestdError: the family is unknown; lists those known and says how to add one.
+        LestdError: the family is unknown.
     """
-    known = architectures()
     # Of a config.json that is no model's it may be of any type, hashable or not.
-    if not isinstance(model_type, str) or model_type not in known:
-        raise LestdError(
-            f"model family {model_type!r} is unknown; known are {', '.join(known)}; to add one, "
-            "put a JSON file like llama.json into orchestrator/architectures with the fields that "
-            "that directory's __init__.py explains"
-        )
+    if isinstance(model_type, str) and (model_type in families() or model_type in CONFIG_MAPPING):
+        return
+    raise LestdError(
+        f"model family {model_type!r} is unknown to Transformers {transformers.__version__}, whose "
+        "models lestd compresses; use a version that has it"
+    )

@@ -21,6 +21,7 @@ class Stored(_Described):
     tensor: str
     part: tuple[int, int] = (0, 1)
     transposed: bool = False
+    concatenated: bool = False
 
     @property
     def stacked(self) -> bool:

@@ -16,20 +16,25 @@ from workers.contracts import TensorRef
 COMPRESSIBLE_DTYPES = ("BF16", "F16", "F32")
 """safetensors names of the dtypes that a compressed weight may have."""
 
-Kind = Literal["attention", "ffn", "experts"]
+Kind = Literal["attention", "ffn", "experts", "linear"]
 SCOPES = (*get_args(Kind), "all")
 """Scopes: one kind of block in every layer that has one, or all kinds."""
 
-_BLOCK_NAMES = {
+LINEAR: Kind = "linear"
+"""The kind of a group of one matrix."""
+
+BLOCK_NAMES = {
     "attention": "attention blocks",
     "ffn": "dense feed-forward blocks",
     "experts": "experts",
+    "linear": "matrices that are groups of their own",
 }
 # Where modules read: on the residual stream's side, and where they write into it.
 _READS = {
     "attention": ("in", "heads"),
     "ffn": ("in", "hidden"),
     "experts": ("in_{expert}", "hidden_{expert}"),
+    "linear": ("in", "in"),
 }
 
 
@@ -46,6 +51,8 @@ class SliceGroup:
         layout: how the weights divide into slices.
         tensors: the layout's `ModuleLayout.source` -> its tensor, in the layout's order; one dtype.
         norms: `ModuleLayout.reads` -> scale of the norm that makes this input, where one does.
+        dense_prefix: path of the block in the checkpoint, where `tensor_prefix` is another that a
+            compressed model must have; else empty.
     """
 
     layer: int
@@ -55,6 +62,7 @@ class SliceGroup:
     layout: GroupLayout
     tensors: dict[str, TensorRef]
     norms: dict[str, TensorRef]
+    dense_prefix: str = ""
 
 
 class Architecture(Description):
@@ -76,7 +84,7 @@ class Architecture(Description):
         if min(width, count, config.hidden_size) < 1:
             raise LestdError(
                 f"config.json has a hidden size of {config.hidden_size}, and {width} and {count} "
-                f"as width and number of the {_BLOCK_NAMES[scope]}; expected positive numbers; use "
+                f"as width and number of the {BLOCK_NAMES[scope]}; expected positive numbers; use "
                 "the config.json that belongs to the weights"
             )
         modules = tuple(
@@ -108,8 +116,8 @@ class Architecture(Description):
                 )
             module_heads = range(counts[module.projections[0]])
             slices = tuple((p, head) for head in module_heads for p in module.projections)
-            reads = _reads("attention", module.basis_side == "input")
-            modules.append(ModuleLayout(module.name, module.basis_side, slices, reads))
+            read = reads("attention", module.basis_side == "input")
+            modules.append(ModuleLayout(module.name, module.basis_side, slices, read))
         return GroupLayout(config.hidden_size, head_dim, tuple(modules))
 
     def groups(self, config: PretrainedConfig, index: ShardIndex, scope: str) -> list[SliceGroup]:
@@ -136,7 +144,7 @@ class Architecture(Description):
         if not chosen:
             present = sorted({kind for _, kind in blocks})
             raise LestdError(
-                f"scope {scope} asks for {_BLOCK_NAMES[scope]}, and this {self.family} model has "
+                f"scope {scope} asks for {BLOCK_NAMES[scope]}, and this {self.family} model has "
                 f"none; choose {', '.join(present)} or all"
             )
         layouts = {kind: self.layout(config, kind) for _, kind in chosen}
@@ -149,14 +157,23 @@ class Architecture(Description):
             stored_path = (block.stored_path if isinstance(block, Experts) else None) or block.path
             stored_layer = layer_path.removeprefix(prefix)
             stored = _join(stored_layer, stored_path)
-            fused = _join(_join(stored_layer, block.path), layout.guard or "")
-            tensors = _find_weights(index, stored, layout, fused)
+            tensors = find_weights(index, stored, layout)
             norm = index.tensors.get(f"{stored_layer}.{block.norm}.weight") if before else None
             group = _join(layer_path, block.path)
             inputs = [m.reads for m in layout.modules if m.basis_side == "input"]
             norms = {} if norm is None else dict.fromkeys(inputs, norm)
             groups.append(SliceGroup(layer, kind, group, stored, layout, tensors, norms))
         return groups
+
+    def stacks_experts(self, index: ShardIndex) -> bool:
+        """Whether a checkpoint has the experts of a layer in one tensor, and not as described.
+
+        Transformers saves them so with ``save_original_format=False``.
+        """
+        if self.experts is None or any(one.stored.stacked for one in self.experts.modules):
+            return False
+        end = f".{_join(self.experts.path, self.experts.guard)}"
+        return any(name.endswith(end) for name in index.tensors)
 
     def _block(self, kind: Kind) -> Block:
         block = {"attention": self.attention, "ffn": self.ffn, "experts": self.experts}[kind]
@@ -198,7 +215,8 @@ def _count(config: PretrainedConfig, experts: Experts) -> int:
     return count
 
 
-def _reads(kind: Kind, from_stream: bool) -> str:
+def reads(kind: Kind, from_stream: bool) -> str:
+    """Name of the input of a module that reads the residual stream, or of one that writes it."""
     return _READS[kind][0 if from_stream else 1]
 
 
@@ -208,9 +226,9 @@ def _feed_forward_module(
     """One module of a dense feed-forward block, or of one expert."""
     module = block.modules[position]
     slices = tuple((projection, expert) for projection in module.projections)
-    reads = _reads(kind, module.basis_side == "input").replace("{expert}", str(expert))
+    read = reads(kind, module.basis_side == "input").replace("{expert}", str(expert))
     if not isinstance(block, Experts):
-        return ModuleLayout(module.name, module.basis_side, slices, reads)
+        return ModuleLayout(module.name, module.basis_side, slices, read)
     described = block.modules[position].stored
     stored = StoredWeight(
         described.tensor.replace("{expert}", str(expert)),
@@ -218,19 +236,15 @@ def _feed_forward_module(
         described.part,
         described.transposed,
     )
-    return ModuleLayout(f"expert_{expert}.{module.name}", module.basis_side, slices, reads, stored)
+    return ModuleLayout(f"expert_{expert}.{module.name}", module.basis_side, slices, read, stored)
 
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if name else path
 
 
-def _find_weights(
-    index: ShardIndex, path: str, layout: GroupLayout, fused: str
-) -> dict[str, TensorRef]:
+def find_weights(index: ShardIndex, path: str, layout: GroupLayout) -> dict[str, TensorRef]:
     """The weights of one block by their sources, checked; one expert of many is a part of a tensor.
-
-    `fused` is the name of the tensor that has all experts in memory.
 
     Raises:
         LestdError: see `Architecture.groups`.
@@ -244,7 +258,7 @@ def _find_weights(
         name = f"{path}.{module.name}.weight" if stored is None else f"{path}.{stored.tensor}"
         expected: tuple[int, ...] = layout.source_shape(module)
         number = None if stored is None else stored.index
-        ref = _find_weight(index, name, fused)
+        ref = _find_weight(index, name)
         _check_weight(ref, expected if number is None else (experts, *expected))
         tensors[module.source] = ref if number is None else _matrix_of(ref, number)
     _check_same_dtype(list(tensors.values()))
@@ -258,15 +272,7 @@ def _matrix_of(ref: TensorRef, number: int) -> TensorRef:
     return replace(ref, shape=ref.shape[1:], byte_range=(start, start + size))
 
 
-def _find_weight(index: ShardIndex, name: str, fused: str) -> TensorRef:
-    if name not in index.tensors and fused in index.tensors:
-        raise LestdError(
-            f"the checkpoint in {index.location} has the experts of a layer in one tensor "
-            f"({fused}), as Transformers saves them with save_original_format=False, and lestd "
-            f"reads them one by one ({name}); start from the checkpoint that the model was loaded "
-            "from, or give these weights to AutoModelForCausalLM.from_config by load_state_dict, "
-            "and call its save_pretrained"
-        )
+def _find_weight(index: ShardIndex, name: str) -> TensorRef:
     if name not in index.tensors:
         raise LestdError(
             f"tensor {name} is absent from the checkpoint in {index.location}, which its "

@@ -20,11 +20,12 @@ from pathlib import Path
 
 from lestd_kernels.audit.diagnostics import evenly
 from lestd_kernels.errors import LestdError
-from orchestrator.architectures import SliceGroup, find_architecture
+from orchestrator.architectures import LINEAR, SliceGroup
 from orchestrator.config.run import RunConfig
 from orchestrator.evaluation.pieces import EvaluationDirectory, run_pieces
 from orchestrator.execution.executor import Executor, Listener, WorkerSpec
 from orchestrator.planning.calibration_costs import WORKER_BASE_BYTES
+from orchestrator.planning.plan import named_groups
 from orchestrator.source.checkpoint import Source
 from workers.audit import AuditResult, AuditTask, AuditWorker, memory_bytes, reference_bytes
 from workers.checkpoint.digests import sample_digests
@@ -119,8 +120,14 @@ def audit(
             written. A block that cannot be read is a failure in what is returned.
     """
     keeps = check_keeps(keeps)
-    architecture = find_architecture(source.config)
+    architecture = source.architecture
     groups = architecture.groups(source.config, source.index, config.scope)
+    groups = [one for one in named_groups(groups, config) if one.scope != LINEAR]
+    if not groups:
+        raise LestdError(
+            "an audit is of blocks, whose matrices may share a basis, and scope "
+            f"{config.scope} of this {architecture.family} model has none; choose another --scope"
+        )
     layers = set(config.select_layers(group.layer for group in groups))
     groups = [group for group in groups if group.layer in layers]
     device = config.device

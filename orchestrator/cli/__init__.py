@@ -16,6 +16,7 @@ from orchestrator.cli import (  # noqa: F401 - each registers its commands
     compare,
     compress,
     evaluate,
+    families,
     manifest,
     models,
     recover,

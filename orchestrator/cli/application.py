@@ -29,6 +29,7 @@ _STORY = [
     "verify",
     "clean",
     "convert",
+    "families",
     "evaluate",
     "compare",
     "sweep",

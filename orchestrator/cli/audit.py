@@ -10,14 +10,14 @@ import typer
 from lestd_kernels.errors import LestdError
 from orchestrator.cli.application import app, require_folder
 from orchestrator.cli.options import Given, Json, LogFormatOption, options, output_option
-from orchestrator.config.options import HOSTS, Checkpoint, Weights
+from orchestrator.config.options import HOSTS, ArchitectureFile, Checkpoint, Weights
 from orchestrator.console import logs, output
 from orchestrator.console.logs import LogFormat
 from workers.storage.files import as_path, atomic_write
 
 
 @app.command(rich_help_panel="Compress a model")
-@options(Checkpoint, Weights, *HOSTS)
+@options(Checkpoint, ArchitectureFile, Weights, *HOSTS)
 def audit(
     model: Annotated[
         str,
@@ -72,12 +72,12 @@ def audit(
 
         require_plotly()
     keeps = check_keeps(parse_keeps(keep))
-    _, revision, config = run_options(given | {"keep": keeps[0]})
+    chosen, config = run_options(given | {"keep": keeps[0]})
     cluster_config = cluster_options(given)
     if jobs := jobs_address(cluster_config):
         raise typer.Exit(run_as_job(jobs, "audit", given, cluster_config))
     kept_in = run_dir or default_audit_dir(model)
-    source = resolve_source(model, revision)
+    source = resolve_source(*chosen)
     try:
         with (
             open_executor(cluster_config) as runner,

@@ -43,6 +43,13 @@ def plan(
     ] = None,
     run_dir: RunDir = None,
     time: Time = False,
+    show_architecture: Annotated[
+        bool,
+        output_option(
+            "--show-architecture",
+            help="Print where the model keeps its weights, for --architecture, and stop.",
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Show what a compression would do: reads headers only, writes nothing."""
@@ -54,14 +61,19 @@ def plan(
     from orchestrator.run.directory import run_dir_of
     from orchestrator.source.checkpoint import resolve_source
 
-    name, revision, run_config = run_options(given)
-    source = resolve_source(name, revision)
+    if show_architecture:  # For which it does not matter how small the model shall be.
+        given = given | {"keep": 0.5, "keep_model": None, "target_loss": None}
+    chosen, run_config = run_options(given)
+    source = resolve_source(*chosen)
+    if show_architecture:
+        output.out.print(source.architecture.model_dump_json(indent=2), markup=False)
+        return
     planned, curves = make_plan(source, run_config), {}
     if out is not None and not planned.decided:
         curves = Manifest(run_dir or run_dir_of(out)).completed_curves(planned.curve_tasks)
         if len(curves) == len(planned.curve_tasks):
             planned = decide(planned, curves) or planned
-    print_plan(name, describe_plan(planned, source, run_config, time, curves), json)
+    print_plan(chosen.model, describe_plan(planned, source, run_config, time, curves), json)
 
 
 @app.command(rich_help_panel="Compress a model")
@@ -94,14 +106,16 @@ def compress(
     from orchestrator.source.checkpoint import resolve_source
 
     logs.use(log_format)
-    name, revision, run_config = run_options(given)
+    chosen, run_config = run_options(given)
     cluster_config = cluster_options(given)
     if jobs := jobs_address(cluster_config):
-        raise typer.Exit(run_as_job(jobs, "compress", given | {"model": name}, cluster_config))
+        raise typer.Exit(
+            run_as_job(jobs, "compress", given | {"model": chosen.model}, cluster_config)
+        )
     if dry_run:
-        source = resolve_source(name, revision)
+        source = resolve_source(*chosen)
         planned = make_plan(source, run_config)
-        print_plan(name, describe_plan(planned, source, run_config, time), json)
+        print_plan(chosen.model, describe_plan(planned, source, run_config, time), json)
         return
 
     run_dir = run_dir or default_run_dir(out)
@@ -112,7 +126,7 @@ def compress(
             calibration=calibration,
             fresh=fresh,
             time=time,
-            **given_of(given, Target, *RUN, *METHOD, *HOSTS) | {"model": name},
+            **given_of(given, Target, *RUN, *METHOD, *HOSTS) | {"model": chosen.model},
         )
     except KeyboardInterrupt:
         run = RunDirectory(run_dir)

@@ -86,15 +86,15 @@ def run_experiment(
     for contender in contenders:
         configs[contender] = {}
         for keep in parse_keeps(given["keep"]):
-            name, revision, config = run_options(given | {"keep": keep}, contender.settings)
+            model, config = run_options(given | {"keep": keep}, contender.settings)
             configs[contender][keep] = config
     cluster = cluster_options(given)
     if jobs := jobs_address(cluster):
-        there = given | {"model": name}
+        there = given | {"model": model.model}
         if "speed" in there:
             there["no_speed"] = not there.pop("speed")
         raise typer.Exit(run_as_job(jobs, command, there, cluster))
-    source = resolve_source(name, revision)
+    source = resolve_source(*model)
     settings = {"dtype": asked.dtype, "device": config.device, "threads": config.threads}
     examination = None
     if asked.tasks is not None:
@@ -159,4 +159,4 @@ def run_experiment(
             f"interrupted; finished work is kept in {out}: run the same command again to continue",
         )
         raise typer.Exit(130) from None
-    return Experiment(name, source, config, plot, outcomes, missing, qualities, calibration)
+    return Experiment(model.model, source, config, plot, outcomes, missing, qualities, calibration)

@@ -22,6 +22,13 @@ def _bound(layer: dict[str, Any], name: str, words: str) -> str:
     return "" if layer[name] is None else words.format(layer[name])
 
 
+def _block_name(layer: dict[str, Any]) -> str:
+    """The kind of block; of a matrix that is a group of its own its path below the layer."""
+    if layer["scope"] != "linear":
+        return str(layer["scope"])
+    return str(layer["block"].partition(f".{layer['layer']}.")[2])
+
+
 def _in_memory(total: dict[str, Any]) -> str:
     """A line for weights that take more memory than disk."""
     if total["memory_bytes"] <= total["max_bytes"]:
@@ -40,7 +47,7 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
     rows = [
         [
             str(layer["layer"]),
-            layer["scope"],
+            _block_name(layer),
             str(len(layer["tensors"])),
             output.size(layer["dense_bytes"]),
             f"{layer['keep']:.3f}" if decided or not layer["curve_task_id"] else "",
@@ -95,6 +102,10 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
     )
     if "expected_loss" in total:
         output.out.print(f"expected loss {expected_loss(total['expected_loss'])}")
+    for one in planned.get("left_dense", ()):
+        # Of what is no block the matrices are groups of their own.
+        what = "" if one["why"].startswith("no ") else "stays dense: "
+        output.out.print(f"{what}{one['module']}: {one['why']}", markup=False, soft_wrap=True)
     if (costs := planned.get("calibration")) is not None:
         output.out.print(
             "calibration comes first: a worker needs about "

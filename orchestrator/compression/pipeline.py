@@ -40,7 +40,7 @@ from orchestrator.model.directory import check_output, remove_model
 from orchestrator.planning.decide import decide
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.run.directory import RunDirectory
-from orchestrator.run.fingerprint import fingerprint, require_same
+from orchestrator.run.fingerprint import as_recorded, fingerprint, require_same
 from orchestrator.run.record import RunRecord, on_record
 from orchestrator.source.checkpoint import Source
 from workers.calibration.contracts import Calibrated, CalibrationItem
@@ -126,11 +126,13 @@ def compress_model(
             another, another driver, a run with another configuration, too little disk or memory.
     """
     began = time.monotonic()
-    plan = make_plan(source, config)
     run = RunDirectory(run_dir)
     require_apart(source, out, run_dir)
     run.check_usable()
-    check_output(out)
+    finished = check_output(out)
+    if not fresh:
+        source = as_recorded(source, run.binding() or (finished and finished["fingerprint"]))
+    plan = make_plan(source, config)
     with run.locked() as require_lock, ExitStack() as until_the_end:
         model = check_output(out)  # Whoever held the lock may have finished it meanwhile.
         if fresh or (run.binding() is None and model is None):

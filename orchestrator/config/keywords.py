@@ -10,12 +10,15 @@ class RunOptions(TypedDict, total=False):
     """Options of `lestd`."""
 
     revision: str | None
+    architecture: str | os.PathLike[str] | None
     keep: float | None
     keep_model: float | None
     target_loss: float | None
-    scope: Literal["attention", "ffn", "experts", "all"]
+    scope: Literal["attention", "ffn", "experts", "linear", "all"]
     include: str | None
     exclude: str | None
+    targets: str | None
+    ignore: str | None
     allocation: Literal["uniform", "global"] | None
     method: str
     metric: Literal["weight", "norm", "activation", "loss"] | None

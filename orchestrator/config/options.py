@@ -36,6 +36,20 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ArchitectureFile:
+    """Where the model keeps its weights."""
+
+    architecture: Annotated[
+        Path | None,
+        WHAT(
+            "JSON file that says where the model keeps its weights, as plan --show-architecture "
+            "prints it.",
+            default="what its family's file says, or its modules show",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """How small, or how good; one of the three."""
 
@@ -61,10 +75,20 @@ class Weights:
     """Which weights."""
 
     scope: Annotated[
-        Literal["attention", "ffn", "experts", "all"], WHAT("Weights to compress.", first=True)
+        Literal["attention", "ffn", "experts", "linear", "all"],
+        WHAT(
+            "Weights to compress. linear: matrices that belong to none of the other kinds, each "
+            "on its own.",
+            first=True,
+        ),
     ] = "attention"
     include: Annotated[str | None, WHAT('Only these layers, like "0-3,7".')] = None
     exclude: Annotated[str | None, WHAT("All layers except these.")] = None
+    targets: Annotated[
+        str | None,
+        WHAT("Only blocks whose path, or that of a matrix of theirs, matches this expression."),
+    ] = None
+    ignore: Annotated[str | None, WHAT("All blocks except those that match this one.")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +271,7 @@ class ClusterFile:
     cluster: Annotated[Path | None, WHERE("cluster.yaml: where to run; options here win.")] = None
 
 
-RUN = (Checkpoint, Weights, ConfigFile, Allocation, CalibrationText)
+RUN = (Checkpoint, ArchitectureFile, Weights, ConfigFile, Allocation, CalibrationText)
 METHOD = (MethodChoice, MethodOptions)
 HOSTS = (Host, Cluster, ClusterFile)
 

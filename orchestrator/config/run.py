@@ -8,9 +8,11 @@ Both refuse keys that they do not know.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -22,6 +24,7 @@ from orchestrator.config.layers import check_layers, parse_layers
 from orchestrator.config.options import (
     WHAT,
     Allocation,
+    ArchitectureFile,
     CalibrationText,
     Checkpoint,
     Host,
@@ -59,6 +62,15 @@ class RunConfig(
     @classmethod
     def _list_of_layers(cls, value: str | None) -> str | None:
         return value if value is None else check_layers(value)
+
+    @field_validator("targets", "ignore")
+    @classmethod
+    def _regular_expression(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"expected a regular expression, found {value!r} ({error})") from error
+        return value
 
     @field_validator("method")
     @classmethod
@@ -171,6 +183,22 @@ class RunConfig(
             raise LestdError("include and exclude leave no layer to compress; widen them")
         return sorted(chosen)
 
+    def names(self, block: str, modules: Iterable[str]) -> bool:
+        """Whether `targets` and `ignore` leave a block in scope.
+
+        Args:
+            block: its path in the model.
+            modules: paths of its matrices.
+        """
+        paths = [block, *modules]
+
+        def matches(pattern: str) -> bool:
+            return any(re.search(pattern, path) for path in paths)
+
+        if self.targets is not None and not matches(self.targets):
+            return False
+        return self.ignore is None or not matches(self.ignore)
+
     def keep_of(self, layer: int, keep: float) -> float:
         """The keep of one layer: its own from `layer_keep`, or `keep`."""
         own = (value for key, value in self.layer_keep.items() if layer in parse_layers(key))
@@ -181,14 +209,22 @@ class RunConfig(
         return frozenset[int]().union(*map(parse_layers, self.layer_keep))
 
 
-class RunFile(RunConfig, Checkpoint, frozen=True):
+class RunFile(RunConfig, ArchitectureFile, Checkpoint, frozen=True):
     """The contents of ``run.yaml``: a RunConfig and the model it is for."""
+
+
+class ModelChoice(NamedTuple):
+    """The model of a run: arguments of `orchestrator.source.checkpoint.resolve_source`."""
+
+    model: str
+    revision: str | None
+    architecture: Path | None
 
 
 def run_options(
     given: Mapping[str, Any], variant: Mapping[str, Any] | None = None
-) -> tuple[str, str | None, RunConfig]:
-    """Model, revision and configuration from a run file and the options; options win.
+) -> tuple[ModelChoice, RunConfig]:
+    """Model and configuration from a run file and the options; options win.
 
     Args:
         given: what was given on the command line, by name; `config` is the file.
@@ -205,8 +241,9 @@ def run_options(
     run_file = validated(RunFile, {**values, **here, **variant}, str(file or "options"), names)
     if run_file.model is None:
         raise LestdError("no model given; name a directory or a Hub id, or set model in --config")
-    plain = run_file.model_dump(exclude={"model", "revision"})
-    return run_file.model, run_file.revision, RunConfig.model_validate(plain)
+    chosen = ModelChoice(run_file.model, run_file.revision, run_file.architecture)
+    plain = run_file.model_dump(exclude=set(ModelChoice._fields))
+    return chosen, RunConfig.model_validate(plain)
 
 
 def scope_keep(config: RunConfig, scope_bytes: int, model_bytes: int) -> float:

@@ -33,7 +33,8 @@ from orchestrator.evaluation.statistics import correlation, jackknife_stderr
 from orchestrator.execution.executor import Executor, Listener
 from orchestrator.manifest.manifest import Manifest
 from orchestrator.manifest.schemas import DIVERGENCE_TASK
-from workers.contracts import DivergenceRequest, DivergenceResult, Failure
+from workers.contracts import Failure
+from workers.evaluation.contracts import DivergenceRequest, DivergenceResult
 from workers.evaluation.divergence import DivergenceWorker
 from workers.storage.files import AnyPath, file_sha256
 from workers.storage.names import MANIFEST_DIR

@@ -188,7 +188,10 @@ GROUPS = TableSpec(
             "weights",
         ),
         Column(
-            "scope", _TEXT, "what the block is: attention, ffn or experts", check=_is_module_path
+            "scope",
+            _TEXT,
+            "what the block is: attention, ffn, experts or linear",
+            check=_is_module_path,
         ),
         Column("metric", _TEXT, "norm of the error: weight, norm, activation or loss"),
         Column(
@@ -228,7 +231,7 @@ SLICES = TableSpec(
     "one row per slice: one head, or one expert, of one projection of a finished group",
     (
         *_TASK,
-        Column("projection", _TEXT, "q, k, v, o, gate, up or down", required=True),
+        Column("projection", _TEXT, "q, k, v, o, gate, up, down or linear", required=True),
         Column(
             "head", _INT, "index of the head (a key or value head where heads share them) or expert"
         ),

@@ -71,8 +71,11 @@ def payload_shard_name(row: dict[str, Any]) -> str:
     Raises:
         LestdError: it would be no name of a file, as that of a damaged manifest.
     """
-    block = row["block"].rpartition(".")[2]
-    if block.isdigit():  # Modules of the layer itself.
+    path = row["block"]
+    block = path.partition(f".{row['layer']}.")[2]
+    if row["scope"] == "experts":
+        block = path.rpartition(".")[2]
+    elif not block:  # Modules of the layer itself.
         block = row["scope"]
     name = f"lestd-{row['layer']:05d}-{block}.safetensors"
     if "/" in name or not is_inside(name):

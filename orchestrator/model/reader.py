@@ -61,7 +61,8 @@ class CompressedGroup:
         """
         weights, layout = self.weights()
         dense = dense_tensors(weights, layout)
-        return {f"{self.entry['path']}.{name}": tensor for name, tensor in dense.items()}
+        path = self.entry.get("dense_path", self.entry["path"])
+        return {f"{path}.{name}": tensor for name, tensor in dense.items()}
 
     def weights(self) -> tuple[dict[str, Tensor], GroupLayout]:
         """Read and reconstruct the group: module -> W-hat ``(out, in)``, float32; its layout.
@@ -200,7 +201,8 @@ def _open_group(entry: dict[str, Any], index: ShardIndex) -> CompressedGroup:
     specs_of = KINDS[entry["kind"]].stored_specs
     if "stored_path" in entry:
         path, stored = entry["path"], entry["stored_path"]
-        entry = _with_paths(entry, lambda one: stored + one.removeprefix(path))
+        elsewhere = {k: v for k, v in entry.items() if k == "dense_path"}
+        entry = _with_paths(entry, lambda one: stored + one.removeprefix(path)) | elsewhere
     entry = _as_on_disk(entry, next(iter(specs_of(entry))), index.tensors)
     return _find_tensors(entry, specs_of(entry), index)
 
@@ -226,7 +228,7 @@ def _as_on_disk(
 
 def _with_paths(entry: Mapping[str, Any], renamed: Callable[[str], str]) -> dict[str, Any]:
     """The entry with all of its paths renamed."""
-    changed = dict(entry) | {"path": renamed(entry["path"])}
+    changed = dict(entry) | {k: renamed(entry[k]) for k in ("path", "dense_path") if k in entry}
     if "factors" in entry:
         changed["factors"] = {name: renamed(path) for name, path in entry["factors"].items()}
     if "core" in entry:

@@ -38,23 +38,24 @@ def blocks_of(tasks: Iterable[Task]) -> list[CalibratedBlock]:
             task.block,
             {module.name: module.reads for module in task.layout.modules},
             {m.reads: task.layout.weight_shape(m)[1] for m in task.layout.modules},
-            _watched_outputs(task.layout) if task.method_args["metric"] == LOSS else (),
+            _watched_outputs(task) if task.method_args["metric"] == LOSS else (),
         )
         for task in tasks
     ]
 
 
-def _watched_outputs(layout: GroupLayout) -> tuple[WatchedOutput, ...]:
+def _watched_outputs(task: Task) -> tuple[WatchedOutput, ...]:
     """The modules of a block, and where their outputs are found in memory."""
-    outputs = []
+    layout, outputs = task.layout, []
     for module in layout.modules:
         width = layout.weight_shape(module)[0]
-        weight, expert, columns = f"{module.name}.weight", None, (0, width, 1)
-        if module.stored is not None:  # An expert: in memory they are stacked, gate before up.
+        name = "weight" if task.path != task.block else f"{module.name}.weight"
+        weight, expert, columns = name, None, (0, width, 1)
+        if layout.guard is not None:  # An expert: in memory they are stacked, gate before up.
             projection, expert = module.slices[0]
             weight = "down_proj" if module.basis_side == "output" else "gate_up_proj"
-            first, parts = module.stored.part
-            if parts > 1:
+            first, parts = (0, 1) if module.stored is None else module.stored.part
+            if parts > 1 and not (module.stored and module.stored.concatenated):
                 columns = (first, width * parts, parts)
             elif projection == "up":
                 columns = (width, 2 * width, 1)
@@ -166,7 +167,8 @@ def calibration_costs(
     activations = 48 * hidden
     if back:
         activations = 160 * hidden
-        activations += 4 * 12 * config.num_attention_heads * sample_tokens**2
+        heads = getattr(config, "num_attention_heads", None) or 0
+        activations += 4 * 12 * heads * sample_tokens**2
         activations += 4 * 6 * config.vocab_size * sample_tokens
     return CalibrationCosts(
         memory_bytes=WORKER_BASE_BYTES + weights + 2 * max(inputs, outputs) + activations,

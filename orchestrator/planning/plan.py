@@ -17,7 +17,7 @@ import torch
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.shared_tucker import FORMAT_VERSION
 from lestd_kernels.methods import CALIBRATED, METHODS, NORM, Bounds, MethodArgs
-from orchestrator.architectures import SliceGroup, find_architecture
+from orchestrator.architectures import LeftDense, SliceGroup, Structure
 from orchestrator.config.run import RunConfig, scope_keep
 from orchestrator.planning.allocation import curve_budgets
 from orchestrator.planning.calibration_costs import (
@@ -26,6 +26,7 @@ from orchestrator.planning.calibration_costs import (
     input_bytes,
     output_bytes,
 )
+from orchestrator.planning.groups_in_scope import named_groups, of_method, require_norms
 from orchestrator.source.checkpoint import Source
 from orchestrator.source.texts import read_calibration
 from workers.checkpoint.headers import DTYPES
@@ -67,6 +68,7 @@ class Plan:
         allocation: how bytes are divided among the tasks.
         decided: whether the budgets are known; those of global allocation are after pass one.
         target_loss: what the model may cost, nats per token, where that decides its size.
+        left_dense: modules of the layers that no task compresses for a reason of their own.
     """
 
     family: str
@@ -76,6 +78,7 @@ class Plan:
     allocation: str
     decided: bool
     target_loss: float | None = None
+    left_dense: tuple[LeftDense, ...] = ()
 
     @property
     def curve_tasks(self) -> list[CurveTask]:
@@ -186,7 +189,10 @@ class Plan:
         }
         how = {"allocation": self.allocation, "budgets_decided": self.decided}
         how |= {"target_loss": self.target_loss}
-        return {"family": self.family} | how | {"layers": layers, "total": totals}
+        described = {"family": self.family} | how | {"layers": layers, "total": totals}
+        if self.left_dense:
+            described["left_dense"] = [one.model_dump(mode="json") for one in self.left_dense]
+        return described
 
 
 def _budget_range(planned: PlannedTask) -> list[int]:
@@ -202,8 +208,11 @@ def make_plan(source: Source, config: RunConfig) -> Plan:
         LestdError: unknown architecture; a tensor missing or of a shape that config.json does not
             give; a layer list that names no layer; a budget that no rank fits.
     """
-    architecture = find_architecture(source.config)
+    architecture = source.architecture
     groups = architecture.groups(source.config, source.index, config.scope)
+    groups = of_method(named_groups(groups, config), config)
+    if config.used_metric == NORM:
+        require_norms(groups)
     chosen = set(config.select_layers(group.layer for group in groups))
     groups = [group for group in groups if group.layer in chosen]
 
@@ -231,6 +240,7 @@ def make_plan(source: Source, config: RunConfig) -> Plan:
         config.used_allocation,
         decided,
         config.target_loss,
+        architecture.dense if isinstance(architecture, Structure) else (),
     )
 
 
@@ -254,6 +264,7 @@ def _plan_task(
         scope=group.scope,
         metric_tensors=group.norms if config.used_metric == NORM else {},
         metric_digest=metric_digest,
+        dense_prefix=group.dense_prefix,
     )
     budget = int(keep * dense_bytes)
     try:
@@ -329,5 +340,7 @@ def _task_id(task: Task, more: Mapping[str, Any] | None = None) -> str:
         "value_dtype": task.value_dtype,
         "metric_digest": task.metric_digest,
     }
+    if task.dense_prefix:
+        work["dense_prefix"] = task.dense_prefix
     text = json.dumps(work | dict(more or {}), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -7,11 +7,13 @@ a command that was refused is corrected and run again, and then is another run.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.shared_tucker import FORMAT_VERSION
 from lestd_kernels.methods import CALIBRATED
+from orchestrator.architectures import Structure, parse_architecture
 from orchestrator.config.run import RunConfig
 from orchestrator.console import logs
 from orchestrator.planning.plan import calibration_digest
@@ -85,6 +87,22 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
+def as_recorded(source: Source, recorded: dict[str, Any] | None) -> Source:
+    """The source with the architecture that was found when the run began, if none is given now.
+
+    Another version of Transformers may show another one.
+
+    Raises:
+        LestdError: what was recorded is not valid.
+    """
+    known = (recorded or {}).get("source", {})
+    same = known.get("config.json") == source.config_json
+    if source.given is not None or not same or "architecture" not in known:
+        return source
+    text = json.dumps(known["architecture"])
+    return replace(source, given=parse_architecture(text, "the record of the run"))
+
+
 def fingerprint(source: Source, config: RunConfig, device: str) -> dict[str, Any]:
     """Everything that decides the bytes of the result, as plain values.
 
@@ -98,10 +116,14 @@ def fingerprint(source: Source, config: RunConfig, device: str) -> dict[str, Any
     else:  # A text that nothing is computed with, as a comparison gives to all of its methods.
         unused = ("calibrate_on", "samples", "sample_tokens")
         chosen |= {name: RunConfig.model_fields[name].default for name in unused}
+    model = {"config.json": source.config_json, "shards": sample_digests(source.index)}
+    # What a family's own file says is of this version of lestd.
+    if source.given is not None or isinstance(source.architecture, Structure):
+        model["architecture"] = source.architecture.model_dump(mode="json")
     fields = {
         "format_version": FORMAT_VERSION,
         "config": chosen,
-        "source": {"config.json": source.config_json, "shards": sample_digests(source.index)},
+        "source": model,
         "versions": software_versions(),
     }
     # As it will be read back: tuples become lists, keys become strings.

@@ -11,15 +11,21 @@ import re
 import shlex
 import shutil
 import tempfile
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
 from lestd_kernels.errors import LestdError
-from orchestrator.architectures import check_family
+from orchestrator.architectures import (
+    Architecture,
+    Structure,
+    check_family,
+    find_architecture,
+    read_architecture,
+)
 from orchestrator.source.location import (
     are_cached,
     download,
@@ -60,6 +66,7 @@ class Source:
         index: its tensors.
         config: its config, as Transformers understands it.
         config_json: its config.json as it stands in the file.
+        given: its architecture where it was told, by the user or by an earlier call of a run.
     """
 
     model: str
@@ -68,6 +75,16 @@ class Source:
     index: ShardIndex
     config: PretrainedConfig
     config_json: dict[str, Any]
+    given: Architecture | Structure | None = None
+
+    @cached_property
+    def architecture(self) -> Architecture | Structure:
+        """How its weights divide into slices.
+
+        Raises:
+            LestdError: see `orchestrator.architectures.find_architecture`.
+        """
+        return self.given or find_architecture(self.config, self.index)
 
     def fetch_side_files(self) -> Path:
         """A local directory with the files beside the weights (see
@@ -91,13 +108,25 @@ class Source:
         return self.directory
 
 
-def resolve_source(model: str, revision: str | None = None) -> Source:
+def resolve_source(
+    model: str, revision: str | None = None, architecture: Path | None = None
+) -> Source:
     """Find a checkpoint; of one elsewhere that is not in the local cache, read the headers.
+
+    Args:
+        model: directory, Hub id or URL.
+        revision: of a Hub model.
+        architecture: a file that describes it, in place of its family's or of what is found.
 
     Raises:
         LestdError: it cannot be found, is pickled, is quantized already, is damaged, or belongs
             to an unknown family.
     """
+    given = None if architecture is None else read_architecture(architecture)
+    return replace(_find(model, revision), given=given)
+
+
+def _find(model: str, revision: str | None) -> Source:
     local = local_directory(model, revision)
     if local is not None:
         return _open_directory(model, None, local)

@@ -27,7 +27,7 @@ Decompose = Callable[[GroupLayout, dict[str, Tensor]], Decomposition]
 def groups_of(directory: Path, scope: str) -> list[SliceGroup]:
     config = AutoConfig.from_pretrained(directory)
     index = ShardIndex.from_directory(directory)
-    return find_architecture(config).groups(config, index, scope)
+    return find_architecture(config, index).groups(config, index, scope)
 
 
 def weights_of(group: SliceGroup) -> dict[str, Tensor]:

@@ -94,7 +94,7 @@ def gradient_takers(block: CalibratedBlock, found: dict[str, Tensor]) -> dict[st
     def take(
         of: dict[int, list[WatchedOutput]], which: int, inputs: Tensor, outputs: Tensor
     ) -> None:
-        if which in of:
+        if which in of and outputs.requires_grad:
             outputs.register_hook(partial(add, of[which]))  # type: ignore[no-untyped-call]
 
     return {f"{block.path}.{weight}": partial(take, of) for weight, of in makers.items()}

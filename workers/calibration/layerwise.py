@@ -23,9 +23,12 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.core_model_loading import (
+    WeightRenaming,
+    apply_renamings,
+    convert_and_load_state_dict_in_model,
+)
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -33,7 +36,7 @@ from lestd_kernels.errors import LestdError
 from workers.calibration.gradients import logit_gradient
 from workers.checkpoint.tensors import read_tensor
 from workers.contracts import TensorRef
-from workers.host.loading import quiet_transformers
+from workers.host.loading import auto_class, quiet_transformers
 
 
 class LayerwiseModel:
@@ -53,10 +56,12 @@ class LayerwiseModel:
         layers: str,
         device: torch.device,
     ) -> None:
-        config = CONFIG_MAPPING[config_json["model_type"]].from_dict(dict(config_json))
+        family: Any = CONFIG_MAPPING[config_json["model_type"]]
+        # As when a file is read: JSON has no infinity.
+        config = family.from_dict(family._decode_special_floats(dict(config_json)))
         # Buffers, such as rotary frequencies, are in no checkpoint and are computed here.
         with quiet_transformers(), init_empty_weights(include_buffers=False):
-            self.model: Any = AutoModelForCausalLM.from_config(
+            self.model: Any = auto_class(config).from_config(
                 config,
                 trust_remote_code=False,
                 dtype=torch.float32,
@@ -75,6 +80,8 @@ class LayerwiseModel:
         self._embedding = self.model.get_input_embeddings()
         self._head = self.model.get_output_embeddings()
         self._conversions: list[Any] = [*get_model_conversion_mapping(self.model)]
+        renamings = [one for one in self._conversions if isinstance(one, WeightRenaming)]
+        self._called = {name: apply_renamings(name, renamings) for name in tensors}
         self._loaded: int | None = None
 
     @property
@@ -133,7 +140,9 @@ class LayerwiseModel:
         """Whether a tensor of the checkpoint belongs to that layer, or to none."""
         prefix = f"{self.model.base_model_prefix}."
         # A checkpoint may leave the base model's prefix out.
-        below = name.removeprefix(prefix).partition(f"{self._path.removeprefix(prefix)}.")
+        below = (
+            self._called[name].removeprefix(prefix).partition(f"{self._path.removeprefix(prefix)}.")
+        )
         return below[0] != "" or below[1] == "" or below[2].startswith(f"{layer}.")
 
     def run(self, given: Tensor) -> Tensor:
@@ -211,6 +220,13 @@ class LayerwiseModel:
         try:
             with suppress(_Answered):
                 self.model.base_model(**inputs, use_cache=False)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # The layers of some families want more of the layers before them than hidden states.
+            raise LestdError(
+                f"{type(self.model).__name__} cannot be computed a layer at a time "
+                f"({type(error).__name__}: {error}); choose a method and a metric that need no "
+                "calibration text"
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()

@@ -4,6 +4,7 @@ Which weight tells of which input, given the loaded layer:
 
     attention   "in": what Q, K and V read           "heads": what O reads
     FFN         "in": what gate and up read          "hidden": what down reads
+    linear      "in": what the matrix reads
     experts     "in_<e>", "hidden_<e>": the same for expert e, of the tokens routed to it. Their
                 weights are stacked in memory: `gate_up_proj` and `down_proj`, ``(E, .., ..)``
 
@@ -56,6 +57,9 @@ def watched_inputs(model: nn.Module, group: str, modules: Mapping[str, str]) -> 
     """
     block = model.get_submodule(group)
     parameters = dict(block.named_parameters(recurse=False))
+    if "weight" in parameters:  # The matrix itself, which is a block of its own.
+        [reads] = modules.values()
+        return [Watched(f"{group}.{reads}", f"{group}.weight", False, False)]
     stacked = {name: reads for name, reads in _STACKED.items() if name in parameters}
     if stacked:
         return [
@@ -140,8 +144,10 @@ class Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         outputs = func(*args, **(kwargs or {}))
-        if func in _PRODUCTS:
-            inputs, factor = args[:2]
+        if func is torch.bmm:
+            self._hand_on_each(args[0], args[1], outputs)
+        if func in _PRODUCTS or func is torch.addmm:
+            inputs, factor = args[1:3] if func is torch.addmm else args[:2]
             found = self._takers.get(factor.untyped_storage().data_ptr())
             if found is not None and inputs.numel():
                 weight, take = found
@@ -151,6 +157,34 @@ class Watch(TorchFunctionMode):
                     which = offset // weight.stride(0)
                 take(which, inputs, outputs)
         return outputs
+
+    def _hand_on_each(self, inputs: Tensor, factor: Tensor, outputs: Tensor) -> None:
+        """Products of stacked matrices, each with rows of its own; zeros are of no token."""
+        found = self._takers.get(factor.untyped_storage().data_ptr())
+        if found is None:
+            return
+        _, take = found
+        for which, given in enumerate(inputs):
+            rows = given.any(dim=-1).nonzero()[:, 0]
+            if len(rows):
+                made: Any = outputs[which][rows]
+                if outputs.requires_grad:
+                    made = _Rows(outputs, which, rows)
+                take(which, given[rows], made)
+
+
+class _Rows:
+    """Outputs of some rows of one of several products, which know their gradient."""
+
+    def __init__(self, outputs: Tensor, which: int, rows: Tensor) -> None:
+        self._outputs, self._which, self._rows = outputs, which, rows
+        self.requires_grad = True
+
+    def register_hook(self, hook: Callable[[Tensor], None]) -> None:
+        """See `Tensor.register_hook`."""
+        which, rows = self._which, self._rows
+        outputs: Any = self._outputs
+        outputs.register_hook(lambda gradient: hook(gradient[which][rows]))
 
 
 def input_takers(watched: Iterable[Watched], found: dict[str, InputStatistics]) -> dict[str, Take]:

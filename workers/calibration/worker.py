@@ -195,7 +195,7 @@ class CalibrationWorker:
                 elif one.expert is None:
                     raise LestdError(
                         f"the loss of {type(self._model.model).__name__} does not reach "
-                        f"{block.path}.{one.module}; use --metric activation"
+                        f"{block.path}.{one.weight}; use --metric activation"
                     )
             _write(part_path(self._directory, block, item.piece, back=True), tensors)
         if not item.last:

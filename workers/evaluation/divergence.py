@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.errors import LestdError
-from workers.contracts import DivergenceRequest, DivergenceResult
+from workers.evaluation.contracts import DivergenceRequest, DivergenceResult
 from workers.evaluation.worker import ModelWorker
 from workers.host.loading import load_model
 

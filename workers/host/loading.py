@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from lestd_kernels.backends.cpu import emulated
@@ -30,6 +30,25 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bar:
             transformers_logging.enable_progress_bar()
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class by which Transformers loads a model that writes text, with its other inputs if any.
+
+    Args:
+        config: the model's.
+    """
+    # Takes a second, for which no reader of a manifest need wait.
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    more = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if more and not text else AutoModelForCausalLM
 
 
 def auto_dtype(model_dir: str, device: str) -> tuple[torch.dtype, torch.dtype]:
@@ -67,7 +86,10 @@ def load_model(model_dir: str, dtype: str, device: str, gpus: int = 1) -> Any:
     """
     # Importing anything from lestd_kernels has registered its quantizer by now.
     with quiet_transformers():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(
+            model_dir, local_files_only=True, trust_remote_code=False
+        )
+        loaded: Any = auto_class(config).from_pretrained(
             model_dir,
             dtype=auto_dtype(model_dir, device)[0] if dtype == "auto" else dtype,
             device_map="auto" if device == "cuda" and gpus > 1 else {"": device},

@@ -308,6 +308,7 @@ class Method:
             it is ``"activation"`` or ``"loss"``, the method needs a calibration.
         jumps: ``(layout, value_dtype, args)``; the byte budgets from which on it stores what it
             does not below, of a method of a few fixed sizes: where a curve is worth a look.
+        per_matrix: whether it stores every matrix on its own, and so takes groups of one.
     """
 
     name: str
@@ -319,6 +320,7 @@ class Method:
     jumps: Callable[[GroupLayout, torch.dtype, MethodArgs], tuple[int, ...]] = (
         lambda layout, value_dtype, args: ()
     )
+    per_matrix: bool = False
 
     def decompose(
         self,

@@ -232,7 +232,15 @@ def pair_method(
         )
 
     return chain_method(
-        name, prepare, store, errors, least, workspace, most=_most_bytes, metrics=metrics
+        name,
+        prepare,
+        store,
+        errors,
+        least,
+        workspace,
+        most=_most_bytes,
+        metrics=metrics,
+        per_matrix=True,
     )
 
 

@@ -195,7 +195,7 @@ def with_outliers(method: Method) -> Method:
         rest = method.least_bytes(layout, value_dtype, _without(args))
         return rest + side_bytes(layout, value_dtype, args.keep_outliers)
 
-    return Method(method.name, prepare, encode, bounds, least_bytes, method.metrics)
+    return replace(method, prepare=prepare, encode=encode, bounds=bounds, least_bytes=least_bytes)
 
 
 def _without(args: MethodArgs) -> MethodArgs:

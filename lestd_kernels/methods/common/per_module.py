@@ -143,6 +143,7 @@ def chain_method(
     workspace: Callable[[GroupLayout, MethodArgs], int] = lambda layout, args: 0,
     most: Callable[[GroupLayout, int, MethodArgs], float] = lambda layout, value_bytes, args: inf,
     metrics: tuple[str, ...] = (WEIGHT,),
+    per_matrix: bool = False,
 ) -> Method:
     """A method that stores every module as a chain of matrices.
 
@@ -157,6 +158,7 @@ def chain_method(
         workspace: ``(layout, args)``: memory beyond `module_workspace_bytes`.
         most: ``(layout, value_bytes, args)``: the most bytes that it stores.
         metrics: see `Method`.
+        per_matrix: see `Method`.
     """
 
     def prepare_timed(group: Group) -> Any:
@@ -196,7 +198,7 @@ def chain_method(
         require_no_core(name, args)
         return least(layout, value_dtype.itemsize, args)
 
-    return Method(name, prepare_timed, encode, bounds, least_bytes, metrics)
+    return Method(name, prepare_timed, encode, bounds, least_bytes, metrics, per_matrix=per_matrix)
 
 
 EncodeModule = Callable[[Tensor, Metric, int, torch.dtype, MethodArgs], tuple[ModuleChain, float]]
@@ -256,7 +258,7 @@ def module_method(
             fewest = max(fewest, -(-(needed + 1) * total // len(module.slices)))
         return fewest
 
-    return chain_method(name, None, store, errors, least, metrics=metrics)
+    return chain_method(name, None, store, errors, least, metrics=metrics, per_matrix=True)
 
 
 def _encode_modules(

@@ -127,6 +127,9 @@ def job_command(
     if "config" in given:
         (folder / "run.yaml").write_bytes(read_regular(Path(given["config"])))
         given["config"] = "run.yaml"
+    if "architecture" in given:
+        (folder / "architecture.json").write_bytes(read_regular(Path(given["architecture"])))
+        given["architecture"] = "architecture.json"
     if "calibrate_on" in given:
         (folder / "calibration.txt").write_bytes(read_calibration(given["calibrate_on"]))
         given["calibrate_on"] = "calibration.txt"

@@ -46,7 +46,7 @@ def groups_of(directory: Path, scope: str, **changes: Any) -> list[SliceGroup]:
     for key, value in changes.items():
         setattr(config, key, value)
     index = ShardIndex.from_directory(directory)
-    return find_architecture(config).groups(config, index, scope)
+    return find_architecture(config, index).groups(config, index, scope)
 
 
 def matrices_of(group: SliceGroup) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from support.cli import digest_tree, lestd
 from support.families import POSITIONS, VOCABULARY, save_tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 SERIAL = ("--executor", "serial")
 SHORT = ("--samples", 4, "--sample-tokens", 16)
@@ -392,18 +392,3 @@ def test_pickled_weights_in_the_current_directory(
     assert lestd(*convert).code == 0
     assert lestd("plan", convert[-1], "--keep", 0.5).code == 0
     assert not any(path.is_dir() for path in model.iterdir())
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_experts_in_one_tensor(family: str, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(save_tiny(family, tmp_path / "model"))
-    model.save_pretrained(tmp_path / "fused", save_original_format=False)
-    command = ("--keep", 0.5, "--scope", "experts")
-    refused = lestd("plan", tmp_path / "fused", *command)
-    assert "has the experts of a layer in one tensor (model.layers." in refused.err
-    advice = "give these weights to AutoModelForCausalLM.from_config by load_state_dict"
-    assert advice in refused.err
-    fused = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "fused"))
-    fused.load_state_dict(load_file(tmp_path / "fused" / "model.safetensors"))
-    fused.save_pretrained(tmp_path / "again")
-    assert lestd("plan", tmp_path / "again", *command).code == 0

@@ -83,7 +83,7 @@ def index_that_leaves_the_directory(model: Path) -> tuple[str, ...]:
 
 def unknown_family(model: Path) -> tuple[str, ...]:
     edit_json(model / "config.json", lambda c: c.update(model_type="zamba9"))
-    return ("zamba9", "llama", "opt", "JSON file")
+    return ("zamba9", "Transformers", "use a version that has it")
 
 
 def quantized_source(model: Path) -> tuple[str, ...]:

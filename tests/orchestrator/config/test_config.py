@@ -91,7 +91,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(tmp_p
     file = tmp_path / "run.yaml"
     file.write_text("model: there\nkeep_model: 0.8\nthreads: 3\nsamples: 5\n")
     given = {"model": None, "config": file, "keep": 0.4, "samples": 7, "device": None}
-    model, _, config = run_options(given)
+    (model, *_), config = run_options(given)
     assert (model, config.keep, config.keep_model) == ("there", 0.4, None)
     assert (config.samples, config.threads, config.device) == (7, 3, "auto")
 
