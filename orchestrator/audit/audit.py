@@ -25,7 +25,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.evaluation.pieces import EvaluationDirectory, run_pieces
 from orchestrator.execution.executor import Executor, Listener, WorkerSpec
 from orchestrator.planning.calibration_costs import WORKER_BASE_BYTES
-from orchestrator.planning.plan import named_groups
+from orchestrator.planning.groups_in_scope import named_groups
 from orchestrator.source.checkpoint import Source
 from workers.audit import AuditResult, AuditTask, AuditWorker, memory_bytes, reference_bytes
 from workers.checkpoint.digests import sample_digests
