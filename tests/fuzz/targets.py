@@ -54,7 +54,8 @@ def preload() -> None:
     """Import all that the commands import, once for all processes that are forked then."""
     for package in (orchestrator, workers, lestd_kernels):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not module.name.endswith("__main__"):
+            # vLLM's plug-in is for an environment of its own.
+            if not module.name.endswith(("__main__", "vllm_plugin")):
                 importlib.import_module(module.name)
     for config in CONFIGS.values():
         assert MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
