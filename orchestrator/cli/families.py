@@ -32,7 +32,7 @@ Which models LeSTD compresses, and what of each. `lestd plan MODEL` says the sam
   (`--scope attention`) find a block. The others have attention of another kind.
 - **matrices covered**: share of the matrix elements of the decoder layers that `--scope all`
   compresses with a method that stores every matrix on its own: svd, svd_llm, asvd, laser, tt, rtn,
-  gptq, sparsegpt, wanda, magnitude, auto. The others leave out what belongs to no block.
+  gptq, watersic, sparsegpt, wanda, magnitude, auto. The others leave out what belongs to no block.
 
 Of tiny models of Transformers {version}; `tests/end_to_end/test_every_family.py` compresses each of
 them, loads the result in a fresh process, and finds the logits and tokens of its dense export.
