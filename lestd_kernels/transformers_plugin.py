@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, WeightTransform, rename_source_key
 from transformers.quantizers.auto import (
@@ -146,20 +147,7 @@ class LestdQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if all(weight.is_meta for weight in model.parameters()):
             return  # A model without weights was asked for; it computes nothing.
-        present = set(model.modules())
-        coded = [(n, one) for n, one in model.named_modules() if isinstance(one, CodedNumbers)]
-        try:
-            decode_all(coded)
-        except ValueError as error:
-            raise LestdError(f"{model.name_or_path}: {error}: {_COPY_AGAIN}.") from error
-        for path, module in model.named_modules():
-            if isinstance(module, MODULES):
-                try:
-                    check_module(module, present)
-                except ValueError as error:
-                    raise LestdError(
-                        f"{model.name_or_path}: {path} is damaged, {error}: {_COPY_AGAIN}."
-                    ) from error
+        finish_loading(model, str(model.name_or_path))
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the tensors and the configuration as they were loaded."""
@@ -174,6 +162,30 @@ class LestdQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The modules' forward has no graph break, but where experts are dealt their tokens."""
         return not any("guard" in entry for entry in self.quantization_config.groups)
+
+
+def finish_loading(model: nn.Module, name: str) -> None:
+    """Decode what is coded, and check every compressed module.
+
+    Args:
+        model: whose tensors are loaded.
+        name: of the model, for messages.
+
+    Raises:
+        LestdError: a tensor is damaged.
+    """
+    present = set(model.modules())
+    coded = [(n, one) for n, one in model.named_modules() if isinstance(one, CodedNumbers)]
+    try:
+        decode_all(coded)
+    except ValueError as error:
+        raise LestdError(f"{name}: {error}: {_COPY_AGAIN}.") from error
+    for path, module in model.named_modules():
+        if isinstance(module, MODULES):
+            try:
+                check_module(module, present)
+            except ValueError as error:
+                raise LestdError(f"{name}: {path} is damaged, {error}: {_COPY_AGAIN}.") from error
 
 
 def register() -> None:

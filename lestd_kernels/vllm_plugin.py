@@ -27,7 +27,7 @@ from lestd_kernels import registration
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.shared_tucker import QUANT_METHOD
 from lestd_kernels.modules.build import build_groups
-from lestd_kernels.modules.registry import MODULES, check_module
+from lestd_kernels.modules.registry import MODULES
 
 
 class LestdVllmConfig(QuantizationConfig):
@@ -174,15 +174,7 @@ class _Compressed:
             raise LestdError(
                 f"the model lacks the tensor {absent[0]}: copy it again from where it was made."
             )
-        present = set(self.model.modules())
-        for path, module in self.model.named_modules():
-            if isinstance(module, MODULES):
-                try:
-                    check_module(module, present)
-                except ValueError as error:
-                    raise LestdError(
-                        f"{path} is damaged, {error}: copy the model again."
-                    ) from error
+        registration.plugin().finish_loading(self.model, self.model_config.model)
         return loaded
 
 

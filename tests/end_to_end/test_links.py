@@ -231,7 +231,7 @@ def test_no_record_names_a_file_outside(root: Path, name: str) -> None:
     refused(compress(root / "model", root / "out", "--fresh"), repr(name))
     assert "is not inside" in str(payload_problem({"payload": name}, root / "out.run"))
     with pytest.raises(LestdError, match="malicious"):
-        payload_shard_name({"block": f"a./{name}", "scope": "ffn", "layer": 0})
+        payload_shard_name({"block": f"a.0./{name}", "scope": "ffn", "layer": 0})
 
 
 def test_a_link_out_of_the_model_is_said_but_the_cache_of_the_hub_is_made_of_them(

@@ -73,7 +73,9 @@ def test_a_call_is_recorded_and_the_model_has_it_too(tiny_llama: Path, tmp_path:
     began = time.time()
     source = resolve_source(str(tiny_llama))
     config = RunConfig(keep=0.5)
-    outcome = compress_model(source, config, Troubled(), out, run_dir, planned_seconds=2.5)
+    outcome = compress_model(
+        source, config, Troubled(), out, run_dir, predicted={"a": 1.0, "b": 1.5}
+    )
     ended = time.time()
     (row,) = calls(run_dir)
     dense = sum(g["dense_bytes"] for g in outcome.rows)

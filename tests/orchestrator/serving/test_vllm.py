@@ -54,6 +54,7 @@ MODELS = {
     "lestd": ("llama", "--keep", 0.5),
     "low-rank": ("llama", "--method", "svd", "--keep", 0.6, "--scope", "all"),
     "few-bit": ("qwen2", "--value-bits", 4, "--factor-bits", 4, "--keep", 0.3, "--scope", "all"),
+    "coded": ("llama", "--method", "watersic", "--keep", 0.2, "--scope", "all"),
     "some-layers": ("llama", "--include", "1", "--keep", 0.5),
     "experts": ("qwen3_moe", "--scope", "experts", "--keep", 0.5),
     "attention-of-moe": ("qwen3_moe", "--keep", 0.5),
