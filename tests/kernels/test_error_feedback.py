@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lestd_kernels.linalg.error_feedback import (
     _BLOCK,
-    _DAMPING,
+    DAMPING,
     inverse_factor,
     largest,
     prune,
@@ -32,7 +32,7 @@ def problem(rows: int, columns: int) -> tuple[Tensor, Tensor]:
 
 def damped(gram: Tensor) -> np.ndarray:
     G = gram.double().numpy()
-    return G / np.diag(G).mean() + _DAMPING * np.eye(len(G))
+    return G / np.diag(G).mean() + DAMPING * np.eye(len(G))
 
 
 def feed_back(W: np.ndarray, C: np.ndarray, i: int, error: np.ndarray) -> None:

@@ -23,7 +23,7 @@ from lestd_kernels.errors import LestdError
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.evaluation import perplexity
 from orchestrator.evaluation.model import open_model
-from orchestrator.evaluation.perplexity import Evaluation, _pieces
+from orchestrator.evaluation.perplexity import Evaluation, cut
 from orchestrator.evaluation.records import open_models
 from orchestrator.execution.executor import Executor, Listener, WorkerSpec
 from orchestrator.execution.open import open_executor
@@ -94,7 +94,7 @@ def test_window_nll_is_the_float64_log_softmax(
 def test_every_token_but_the_first_is_predicted_once_in_its_window(
     tokens: int, length: int
 ) -> None:
-    pieces = _pieces(list(range(tokens)), length)
+    pieces = cut(list(range(tokens)), length)
     windows = [index for piece in pieces for index in piece.windows]
     contents = [ids for piece in pieces for ids in piece.token_ids]
     assert windows == list(range(len(windows)))
