@@ -35,7 +35,7 @@ Which models LeSTD compresses, and what of each. `lestd plan MODEL` says the sam
   gptq, watersic, sparsegpt, wanda, magnitude, auto. The others leave out what belongs to no block.
 
 Of tiny models of Transformers {version}; `tests/end_to_end/test_every_family.py` compresses each of
-them, loads the result in a fresh process, and finds the logits and tokens of its dense export.
+them, loads the result in a fresh process, and compares logits and tokens with its dense export.
 
 """
 
