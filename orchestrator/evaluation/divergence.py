@@ -9,7 +9,6 @@ every finished one is kept.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -21,7 +20,7 @@ from typing import Any
 from lestd_kernels.errors import LestdError
 from orchestrator.console import output
 from orchestrator.evaluation.model import EvaluationModel, require_positive, worker_spec
-from orchestrator.evaluation.perplexity import cut, read_tokens
+from orchestrator.evaluation.perplexity import cut, read_tokens, text_settings
 from orchestrator.evaluation.pieces import EvaluationDirectory, run_pieces
 from orchestrator.evaluation.records import (
     ModelFacts,
@@ -36,7 +35,7 @@ from orchestrator.manifest.schemas import DIVERGENCE_TASK
 from workers.contracts import Failure
 from workers.evaluation.contracts import DivergenceRequest, DivergenceResult
 from workers.evaluation.divergence import DivergenceWorker
-from workers.storage.files import AnyPath, file_sha256
+from workers.storage.files import AnyPath
 from workers.storage.names import MANIFEST_DIR
 
 _TASK_VERSION = "1"
@@ -137,17 +136,8 @@ def measure_divergence(
     if device == "auto":
         device = "cuda" if executor.has_cuda() else "cpu"
     dtype = "float32" if dtype == "auto" else dtype
-    settings = {
-        "text": text_path.name,
-        "text_sha256": file_sha256(text_path),
-        "token_ids_sha256": hashlib.sha256(json.dumps(token_ids).encode()).hexdigest(),
-        "tokenizer_sha256": facts.tokenizer_sha256,
-        "against": dense[1].model_id,
-        "blocks": chosen,
-        "window": length,
-        "windows": -(-(len(token_ids) - 1) // length),
-        "threads": threads,
-    }
+    settings = text_settings(facts, text_path, token_ids, length, threads)
+    settings |= {"against": dense[1].model_id, "blocks": chosen}
     deciding = {
         "task": DIVERGENCE_TASK,
         "task_version": _TASK_VERSION,

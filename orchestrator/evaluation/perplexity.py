@@ -158,16 +158,7 @@ def evaluate(
     if device == "auto":
         device = "cuda" if executor.has_cuda() else "cpu"
     dtype = resolve_dtype(model.directory, dtype, device)
-    token_ids_sha256 = hashlib.sha256(json.dumps(token_ids).encode()).hexdigest()
-    settings = {
-        "text": text_path.name,
-        "text_sha256": file_sha256(text_path),
-        "token_ids_sha256": token_ids_sha256,
-        "tokenizer_sha256": facts.tokenizer_sha256,
-        "window": length,
-        "windows": windows,
-        "threads": threads,
-    }
+    settings = text_settings(facts, text_path, token_ids, length, threads)
     deciding = {
         "task": TEXT_TASK,
         "task_version": _TASK_VERSION,
@@ -208,7 +199,7 @@ def evaluate(
         words=words,
         windows=windows,
         window_length=length,
-        token_ids_sha256=token_ids_sha256,
+        token_ids_sha256=settings["token_ids_sha256"],
         window_scores=tuple(scores),
         dtype=dtype,
         device=device,
@@ -261,6 +252,21 @@ def read_tokens(model: EvaluationModel, path: Path) -> tuple[str, list[int]]:
             f"vocab_size is {model.vocabulary}; the tokenizer files belong to another model"
         )
     return text, token_ids
+
+
+def text_settings(
+    facts: ModelFacts, text_path: Path, token_ids: list[int], length: int, threads: int
+) -> dict[str, Any]:
+    """The settings of an evaluation on windows of a text, which decide its figures."""
+    return {
+        "text": text_path.name,
+        "text_sha256": file_sha256(text_path),
+        "token_ids_sha256": hashlib.sha256(json.dumps(token_ids).encode()).hexdigest(),
+        "tokenizer_sha256": facts.tokenizer_sha256,
+        "window": length,
+        "windows": -(-(len(token_ids) - 1) // length),
+        "threads": threads,
+    }
 
 
 def cut(token_ids: list[int], length: int) -> list[EvalRequest]:
