@@ -94,7 +94,8 @@ def main() -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(dense)
         del model
-        settings = ("--keep", options.keep, "--executor", "serial", "--out", compressed)
+        settings = ("--metric", "weight", "--keep", options.keep)
+        settings += ("--executor", "serial", "--out", compressed)
         command = [sys.executable, "-m", "orchestrator", "compress", dense, *settings]
         subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL, check=True)
 

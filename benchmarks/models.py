@@ -75,7 +75,16 @@ def main() -> None:
                     run(MAKE_CHECKPOINT, *shape, "--out", dense)
             for keep in options.keeps:
                 out = work / f"{model if dense == EXAMPLE else dense.name}-keep-{keep}"
-                settings = ("--keep", keep, "--executor", "serial", "--threads", os.cpu_count())
+                settings = (
+                    "--metric",
+                    "weight",
+                    "--keep",
+                    keep,
+                    "--executor",
+                    "serial",
+                    "--threads",
+                    os.cpu_count(),
+                )
                 run("-m", "orchestrator", "compress", dense, *settings, "--out", out, "--json")
                 for threads in options.threads:
                     timing = ("--threads", threads, "--device", options.device)

@@ -162,6 +162,8 @@ def main() -> None:
             command = [sys.executable, str(MAKE_CHECKPOINT), *shape, "--out", str(model)]
             subprocess.run(command, check=True, stdout=sys.stderr)
         settings = [
+            "--metric",
+            "weight",
             "--keep",
             options.keep,
             "--threads",

@@ -21,6 +21,10 @@ from lestd_kernels.linalg.stage1 import Ranks
 from lestd_kernels.linalg.stage2 import gram_factors, one_shot, prune_refit, refit_targets
 from lestd_kernels.methods import lestd_in_metric
 from lestd_kernels.methods.common.base import (
+    ACTIVATION,
+    LOSS,
+    NORM,
+    WEIGHT,
     Bounds,
     Decomposed,
     Group,
@@ -39,7 +43,6 @@ from lestd_kernels.methods.common.shared_basis import (
     workspace_bytes,
 )
 from lestd_kernels.methods.common.stopwatch import Stopwatch
-from lestd_kernels.options import METRICS
 from lestd_kernels.search.budget import GroupShape, Limits, rank_grid, require_feasible
 from lestd_kernels.search.tucker_ranks import search_sparse
 from lestd_kernels.search.two_of_four import (
@@ -246,4 +249,12 @@ def _least_bytes_any(layout: GroupLayout, value_dtype: torch.dtype, args: Method
     return chosen(layout, value_dtype, args)
 
 
-METHOD = Method("lestd", _prepare_any, _encode_any, _bounds_any, _least_bytes_any, METRICS)
+METHOD = Method(
+    "lestd",
+    _prepare_any,
+    _encode_any,
+    _bounds_any,
+    _least_bytes_any,
+    (NORM, WEIGHT, ACTIVATION, LOSS),
+    weight_options=lestd_in_metric.WEIGHT_OPTIONS,
+)

@@ -50,6 +50,15 @@ from lestd_kernels.tensorize import PROJECTIONS, BasisSide, GroupLayout, ModuleL
 U1_OUTPUT_NAME = "lestd_u1_output"
 _NAMES: dict[BasisSide, str] = {"input": U1_NAME, "output": U1_OUTPUT_NAME}
 _RANKS: dict[BasisSide, str] = {"input": "R1", "output": "R1_output"}
+WEIGHT_OPTIONS = (
+    "type_mode",
+    "stage2",
+    "pattern",
+    "keep_outliers",
+    "alpha",
+    "hooi_tol",
+    "hooi_max_iter",
+)
 
 
 def serves(layout: GroupLayout, args: MethodArgs) -> bool:
@@ -97,7 +106,7 @@ def side_shape(
 def _shapes(
     layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs
 ) -> dict[BasisSide, SidedShape]:
-    for option in ("type_mode", "stage2", "pattern", "keep_outliers"):
+    for option in WEIGHT_OPTIONS:
         expected, found = getattr(MethodArgs(), option), getattr(args, option)
         if found != expected:
             raise LestdError(

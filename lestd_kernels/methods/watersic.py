@@ -354,6 +354,6 @@ METHOD = Method(
     encode,
     bounds,
     least_bytes,
-    (WEIGHT, NORM, ACTIVATION, LOSS),
+    (NORM, WEIGHT, ACTIVATION, LOSS),
     per_matrix=True,
 )

@@ -127,7 +127,8 @@ class MethodChoice:
             "Norm of the error: weight (Frobenius), norm (scaled by the preceding norm), "
             "activation (of the outputs on the calibration text), loss (of the model's "
             "predictions there, in nats per token).",
-            default="activation with --calibrate-on, else the method's own",
+            default="activation with --calibrate-on, else norm for lestd and watersic, and for "
+            "others the first that docs/methods.md names",
         ),
     ] = None
 

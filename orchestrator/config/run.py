@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from lestd_kernels.errors import LestdError
-from lestd_kernels.methods import ACTIVATION, CALIBRATED, LOSS, METHODS, MethodArgs
+from lestd_kernels.methods import ACTIVATION, CALIBRATED, LOSS, METHODS, WEIGHT, MethodArgs
 from lestd_kernels.options import MethodOptions
 from orchestrator.config.files import Strict, load_yaml, option_name, typed, validated
 from orchestrator.config.layers import check_layers, parse_layers
@@ -124,8 +124,12 @@ class RunConfig(
         known = METHODS[self.method].metrics
         if self.target_loss is not None and LOSS in known:
             return LOSS
-        calibrated = self.calibrate_on is not None and ACTIVATION in known
-        return ACTIVATION if calibrated else known[0]
+        if self.calibrate_on is not None and ACTIVATION in known:
+            return ACTIVATION
+        plain = MethodArgs()
+        only = METHODS[self.method].weight_options
+        given = any(getattr(self, option) != getattr(plain, option) for option in only)
+        return WEIGHT if given else known[0]
 
     @property
     def used_allocation(self) -> str:

@@ -33,7 +33,7 @@ def model_card(
         rows=rows,
         method=rows[0]["method"],
         pattern=rows[0]["pattern"],
-        metric=rows[0]["metric"],
+        metric=" or ".join(sorted({row["metric"] for row in rows})),
         value_bits=rows[0]["value_bits"],
         factor_bits=rows[0]["factor_bits"],
         expected_loss=total_expected_loss(rows),

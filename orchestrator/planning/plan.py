@@ -16,7 +16,7 @@ import torch
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.shared_tucker import FORMAT_VERSION
-from lestd_kernels.methods import CALIBRATED, METHODS, NORM, Bounds, MethodArgs
+from lestd_kernels.methods import CALIBRATED, METHODS, NORM, WEIGHT, Bounds, MethodArgs
 from orchestrator.architectures import LeftDense, SliceGroup, Structure
 from orchestrator.config.run import RunConfig, scope_keep
 from orchestrator.planning.allocation import curve_budgets
@@ -211,7 +211,7 @@ def make_plan(source: Source, config: RunConfig) -> Plan:
     architecture = source.architecture
     groups = architecture.groups(source.config, source.index, config.scope)
     groups = of_method(named_groups(groups, config), config)
-    if config.used_metric == NORM:
+    if config.metric == NORM:
         require_norms(groups)
     chosen = set(config.select_layers(group.layer for group in groups))
     groups = [group for group in groups if group.layer in chosen]
@@ -249,6 +249,8 @@ def _plan_task(
 ) -> PlannedTask:
     dense_bytes = sum(ref.stored_bytes for ref in group.tensors.values())
     dtype, args = DTYPES[next(iter(group.tensors.values())).dtype], config.method_args()
+    if args.metric == NORM and not group.norms:  # By default the metric of those that have one.
+        args = replace(args, metric=WEIGHT)
     task = Task(
         task_id="",
         layer=group.layer,
@@ -262,7 +264,7 @@ def _plan_task(
         value_dtype=str(dtype).removeprefix("torch."),
         predicted_memory_bytes=0,
         scope=group.scope,
-        metric_tensors=group.norms if config.used_metric == NORM else {},
+        metric_tensors=group.norms if args.metric == NORM else {},
         metric_digest=metric_digest,
         dense_prefix=group.dense_prefix,
     )

@@ -110,7 +110,7 @@ def fingerprint(source: Source, config: RunConfig, device: str) -> dict[str, Any
     came to mean.
     """
     chosen = config.model_dump(mode="json")
-    chosen |= {"device": device, "allocation": config.used_allocation}
+    chosen |= {"device": device, "allocation": config.used_allocation, "metric": config.used_metric}
     if config.used_metric in CALIBRATED:
         chosen["calibrate_on"] = calibration_digest(config)
     else:  # A text that nothing is computed with, as a comparison gives to all of its methods.

@@ -21,6 +21,9 @@ import lestd_kernels  # noqa: F401 - registers the format
 
 SERIAL = ("--executor", "serial")
 
+WEIGHT = ("--metric", "weight")
+"""One Tucker decomposition of Q, K, V and O."""
+
 
 def compress(model: Path, out: Path, *options: object) -> Path:
     result = lestd("compress", model, "--out", out, *SERIAL, *options)
@@ -64,9 +67,12 @@ def test_the_demo_model_meets_its_budget_on_disk_and_loads(
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [(family, ("--keep", "0.6")) for family in FAMILIES]
+    [(family, ("--keep", "0.6", *WEIGHT)) for family in FAMILIES]
     + [(family, ("--keep", "0.5", "--type-mode", "learned")) for family in MHA_FAMILIES]
-    + [("qwen3", ("--keep", "0.7", "--method", "tucker")), ("llama-gqa", ("--keep", "0.3"))],
+    + [
+        ("qwen3", ("--keep", "0.7", "--method", "tucker")),
+        ("llama-gqa", ("--keep", "0.3", *WEIGHT)),
+    ],
 )
 def test_logits_equal_those_of_the_dense_model_with_the_reconstruction(
     tmp_path: Path, family: str, options: tuple[str, ...]
@@ -126,12 +132,12 @@ def test_a_model_of_the_hub(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("options", [("--keep", 0.5), ("--keep", 0.5, "--type-mode", "learned")])
+@pytest.mark.parametrize("options", [WEIGHT, ("--type-mode", "learned")])
 def test_the_manifest_states_what_is_on_disk(
     tmp_path: Path, dtype: torch.dtype, options: tuple[object, ...]
 ) -> None:
     source = save_tiny("gptj", tmp_path / "source", dtype=dtype)
-    out = compress(source, tmp_path / "out", *options)
+    out = compress(source, tmp_path / "out", "--keep", 0.5, *options)
     original, (_, replaced) = all_tensors(source), put_back(source, out)
     slices = pq.read_table(out / "manifest" / "slices.parquet").to_pylist()
     for row in groups(out):
@@ -212,8 +218,8 @@ def test_keep_model_is_met_by_the_whole_model(tiny_llama: Path, tmp_path: Path) 
 
 
 def test_plan_states_what_compress_then_does(tiny_llama: Path, tmp_path: Path) -> None:
-    planned = json.loads(lestd("plan", tiny_llama, "--keep", 0.4, "--json").out)
-    out = compress(tiny_llama, tmp_path / "out", "--keep", 0.4)
+    planned = json.loads(lestd("plan", tiny_llama, "--keep", 0.4, *WEIGHT, "--json").out)
+    out = compress(tiny_llama, tmp_path / "out", "--keep", 0.4, *WEIGHT)
     rows = groups(out)
     assert [p["task_id"] for p in planned["layers"]] == [row["task_id"] for row in rows]
     for layer, row in zip(planned["layers"], rows, strict=True):
