@@ -10,8 +10,9 @@ from support.families import CONFIGS, attention_groups, random_tucker, save_tiny
 
 
 def compress_example(model: Path, out: Path) -> Path:
-    """Compress by the command line: with manifest, tokenizer and model card."""
-    run = lestd("compress", model, "--keep", 0.4, "--out", out, "--executor", "serial")
+    """Compress by the command line, to a shared Tucker form: with manifest, tokenizer and card."""
+    options = ("--metric", "weight", "--keep", 0.4, "--executor", "serial")
+    run = lestd("compress", model, *options, "--out", out)
     assert run.code == 0, run.err
     return out
 

@@ -354,7 +354,8 @@ def test_what_nothing_was_finished_of_is_started_over_and_said_so(
 ) -> None:
     model = shutil.copytree(place.model, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
-    command = compress(place, "--keep", 0.9, "--out", tmp_path / "out", model=model)
+    options = ("--metric", "weight", "--keep", 0.9, "--out", tmp_path / "out")
+    command = compress(place, *options, model=model)
 
     def save(dtype: torch.dtype) -> None:
         for shard in model.glob("*.safetensors"):

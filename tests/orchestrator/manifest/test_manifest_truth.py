@@ -190,12 +190,15 @@ class Case:
     dtype: torch.dtype = torch.float32
 
 
+WEIGHT = ("--metric", "weight")
 CASES = {
-    "opt: MHA, biases": Case("opt", ("--keep", "0.5"), "bitmask"),
-    "llama: GQA, biases, bf16": Case("llama-gqa", ("--keep", "0.4"), "bitmask", torch.bfloat16),
-    "mistral: one key/value head": Case("mistral", ("--keep", "0.3"), "bitmask"),
-    "qwen3: heads wider than the model": Case("qwen3", ("--keep", "0.6"), "bitmask"),
-    "gpt_neox: fused": Case("gpt_neox", ("--keep", "0.4"), "bitmask", torch.float16),
+    "opt: MHA, biases": Case("opt", ("--keep", "0.5", *WEIGHT), "bitmask"),
+    "llama: GQA, biases, bf16": Case(
+        "llama-gqa", ("--keep", "0.4", *WEIGHT), "bitmask", torch.bfloat16
+    ),
+    "mistral: one key/value head": Case("mistral", ("--keep", "0.3", *WEIGHT), "bitmask"),
+    "qwen3: heads wider than the model": Case("qwen3", ("--keep", "0.6", *WEIGHT), "bitmask"),
+    "gpt_neox: fused": Case("gpt_neox", ("--keep", "0.4", *WEIGHT), "bitmask", torch.float16),
     "learned": Case("gptj", ("--keep", "0.5", "--type-mode", "learned"), "bitmask"),
     "learned, fused": Case("gpt_neox", ("--keep", "0.3", "--type-mode", "learned"), "bitmask"),
     "tucker": Case("llama-gqa", ("--keep", "0.5", "--method", "tucker"), "dense"),
@@ -204,10 +207,10 @@ CASES = {
     ),
     "2:4": Case("qwen2", ("--keep", "0.7", "--pattern", "2:4"), "bitmask"),
     "2:4, bf16": Case("opt", ("--keep", "0.8", "--pattern", "2:4"), "bitmask", torch.bfloat16),
-    "global": Case("opt", ("--keep", "0.4", "--allocation", "global"), "bitmask"),
-    "sparse: 15 heads, 5 key/value heads": Case("sparse-gqa", ("--keep", "0.11"), "csr"),
+    "global": Case("opt", ("--keep", "0.4", *WEIGHT, "--allocation", "global"), "bitmask"),
+    "sparse: 15 heads, 5 key/value heads": Case("sparse-gqa", ("--keep", "0.11", *WEIGHT), "csr"),
     "sparse, learned": Case("sparse-mha", ("--keep", "0.29", "--type-mode", "learned"), "csr"),
-    "example": Case("example", ("--keep", "0.5"), "bitmask", torch.bfloat16),
+    "example": Case("example", ("--keep", "0.5", *WEIGHT), "bitmask", torch.bfloat16),
 }
 
 

@@ -173,7 +173,11 @@ def test_layers_of_one_side_are_named_and_not_counted(runs: Path) -> None:
     assert found["only_after"] == []
     assert found["common"] == 2
     changed = {one["what"]: (one["before"], one["after"]) for one in found["configuration"]}
-    assert changed == {"include": (None, "0-1"), "method": ("lestd", "tucker")}
+    assert changed == {
+        "include": (None, "0-1"),
+        "method": ("lestd", "tucker"),
+        "metric": ("norm", "weight"),
+    }
     stored = figures(found, "bytes")
     assert stored["weights in scope, stored"]["before"] == sum(
         r["stored_bytes"] for r in groups[:2]

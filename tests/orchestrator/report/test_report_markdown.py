@@ -50,7 +50,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("report")
     model = save_tiny("llama-gqa", root / "model")
     (root / "run.yaml").write_text("rank_step: 4\n")
-    options = ("--keep", 0.4, "--executor", "serial", "--config", root / "run.yaml")
+    options = ("--metric", "weight", "--keep", 0.4, "--executor", "serial")
+    options += ("--config", root / "run.yaml")
     assert lestd("compress", model, "--out", root / "out", *options).code == 0
     return root / "out"
 
