@@ -27,7 +27,8 @@ SMALL = ("--window", 64, "--batch", 8, "--max-windows", 8, "--steps", 10, "--sav
 @pytest.fixture(scope="module")
 def compressed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("recover") / "compressed"
-    result = lestd("compress", tiny_llama, "--keep", 0.2, "--executor", "serial", "--out", out)
+    options = ("--metric", "weight", "--keep", 0.2, "--executor", "serial")
+    result = lestd("compress", tiny_llama, *options, "--out", out)
     assert result.code == 0, result.err
     return out
 
