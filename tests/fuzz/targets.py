@@ -207,7 +207,9 @@ def make_pickle(place: Path) -> None:
 
 def make_described(place: Path, found: bool) -> None:
     """A dense model, and a file that says where it keeps its weights."""
-    make_checkpoint(place, "mixtral", "--keep 0.5 --architecture PLACE/architecture.json --scope all")
+    make_checkpoint(
+        place, "mixtral", "--keep 0.5 --architecture PLACE/architecture.json --scope all"
+    )
     known = load_architecture("mixtral")
     if found:
         source = resolve_source(str(place / "dense"))
