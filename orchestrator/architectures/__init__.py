@@ -52,6 +52,7 @@ from lestd_kernels.errors import LestdError
 from orchestrator.architectures.groups import LINEAR, SCOPES, Architecture, SliceGroup
 from orchestrator.architectures.structure import LeftDense, Structure
 from workers.checkpoint.tensors import ShardIndex
+from workers.storage.untrusted_files import parse_json, read_regular
 
 __all__ = [
     "LINEAR",
@@ -99,9 +100,10 @@ def read_architecture(path: Path) -> Architecture | Structure:
         LestdError: it cannot be read, or is neither of the two kinds of descriptions.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        text = read_regular(path).decode()
+        parse_json(text)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise LestdError(f"{path} cannot be read ({reason}); name a JSON file") from error
     return parse_architecture(text, str(path))
 

@@ -23,6 +23,13 @@ class Stored(_Described):
     transposed: bool = False
     concatenated: bool = False
 
+    @field_validator("part")
+    @classmethod
+    def _is_one_of(cls, part: tuple[int, int]) -> tuple[int, int]:
+        if not 0 <= part[0] < part[1]:
+            raise ValueError("must be [k, n], the k-th of n, counted from 0")
+        return part
+
     @property
     def stacked(self) -> bool:
         """Whether one tensor holds the weights of all experts along its first axis."""

@@ -29,13 +29,13 @@ whatever version of Transformers reads the model. As a JSON file::
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.tensorize import BasisSide, GroupLayout, ModuleLayout, StoredWeight
-from orchestrator.architectures.description import Stored, _Described
+from orchestrator.architectures.description import Projection, Stored, _Described
 from orchestrator.architectures.groups import (
     BLOCK_NAMES,
     LINEAR,
@@ -46,14 +46,19 @@ from orchestrator.architectures.groups import (
 )
 from workers.checkpoint.tensors import ShardIndex
 
+_MATRICES = 8
+"""Of the largest size that a block has, at most."""
+
 
 class FoundModule(_Described):
     """One linear module of a block."""
 
     name: str
     basis_side: BasisSide
-    slices: tuple[tuple[str, int], ...] = Field(min_length=1)
-    repeat: int = 1
+    slices: tuple[tuple[Projection | Literal["linear"], Annotated[int, Field(ge=1)]], ...] = Field(
+        min_length=1
+    )
+    repeat: int = Field(default=1, ge=1)
     stored: Stored | None = None
 
 
@@ -80,6 +85,11 @@ class FoundBlock(_Described):
             for module in self.modules
         ]
         return GroupLayout(self.width, self.head_dim, tuple(modules), self.guard)
+
+    def slice_count(self) -> int:
+        """Number of slices, without enumerating them."""
+        of_one = (m.repeat * sum(count for _, count in m.slices) for m in self.modules)
+        return self.experts * sum(of_one)
 
     def _module(self, module: FoundModule, expert: int) -> ModuleLayout:
         is_input = module.basis_side == "input"
@@ -131,6 +141,14 @@ class Structure(_Described):
                 f"in this {self.family} model" + (f" ({why})" if why else "") + "; choose "
                 f"{', '.join([*present, 'all'])}"
             )
+        # Every slice has a row or a column of one of the block's matrices for itself.
+        room = max([0, *(size for ref in index.tensors.values() for size in ref.shape)])
+        for block in chosen:
+            if (count := block.slice_count()) > _MATRICES * max(room, len(index.tensors)):
+                raise LestdError(
+                    f"the architecture has {count} slices in {block.path}, more than the tensors "
+                    "have room for; use the one that belongs to the weights"
+                )
         groups = [group for block in chosen for group in _groups(block, index)]
         kinds = get_args(Kind)
         return sorted(groups, key=lambda group: (group.layer, kinds.index(group.scope)))

@@ -121,7 +121,7 @@ def audit(
     """
     keeps = check_keeps(keeps)
     architecture = source.architecture
-    groups = architecture.groups(source.config, source.index, config.scope)
+    groups = source.groups(config.scope)
     groups = [one for one in named_groups(groups, config) if one.scope != LINEAR]
     if not groups:
         raise LestdError(

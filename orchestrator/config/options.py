@@ -86,7 +86,10 @@ class Weights:
     exclude: Annotated[str | None, WHAT("All layers except these.")] = None
     targets: Annotated[
         str | None,
-        WHAT("Only blocks whose path, or that of a matrix of theirs, matches this expression."),
+        WHAT(
+            "Only blocks whose path, or that of a matrix of theirs, matches this expression (of "
+            "RE2)."
+        ),
     ] = None
     ignore: Annotated[str | None, WHAT("All blocks except those that match this one.")] = None
 

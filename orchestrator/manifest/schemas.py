@@ -125,20 +125,20 @@ _TASK = (
 )
 _SOURCE = (
     Column("tensors", _TEXTS, "names of the source tensors"),
-    Column("method", _TEXT, "name of the method"),
+    Column("method", _TEXT, "name of the method", required=True),
     Column("pattern", _TEXT, "where core elements may be kept: unstructured or 2:4"),
 )
 _SECONDS = (
-    Column("seconds_read", _REAL, "reading and unfolding the weights", "seconds"),
-    Column("seconds_stage1", _REAL, "Stage I: HOSVD and HOOI", "seconds"),
-    Column("seconds_rank_search", _REAL, "choosing the ranks", "seconds"),
-    Column("seconds_stage2", _REAL, "Stage II: pruning, refit, encoding", "seconds"),
-    Column("seconds_error", _REAL, "the error of the tensors as stored", "seconds"),
-    Column("seconds_write", _REAL, "writing the payload", "seconds"),
+    Column("seconds_read", _REAL, "reading and unfolding the weights", "seconds", True),
+    Column("seconds_stage1", _REAL, "Stage I: HOSVD and HOOI", "seconds", True),
+    Column("seconds_rank_search", _REAL, "choosing the ranks", "seconds", True),
+    Column("seconds_stage2", _REAL, "Stage II: pruning, refit, encoding", "seconds", True),
+    Column("seconds_error", _REAL, "the error of the tensors as stored", "seconds", True),
+    Column("seconds_write", _REAL, "writing the payload", "seconds", True),
 )
 _WORK = (
     Column("started_at", _TIME, "when the last attempt began to read", "UTC"),
-    Column("peak_memory_bytes", _LONG, "peak memory of the worker during the task", "bytes"),
+    Column("peak_memory_bytes", _LONG, "peak memory of the worker during the task", "bytes", True),
     Column("device", _TEXT, "the GPU, or the machine and its vector instructions"),
     Column("worker", _TEXT, "host:pid of the worker"),
     Column("node", _TEXT, "host name of the worker"),
@@ -155,14 +155,16 @@ GROUPS = TableSpec(
         Column("R2", _INT, "rank of mode 2, the head dimension"),
         Column("R3", _INT, "rank of mode 3, the projections; null where none is learned"),
         Column("nnz", _LONG, "stored non-zeros of the cores"),
-        Column("density", _REAL, "nnz / elements of the cores"),
+        Column("density", _REAL, "nnz / elements of the cores", required=True),
         Column("codec", _TEXT, "codecs of the cores, joined by +"),
         Column("dense_bytes", _LONG, "the source weights", "bytes", required=True, least=1),
         Column("byte_budget", _LONG, "upper bound of stored_bytes", "bytes", required=True),
         Column("stored_bytes", _LONG, "factors, core values and indices", "bytes", required=True),
-        Column("relative_error", _REAL, "||W - W_hat|| / ||W||, of the tensors as stored"),
-        Column("squared_norm", _REAL, "||W||^2", "weights^2"),
-        Column("squared_error", _REAL, "||W - W_hat||^2", "weights^2"),
+        Column(
+            "relative_error", _REAL, "||W - W_hat|| / ||W||, of the tensors as stored", "", True
+        ),
+        Column("squared_norm", _REAL, "||W||^2", "weights^2", required=True),
+        Column("squared_error", _REAL, "||W - W_hat||^2", "weights^2", required=True),
         Column("squared_energy_stage1", _REAL, "||G||^2 of the full core", "weights^2"),
         Column("squared_energy_stage2", _REAL, "||G||^2 of the stored core", "weights^2"),
         Column("threshold", _REAL, "smallest stored |g|", "weights"),
@@ -191,6 +193,7 @@ GROUPS = TableSpec(
             "scope",
             _TEXT,
             "what the block is: attention, ffn, experts or linear",
+            required=True,
             check=_is_module_path,
         ),
         Column("metric", _TEXT, "norm of the error: weight, norm, activation or loss"),
@@ -200,8 +203,8 @@ GROUPS = TableSpec(
             "bits of a core value; 16 stands for the value dtype; null where coding is entropy",
         ),
         Column("factor_bits", _INT, "bits of an element of a factor; likewise"),
-        Column("metric_squared_norm", _REAL, "||S W||^2, S the metric's root", "metric^2"),
-        Column("metric_squared_error", _REAL, "||S (W - W_hat)||^2", "metric^2"),
+        Column("metric_squared_norm", _REAL, "||S W||^2, S the metric's root", "metric^2", True),
+        Column("metric_squared_error", _REAL, "||S (W - W_hat)||^2", "metric^2", True),
         Column(
             "most_expected_squared_error",
             _REAL,
@@ -257,7 +260,7 @@ CURVES = TableSpec(
         Column("R2", _INT, "rank of mode 2 that the search chose"),
         Column("R3", _INT, "rank of mode 3 that the search chose"),
         Column("predicted_squared_error", _REAL, "||W - W_hat||^2 to expect", "weights^2", True),
-        Column("squared_norm", _REAL, "||W||^2 in the run's metric", "metric^2"),
+        Column("squared_norm", _REAL, "||W||^2 in the run's metric", "metric^2", required=True),
         Column("dense_bytes", _LONG, "the source weights", "bytes", required=True, least=1),
         Column("uniform_byte_budget", _LONG, "its budget under uniform allocation", "bytes", True),
         Column(

@@ -209,7 +209,7 @@ def make_plan(source: Source, config: RunConfig) -> Plan:
             give; a layer list that names no layer; a budget that no rank fits.
     """
     architecture = source.architecture
-    groups = architecture.groups(source.config, source.index, config.scope)
+    groups = source.groups(config.scope)
     groups = of_method(named_groups(groups, config), config)
     if config.metric == NORM:
         require_norms(groups)

@@ -21,6 +21,7 @@ from transformers import AutoConfig, PretrainedConfig
 from lestd_kernels.errors import LestdError
 from orchestrator.architectures import (
     Architecture,
+    SliceGroup,
     Structure,
     check_family,
     find_architecture,
@@ -85,6 +86,22 @@ class Source:
             LestdError: see `orchestrator.architectures.find_architecture`.
         """
         return self.given or find_architecture(self.config, self.index)
+
+    def groups(self, scope: str) -> list[SliceGroup]:
+        """The blocks in scope, by layer, found in the checkpoint and checked.
+
+        Args:
+            scope: one of `orchestrator.architectures.SCOPES`.
+
+        Raises:
+            LestdError: see `Architecture.groups`; or a given architecture is not the model's.
+        """
+        found = self.architecture.groups(self.config, self.index, scope)
+        if self.given is not None:
+            from orchestrator.architectures.given import require_modules  # Imports the modules.
+
+            require_modules(found, self.config, self.index)
+        return found
 
     def fetch_side_files(self) -> Path:
         """A local directory with the files beside the weights (see

@@ -132,6 +132,16 @@ def test_a_number_is_a_number(model: Any, values: dict[str, Any], key: str) -> N
         validated(model, given | values, "x")
 
 
+@pytest.mark.parametrize("name", ["targets", "ignore"])
+def test_an_expression_ends(name: str) -> None:
+    """With Python's own the first would take years."""
+    config = validated(RunFile, {"keep": 0.5, name: "(.+)+(.+)+(.+)+!"}, "x")
+    assert config.names("a" * 10_000, ["b" * 10_000]) == (name == "ignore")
+    for pattern in ("(", "(?=a)", "(a{1000}){1000}", "\ud800"):
+        with pytest.raises(LestdError, match=f"x: {name}: expected a regular expression of RE2"):
+            validated(RunFile, {"keep": 0.5, name: pattern}, "x")
+
+
 def test_numbers_may_have_an_exponent(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("keep: 5e-1\nhooi_tol: 1e-5\nmax_flops: 1\n")
     run = validated(RunFile, load_yaml(tmp_path / "run.yaml"), "run.yaml")

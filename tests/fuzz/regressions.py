@@ -17,7 +17,17 @@ import torch
 from damage import BOMB
 from driver import Probe, Target
 from safetensors.torch import load_file, save_file
-from targets import TARGETS, command, compress, convert, dry_run, load, plan, verify
+from targets import (
+    TARGETS,
+    command,
+    compress,
+    compress_and_load,
+    convert,
+    dry_run,
+    load,
+    plan,
+    verify,
+)
 
 Change = Callable[[Path], object]
 
@@ -35,6 +45,11 @@ def case(name: str, victim: str, probe: Probe, change: Change) -> Target:
 def text(content: str) -> Change:
     """The file has this text."""
     return lambda path: path.write_text(content)
+
+
+def replaced(old: str, new: str) -> Change:
+    """The file has another text wherever it had `old`."""
+    return lambda path: path.write_text(path.read_text().replace(old, new))
 
 
 def pipe(path: Path) -> None:
@@ -111,11 +126,18 @@ REGRESSIONS = [
     case("parts", PARTS, verify, pipe),
     case("parts", PARTS, command("compact PLACE/out"), column),
     case("parts", GROUPS, command("diff PLACE/out.run PLACE/out.run"), cell("seconds_read", 1e308)),
+    case("parts", GROUPS, compress, cell("scope", None)),
+    case("parts", "out.run/manifest/events/*", compress, cell("task_id", None)),
+    case("described", "architecture.json", compress_and_load, endless),
+    case("described", "architecture.json", compress_and_load, replaced("self_attn", "self_attn.")),
+    case("found", "architecture.json", compress_and_load, pipe),
+    case("found", "architecture.json", compress_and_load, replaced('"experts":4', '"experts":5')),
     case("payloads", "out.run/payloads/*", verify, loop),
     case("pickles", BIN, convert, tensor("\ud800", lambda: torch.ones(3))),
     case("pickles", BIN, convert, tensor("x", lambda: torch.zeros(1).expand(2**40))),
     case("pickles", BIN, convert, tensor("x", lambda: torch.ones(3, device="meta"))),
     case("pickles", BIN, convert, tensor("x", lambda: torch.ones(3, dtype=torch.cfloat).conj())),
+    case("pickles", BIN, convert, tensor("x", lambda: torch.tensor([float("nan")]))),
     case("pickles", BIN, convert, longer_storage),
     case("tensors-experts", "out/lestd-00000-*", load, guard),
 ]

@@ -21,6 +21,7 @@ from damage import json_file, tensors
 from driver import Probe, RefusedError, Target, WrongError
 from safetensors.torch import load_file, save_file
 from support.cli import digest_tree
+from support.every_family import save_any
 from support.families import CONFIGS, save_tiny
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -32,7 +33,10 @@ import lestd_kernels
 import orchestrator
 import workers
 from lestd_kernels.errors import LestdError
+from orchestrator.architectures import load_architecture
+from orchestrator.architectures.infer import infer
 from orchestrator.cli import app
+from orchestrator.source.checkpoint import resolve_source
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 TOKENS = torch.tensor([[3, 14, 15, 9, 26, 5, 35]])
@@ -101,15 +105,16 @@ def command(line: str) -> Probe:
 def compress(place: Path) -> str:
     """Compress, or continue; a model that is said to be complete verifies.
 
-    Shards of a run whose payloads are recorded do not depend on the rest of its state.
+    Shards of a run whose payloads are recorded do not depend on the rest of its state, of which
+    what tells of earlier calls cannot be made again.
     """
     out = place / "out"
     if out.exists():
         shutil.rmtree(out)
-    options = (place / "options").read_text().split()
+    options = (place / "options").read_text().replace("PLACE", str(place)).split()
     lestd("compress", str(place / "dense"), "--out", str(out), "--executor", "serial", *options)
     try:
-        lestd("verify", str(out))
+        lestd("verify", str(out), "--run-dir", str(place / "none"))
     except RefusedError as error:
         raise WrongError(f"verify finds problems in what compress made: {error}") from error
     return json.dumps({k: v for k, v in digest_tree(out).items() if k.endswith(".safetensors")})
@@ -124,9 +129,25 @@ def convert(place: Path) -> str:
     if expected.keys() != actual.keys():
         raise WrongError(f"other tensors: {expected.keys() ^ actual.keys()}")
     for name, tensor in expected.items():
-        if tensor.dtype != actual[name].dtype or not torch.equal(tensor, actual[name]):
-            raise WrongError(f"another value: {name}")
+        try:
+            torch.testing.assert_close(actual[name], tensor, rtol=0, atol=0, equal_nan=True)
+        except AssertionError as error:
+            raise WrongError(f"another value: {name}") from error
     return str({name: tensor.shape for name, tensor in actual.items()})
+
+
+def compress_and_load(place: Path) -> str:
+    """What compress says is complete loads, and runs, where the dense model does."""
+    made = compress(place)
+    try:
+        _logits(place / "dense")
+    except Exception:  # Of a config.json that makes no sense in its own way.
+        return made
+    try:
+        _logits(place / "out")
+    except LestdError as error:
+        raise WrongError(f"what compress made does not load: {error}") from error
+    return made
 
 
 def load(place: Path) -> str:
@@ -162,7 +183,8 @@ def _logits(out: Path) -> list[torch.Tensor]:
 
 def make_checkpoint(place: Path, family: str, options: str) -> None:
     """A dense model with a tokenizer and a card, and the files of configuration for it."""
-    dense = save_tiny(family, place / "dense")
+    save = save_tiny if family in CONFIGS else save_any
+    dense = save(family, place / "dense")
     tokenizer = Tokenizer(WordLevel(WORDS, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.save(str(dense / "tokenizer.json"))
@@ -188,6 +210,18 @@ def make_pickle(place: Path) -> None:
     (dense / "model.safetensors").unlink()
 
 
+def make_described(place: Path, found: bool) -> None:
+    """A dense model, and a file that says where it keeps its weights."""
+    make_checkpoint(
+        place, "mixtral", "--keep 0.5 --architecture PLACE/architecture.json --scope all"
+    )
+    known = load_architecture("mixtral")
+    if found:
+        source = resolve_source(str(place / "dense"))
+        known = infer(source.config, source.index)
+    (place / "architecture.json").write_text(known.model_dump_json())
+
+
 def make_cleaned(place: Path) -> None:
     """A compressed model without its run."""
     make_model(place, *MODELS["lestd"])
@@ -201,17 +235,22 @@ MODELS = {
     "bits": ("qwen3", "--keep 0.4 --value-bits 4 --keep-outliers 0.01"),
     "chain": ("opt", "--keep 0.4 --method tt"),
     "experts": ("mixtral", "--keep 0.4 --method td_moe --scope experts"),
+    "coded": ("llama", "--keep 0.2 --method watersic --metric weight"),
     "rtn": ("gpt_neox", "--keep 0.4 --method rtn --value-bits 4 --scope all"),
 }
 """Family and options of the compressed models, named for what their payloads hold."""
 BASES: dict[str, Callable[[Path], None]] = {
     "checkpoint": partial(make_checkpoint, family="llama", options="--keep 0.5"),
+    "inferred": partial(make_checkpoint, family="qwen2_moe", options="--keep 0.5 --scope all"),
+    "described": partial(make_described, found=False),
+    "found": partial(make_described, found=True),
     "pickles": make_pickle,
     "cleaned": make_cleaned,
     **{name: partial(make_model, family=one[0], options=one[1]) for name, one in MODELS.items()},
 }
 
 plan = command("plan PLACE/dense --config PLACE/run.yaml --json")
+plan_all = command("plan PLACE/dense --keep 0.5 --scope all --json")
 dry_run = command(
     "compress PLACE/dense --out PLACE/out --keep 0.5 --dry-run --executor serial "
     "--cluster PLACE/cluster.yaml"
@@ -248,6 +287,9 @@ TARGETS = [
     Target("headers", "checkpoint", ("dense/*.safetensors",), (plan, plan, compress)),
     Target("indices", "checkpoint", ("dense/*.index.json",), (plan, plan, compress)),
     Target("configs", "checkpoint", ("dense/config.json",), (plan, plan, compress)),
+    Target("inferred", "inferred", ("dense/config.json",), (plan_all, compress_and_load)),
+    Target("described", "described", ("architecture.json",), (compress_and_load,)),
+    Target("found", "found", ("architecture.json",), (compress_and_load,)),
     Target("side-files", "checkpoint", ("dense/[gt]*.json",), (compress,)),
     Target("cards", "checkpoint", ("dense/README.md",), (compress,)),
     Target("run-files", "checkpoint", ("run.yaml",), (plan,)),

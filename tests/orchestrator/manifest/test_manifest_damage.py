@@ -110,6 +110,32 @@ def test_a_task_whose_rows_are_damaged_is_named_and_done_again(
     ]
 
 
+@pytest.mark.parametrize(
+    "rows", [slice(1), pytest.param(slice(None), marks=pytest.mark.slow)], ids=["one", "all"]
+)
+def test_what_may_be_null_stops_no_command(rows: slice, finished: Path, tmp_path: Path) -> None:
+    """All columns but those that are never null, in the first row of a file or in all."""
+    shutil.copytree(finished, tmp_path / "copy")
+    out, run = tmp_path / "copy" / "out", tmp_path / "copy" / "out.run"
+    for name, spec in TABLES.items():
+        for part in sorted((run / "manifest" / name).glob("*.parquet"))[rows]:
+            kept = [column.name for column in spec.columns if column.required]
+            whole = pq.read_table(part, partitioning=None).select(kept).to_pylist()
+            pq.write_table(pa.Table.from_pylist(whole, schema=spec.schema), part)
+    shutil.rmtree(out)
+    options = (*TASKS, "--config", finished / "run.yaml", "--json")
+    again = lestd("compress", finished / "model", "--out", out, *options)
+    assert json.loads(again.out)["finished_before"] == 3
+    for where in (out, run):
+        page = ("--format", "md", "--out", tmp_path / "report.md")
+        for command in (("report", where, *page), ("diff", where, finished / "out", "--all")):
+            done = lestd(*command)
+            assert done.code == 0, done.err
+    for command in (("status", out), ("verify", out)):
+        done = lestd(*command)
+        assert done.code == 0, done.err
+
+
 @pytest.mark.parametrize("table", ["groups", "slices", "curves"])
 def test_a_damaged_table_of_a_model_is_named(table: str, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "out", tmp_path / "out")
