@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from lestd_kernels.backends import rans_lanes
 from lestd_kernels.storage import rans
 from lestd_kernels.storage.packed_integers import PackedIntegers
 
@@ -43,12 +44,16 @@ def main() -> None:
         packed = PackedIntegers.pack(integers)
         weights = size * size
         coding = seconds(lambda numbers=numbers: rans.encode(numbers))
-        decoding = seconds(lambda stream=stream: rans.decode([(stream, size, size)]))
+        decoding, plain = (
+            seconds(lambda stream=stream, by=by: rans.decode([(stream, size, size)], lanes=by))
+            for by in (rans_lanes.compiled(), None)
+        )
         packing = seconds(lambda integers=integers: PackedIntegers.pack(integers))
         print(
             f"{8 * len(stream) / weights:.2f} bits on disk, "
             f"{8 * packed.packed_bytes / weights:.2f} in memory; million numbers per second: "
-            f"coded {weights / coding / 1e6:.1f}, decoded {weights / decoding / 1e6:.1f}, "
+            f"coded {weights / coding / 1e6:.1f}, decoded {weights / decoding / 1e6:.1f} "
+            f"(by numpy {weights / plain / 1e6:.1f}), "
             f"decoded and packed {weights / (decoding + packing) / 1e6:.1f}"
         )
 

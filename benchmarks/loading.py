@@ -1,6 +1,8 @@
 """Loading: seconds and private memory per stored byte, compressed against dense.
 
     python benchmarks/loading.py               prints the table in Markdown
+    python benchmarks/loading.py --method watersic --against rtn --keep 0.2
+                                               against another compressed form instead of dense
 
 Makes a Llama of random weights whose bytes are nearly all in attention, by default four blocks of
 the size of Llama-2-7B's, compresses it with the command `lestd`, and loads both in turn, each time
@@ -46,7 +48,7 @@ for name, dtype in (("as stored", "auto"), ("converted", torch.float32)):
     before, start = private(), time.perf_counter()
     model = load(dtype)
     loaded = time.perf_counter() - start
-    tensors = list(model.state_dict().values())
+    tensors = [*model.parameters(), *model.buffers()]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     figures[f"private memory, {name}"] = (private() - before) / size
     if dtype == "auto":
@@ -77,11 +79,13 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=4096, help="(default: %(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="(default: %(default)s)")
     parser.add_argument("--keep", default="0.6", help="(default: %(default)s)")
+    parser.add_argument("--method", default="lestd", help="(default: %(default)s)")
+    parser.add_argument("--against", help="another method; the dense model where there is none")
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as scratch:
-        dense, compressed = Path(scratch, "dense"), Path(scratch, "compressed")
+        dense = Path(scratch, "dense")
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=256,
@@ -94,26 +98,29 @@ def main() -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(dense)
         del model
-        settings = ("--metric", "weight", "--keep", options.keep)
-        settings += ("--executor", "serial", "--out", compressed)
-        command = [sys.executable, "-m", "orchestrator", "compress", dense, *settings]
-        subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL, check=True)
+        reference = options.against or "dense"
+        directories = {"dense": dense}
+        for method in filter(None, (options.against, options.method)):
+            directories[method] = Path(scratch, method)
+            settings = ("--method", method, "--keep", options.keep, "--executor", "serial")
+            command = [sys.executable, "-m", "orchestrator", "compress", dense, *settings]
+            command += ["--out", directories[method]]
+            subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL, check=True)
 
         figures: dict[str, defaultdict[str, list[float]]] = {
-            "dense": defaultdict(list),
-            "compressed": defaultdict(list),
+            name: defaultdict(list) for name in (reference, options.method)
         }
         for _ in range(options.rounds):
-            for name, directory in (("dense", dense), ("compressed", compressed)):
+            for name, directory in ((name, directories[name]) for name in figures):
                 for figure, value in measure(directory).items():
                     figures[name][figure].append(value)
     medians = {n: {k: median(v) for k, v in values.items()} for n, values in figures.items()}
 
-    print("| median of rounds | dense | compressed | ratio | ratio per byte |")
+    print(f"| median of rounds | {reference} | {options.method} | ratio | ratio per byte |")
     print(f"|{' --- |' * 5}")
-    in_bytes = medians["compressed"]["bytes"] / medians["dense"]["bytes"]
-    for figure, value in medians["dense"].items():
-        other = medians["compressed"][figure]
+    in_bytes = medians[options.method]["bytes"] / medians[reference]["bytes"]
+    for figure, value in medians[reference].items():
+        other = medians[options.method][figure]
         if figure == "bytes":
             cells = (f"{value:,.0f}", f"{other:,.0f}", f"{in_bytes:.3f}", "")
         elif figure.startswith("private"):

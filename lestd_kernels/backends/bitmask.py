@@ -3,10 +3,10 @@
 More tokens multiply tiles of M that are expanded one after the other and stay in the cache. M never
 exists as a whole.
 
-The kernel is C++ (`bitmask.h`, `bitmask*.cpp`), compiled on first use with PyTorch's own tooling,
-several files at a time, and cached where PyTorch caches extensions (``TORCH_EXTENSIONS_DIR``). It
-needs a C++ compiler and ninja; where there is none, or compiling fails, one warning says so and
-`eager` does the work.
+The kernel is C++ (`bitmask.h`, `*.cpp`; with it what decodes coded numbers), compiled on first use
+with PyTorch's own tooling, several files at a time, and cached where PyTorch caches extensions
+(``TORCH_EXTENSIONS_DIR``). It needs a C++ compiler and ninja; where there is none, or compiling
+fails, one warning says so and `eager` does the work.
 
 Results do not depend on the number of threads. Where the CPU has no arithmetic for 16-bit values,
 they are multiplied in float32, tile by tile.
@@ -34,7 +34,7 @@ from lestd_kernels.storage.matrix import EncodedCore
 
 _NAME = "lestd_bitmask"
 _HEADERS = sorted(Path(__file__).parent.glob("bitmask*.h"))
-_SOURCES = sorted(Path(__file__).parent.glob("bitmask*.cpp"))  # the one that takes longest is first
+_SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))  # the one that takes longest is first
 # GCC would keep the pointers to several rows in one vector register, and take them out again.
 _FLAGS = ["-O3", "-fopenmp", "-fno-tree-slp-vectorize"]
 _VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -96,7 +96,8 @@ def _load_once() -> bool:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(
             f"lestd: the kernel for packed cores could not be compiled or loaded ({reason}); "
-            "products take the plain PyTorch path, which is slow for one token. Install a C++ "
+            "products take the plain PyTorch path, which is slow for one token, and coded numbers "
+            "that of numpy. Install a C++ "
             f"compiler and ninja, delete {_NAME}-* from PyTorch's cache of extensions if another "
             "system built it, or trade memory for speed with "
             "lestd_kernels.set_backend(model, 'dense_core').",

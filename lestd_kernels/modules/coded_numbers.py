@@ -1,23 +1,28 @@
 """The whole numbers of a coded matrix: loaded as a stream, and packed in few bits from then on.
 
-Decoding is done once, for all matrices of a model side by side. What is saved is the stream again:
+Decoding is done once, for many matrices of a model side by side. What is saved is the stream again:
 coding is deterministic, so that it is the one that was loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lestd_kernels import backends
+from lestd_kernels.backends import rans_lanes
 from lestd_kernels.storage import rans
 from lestd_kernels.storage.matrix import EncodedCore
 from lestd_kernels.storage.packed_integers import PackedIntegers
+from lestd_kernels.storage.rans_stream import Bytes, Numbers
 
 _STREAM = "stream"
+_ELEMENTS_OF_A_THREAD = 1 << 24
 
 
 class CodedNumbers(nn.Module):
@@ -119,25 +124,48 @@ class CodedNumbers(nn.Module):
 
 
 def decode_all(modules: Sequence[tuple[str, CodedNumbers]]) -> None:
-    """Decode and pack what waits among named modules.
+    """Decode and pack what waits among named modules, so many at a time that memory stays small.
 
     Raises:
         ValueError: a stream is damaged; says whose.
     """
     waiting = [(name, module) for name, module in modules if module.waits]
-    try:
-        coded = [_coded(module) for _, module in waiting]
-        decoded = rans.decode(coded, torch.get_num_threads())
-    except ValueError:
-        for name, module in waiting:
+    if not waiting:
+        return
+    lanes, threads = rans_lanes.compiled(), torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        for some in _parts(waiting, _ELEMENTS_OF_A_THREAD * threads):
             try:
-                rans.decode([_coded(module)])
-            except ValueError as error:
-                raise ValueError(f"{name} is damaged, {error}") from error
-        raise
-    for (_, module), Z in zip(waiting, decoded, strict=True):
-        module.pack(torch.from_numpy(Z).to(module.get_buffer(_STREAM).device))
+                decoded = rans.decode([_coded(module) for _, module in some], threads, lanes)
+            except ValueError:
+                for name, module in some:
+                    try:
+                        rans.decode([_coded(module)], lanes=lanes)
+                    except ValueError as error:
+                        raise ValueError(f"{name} is damaged, {error}") from error
+                raise
+            list(pool.map(_pack, (module for _, module in some), decoded))
 
 
-def _coded(module: CodedNumbers) -> tuple[rans.Bytes, int, int]:
+def _parts(
+    modules: Sequence[tuple[str, CodedNumbers]], most: int
+) -> Iterator[list[tuple[str, CodedNumbers]]]:
+    """Modules of so many elements together, or one of more."""
+    part: list[tuple[str, CodedNumbers]] = []
+    elements = 0
+    for name, module in modules:
+        own = math.prod(module.sizes)
+        if part and elements + own > most:
+            yield part
+            part, elements = [], 0
+        part.append((name, module))
+        elements += own
+    yield part
+
+
+def _pack(module: CodedNumbers, Z: Numbers) -> None:
+    module.pack(torch.from_numpy(Z).to(module.get_buffer(_STREAM).device))
+
+
+def _coded(module: CodedNumbers) -> tuple[Bytes, int, int]:
     return module.coded().cpu().numpy(), *module.sizes

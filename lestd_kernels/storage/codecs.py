@@ -106,13 +106,19 @@ def _specs_bitmask(rows: int, columns: int, nnz: int) -> dict[str, TensorSpec]:
 
 
 def _encode_csr(matrix: Tensor) -> dict[str, Tensor]:
-    rows, columns = matrix.shape
     row, column = matrix.nonzero(as_tuple=True)
-    row_pointers = torch.zeros(rows + 1, dtype=torch.int64, device=matrix.device)
+    return csr_tensors(matrix[row, column], row, column, *matrix.shape)
+
+
+def csr_tensors(
+    values: Tensor, row: Tensor, column: Tensor, rows: int, columns: int
+) -> dict[str, Tensor]:
+    """The tensors of a csr core with these values ``(nnz,)``, row major, at int64 positions."""
+    row_pointers = torch.zeros(rows + 1, dtype=torch.int64, device=values.device)
     row_pointers[1:] = torch.bincount(row, minlength=rows).cumsum(0)
     index_dtype = torch.uint16 if columns <= _UINT16_COLUMNS else torch.int32
     return {
-        "values": matrix[row, column],
+        "values": values,
         "columns": column.to(torch.int32).to(index_dtype),
         "row_pointers": row_pointers.to(torch.int32),
     }

@@ -110,13 +110,15 @@ class Classes(NamedTuple):
     columns: npt.NDArray[np.uint8]
     first_sums: Sequence[int]
 
+    def of_sums(self) -> npt.NDArray[np.uint8]:
+        """The class of each sum of two levels ``(31,)``."""
+        sums = np.arange(2 * _LEVELS - 1)
+        found = np.searchsorted(np.array(self.first_sums, np.int64), sums, side="right")
+        return found.astype(np.uint8)
+
     def of_elements(self) -> npt.NDArray[np.uint8]:
         """The class of each element ``(rows, columns)``."""
-        sums = np.arange(2 * _LEVELS - 1)
-        of_sum = np.searchsorted(np.array(self.first_sums, np.int64), sums, side="right")
-        found: npt.NDArray[np.uint8] = of_sum.astype(np.uint8)[
-            self.rows[:, None] + self.columns[None]
-        ]
+        found: npt.NDArray[np.uint8] = self.of_sums()[self.rows[:, None] + self.columns[None]]
         return found
 
 

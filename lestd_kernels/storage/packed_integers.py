@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lestd_kernels.storage.bitmasks import count_nonzeros, pack_bits
-from lestd_kernels.storage.codecs import CODECS
+from lestd_kernels.storage.bitmasks import pack_bits
+from lestd_kernels.storage.codecs import CODECS, csr_tensors
 from lestd_kernels.storage.few_bits import QUANTIZED_BITS, code_bytes, pack_codes, unpack_codes
 
 _CODECS = ("dense", "bitmask")
@@ -44,15 +45,19 @@ class PackedIntegers:
 
     @classmethod
     def pack(cls, Z: Tensor) -> PackedIntegers:
-        """Pack ``Z (rows, columns)``, int16, in the fewest bytes."""
+        """Pack ``Z (rows, columns)``, int16, in the fewest bytes; the tensors are where Z is."""
         rows, columns = Z.shape
-        nonzero = count_nonzeros(Z)
+        flat = Z.cpu().contiguous().view(-1)
         # Which bits hold a number: those whose 2^(bits - 1) is above this.
-        reach = torch.maximum(Z, ~Z)
+        reach = torch.maximum(flat, ~flat)
+        widest = 2 ** (max(QUANTIZED_BITS) - 1)
+        counts = torch.bincount(reach.clamp(max=widest), minlength=widest + 1)
+        above = counts.flip(0).cumsum(0).flip(0).tolist()
+        nonzero = len(flat) - int((flat == 0).count_nonzero())
         best: tuple[int, int, str] | None = None
         # Of equal sizes the more bits, and no mask.
         for bits in QUANTIZED_BITS:
-            others = count_nonzeros(reach >= 2 ** (bits - 1))
+            others = above[2 ** (bits - 1)]
             for codec in _CODECS:
                 size = _packed_bytes(rows, columns, nonzero, others, bits, codec)
                 if best is None or size < best[0]:
@@ -60,17 +65,22 @@ class PackedIntegers:
         assert best is not None
         _, bits, codec = best
         outside = reach >= 2 ** (bits - 1)
-        inside = Z.masked_fill(outside, 0)
+        inside = flat.masked_fill(outside, 0)
         mask = inside != 0
-        flat = inside.reshape(-1) if codec == "dense" else inside[mask]
-        codes = (flat + 2 ** (bits - 1)).to(torch.uint8)
+        codes = (inside + 2 ** (bits - 1)).to(torch.uint8)
+        if codec == "bitmask":
+            # Ten times as fast as PyTorch takes elements by a mask.
+            codes = torch.from_numpy(np.compress(mask.numpy(), codes.numpy()))
         tensors = {"codes": pack_codes(codes, bits)}
         if codec == "bitmask":
-            tensors["mask"] = pack_bits(mask.reshape(-1))
-        if bool(outside.any()):
-            others_stored = CODECS["csr"].encode(Z - inside)
-            tensors |= {f"rest_{name}": tensor for name, tensor in others_stored.items()}
-        return cls(codec, bits, rows, columns, len(flat), tensors)
+            tensors["mask"] = pack_bits(mask)
+        if above[2 ** (bits - 1)]:
+            at = outside.nonzero().view(-1)
+            row = at.div(columns, rounding_mode="floor")
+            rest = csr_tensors(flat[at], row, at - row * columns, rows, columns)
+            tensors |= {f"rest_{name}": tensor for name, tensor in rest.items()}
+        tensors = {name: tensor.to(Z.device) for name, tensor in tensors.items()}
+        return cls(codec, bits, rows, columns, len(codes), tensors)
 
     @property
     def packed_bytes(self) -> int:

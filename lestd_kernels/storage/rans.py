@@ -9,18 +9,7 @@ Elements are dealt to the lanes in turn, element e to lane ``e mod lanes``; a la
 and its own words, so that one step decodes an element of every lane, by vector operations or on as
 many cores. Missing elements of the last step are coded as the commonest of the first table.
 
-The stream, little-endian:
-
-    precision, classes, reserved   uint8, uint8, uint16   frequencies add up to 2^precision
-    lanes, escapes                 uint32, uint32
-    with several classes           row levels, then column levels, two in a byte, the first in the
-                                   lower half; the classes' first sums, uint8 (classes - 1)
-    a table for each class         varints: smallest symbol (zigzag), how many symbols, the
-                                   frequency of each, that of the escape
-    words of each lane             uint16 (lanes)
-    states                         uint32 (lanes)
-    words                          uint16, those of the first lane, of the second, ...
-    escapes                        int16, row major: numbers that their table does not hold
+How a stream is laid out stands in lestd_kernels.storage.rans_stream.
 
 Reference: J. Duda, "Asymmetric numeral systems: entropy coding combining speed of Huffman coding
 with compression rate of arithmetic coding", arXiv 1311.2540; F. Giesen, "Interleaved entropy
@@ -30,7 +19,6 @@ of which a step then needs one at most.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,20 +32,23 @@ from lestd_kernels.storage.frequency_tables import (
     Table,
     choose_classes,
     pack_levels,
-    parse_table,
-    unpack_levels,
+)
+from lestd_kernels.storage.rans_stream import (
+    HEADER,
+    LANE_ELEMENTS,
+    LOW,
+    PRECISIONS,
+    Bytes,
+    Integers,
+    Lanes,
+    Numbers,
+    Parsed,
+    parse,
 )
 
-Bytes = npt.NDArray[np.uint8]
-Integers = npt.NDArray[np.int64]
-Numbers = npt.NDArray[np.int16]
-
-_HEADER = struct.Struct("<BBHII")
-_PRECISIONS = (12, 15)
 _FEW_SYMBOLS = 256
-_LOW = 1 << 16
 # A lane costs 6 bytes. Fewer elements in each are fewer steps.
-_LANE_BITS, _LANE_ELEMENTS = 8192, 1 << 16
+_LANE_BITS = 8192
 _BATCH_ELEMENTS = 1 << 24
 MOST_ELEMENTS_PER_BYTE = 1 << 14
 """No stream holds more: every lane has bytes of its own."""
@@ -80,15 +71,15 @@ class _Layout:
             raise ValueError("a number to be coded is beyond 2^15 - 1")
         classes, counted = choose_classes(Z)
         widest = max((len(table.counts) for table in counted), default=0)
-        precision = _PRECISIONS[0] if widest <= _FEW_SYMBOLS else _PRECISIONS[1]
+        precision = PRECISIONS[0] if widest <= _FEW_SYMBOLS else PRECISIONS[1]
         tables = [table.normalized(precision) for table in counted]
         bits = _code_bits(counted, tables)
-        lanes = max(-(-Z.size // _LANE_ELEMENTS), min(int(bits) // _LANE_BITS, Z.size))
+        lanes = max(-(-Z.size // LANE_ELEMENTS), min(int(bits) // _LANE_BITS, Z.size))
         return cls(precision, classes, tables, lanes, bits)
 
     def head(self, escapes: int) -> bytes:
         """The stream up to the words of each lane."""
-        parts = [_HEADER.pack(self.precision, len(self.tables), 0, self.lanes, escapes)]
+        parts = [HEADER.pack(self.precision, len(self.tables), 0, self.lanes, escapes)]
         if len(self.tables) > 1:
             parts += [pack_levels(self.classes.rows), pack_levels(self.classes.columns)]
             parts.append(bytes(self.classes.first_sums))
@@ -125,7 +116,7 @@ def coded_bytes(Z: Integers) -> int:
 
 def least_coded_bytes(elements: int) -> int:
     """Bytes of a matrix of so many zeros, which no other takes fewer than."""
-    return _HEADER.size + 5 + 6 * -(-elements // _LANE_ELEMENTS)
+    return HEADER.size + 5 + 6 * -(-elements // LANE_ELEMENTS)
 
 
 def _code_bits(counted: Sequence[Table], tables: Sequence[Table]) -> float:
@@ -161,7 +152,7 @@ def _encode_lanes(
 ) -> tuple[npt.NDArray[np.uint16], Integers, npt.NDArray[np.uint64]]:
     """Words of all lanes, how many each has, and the states that decoding starts from."""
     tables, precision, lanes = layout.tables, layout.precision, layout.lanes
-    states = np.full(lanes, _LOW, np.uint64)
+    states = np.full(lanes, LOW, np.uint64)
     if all(table.is_certain for table in tables):
         return np.empty(0, np.uint16), np.zeros(lanes, np.int64), states
     width = max(len(table.counts) for table in tables)
@@ -189,99 +180,15 @@ def _encode_lanes(
     return words.T[emitted.T], emitted.sum(axis=0), states
 
 
-@dataclass(frozen=True)
-class _Parsed:
-    """A stream, taken apart; see the module's docstring."""
-
-    rows: int
-    columns: int
-    precision: int
-    tables: Sequence[Table]
-    of_element: npt.NDArray[np.uint8]
-    counts: Integers
-    states: npt.NDArray[np.uint32]
-    words: npt.NDArray[np.uint16]
-    escaped: Numbers
-
-    @property
-    def lanes(self) -> int:
-        return len(self.states)
-
-    @property
-    def steps(self) -> int:
-        return -(-self.rows * self.columns // self.lanes) if self.lanes else 0
-
-
-class _Reader:
-    """Takes what a stream holds, in turn."""
-
-    def __init__(self, stream: Bytes) -> None:
-        self._bytes, self.position = stream.tobytes(), 0
-
-    def take(self, count: int) -> bytes:
-        """The next bytes.
-
-        Raises:
-            ValueError: there are fewer.
-        """
-        if count > len(self._bytes) - self.position:
-            raise ValueError("the coded numbers end too early")
-        self.position += count
-        return self._bytes[self.position - count : self.position]
-
-    def array(self, dtype: str, count: int) -> npt.NDArray[np.generic]:
-        """The next numbers; ValueError as `take`."""
-        return np.frombuffer(self.take(count * np.dtype(dtype).itemsize), dtype)
-
-    def varint(self) -> int:
-        """The next number of up to 21 bits; ValueError as `take`."""
-        value = 0
-        for shift in (0, 7, 14):
-            byte = self.take(1)[0]
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value
-        raise ValueError("a frequency of the coded numbers has no end")
-
-    @property
-    def left(self) -> int:
-        """Bytes that are left."""
-        return len(self._bytes) - self.position
-
-
-def _parse(stream: Bytes, rows: int, columns: int) -> _Parsed:
-    reader = _Reader(stream)
-    precision, count, reserved, lanes, escapes = _HEADER.unpack(reader.take(_HEADER.size))
-    elements = rows * columns
-    if precision not in _PRECISIONS or reserved or (count == 0) != (elements == 0):
-        raise ValueError("the coded numbers begin with no header of theirs")
-    if lanes > elements or lanes * _LANE_ELEMENTS < elements or escapes > elements:
-        raise ValueError(f"{elements} coded numbers cannot have {lanes} lanes, {escapes} escapes")
-    classes = Classes(np.zeros(rows, np.uint8), np.zeros(columns, np.uint8), ())
-    if count > 1:
-        levels = [unpack_levels(reader.take(-(-size // 2)), size) for size in (rows, columns)]
-        first_sums = tuple(reader.take(count - 1))
-        if list(first_sums) != sorted(first_sums):
-            raise ValueError("the classes of the coded numbers are not in order")
-        classes = Classes(levels[0], levels[1], first_sums)
-    tables = [parse_table(reader.varint, precision) for _ in range(count)]
-    counts = reader.array("<u2", lanes).astype(np.int64)
-    states = reader.array("<u4", lanes).astype(np.uint32)
-    words = reader.array("<u2", int(counts.sum())).astype(np.uint16)
-    escaped = reader.array("<i2", escapes).astype(np.int16)
-    if reader.left:
-        raise ValueError(f"the coded numbers have {reader.left} bytes too many")
-    return _Parsed(
-        rows, columns, precision, tables, classes.of_elements(), counts, states, words, escaped
-    )
-
-
-def decode(coded: Sequence[tuple[Bytes, int, int]], threads: int = 1) -> list[Numbers]:
+def decode(
+    coded: Sequence[tuple[Bytes, int, int]], threads: int = 1, lanes: Lanes | None = None
+) -> list[Numbers]:
     """Decode matrices, their lanes side by side.
 
     Args:
         coded: stream, rows and columns of each.
         threads: among which they are divided; they change nothing but the time.
+        lanes: does what is slow here, with the same result.
 
     Returns:
         Each ``(rows, columns)``, int16.
@@ -289,7 +196,10 @@ def decode(coded: Sequence[tuple[Bytes, int, int]], threads: int = 1) -> list[Nu
     Raises:
         ValueError: a stream is damaged. Nothing is read or written out of bounds.
     """
-    parsed = [_parse(*one) for one in coded]
+    parsed = [parse(*one) for one in coded]
+    if lanes is not None:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(lambda one: _numbers(one, lanes(one)), parsed))
     found: list[Numbers] = [np.empty(0, np.int16)] * len(parsed)
     # Those that take about as many steps go together.
     kinds = [(one.precision, all(table.is_certain for table in one.tables)) for one in parsed]
@@ -299,11 +209,11 @@ def decode(coded: Sequence[tuple[Bytes, int, int]], threads: int = 1) -> list[Nu
     for place, index in enumerate(order):
         batch.append(index)
         following = order[place + 1] if place + 1 < len(order) else None
-        lanes = sum(parsed[i].lanes for i in batch)
+        together = sum(parsed[i].lanes for i in batch)
         if (
             following is None
             or kinds[following] != kinds[index]
-            or (lanes + parsed[following].lanes) * parsed[batch[0]].steps > _BATCH_ELEMENTS
+            or (together + parsed[following].lanes) * parsed[batch[0]].steps > _BATCH_ELEMENTS
             or sum(len(parsed[i].tables) for i in (*batch, following)) >= 1 << 16
         ):
             batches.append(batch)
@@ -318,7 +228,7 @@ def decode(coded: Sequence[tuple[Bytes, int, int]], threads: int = 1) -> list[Nu
     return found
 
 
-def _decode_batch(batch: Sequence[_Parsed]) -> list[Numbers]:
+def _decode_batch(batch: Sequence[Parsed]) -> list[Numbers]:
     """Decode streams of one precision, those of most steps first."""
     precision, lanes = batch[0].precision, sum(one.lanes for one in batch)
     steps = batch[0].steps
@@ -335,7 +245,7 @@ def _decode_batch(batch: Sequence[_Parsed]) -> list[Numbers]:
     first_lane, first_table = 0, 0
     for one in batch:
         flat = np.full(one.steps * one.lanes, first_table, np.uint16)
-        flat[: one.rows * one.columns] += one.of_element.reshape(-1)
+        flat[: one.rows * one.columns] += one.classes.of_elements().reshape(-1)
         bases[: one.steps, first_lane : first_lane + one.lanes] = flat.reshape(-1, one.lanes or 1)
         first_lane, first_table = first_lane + one.lanes, first_table + len(one.tables)
 
@@ -356,24 +266,25 @@ def _decode_batch(batch: Sequence[_Parsed]) -> list[Numbers]:
         slot = (bases[step, :count].astype(np.uint32) << shift) + (x & mask)
         numbers[step, :count] = symbols[slot]
         x = frequency[slot] * (x >> shift) + offset[slot]
-        low = x < _LOW
+        low = x < LOW
         # A damaged lane may want more words than there are: it gets any, and fails below.
         word = words.take(at[:count], mode="clip")
         states[:count] = np.where(low, (x << sixteen) | word, x)
         at[:count] += low
-    if not (bool((at == ends).all()) and bool((states == _LOW).all())):
-        raise ValueError("the coded numbers do not end where they should")
+    ended = bool((at == ends).all()) and bool((states == LOW).all())
     found, first_lane = [], 0
     for one in batch:
         own = numbers[: one.steps, first_lane : first_lane + one.lanes].reshape(-1)
-        found.append(_numbers(one, own[: one.rows * one.columns]))
+        own = own[: one.rows * one.columns].copy()
+        found.append(_numbers(one, own if ended else None))
         first_lane += one.lanes
     return found
 
 
-def _numbers(one: _Parsed, flat: Numbers) -> Numbers:
-    """The numbers, with those that escaped in their places."""
-    numbers = flat.copy()
+def _numbers(one: Parsed, numbers: Numbers | None) -> Numbers:
+    """The numbers of decoded lanes, with those that escaped in their places."""
+    if numbers is None:
+        raise ValueError("the coded numbers do not end where they should")
     escapes = numbers == ESCAPE
     if int(escapes.sum()) != len(one.escaped):
         raise ValueError(f"{len(one.escaped)} coded numbers escape, found {int(escapes.sum())}")

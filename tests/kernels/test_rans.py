@@ -8,9 +8,20 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from lestd_kernels.backends import rans_lanes
 from lestd_kernels.storage import rans
+from lestd_kernels.storage.rans_stream import Bytes, Lanes
 
 Integers = npt.NDArray[np.int64]
+
+
+@pytest.fixture(params=["numpy", "compiled"])
+def lanes(request: pytest.FixtureRequest) -> Lanes | None:
+    """Both decoders of lanes."""
+    found = rans_lanes.compiled() if request.param == "compiled" else None
+    if request.param == "compiled" and found is None:
+        pytest.skip("needs a C++ compiler")
+    return found
 
 
 def normal(scale: float, rows: int = 120, columns: int = 110, seed: int = 0) -> Integers:
@@ -119,10 +130,10 @@ class Scalar:
 
 
 @pytest.mark.parametrize("name", MATRICES)
-def test_streams_decode_by_their_description(name: str) -> None:
+def test_streams_decode_by_their_description(name: str, lanes: Lanes | None) -> None:
     Z = MATRICES[name]
     stream = rans.encode(Z)
-    [found] = rans.decode([(stream, *Z.shape)])
+    [found] = rans.decode([(stream, *Z.shape)], lanes=lanes)
     assert found.dtype == np.int16
     assert np.array_equal(found, Z)
     assert np.array_equal(Scalar(stream.tobytes(), *Z.shape).Z, Z)
@@ -151,9 +162,9 @@ def test_few_large_numbers_cost_what_they_take() -> None:
     assert len(rans.encode(Z)) <= len(plain) + 5 * count
 
 
-def test_matrices_decode_side_by_side() -> None:
+def test_matrices_decode_side_by_side(lanes: Lanes | None) -> None:
     coded = [(rans.encode(Z), *Z.shape) for Z in MATRICES.values()]
-    for found, Z in zip(rans.decode(coded), MATRICES.values(), strict=True):
+    for found, Z in zip(rans.decode(coded, 2, lanes), MATRICES.values(), strict=True):
         assert np.array_equal(found, Z)
 
 
@@ -163,22 +174,34 @@ def test_numbers_beyond_int16_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["normal 1", "uneven", "outliers", "zeros"])
-def test_damaged_streams_end_in_a_sentence(name: str) -> None:
+def test_damaged_streams_end_in_a_sentence(name: str, lanes: Lanes | None) -> None:
     Z = MATRICES[name][:30, :40]
     stream = rans.encode(Z)
+
+    def decode(stream: Bytes) -> npt.NDArray[np.int16]:
+        [found] = rans.decode([(stream, *Z.shape)], lanes=lanes)
+        return found
+
+    def outcome(stream: Bytes, lanes: Lanes | None) -> object:
+        try:
+            return rans.decode([(stream, *Z.shape)], lanes=lanes)[0].tolist()
+        except ValueError as error:
+            return str(error)
+
     for end in (*range(0, min(len(stream), 200), 7), len(stream) - 1):
         with pytest.raises(ValueError, match="coded number"):
-            rans.decode([(stream[:end], *Z.shape)])
+            decode(stream[:end])
     with pytest.raises(ValueError, match="too many"):
-        rans.decode([(np.append(stream, np.uint8(0)), *Z.shape)])
+        decode(np.append(stream, np.uint8(0)))
     generator = np.random.default_rng(3)
     noticed = 0
     places = [*range(min(len(stream), 60)), *generator.integers(0, len(stream), 60)]
     for place in places:
         damaged = stream.copy()
         damaged[place] ^= generator.integers(1, 256)
+        assert outcome(damaged, lanes) == outcome(damaged, None)
         try:
-            [found] = rans.decode([(damaged, *Z.shape)])
+            found = decode(damaged)
         except ValueError:
             noticed += 1
         else:
