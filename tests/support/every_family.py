@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.fresh_logits import reader_of_text
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -53,7 +54,7 @@ class Heads:
 
     def __init__(self, model: Any, group: SliceGroup) -> None:
         self.layout: GroupLayout = group.layout
-        self._model = model
+        self._reader, _ = reader_of_text(model)
         self._block = model.get_submodule(group.block)
         self._generator = torch.Generator().manual_seed(1)
         self._inputs: dict[str, Tensor] = {}
@@ -76,7 +77,7 @@ class Heads:
     def run(self) -> Tensor:
         """What the output projection reads, ``(tokens, heads, p)``."""
         with torch.no_grad():
-            self._model(input_ids=self.tokens, use_cache=False)
+            self._reader(input_ids=self.tokens, use_cache=False)
         return self._inputs[self._out].reshape(TOKENS, -1, self.layout.head_dim).clone()
 
     def norms_all_heads(self) -> bool:
@@ -116,7 +117,7 @@ class Heads:
 def check_heads(model: Any, group: SliceGroup) -> None:
     """Every q, k and v slice is that of the head that its layout says.
 
-    A value slice that is doubled doubles what its heads put out. A query that changes for one
+    A value slice that is negated negates what its heads put out. A query that changes for one
     token changes what its head puts out there, a key what its heads put out there and later.
     """
     heads = Heads(model, group)
@@ -126,10 +127,10 @@ def check_heads(model: Any, group: SliceGroup) -> None:
     together = heads.norms_all_heads()
     for number in range(counts["v"]):
         own = range(number * share, (number + 1) * share)
-        doubled = heads.before.clone()
-        doubled[:, list(own)] *= 2
-        found = heads.changed("v", number, lambda piece: 2 * piece)
-        torch.testing.assert_close(found, doubled)
+        negated = heads.before.clone()
+        negated[:, list(own)] *= -1
+        found = heads.changed("v", number, torch.neg)  # Which a norm of the values lets through.
+        torch.testing.assert_close(found, negated)
         if together:
             continue
         felt = _felt(heads, "k", number, token)
