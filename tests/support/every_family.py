@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.fresh_logits import reader_of_text
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -15,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout
 from orchestrator.architectures import SliceGroup
 from orchestrator.architectures.tiny import tiny_config
+from support.fresh_logits import reader_of_text
 from workers.host.loading import auto_class
 
 TOKENS = 6

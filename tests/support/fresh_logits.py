@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from support.paths import ROOT, TESTS
 from torch import Tensor
 
+from support.paths import ROOT, TESTS
 from workers.host.loading import load_model
 
 # The decoder in models that cannot be called without a picture.
