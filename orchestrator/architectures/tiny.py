@@ -115,6 +115,7 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "glm4v_moe": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [1, 1, 2]}}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": _HYBRID_TYPES},
+    "hunyuan_vl": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [2, 2, 2, 2]}}},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": _HYBRID_TYPES},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},

@@ -45,7 +45,8 @@ class Heads:
     """The attention block of a model's first layer that has one, seen from outside.
 
     What its output projection reads, ``(tokens, heads, p)``, tells which slice of the weights does
-    what: the labels of the layout are not looked at. Biases are zero, so that slices act alone.
+    what: the labels of the layout are not looked at. Biases are zero, so that slices act alone, and
+    weights are small, so that no head attends to one token alone.
 
     Args:
         model: with weights.
@@ -62,6 +63,8 @@ class Heads:
             linear = self._block.get_submodule(module.name)
             if linear.bias is not None:
                 torch.nn.init.zeros_(linear.bias)
+            with torch.no_grad():
+                linear.weight.mul_(0.3)
             linear.register_forward_pre_hook(self._remember(module.name))
         *into, out = self.layout.modules
         self._reads, self._out = into[0].name, out.name
