@@ -5,13 +5,32 @@ A task names tensors; a worker reads them itself, writes a payload, and returns 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # They import torch, which readers of a manifest need not wait for.
     from lestd_kernels.methods import SliceStats
     from lestd_kernels.search.budget import CurvePoint
     from lestd_kernels.tensorize import GroupLayout
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Tensors that one in few bits is made of; see `workers.checkpoint.packed`.
+
+    Attributes:
+        kind: how the numbers are coded.
+        parts: ``weight``, ``scale``, and perhaps ``zero_point``, ``columns`` or ``shape``.
+        block: rows and columns that one scale counts for.
+        bits: of a number.
+        transposed: whether the matrices are kept ``(out, in)`` and the tensor has ``(in, out)``.
+    """
+
+    kind: Literal["float8", "float4", "integer"]
+    parts: dict[str, TensorRef]
+    block: tuple[int, int]
+    bits: int = 8
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -23,8 +42,9 @@ class TensorRef:
         shard: absolute path or URL of the safetensors file.
         shape: shape as stored, ``(out, in)`` for the weight of a linear module.
         dtype: safetensors' name of the dtype: ``"BF16"``, ``"F16"``, ``"F32"``, ...
-        byte_range: ``(start, stop)`` in the file, header included.
+        byte_range: ``(start, stop)`` in the file, header included; of a packed one from 0.
         version: what the file at a URL was when its header was read; empty for a path.
+        packing: what it is made of when it is read, where it does not lie there as it is.
     """
 
     name: str
@@ -33,11 +53,27 @@ class TensorRef:
     dtype: str
     byte_range: tuple[int, int]
     version: str = ""
+    packing: Packing | None = None
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of data of the tensor."""
+        """Bytes of data of the tensor as it is read."""
         return self.byte_range[1] - self.byte_range[0]
+
+    @property
+    def on_disk(self) -> tuple[TensorRef, ...]:
+        """What lies on disk of it: itself, or its parts."""
+        return (self,) if self.packing is None else tuple(self.packing.parts.values())
+
+    def matrix(self, number: int) -> TensorRef:
+        """One of those that this tensor stacks along its first axis."""
+        size, packing = self.stored_bytes // self.shape[0], self.packing
+        start = self.byte_range[0] + number * size
+        if packing is not None:
+            parts = {name: part.matrix(number) for name, part in packing.parts.items()}
+            start, packing = 0, replace(packing, parts=parts)
+        place = (start, start + size)
+        return replace(self, shape=self.shape[1:], byte_range=place, packing=packing)
 
 
 @dataclass(frozen=True)
@@ -265,109 +301,3 @@ class BundleResult:
     task_id: str
     outcomes: tuple[Result | CurveResult | Failure, ...]
     attempt: int = 1
-
-
-@dataclass(frozen=True)
-class EvalRequest:
-    """Some windows of a text, to be scored by one evaluation worker.
-
-    Attributes:
-        task_id: names the piece in failure reports.
-        windows: indices of the windows of this piece, ascending.
-        token_ids: for each window its L inputs and, one token further, its last target: at most
-            L + 1 token ids. A few thousand numbers, so they travel with the request and a worker
-            needs neither the text nor a tokenizer.
-    """
-
-    task_id: str
-    windows: tuple[int, ...]
-    token_ids: tuple[tuple[int, ...], ...]
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """Index of the first window, and of the one after the last."""
-        return self.windows[0], self.windows[-1] + 1
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """Scores of a piece's windows.
-
-    Attributes:
-        task_id: the request's.
-        windows: the request's.
-        nll: negative log-likelihood of each window in nats, summed over its predicted tokens.
-        tokens: predicted tokens of each window.
-        seconds: time the piece took, without loading the model.
-        worker: who did it, ``host:pid``.
-    """
-
-    task_id: str
-    windows: tuple[int, ...]
-    nll: tuple[float, ...]
-    tokens: tuple[int, ...]
-    seconds: float
-    worker: str
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """Index of the first window, and of the one after the last."""
-        return self.windows[0], self.windows[-1] + 1
-
-
-@dataclass(frozen=True)
-class LmEvalRequest:
-    """Some documents of a task of lm-eval, to be evaluated by one worker.
-
-    Attributes:
-        task_id: names the piece in failure reports.
-        name: task, group or tag that was asked for, by which the task is found.
-        task: the task.
-        documents: index of the first document, and of the one after the last.
-        sha256: of all requests of the task, as the driver has built them; a worker that builds
-            others has other data or another version of lm-eval.
-    """
-
-    task_id: str
-    name: str
-    task: str
-    documents: tuple[int, int]
-    sha256: str
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """The documents."""
-        return self.documents
-
-
-@dataclass(frozen=True)
-class LmEvalResult:
-    """Scores of a piece's documents; plain values that JSON can hold.
-
-    Attributes:
-        task_id: the request's.
-        task: the request's.
-        documents: the request's.
-        metrics: filter -> metric -> value of each document, in their order. A value is a number,
-            or a list that the metric's aggregation understands.
-        responses: of each document, the model's responses to each of its requests.
-        filtered: filter -> of each document, the filtered response to each of its requests.
-        cut: inputs of the model that were longer than its positions, and lost their beginning.
-        seconds: time the piece took, without loading the model.
-        worker: who did it, ``host:pid``.
-    """
-
-    task_id: str
-    task: str
-    documents: tuple[int, int]
-    metrics: dict[str, dict[str, list[Any]]]
-    responses: list[Any]
-    filtered: dict[str, list[Any]]
-    cut: int
-    seconds: float
-    worker: str
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """The documents."""
-        return self.documents

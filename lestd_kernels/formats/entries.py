@@ -27,10 +27,11 @@ def describe_layout(layout: GroupLayout, group: str) -> dict[str, Any]:
 def with_stored_path(entry: dict[str, Any], path: str, dense_path: str = "") -> dict[str, Any]:
     """The entry of a group whose tensors lie below `path`, which it states where it must.
 
-    Transformers calls some blocks otherwise in memory than on disk; a missing prefix alone is found
-    by who reads the model. The dense model's tensors may lie elsewhere again, below `dense_path`.
+    Transformers calls some blocks otherwise in memory than on disk; that the base model's prefix
+    alone is missing, one name, is found by who reads the model. The dense model's tensors may lie
+    elsewhere again, below `dense_path`.
     """
-    if not f".{entry['path']}".endswith(f".{path}"):
+    if path not in (entry["path"], entry["path"].partition(".")[2]):
         entry = entry | {"stored_path": path}
     return entry | {"dense_path": dense_path} if dense_path not in ("", path) else entry
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from transformers import PretrainedConfig
@@ -260,16 +260,9 @@ def find_weights(index: ShardIndex, path: str, layout: GroupLayout) -> dict[str,
         number = None if stored is None else stored.index
         ref = _find_weight(index, name)
         _check_weight(ref, expected if number is None else (experts, *expected))
-        tensors[module.source] = ref if number is None else _matrix_of(ref, number)
+        tensors[module.source] = ref if number is None else ref.matrix(number)
     _check_same_dtype(list(tensors.values()))
     return tensors
-
-
-def _matrix_of(ref: TensorRef, number: int) -> TensorRef:
-    """One matrix of a tensor that stacks several."""
-    size = ref.stored_bytes // ref.shape[0]
-    start = ref.byte_range[0] + number * size
-    return replace(ref, shape=ref.shape[1:], byte_range=(start, start + size))
 
 
 def _find_weight(index: ShardIndex, name: str) -> TensorRef:

@@ -90,8 +90,12 @@ _ZAMBA = {"attention_hidden_size": 2 * WIDTH, "attention_head_dim": 2 * WIDTH //
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _OF_FAMILY: dict[str, dict[str, Any]] = {
     **{
+        family: {"text_config": {"embed_dim": WIDTH, "layers": LAYERS}}
+        for family in ("kosmos-2", "kosmos-2.5")
+    },
+    **{
         family: {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [2, 3, 3]}}}
-        for family in ("glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga", "qwen2_5_vl", "qwen2_vl")
+        for family in ("glm46v", "glm4v", "glm_ocr", "glmga", "qwen2_5_vl", "qwen2_vl")
     },
     "bailing_hybrid": {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -107,8 +111,11 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "dots3_note": {"text_config": _NO_TIED_HEADS},
     "dots3_note_text": _NO_TIED_HEADS,
     "gemma3n_text": {"num_hidden_layers": 10, "num_kv_shared_layers": 5},
+    # Half of each head's channels have a position.
+    "glm4v_moe": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [1, 1, 2]}}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": _HYBRID_TYPES},
+    "hunyuan_vl": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [2, 2, 2, 2]}}},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": _HYBRID_TYPES},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},

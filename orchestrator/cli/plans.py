@@ -100,6 +100,15 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
         f"run directory takes at most {output.size(total['run_disk_bytes'])}, the model "
         f"{output.size(total['out_disk_bytes'])} more"
     )
+    if planned["quantized"] is not None:
+        on_disk, dense, left = (
+            output.size(total[name]) for name in ("source_bytes", "model_bytes", "untouched_bytes")
+        )
+        output.out.print(
+            f"the source is quantized ({planned['quantized']}): its {on_disk} on disk stand for "
+            f"{dense}, by which sizes are counted; what is not compressed, {left}, comes out "
+            "dequantized"
+        )
     if "expected_loss" in total:
         output.out.print(f"expected loss {expected_loss(total['expected_loss'])}")
     for one in planned.get("left_dense", ()):

@@ -8,7 +8,7 @@ from typing import Any
 
 from lm_eval.utils import handle_non_serializable, hash_string
 
-from workers.contracts import LmEvalResult
+from workers.evaluation.contracts import LmEvalResult
 from workers.evaluation.lm_eval_tasks import BuiltTask
 
 

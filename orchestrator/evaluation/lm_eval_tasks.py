@@ -30,7 +30,8 @@ from orchestrator.evaluation.model import DTYPES, EvaluationModel, resolve_dtype
 from orchestrator.evaluation.pieces import EvaluationDirectory, run_pieces
 from orchestrator.evaluation.records import ModelFacts, evaluation_id, evaluation_versions
 from orchestrator.execution.executor import Executor, Listener, WorkerSpec
-from workers.contracts import Failure, LmEvalRequest, LmEvalResult
+from workers.contracts import Failure
+from workers.evaluation.contracts import LmEvalRequest, LmEvalResult
 from workers.evaluation.lm_eval import LmEvalWorker
 from workers.evaluation.lm_eval_tasks import BuiltTask, TaskSource, load_tasks
 from workers.storage.files import AnyPath

@@ -37,7 +37,8 @@ from orchestrator.evaluation.pieces import EvaluationDirectory, run_pieces
 from orchestrator.evaluation.records import ModelFacts, evaluation_id, evaluation_versions
 from orchestrator.execution.executor import Executor, Listener
 from orchestrator.source.texts import decode_text
-from workers.contracts import EvalRequest, EvalResult, Failure
+from workers.contracts import Failure
+from workers.evaluation.contracts import EvalRequest, EvalResult
 from workers.evaluation.perplexity import EvalWorker
 from workers.storage.files import AnyPath, file_sha256
 from workers.storage.untrusted_files import MAX_TEXT_BYTES, read_regular

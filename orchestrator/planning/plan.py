@@ -30,6 +30,7 @@ from orchestrator.planning.groups_in_scope import named_groups, of_method, requi
 from orchestrator.source.checkpoint import Source
 from orchestrator.source.texts import read_calibration
 from workers.checkpoint.headers import DTYPES
+from workers.checkpoint.packed import working_bytes
 from workers.contracts import CurveTask, Task, TensorRef
 
 # A payload's header, its rows with the singular values, its events; the small files of a model.
@@ -63,12 +64,14 @@ class Plan:
     Attributes:
         family: name of the model's architecture.
         tasks: by layer.
-        untouched: tensors that are copied byte for byte, by name.
+        untouched: tensors that are copied byte for byte, or dequantized, by name.
         model_bytes: dense bytes of all tensors.
         allocation: how bytes are divided among the tasks.
         decided: whether the budgets are known; those of global allocation are after pass one.
         target_loss: what the model may cost, nats per token, where that decides its size.
         left_dense: modules of the layers that no task compresses for a reason of their own.
+        quantized: how the source is quantized; every other number here is of the dense model.
+        source_bytes: bytes on disk of its tensors.
     """
 
     family: str
@@ -79,6 +82,8 @@ class Plan:
     decided: bool
     target_loss: float | None = None
     left_dense: tuple[LeftDense, ...] = ()
+    quantized: str | None = None
+    source_bytes: int = 0
 
     @property
     def curve_tasks(self) -> list[CurveTask]:
@@ -181,6 +186,7 @@ class Plan:
             "memory_bytes": self.memory_bytes,
             "untouched_bytes": self.untouched_bytes,
             "model_bytes": self.model_bytes,
+            "source_bytes": self.source_bytes,
             "keep_of_model": (self.untouched_bytes + self.max_bytes) / self.model_bytes,
             "worker_memory_bytes": self.worker_memory_bytes,
             "run_disk_bytes": self.run_disk_bytes,
@@ -188,7 +194,7 @@ class Plan:
             "disk_bytes": self.disk_bytes,
         }
         how = {"allocation": self.allocation, "budgets_decided": self.decided}
-        how |= {"target_loss": self.target_loss}
+        how |= {"target_loss": self.target_loss, "quantized": self.quantized}
         described = {"family": self.family} | how | {"layers": layers, "total": totals}
         if self.left_dense:
             described["left_dense"] = [one.model_dump(mode="json") for one in self.left_dense]
@@ -241,6 +247,8 @@ def make_plan(source: Source, config: RunConfig) -> Plan:
         decided,
         config.target_loss,
         architecture.dense if isinstance(architecture, Structure) else (),
+        None if source.quantization is None else source.quantization["quant_method"],
+        sum(part.stored_bytes for ref in refs.values() for part in ref.on_disk),
     )
 
 
@@ -286,6 +294,7 @@ def with_budget(task: Task, budget: int) -> PlannedTask:
     # of this size.
     memory = WORKER_BASE_BYTES + 4 * task.layout.elements + bounds.workspace_bytes
     memory += task.dense_bytes + budget + _metric_bytes(task)
+    memory += max(map(working_bytes, task.tensors.values()))
     task = replace(task, byte_budget=budget, predicted_memory_bytes=memory)
     return PlannedTask(replace(task, task_id=_task_id(task)), budget / task.dense_bytes, bounds)
 

@@ -117,6 +117,8 @@ def fingerprint(source: Source, config: RunConfig, device: str) -> dict[str, Any
         unused = ("calibrate_on", "samples", "sample_tokens")
         chosen |= {name: RunConfig.model_fields[name].default for name in unused}
     model = {"config.json": source.config_json, "shards": sample_digests(source.index)}
+    if source.quantization is not None:
+        model["quantization_config"] = source.quantization
     # What a family's own file says is of this version of lestd.
     if source.given is not None or isinstance(source.architecture, Structure):
         model["architecture"] = source.architecture.model_dump(mode="json")

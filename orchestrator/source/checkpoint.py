@@ -37,6 +37,14 @@ from orchestrator.source.location import (
     local_directory,
     store_url,
 )
+from orchestrator.source.quantized import (
+    KEY,
+    READABLE,
+    as_dense,
+    is_readable,
+    quantization_of,
+    without_quantization,
+)
 from orchestrator.source.side_files import fetch_side_files, find_side_files, is_side_folder
 from workers.checkpoint.tensors import INDEX_FILE, WEIGHTS_FILE, ShardIndex, read_weight_map
 from workers.storage.files import as_source, list_files, list_tree, require_content
@@ -68,6 +76,8 @@ class Source:
         config: its config, as Transformers understands it.
         config_json: its config.json as it stands in the file.
         given: its architecture where it was told, by the user or by an earlier call of a run.
+        quantization: how it is quantized; `index`, `config` and `config_json` are those of the
+            dense model that it stands for.
     """
 
     model: str
@@ -77,6 +87,7 @@ class Source:
     config: PretrainedConfig
     config_json: dict[str, Any]
     given: Architecture | Structure | None = None
+    quantization: dict[str, Any] | None = None
 
     @cached_property
     def architecture(self) -> Architecture | Structure:
@@ -136,8 +147,8 @@ def resolve_source(
         architecture: a file that describes it, in place of its family's or of what is found.
 
     Raises:
-        LestdError: it cannot be found, is pickled, is quantized already, is damaged, or belongs
-            to an unknown family.
+        LestdError: it cannot be found, is pickled, is quantized in a way that cannot be read, is
+            damaged, or belongs to an unknown family.
     """
     given = None if architecture is None else read_architecture(architecture)
     return replace(_find(model, revision), given=given)
@@ -171,9 +182,7 @@ def _find(model: str, revision: str | None) -> Source:
         directory = fetch_side_files(names, partial(download, model, commit))
         return _open_directory(model, commit, directory)
     index = ShardIndex.from_url(f"{HUB_SCHEME}{model}@{commit}", weight_map)
-    return Source(
-        model, commit, directory, index, load_config(directory, index), read_config_json(directory)
-    )
+    return _source(model, commit, directory, index)
 
 
 def _require_cached_weights(model: str, snapshot: Path) -> None:
@@ -205,9 +214,7 @@ def _open_store(url: str) -> Source:
     fetch_files(url, {CONFIG_FILE, INDEX_FILE} & names, directory)
     weight_map = _check_before_weights(url, directory, names)
     index = ShardIndex.from_url(url, weight_map)
-    return Source(
-        url, None, directory, index, load_config(directory, index), read_config_json(directory)
-    )
+    return _source(url, None, directory, index)
 
 
 def _require_config(model: str, names: set[str]) -> None:
@@ -251,13 +258,21 @@ def check_pointers(directory: Path) -> None:
 
 def _open_directory(model: str, commit: str | None, directory: Path) -> Source:
     check_pointers(directory)
-    config_json = read_config_json(directory)
-    _check_config(model, config_json)
+    _check_config(model, read_config_json(directory))
     check_not_pickled(model, {path.name for path in directory.iterdir()})
-    config = load_config(directory)
-    return Source(
-        model, commit, directory, ShardIndex.from_directory(directory), config, config_json
-    )
+    return _source(model, commit, directory, ShardIndex.from_directory(directory))
+
+
+def _source(model: str, commit: str | None, directory: Path, index: ShardIndex) -> Source:
+    """A checkpoint whose config.json has been checked; a quantized one as a dense one."""
+    config_json, config = read_config_json(directory), load_config(directory, index)
+    quantization = quantization_of(config_json)
+    if quantization is not None:
+        config_json = without_quantization(config_json)
+        for part in (config, config.get_text_config(decoder=True)):
+            part.__dict__.pop(KEY, None)
+        index = as_dense(index, quantization, config.get_text_config(decoder=True).dtype)
+    return Source(model, commit, directory, index, config, config_json, quantization=quantization)
 
 
 def check_not_pickled(model: str, names: set[str]) -> None:
@@ -284,6 +299,11 @@ def check_not_pickled(model: str, names: set[str]) -> None:
             f"{model} has no safetensors weights, only pickled files ({pickled[0]}), which are "
             f"never loaded and which lestd convert cannot rewrite (it reads {BIN_FILE}, or "
             f"{BIN_INDEX_FILE} and its shards); get the model as safetensors"
+        )
+    if gguf := sorted(name for name in names if name.endswith(".gguf")):
+        raise LestdError(
+            f"{model} has its weights in {gguf[0]}, and GGUF is not read; get the safetensors "
+            "model that it was made from, which the model card names"
         )
     raise LestdError(
         f"{model} has no weights: expected {WEIGHTS_FILE}, or {INDEX_FILE} and the shards it names"
@@ -316,14 +336,14 @@ def read_config_json(directory: Path) -> dict[str, Any]:
 
 
 def _check_config(model: str, config_json: dict[str, Any]) -> None:
-    quantization = config_json.get("quantization_config")
-    if quantization:
+    quantization = quantization_of(config_json)
+    if quantization and not is_readable(quantization):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         if method == "lestd":
             raise LestdError(f"{model} is already compressed by LeSTD; start from its source model")
         raise LestdError(
-            f"{model} is already quantized (quant_method {method!r} in {CONFIG_FILE}); start from "
-            "the BF16, F16 or F32 model it was made from"
+            f"{model} is already quantized (quant_method {method!r} in {CONFIG_FILE}), and lestd "
+            f"dequantizes {READABLE} alone; start from the BF16, F16 or F32 model it was made from"
         )
     check_family(config_json.get("model_type"))
 

@@ -20,6 +20,7 @@ from workers.host.loading import load_model
 
 NOT_SEEN = {
     "bitnet": "a norm stands between heads and output",
+    "kosmos-2": "a norm stands between heads and output",
     "cpmant": "it puts a prompt of its own before the tokens",
 }
 

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout
 from orchestrator.architectures import SliceGroup
 from orchestrator.architectures.tiny import tiny_config
+from support.fresh_logits import reader_of_text
 from workers.host.loading import auto_class
 
 TOKENS = 6
@@ -44,7 +45,8 @@ class Heads:
     """The attention block of a model's first layer that has one, seen from outside.
 
     What its output projection reads, ``(tokens, heads, p)``, tells which slice of the weights does
-    what: the labels of the layout are not looked at. Biases are zero, so that slices act alone.
+    what: the labels of the layout are not looked at. Biases are zero, so that slices act alone, and
+    weights are small, so that no head attends to one token alone.
 
     Args:
         model: with weights.
@@ -53,7 +55,7 @@ class Heads:
 
     def __init__(self, model: Any, group: SliceGroup) -> None:
         self.layout: GroupLayout = group.layout
-        self._model = model
+        self._reader, _ = reader_of_text(model)
         self._block = model.get_submodule(group.block)
         self._generator = torch.Generator().manual_seed(1)
         self._inputs: dict[str, Tensor] = {}
@@ -61,6 +63,8 @@ class Heads:
             linear = self._block.get_submodule(module.name)
             if linear.bias is not None:
                 torch.nn.init.zeros_(linear.bias)
+            with torch.no_grad():
+                linear.weight.mul_(0.3)
             linear.register_forward_pre_hook(self._remember(module.name))
         *into, out = self.layout.modules
         self._reads, self._out = into[0].name, out.name
@@ -76,7 +80,7 @@ class Heads:
     def run(self) -> Tensor:
         """What the output projection reads, ``(tokens, heads, p)``."""
         with torch.no_grad():
-            self._model(input_ids=self.tokens, use_cache=False)
+            self._reader(input_ids=self.tokens, use_cache=False)
         return self._inputs[self._out].reshape(TOKENS, -1, self.layout.head_dim).clone()
 
     def norms_all_heads(self) -> bool:
@@ -116,7 +120,7 @@ class Heads:
 def check_heads(model: Any, group: SliceGroup) -> None:
     """Every q, k and v slice is that of the head that its layout says.
 
-    A value slice that is doubled doubles what its heads put out. A query that changes for one
+    A value slice that is negated negates what its heads put out. A query that changes for one
     token changes what its head puts out there, a key what its heads put out there and later.
     """
     heads = Heads(model, group)
@@ -126,10 +130,10 @@ def check_heads(model: Any, group: SliceGroup) -> None:
     together = heads.norms_all_heads()
     for number in range(counts["v"]):
         own = range(number * share, (number + 1) * share)
-        doubled = heads.before.clone()
-        doubled[:, list(own)] *= 2
-        found = heads.changed("v", number, lambda piece: 2 * piece)
-        torch.testing.assert_close(found, doubled)
+        negated = heads.before.clone()
+        negated[:, list(own)] *= -1
+        found = heads.changed("v", number, torch.neg)  # Which a norm of the values lets through.
+        torch.testing.assert_close(found, negated)
         if together:
             continue
         felt = _felt(heads, "k", number, token)

@@ -26,7 +26,7 @@ def sample_digests(index: ShardIndex) -> dict[str, str]:
         LestdError: a shard cannot be read.
     """
     by_shard: dict[str, list[TensorRef]] = {shard: [] for shard in index.shards}
-    for ref in index.tensors.values():
+    for ref in (part for one in index.tensors.values() for part in one.on_disk):
         by_shard[ref.shard.removeprefix(index.location + "/")].append(ref)
     digests = {}
     for shard, refs in by_shard.items():

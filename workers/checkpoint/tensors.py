@@ -30,6 +30,7 @@ from workers.checkpoint.headers import (
     layout_key,
     parse_header,
 )
+from workers.checkpoint.packed import dequantized, matrices
 from workers.contracts import TensorRef
 from workers.storage import ranges
 from workers.storage.files import AnyPath, in_parallel, open_binary, read_file
@@ -205,10 +206,18 @@ def read_tensor(ref: TensorRef, digest: _Hash | None = None, *, pinned: bool = F
         Tensor of the shape and dtype of `ref`, on the CPU.
 
     Raises:
-        LestdError: the file ends early, has changed or cannot be read.
+        LestdError: the file ends early, has changed or cannot be read, or what is packed does
+            not unpack.
     """
     buffer = torch.empty(ref.stored_bytes, dtype=torch.uint8, pin_memory=pinned)
     view = buffer.numpy().data
+    if ref.packing is not None:
+        done = 0
+        for rows in dequantized(ref, lambda part: read_tensor(part, digest)):
+            piece = rows.reshape(-1).view(torch.uint8)
+            buffer[done : done + len(piece)] = piece
+            done += len(piece)
+        return buffer.view(DTYPES[ref.dtype]).reshape(ref.shape)
     if ranges.is_url(ref.shard):
         ranges.read_ranges(ref.shard, ref.version, [(ref.byte_range[0], view)])
     else:
@@ -296,17 +305,22 @@ class _Digest:
 
 
 def hash_tensor(ref: TensorRef, digest: _Hash) -> None:
-    """Feed a tensor's bytes to a digest; memory stays within 16 MiB, 128 MiB from a URL.
+    """Feed a tensor's bytes on disk to a digest; memory stays within 16 MiB, 128 MiB from a URL.
 
     Raises:
         LestdError: the file ends early, has changed or cannot be read.
     """
+    if ref.packing is not None:  # In the order in which it is read.
+        for matrix in matrices(ref):
+            for part in matrix.on_disk:
+                hash_tensor(part, digest)
+        return
     for piece in _pieces(ref):
         digest.update(piece)
 
 
 def write_safetensors_stream(file: BinaryIO, refs: Iterable[TensorRef]) -> None:
-    """Write a new shard of tensors that lie in other shards, copied byte for byte.
+    """Write a new shard of tensors that lie in other shards, copied byte for byte, or unpacked.
 
     Raises:
         LestdError: as `copy_tensor`.
@@ -320,13 +334,14 @@ def write_safetensors_stream(file: BinaryIO, refs: Iterable[TensorRef]) -> None:
 def copy_tensor(ref: TensorRef, file: BinaryIO) -> None:
     """Append a tensor's bytes to a file.
 
-    The system copies them where it can, from file to file; else memory stays as in `hash_tensor`.
+    The system copies them where it can, from file to file; else memory stays as in `hash_tensor`,
+    or `workers.checkpoint.packed`.
 
     Raises:
         LestdError: the source shard ends early, has changed or cannot be read.
     """
     done = 0
-    if not ranges.is_url(ref.shard):
+    if not ranges.is_url(ref.shard) and ref.packing is None:
         with open_shard(ref.shard) as source:
             done = _copy_in_kernel(source, *ref.byte_range, file)
     for piece in _pieces(ref, done):
@@ -335,6 +350,10 @@ def copy_tensor(ref: TensorRef, file: BinaryIO) -> None:
 
 def _pieces(ref: TensorRef, done: int = 0) -> Iterator[memoryview]:
     """A tensor's bytes but the first `done`, in order; a piece is overwritten by the next."""
+    if ref.packing is not None:
+        for rows in dequantized(ref, read_tensor):
+            yield rows.reshape(-1).view(torch.uint8).numpy().data
+        return
     start, stop = ref.byte_range[0] + done, ref.byte_range[1]
     remote = ranges.is_url(ref.shard)
     buffer = memoryview(bytearray(min(_FETCH_BYTES if remote else _COPY_BYTES, stop - start)))

@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
 from lestd_kernels.errors import LestdError
-from workers.contracts import LmEvalRequest, LmEvalResult
+from workers.evaluation.contracts import LmEvalRequest, LmEvalResult
 from workers.evaluation.lm_eval_tasks import BuiltTask, TaskSource, hushed, load_tasks
 from workers.evaluation.worker import ModelWorker
 from workers.host.loading import quiet_transformers

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lestd_kernels.errors import LestdError
-from workers.contracts import EvalRequest, EvalResult
+from workers.evaluation.contracts import EvalRequest, EvalResult
 from workers.evaluation.worker import ModelWorker
 
 # Positions whose log-softmax is taken at once, in float32: with V = 150,000 that is 150 MB,

@@ -28,7 +28,8 @@ from orchestrator.evaluation.records import open_models
 from orchestrator.execution.executor import Executor, Listener, WorkerSpec
 from orchestrator.execution.open import open_executor
 from orchestrator.execution.serial import SerialExecutor
-from workers.contracts import EvalRequest, EvalResult, Failure
+from workers.contracts import Failure
+from workers.evaluation.contracts import EvalRequest, EvalResult
 from workers.evaluation.perplexity import EvalWorker, window_nll
 
 MODEL = EXAMPLE / "model"

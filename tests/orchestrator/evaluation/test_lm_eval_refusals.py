@@ -19,7 +19,8 @@ from support.cli import Finished, lestd
 from support.lm_eval_data import DATA, MODEL
 
 from orchestrator.evaluation.lm_eval_table import paired_stderr
-from workers.contracts import Failure, LmEvalRequest
+from workers.contracts import Failure
+from workers.evaluation.contracts import LmEvalRequest
 from workers.evaluation.lm_eval import LmEvalWorker
 from workers.evaluation.lm_eval_tasks import BuiltTask, TaskSource, load_tasks
 from workers.evaluation.local_data import LOCAL_TASKS
