@@ -309,6 +309,7 @@ class Method:
         jumps: ``(layout, value_dtype, args)``; the byte budgets from which on it stores what it
             does not below, of a method of a few fixed sizes: where a curve is worth a look.
         per_matrix: whether it stores every matrix on its own, and so takes groups of one.
+        groups_inputs: whether it knows `MethodArgs.scale_groups`.
     """
 
     name: str
@@ -321,6 +322,7 @@ class Method:
         lambda layout, value_dtype, args: ()
     )
     per_matrix: bool = False
+    groups_inputs: bool = False
 
     def decompose(
         self,
