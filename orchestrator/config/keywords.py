@@ -48,6 +48,7 @@ class RunOptions(TypedDict, total=False):
     max_attempts: int
     task_timeout: float | None
     autoscaling: bool
+    recipe: str | None
     config: str | os.PathLike[str] | None
     cluster: str | os.PathLike[str] | None
 
