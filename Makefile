@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-vllm fuzz check docs reference clean
+.PHONY: help demo test test-slow test-vllm fuzz check docs dist reference clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -89,8 +89,12 @@ check: .venv/installed-dev ## Lint, format and types
 docs: .venv/installed-docs ## Build the documentation as a site, build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
+dist: | .venv/bin/pip ## Build the wheel and the sdist, dist/
+	$(PIP_INSTALL) build
+	$(BIN)/python -m build --outdir dist .
+
 reference: .venv/installed ## Write docs/options.md anew
 	$(BIN)/python -m orchestrator.config.reference
 
 clean: ## Remove the demo's output and the caches; .venv stays
-	rm -rf demo-out build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -83,6 +83,13 @@ class MethodOptions:
             default="16; rtn and gptq: the most that fit",
         ),
     ] = 16
+    scale_groups: Annotated[
+        Literal["outputs", "inputs"],
+        HOW(
+            "rtn and gptq: whether 64 outputs of an input share a scale, or 64 inputs of an "
+            "output, which export --compressed-tensors can write."
+        ),
+    ] = "outputs"
     factor_bits: Annotated[Literal[16, 8, 4], HOW("Bits per element of a factor.")] = 16
     keep_outliers: Annotated[
         float, HOW("Share of the weights, the outliers, to keep exactly.", ge=0, lt=1)

@@ -1,7 +1,8 @@
 """The commands as functions, in the same words: what `import lestd` offers.
 
-Options are those of docs/options.md, by their keys: ``keep=0.4``, ``executor="serial"``, and
-``config=`` and ``cluster=`` for files. They are checked as those of the command line are.
+Options are those of docs/options.md, by their keys: ``keep=0.4``, ``executor="serial"``,
+``recipe="small-4bit"``, and ``config=`` and ``cluster=`` for files. They are checked as those of
+the command line are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lestd_kernels.errors import LestdError
 from orchestrator.config.cluster import ClusterConfig, cluster_options
 from orchestrator.config.files import Strict, typed, validated
 from orchestrator.config.keywords import EvaluateOptions, RunOptions
-from orchestrator.config.options import Evaluation, Host, described
+from orchestrator.config.options import ClusterFile, ConfigFile, Evaluation, Host, described
 from orchestrator.config.run import RunFile, run_options
 from orchestrator.execution.open import open_executor
 from orchestrator.planning.plan import Plan, make_plan
@@ -41,6 +42,9 @@ Location = str | os.PathLike[str]
 """A directory, or a URL of an object store."""
 
 
+_RUN = (RunFile, ClusterConfig, ConfigFile, ClusterFile)
+
+
 class _Asked(Strict, Host, Evaluation, frozen=True):
     """What `evaluate` is asked for."""
 
@@ -55,7 +59,7 @@ def plan(model: Location, **options: Unpack[RunOptions]) -> Plan:
     Raises:
         LestdError: an option is unknown or not valid, or the checkpoint cannot be compressed so.
     """
-    given = _given(options | {"model": model}, RunFile, ClusterConfig, also=("config", "cluster"))
+    given = _given(options | {"model": model}, *_RUN)
     chosen, config = run_options(given)
     return make_plan(resolve_source(*chosen), config)
 
@@ -100,7 +104,7 @@ def compress(
     from orchestrator.manifest.manifest import default_run_dir
     from orchestrator.planning.timing import predict_seconds
 
-    given = _given(options | {"model": model}, RunFile, ClusterConfig, also=("config", "cluster"))
+    given = _given(options | {"model": model}, *_RUN)
     chosen, config = run_options(given)
     cluster = _here(given)
     source = resolve_source(*chosen)
@@ -177,7 +181,7 @@ def evaluate(
     from orchestrator.evaluation.records import manifest_of_evaluations, open_models, record
     from orchestrator.manifest.manifest import default_evaluation_dir
 
-    given = _given(options, _Asked, ClusterConfig, also=("cluster",))
+    given = _given(options, _Asked, ClusterConfig, ClusterFile)
     asked = validated(_Asked, typed(_Asked, given), "options")
     if asked.text is None and asked.tasks is None:
         raise LestdError("there is nothing to evaluate; give --text FILE, --tasks NAMES or both")
@@ -265,9 +269,7 @@ def _each(*listeners: Callable[..., None] | None) -> Callable[..., None]:
     return tell
 
 
-def _given(
-    options: Mapping[str, Any], *groups: type[Strict], also: tuple[str, ...]
-) -> dict[str, Any]:
+def _given(options: Mapping[str, Any], *groups: type) -> dict[str, Any]:
     """Options as the command line gives them: None is nothing, paths are paths and text is text.
 
     Raises:
@@ -276,12 +278,12 @@ def _given(
     kinds = {one.name: one.type for group in groups for one in described(group)}
     given: dict[str, Any] = {}
     for name, value in options.items():
-        if name not in kinds and name not in also:
-            close = get_close_matches(name, [*kinds, *also], n=1)
+        if name not in kinds:
+            close = get_close_matches(name, kinds, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "see docs/options.md"
             raise LestdError(f"there is no option {name!r}; {hint}")
         if isinstance(value, str | os.PathLike):
-            is_path = name in also or Path in (kinds[name], *get_args(kinds[name]))
+            is_path = Path in (kinds[name], *get_args(kinds[name]))
             value = Path(value) if is_path else os.fspath(value)
         if value is not None:
             given[name] = value

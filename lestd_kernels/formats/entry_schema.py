@@ -98,6 +98,7 @@ _MATRIX: Fields = {
 _MATRIX_OPTIONS: Fields = _PACKED_OPTIONS | {
     "value_bits": _one_of(FULL_BITS, *QUANTIZED_BITS),
     "exponent": _whole(-126, 127),
+    "with_zero": _FLAG,
 }
 _CODED: Fields = {"bytes": _COUNT, "packed_bytes": _whole(0, _MOST_ELEMENTS)}
 _MODULE: Fields = {"basis_side": _one_of(*get_args(BasisSide)), "slices": _COUNT}

@@ -117,6 +117,36 @@ def round_both_ways(
     return _in_waves(W, U, V, given, level), scales
 
 
+def round_to_scales(
+    W: Tensor,
+    U: Tensor,
+    V: Tensor | None,
+    scales: Tensor,
+    bits: int,
+    value_dtype: torch.dtype,
+) -> Tensor:
+    """Round to the grid with a zero and given scales, in groups of whatever form.
+
+    Args:
+        W: ``(in, out)``, float32.
+        U: see `lestd_kernels.linalg.error_feedback.inverse_factor`.
+        V: see `output_factor`.
+        scales: ``(in, out)``, float32, that of each element.
+        bits: 8, 4, 3 or 2.
+        value_dtype: to whose precision values are rounded.
+
+    Returns:
+        The rounded weights ``(in, out)``, float32.
+    """
+    if V is None:  # Blocks of one output have nothing to pass on.
+        V = W.new_ones(W.shape[1], 1, 1)
+
+    def level(values: Tensor, given: Tensor) -> Tensor:
+        return nearest(values, given, bits, value_dtype, has_zero=True)
+
+    return _in_waves(W, U, V, scales, level)
+
+
 def _in_waves(W: Tensor, U: Tensor, V: Tensor, given: Tensor, level: _Level) -> Tensor:
     """Round W in both orders.
 

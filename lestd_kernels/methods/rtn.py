@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from lestd_kernels.formats.chain import ModuleChain
-from lestd_kernels.formats.ops import Multiply
 from lestd_kernels.linalg.metric import Metric
 from lestd_kernels.methods.common.base import MethodArgs
 from lestd_kernels.methods.common.per_module import module_method
-from lestd_kernels.methods.common.quantizing import fitting_bits, least_module_bytes, with_jumps
-from lestd_kernels.storage.matrix import EncodedCore
+from lestd_kernels.methods.common.quantizing import (
+    fitting_bits,
+    least_module_bytes,
+    rounded_module,
+    with_jumps,
+)
 
 
 def encode_module(
@@ -25,8 +28,7 @@ def encode_module(
 ) -> tuple[ModuleChain, float]:
     """Round one module ``(in, out)``."""
     bits = fitting_bits(W.numel(), byte_budget, value_dtype.itemsize, args)
-    stored = EncodedCore.quantized(W, bits, value_dtype, codec="dense")
-    return ModuleChain((Multiply(0),), (stored,)), 0.0
+    return rounded_module(W, bits, value_dtype, args.scale_groups), 0.0
 
 
 METHOD = with_jumps(module_method("rtn", encode_module, least_module_bytes))

@@ -39,16 +39,16 @@ def encode_module(
 
     plain, scales = round_with_feedback(W, U, bits, value_dtype, mask)
 
-    def candidate(V: Tensor | None) -> EncodedCore:
+    def candidate(V: Tensor | None) -> ModuleChain:
         # Elements that make up for pruned ones have grown beyond the scales of W.
         rounded = plain
         if V is not None:
             rounded, _ = round_both_ways(W, U, V, bits, value_dtype, mask, scales)
-        return EncodedCore.quantized(rounded, bits, value_dtype, scales, codec, mask)
+        stored = EncodedCore.quantized(rounded, bits, value_dtype, scales, codec, mask)
+        return ModuleChain((Multiply(0),), (stored,))
 
-    stored = of_least_error(W, metric, candidate)
     lost = 0.0 if mask is None else metric.squares(W * ~mask)
-    return ModuleChain((Multiply(0),), (stored,)), lost
+    return of_least_error(W, metric, candidate), lost
 
 
 METHOD = module_method("sparsegpt", encode_module, least_module_bytes, (ACTIVATION, LOSS))

@@ -41,6 +41,7 @@ class PackedMatrix(PackedModule):
         self.value_bits = int(entry.get("value_bits", FULL_BITS))
         self.pattern = str(entry.get("pattern", UNSTRUCTURED))
         self.exponent = int(entry.get("exponent", 0))
+        self.with_zero = bool(entry.get("with_zero", False))
         self.backend: str | None = None
         self.numbers: CodedNumbers | None = None
         if self.codec == RANS:
@@ -70,6 +71,7 @@ class PackedMatrix(PackedModule):
             self.pattern,
             self.value_bits,
             self.exponent,
+            with_zero=self.with_zero,
         )
 
     def multiply(self, x: Tensor, op: Multiply) -> Tensor:

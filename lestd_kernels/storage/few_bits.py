@@ -9,7 +9,8 @@ A value is ``(code - offset) * scale``, and there are two grids of 2^bits levels
                                   last level, by magnitude       sparse ones, without small values
 
 Measured on trained weights, each is the better one where it is used: in 4 bits whole weights are as
-good with either, and factors better without. A code takes `bits` bits, the
+good with either, and factors better without. Whole weights whose groups lie along the inputs are on
+the one with zero in any bits, which other libraries read. A code takes `bits` bits, the
 first value in the lowest ones; the scale has the value dtype. A group of zeros has the scale 0.
 Scales below the normal numbers of the value dtype, as float16 has them from 6e-5 down, are stored
 divided by a power of two that the whole matrix has in common (`scale_exponent`).

@@ -41,9 +41,11 @@ class EncodedCore:
     ``tensors`` has the codec's tensor names; ``tensors["values"]`` has the value dtype. With
     `value_bits` below 16 there are ``tensors["codes"]`` (uint8) and ``tensors["scales"]`` (value
     dtype) in its place, see lestd_kernels.storage.few_bits, and ``exponent`` is that of the power
-    of two by which the scales are divided. ``pattern`` says where non-zeros may stand
-    (`codecs.PATTERNS`); every codec stores every one. ``memory_bytes`` is what the matrix takes
-    when it is loaded: a coded one more than on disk, see lestd_kernels.storage.packed_integers.
+    of two by which the scales are divided. ``with_zero`` is set where values in more bits than
+    `few_bits.grid_has_zero` says are on the grid that has a zero. ``pattern`` says where non-zeros
+    may stand (`codecs.PATTERNS`); every codec stores every one. ``memory_bytes`` is what the matrix
+    takes when it is loaded: a coded one more than on disk, see
+    lestd_kernels.storage.packed_integers.
     """
 
     codec: str
@@ -55,6 +57,7 @@ class EncodedCore:
     value_bits: int = FULL_BITS
     exponent: int = 0
     packed_bytes: int = 0
+    with_zero: bool = False
 
     @classmethod
     def coded(
@@ -100,6 +103,7 @@ class EncodedCore:
         scales: Tensor | None = None,
         codec: str | None = None,
         mask: Tensor | None = None,
+        with_zero: bool = False,
     ) -> EncodedCore:
         """Store the non-zeros of `matrix` in few bits, or rounded to the value dtype.
 
@@ -112,6 +116,7 @@ class EncodedCore:
             codec: default: the one with the fewest bytes. A dense codec stores zeros, too.
             mask: bool ``(rows, columns)``, which elements a sparse codec stores; default: those
                 that are not zero.
+            with_zero: round to the grid that has a zero, whatever the bits.
         """
         if value_bits == FULL_BITS:
             matrix = matrix.to(value_dtype)
@@ -123,13 +128,20 @@ class EncodedCore:
         tensors = dict(chosen.encode(mask.to(torch.uint8)))
         tensors["values"] = matrix.reshape(-1) if chosen.name == "dense" else matrix[mask]
         if value_bits != FULL_BITS:
-            has_zero = grid_has_zero(chosen.name == "dense", value_bits)
+            has_zero = with_zero or grid_has_zero(chosen.name == "dense", value_bits)
             codes, stored, exponent = quantize(
                 tensors.pop("values"), value_bits, value_dtype, scales, has_zero
             )
             tensors = {"scales": stored, "codes": codes} | tensors
         return cls(
-            chosen.name, rows, columns, nnz, tensors, value_bits=value_bits, exponent=exponent
+            chosen.name,
+            rows,
+            columns,
+            nnz,
+            tensors,
+            value_bits=value_bits,
+            exponent=exponent,
+            with_zero=with_zero,
         )
 
     @property
@@ -149,7 +161,7 @@ class EncodedCore:
         tensors = dict(self.tensors)
         codes, scales = tensors.pop("codes"), tensors.pop("scales")
         count = self._value_count()
-        has_zero = grid_has_zero(self.codec == "dense", self.value_bits)
+        has_zero = self.with_zero or grid_has_zero(self.codec == "dense", self.value_bits)
         values = dequantize(codes, scales, count, self.value_bits, has_zero, self.exponent)
         return replace(self, tensors={"values": values} | tensors, value_bits=FULL_BITS, exponent=0)
 
@@ -239,6 +251,8 @@ class EncodedCore:
             entry["value_bits"] = self.value_bits
         if self.exponent:
             entry["exponent"] = self.exponent
+        if self.with_zero:
+            entry["with_zero"] = True
         if self.codec == RANS:
             entry["bytes"], entry["packed_bytes"] = (
                 self.tensors["stream"].numel(),
@@ -294,8 +308,10 @@ def stored_core(
     names = packed_specs(codec, rows, columns, nnz, bits)
     parts = {name: tensors[f"{path}.{disk_name(name)}"] for name in names}
     pattern, exponent = entry.get("pattern", UNSTRUCTURED), entry.get("exponent", 0)
-    packed_bytes = entry.get("packed_bytes", 0)
-    return EncodedCore(codec, rows, columns, nnz, parts, pattern, bits, exponent, packed_bytes)
+    packed_bytes, with_zero = entry.get("packed_bytes", 0), entry.get("with_zero", False)
+    return EncodedCore(
+        codec, rows, columns, nnz, parts, pattern, bits, exponent, packed_bytes, with_zero
+    )
 
 
 def disk_name(name: str) -> str:

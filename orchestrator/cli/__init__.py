@@ -19,6 +19,7 @@ from orchestrator.cli import (  # noqa: F401 - each registers its commands
     families,
     manifest,
     models,
+    recipes,
     recover,
     serve,
     sweep,

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from lestd_kernels.errors import LestdError
 from orchestrator.cli.application import app
 from orchestrator.cli.options import Given, Json, absolute, options, output_option
 from orchestrator.config.options import Checkpoint, Host, Precision, chosen
@@ -40,27 +41,45 @@ def export(
         Path, typer.Argument(help="The compressed model's directory.", callback=absolute)
     ],
     dense: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            help="Directory of the dense checkpoint to write; must not exist, or be empty.",
+            help="Directory of a dense checkpoint to write; must not exist, or be empty.",
             callback=absolute,
         ),
-    ],
+    ] = None,
+    compressed_tensors: Annotated[
+        Path | None,
+        typer.Option(
+            help="The same for few-bit weights, packed as vLLM and the library "
+            "compressed-tensors read them; needs --scale-groups inputs when compressing.",
+            callback=absolute,
+        ),
+    ] = None,
     dtype: Annotated[
         Literal["auto", "float32"],
-        typer.Option(help="Dtype of the reconstructed weights; auto: that of the stored values."),
+        typer.Option(help="Dtype of dense weights; auto: that of the stored values."),
     ] = "auto",
     json: Json = False,
 ) -> None:
-    """Write a compressed model as an ordinary dense checkpoint, for tools without the format."""
+    """Write a compressed model as a checkpoint for tools without the format: dense, or packed."""
     import torch
 
     from orchestrator.cli.summary import print_export
     from orchestrator.model.export import export_dense
+    from orchestrator.model.packed_export import export_packed
 
-    chosen = torch.float32 if dtype == "float32" else None
+    if (dense is None) == (compressed_tensors is None):
+        raise LestdError("say what to write: either --dense DIR or --compressed-tensors DIR")
+    if compressed_tensors is not None and dtype != "auto":
+        raise LestdError(
+            "--dtype is for --dense: weights in few bits keep the dtype of their scales"
+        )
     with Meter("export", "bytes") as meter:
-        exported = export_dense(model, dense, chosen, meter.update)
+        if dense is not None:
+            chosen = torch.float32 if dtype == "float32" else None
+            exported = export_dense(model, dense, chosen, meter.update)
+        elif compressed_tensors is not None:
+            exported = export_packed(model, compressed_tensors, meter.update)
     print_export(exported, json)
 
 

@@ -280,8 +280,8 @@ def print_export(export: Export, json: bool) -> None:
         return
     output.out.print(
         f"{export.out}: {export.tensors} tensors in {export.shards} shards, "
-        f"{output.size(export.untouched_bytes + export.dense_bytes)}; {export.groups} groups "
-        f"{output.size(export.stored_bytes)} -> {output.size(export.dense_bytes)} in "
+        f"{output.size(export.untouched_bytes + export.exported_bytes)}; {export.groups} groups "
+        f"{output.size(export.stored_bytes)} -> {output.size(export.exported_bytes)} in "
         f"{' and '.join(export.dtypes)}; {export.seconds:.1f} s",
         soft_wrap=True,
     )

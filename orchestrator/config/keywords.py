@@ -23,6 +23,7 @@ class RunOptions(TypedDict, total=False):
     method: str
     metric: Literal["weight", "norm", "activation", "loss"] | None
     value_bits: Literal[16, 8, 4, 3, 2]
+    scale_groups: Literal["outputs", "inputs"]
     factor_bits: Literal[16, 8, 4]
     keep_outliers: float
     type_mode: Literal["identity", "learned"]
@@ -47,6 +48,7 @@ class RunOptions(TypedDict, total=False):
     max_attempts: int
     task_timeout: float | None
     autoscaling: bool
+    recipe: str | None
     config: str | os.PathLike[str] | None
     cluster: str | os.PathLike[str] | None
 

@@ -263,6 +263,13 @@ class Evaluation(Windows):
 class ConfigFile:
     """Where options of the run stand too."""
 
+    recipe: Annotated[
+        str | None,
+        WHAT(
+            "Options under a name, see lestd recipes; those of a file and of here win.", first=True
+        ),
+    ] = None
+
     config: Annotated[
         Path | None, WHAT("run.yaml: any of these options and more; options here win.")
     ] = None

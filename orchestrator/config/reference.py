@@ -82,16 +82,14 @@ from typing import Literal, TypedDict
 
 def keywords() -> str:
     """The Python text of `orchestrator.config.keywords`."""
-    files: dict[str, Any] = {"config": Path | None, "cluster": Path | None}
     classes = {
-        "RunOptions": (RunFile, ClusterConfig),
-        "EvaluateOptions": (Evaluation, Host, ClusterConfig),
+        "RunOptions": (RunFile, ClusterConfig, ConfigFile, ClusterFile),
+        "EvaluateOptions": (Evaluation, Host, ClusterConfig, ClusterFile),
     }
     text = _KEYWORDS_HEAD
     for name, groups in classes.items():
-        kinds = {one.name: one.type for group in groups for one in described(group)} | files
-        for left_out in ("model",) if RunFile in groups else ("config",):
-            del kinds[left_out]
+        kinds = {one.name: one.type for group in groups for one in described(group)}
+        kinds.pop("model", None)  # It is no keyword.
         lines = (f"    {option}: {_annotation(kind)}\n" for option, kind in kinds.items())
         text += f'\n\nclass {name}(TypedDict, total=False):\n    """Options of `lestd`."""\n\n'
         text += "".join(lines)

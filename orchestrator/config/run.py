@@ -33,6 +33,7 @@ from orchestrator.config.options import (
     Target,
     Weights,
 )
+from orchestrator.config.recipes import recipe
 
 TARGETS = ("keep", "keep_model", "target_loss")
 """What a run is to reach; one of them."""
@@ -241,7 +242,7 @@ class ModelChoice(NamedTuple):
 def run_options(
     given: Mapping[str, Any], variant: Mapping[str, Any] | None = None
 ) -> tuple[ModelChoice, RunConfig]:
-    """Model and configuration from a run file and the options; options win.
+    """Model and configuration from a recipe, a run file and the options; the later ones win.
 
     Args:
         given: what was given on the command line, by name; `config` is the file.
@@ -251,11 +252,14 @@ def run_options(
         LestdError: no model is named, or a value is not valid.
     """
     file, here, variant = given.get("config"), typed(RunFile, given), variant or {}
-    values = {} if file is None else load_yaml(file)
-    if any(name in here for name in TARGETS):
-        values = {k: v for k, v in values.items() if k not in TARGETS}
+    named = given.get("recipe")
+    values: dict[str, Any] = {} if named is None else recipe(named).options
+    for later in ({} if file is None else load_yaml(file), here, variant):
+        if any(name in later for name in TARGETS):
+            values = {k: v for k, v in values.items() if k not in TARGETS}
+        values |= later
     names = {key: option_name(key) for key in here} | {key: f"--methods: {key}" for key in variant}
-    run_file = validated(RunFile, {**values, **here, **variant}, str(file or "options"), names)
+    run_file = validated(RunFile, values, str(file or "options"), names)
     if run_file.model is None:
         raise LestdError("no model given; name a directory or a Hub id, or set model in --config")
     chosen = ModelChoice(run_file.model, run_file.revision, run_file.architecture)

@@ -1,10 +1,12 @@
-"""A compressed model -> an ordinary dense checkpoint, for tools that do not support the format.
+"""A compressed model -> a checkpoint in a form that tools without the format read.
 
-In place of each group's factors and cores stands its reconstruction W-hat, with the adapter beside
-the model, if there is one, merged into it; every other tensor is copied byte for byte. The
-directory is built beside its name and renamed last, so it is complete or absent. Groups are read,
-reconstructed and written one after the other: memory stays bounded by the adapter, the largest
-group in float32 and the copy buffer.
+In place of each group stands what the form makes of it; every other tensor is copied byte for byte.
+The directory is built beside its name and renamed last, so it is complete or absent. Groups are
+read and written one after the other: memory stays bounded by the adapter, the largest group in
+float32 and the copy buffer.
+
+The dense form is the reconstruction W-hat, with the adapter beside the model, if there is one,
+merged into it. The other one is that of orchestrator/model/packed_export.py.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +41,17 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Export:
-    """A dense checkpoint that was written.
+    """A checkpoint that was written.
 
     Attributes:
         model: directory of the compressed model.
-        out: directory of the dense one.
-        dtypes: dtypes of the reconstructed weights, usually one.
-        groups: slice groups reconstructed.
-        tensors: tensors of the dense checkpoint.
+        out: directory of the checkpoint.
+        dtypes: of the groups' weights, or of their scales, usually one.
+        groups: slice groups written.
+        tensors: tensors of the checkpoint.
         shards: its safetensors files.
         stored_bytes: bytes of the groups' tensors in the compressed model.
-        dense_bytes: bytes of the reconstructed weights.
+        exported_bytes: bytes of the groups' tensors in the checkpoint.
         untouched_bytes: bytes of all other tensors.
         seconds: wall clock.
     """
@@ -61,9 +63,32 @@ class Export:
     tensors: int
     shards: int
     stored_bytes: int
-    dense_bytes: int
+    exported_bytes: int
     untouched_bytes: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a checkpoint holds in place of the groups of a compressed model.
+
+    Attributes:
+        option: of the command line that asks for it.
+        check: the model can be written so; raises LestdError where not. Reads no tensors.
+        group_bytes: of what takes the place of a group.
+        tensors: reads a group: name in the checkpoint -> tensor.
+        dtype: of a group's weights, or of their scales.
+        config: the checkpoint's config.json.
+        card: template of its model card.
+    """
+
+    option: str
+    check: Callable[[CompressedModel], None]
+    group_bytes: Callable[[CompressedGroup], int]
+    tensors: Callable[[CompressedGroup], dict[str, Tensor]]
+    dtype: Callable[[CompressedGroup], torch.dtype]
+    config: Callable[[CompressedModel], dict[str, Any]]
+    card: str
 
 
 def export_dense(
@@ -83,22 +108,58 @@ def export_dense(
         progress: told of every finished file.
 
     Raises:
-        LestdError: `model_dir` holds no model compressed by lestd, or a damaged one; `out` is
-            taken, or another process exports into it; no space is left.
+        LestdError: see `export_model`.
+    """
+
+    @cache
+    def deltas() -> dict[str, Tensor]:
+        return adapter_deltas(model_dir.absolute())
+
+    def dtype_of(group: CompressedGroup) -> torch.dtype:
+        return dtype or group.value_type
+
+    form = Form(
+        option="--dense",
+        check=lambda model: None,
+        group_bytes=lambda group: group.elements * dtype_of(group).itemsize,
+        tensors=lambda group: _reconstruct(group, deltas(), dtype_of(group)),
+        dtype=dtype_of,
+        config=lambda model: _dense_config(model.config_json, dtype),
+        card="model/dense_card.md.jinja",
+    )
+    return export_model(model_dir, out, form, progress)
+
+
+def export_model(
+    model_dir: Path, out: Path, form: Form, progress: Progress | None = None
+) -> Export:
+    """Write a compressed model in another form.
+
+    Args:
+        model_dir: the compressed model.
+        out: the new directory; must not exist, or be empty.
+        form: of the checkpoint.
+        progress: told of every finished file.
+
+    Raises:
+        LestdError: `model_dir` holds no model compressed by lestd, or a damaged one, or one that
+            has no such form; `out` is taken, or another process exports into it; no space is left.
     """
     began = time.perf_counter()
     return_freed_memory()
     out = out.absolute()
-    _require_free(out)
+    _require_free(out, form.option)
     if out.resolve().is_relative_to(model_dir.resolve()):
         raise LestdError(
-            f"{out} lies inside of the compressed model {model_dir}; give --dense a name elsewhere"
+            f"{out} lies inside of the compressed model {model_dir}; give {form.option} a name "
+            "elsewhere"
         )
     model = open_compressed(model_dir)
+    form.check(model)
     stated = model.stated_shards()
     untouched_bytes = sum(ref.stored_bytes for ref in model.untouched)
-    dense_bytes = sum(_dense_bytes(group, dtype) for group in model.groups)
-    done, total = 0, untouched_bytes + dense_bytes + sum(row["payload_bytes"] for row in stated)
+    exported_bytes = sum(map(form.group_bytes, model.groups))
+    done, total = 0, untouched_bytes + exported_bytes + sum(row["payload_bytes"] for row in stated)
 
     def advance(count: int) -> None:
         nonlocal done
@@ -111,11 +172,14 @@ def export_dense(
         model.check_shard(row)
         advance(row["payload_bytes"])
     out.parent.mkdir(parents=True, exist_ok=True)
-    busy = f"another process exports into {out}; wait for it to end, or give --dense another name"
+    busy = (
+        f"another process exports into {out}; wait for it to end, or give {form.option} another "
+        "name"
+    )
     with explain_os_errors(out), building_directory(out, "exporting", busy) as building:
         new = building.new
-        weight_map = _write_shards(model, new, dtype, advance)
-        dtypes = {_dtype_name(dtype or group.value_type) for group in model.groups}
+        weight_map = _write_shards(model, new, form, advance)
+        dtypes = {_dtype_name(form.dtype(group)) for group in model.groups}
         export = Export(
             model=str(model.directory),
             out=str(out),
@@ -124,39 +188,39 @@ def export_dense(
             tensors=len(weight_map),
             shards=len(set(weight_map.values())),
             stored_bytes=sum(ref.stored_bytes for ref in model.stored.values()),
-            dense_bytes=dense_bytes,
+            exported_bytes=exported_bytes,
             untouched_bytes=untouched_bytes,
             seconds=time.perf_counter() - began,
         )
         write_json(
             new / INDEX_FILE,
             {
-                "metadata": {"total_size": untouched_bytes + dense_bytes},
+                "metadata": {"total_size": untouched_bytes + exported_bytes},
                 "weight_map": dict(sorted(weight_map.items())),
             },
         )
         copy_side_files(model.directory, new, but=ADAPTER_FILES)
-        write_json(new / CONFIG_FILE, _dense_config(model.config_json, dtype))
-        card = _model_card(model, export).encode()
+        write_json(new / CONFIG_FILE, form.config(model))
+        card = _model_card(model, export, form.card).encode()
         atomic_write(new / CARD_FILE, lambda file: file.write(card))
         fsync_directory(new)
-        _require_free(out)  # Somebody may have put a file there in the meantime.
+        _require_free(out, form.option)  # Somebody may have put a file there in the meantime.
         building.finish()
     return export
 
 
-def _require_free(out: Path) -> None:
+def _require_free(out: Path, option: str) -> None:
     if not is_free(out):
         raise LestdError(
             f"{out} already exists and is not an empty directory; choose a new name for "
-            "--dense, or remove it"
+            f"{option}, or remove it"
         )
 
 
 def _write_shards(
     model: CompressedModel,
     target: Path,
-    dtype: torch.dtype | None,
+    form: Form,
     advance: Callable[[int], None],
 ) -> dict[str, str]:
     """One shard for the untouched tensors of each shard, and one per group: the weight map."""
@@ -171,18 +235,13 @@ def _write_shards(
         atomic_write(target / name, partial(write_safetensors_stream, refs=refs))
         weight_map |= dict.fromkeys((ref.name for ref in refs), name)
         advance(sum(ref.stored_bytes for ref in refs))
-    deltas = adapter_deltas(model.directory)
     for group in model.groups:
         name = next(names)
-        weights = _reconstruct(group, deltas, dtype or group.value_type)
+        weights = form.tensors(group)
         atomic_write(target / name, partial(write_safetensors, tensors=weights))
         weight_map |= dict.fromkeys(weights, name)
-        advance(_dense_bytes(group, dtype))
+        advance(form.group_bytes(group))
     return weight_map
-
-
-def _dense_bytes(group: CompressedGroup, dtype: torch.dtype | None) -> int:
-    return group.elements * (dtype or group.value_type).itemsize
 
 
 def _reconstruct(
@@ -214,8 +273,8 @@ def _dense_config(config_json: dict[str, Any], dtype: torch.dtype | None) -> dic
     return config
 
 
-def _model_card(model: CompressedModel, export: Export) -> str:
-    return template("model/dense_card.md.jinja").render(
+def _model_card(model: CompressedModel, export: Export, card: str) -> str:
+    return template(card).render(
         # A path of this machine is nobody else's business.
         name=model.directory.name,
         metadata=card_metadata(model.directory),

@@ -70,7 +70,7 @@ class CompressedGroup:
         Raises:
             LestdError: the tensors cannot be read, or do not decode.
         """
-        return self._decoded(lambda stored: (stored.to_dense(), stored.layout))
+        return self.decoded(lambda stored: (stored.to_dense(), stored.layout))
 
     def open_modules(self) -> dict[str, Opened]:
         """Read the group: module -> its factors and cores, as tensorly's tensors.
@@ -78,9 +78,14 @@ class CompressedGroup:
         Raises:
             LestdError: see `weights`.
         """
-        return self._decoded(open_modules)
+        return self.decoded(open_modules)
 
-    def _decoded(self, use: Callable[[Decomposition], T]) -> T:
+    def decoded(self, use: Callable[[Decomposition], T]) -> T:
+        """Read the group, check it, and hand it to `use`.
+
+        Raises:
+            LestdError: the tensors cannot be read, or do not decode.
+        """
         path, shard = self.entry["path"], next(iter(self.refs.values())).shard
         tensors = {name: read_tensor(ref) for name, ref in self.refs.items()}
         try:

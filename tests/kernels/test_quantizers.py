@@ -19,7 +19,7 @@ from lestd_kernels.formats.chain import Chain
 from lestd_kernels.methods import METHODS, MethodArgs
 from lestd_kernels.methods.common.outliers import find_outliers
 from lestd_kernels.storage.few_bits import values_bytes
-from lestd_kernels.tensorize import fold_weights
+from lestd_kernels.tensorize import GroupLayout, ModuleLayout, fold_weights
 from orchestrator.compression.pipeline import compress_model
 from orchestrator.config.run import RunConfig
 from orchestrator.execution.serial import SerialExecutor
@@ -261,3 +261,36 @@ def test_calibrated_files_load_as_what_they_hold(
     # Both compute in bfloat16 somewhere.
     torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.3)
     assert compress_model(*arguments).skipped == 1
+
+
+@pytest.mark.parametrize("metric", ["activation", "loss"])
+def test_inputs_of_an_output_share_a_scale_where_that_is_asked_for(metric: str) -> None:
+    modules = tuple(ModuleLayout(name, "input", ((name, 0),), name) for name in ("q", "k"))
+    layout = GroupLayout(128, 40, modules)
+    grams = metrics_of(layout, "activation")
+    if metric == "loss":
+        generator = torch.Generator().manual_seed(5)
+        for name in ("q", "k"):
+            g = torch.randn(400, 40, generator=generator) @ torch.randn(40, 40, generator=generator)
+            grams[f"{name}.output"] = g.T @ g / len(g)
+    errors = {}
+    for method in ("rtn", "gptq"):
+        args = MethodArgs(value_bits=4, scale_groups="inputs", metric=metric)
+        done = METHODS[method].decompose(
+            random_unfolding(layout), layout, 10**6, BF16, args, (), grams
+        )
+        errors[method] = done.metric_squared_error
+        weights = fold_weights(random_unfolding(layout), layout)
+        for name, W_hat in done.decomposition.to_dense().items():
+            # (out, groups, 64): sixteen levels, one of them zero, and the largest weight is one.
+            W, found = (one.view(40, 2, 64).double() for one in (weights[name], W_hat))
+            outer = W.gather(2, W.abs().argmax(dim=2, keepdim=True))
+            code = found / (outer / -8)
+            assert (code - code.round()).abs().max() < 8 * 2**-7
+            assert code.round().min() == -8
+            assert code.round().max() == 7
+    assert errors["gptq"] < 0.7 * errors["rtn"]
+    with pytest.raises(LestdError, match="inputs are a multiple of 64"):
+        METHODS["rtn"].least_bytes(layout_of("odd"), BF16, args)
+    with pytest.raises(LestdError, match="supports only scale_groups 'outputs'"):
+        METHODS["svd"].least_bytes(layout, BF16, args)

@@ -35,6 +35,9 @@ def test_a_function_makes_the_bytes_of_the_command(
     plan = lestd.plan(str(tiny_llama), keep=0.4, include="0-1")
     assert outcome.plan.to_dict() == plan.to_dict()
     assert lestd.Manifest(by_function / "manifest").groups().num_rows == 2
+    named = lestd.plan(tiny_llama, recipe="safe-8bit", include="0")
+    same = {"method": "rtn", "value_bits": 8, "scale_groups": "inputs", "scope": "all"}
+    assert named.to_dict() == lestd.plan(tiny_llama, keep=0.55, include="0", **same).to_dict()
 
     settings = ("--text", wikitext, "--window", 64, "--max-windows", 1, "--executor", "serial")
     shown = json.loads(command("evaluate", by_command, *settings, "--json").out)["models"]

@@ -310,6 +310,7 @@ class Method:
             does not below, of a method of a few fixed sizes: where a curve is worth a look.
         per_matrix: whether it stores every matrix on its own, and so takes groups of one.
         weight_options: options that mean something in the metric weight only.
+        groups_inputs: whether it knows `MethodArgs.scale_groups`.
     """
 
     name: str
@@ -323,6 +324,7 @@ class Method:
     )
     per_matrix: bool = False
     weight_options: tuple[str, ...] = ()
+    groups_inputs: bool = False
 
     def decompose(
         self,

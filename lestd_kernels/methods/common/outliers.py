@@ -28,7 +28,14 @@ from lestd_kernels.formats.chain import Chain, ModuleChain
 from lestd_kernels.formats.ops import Multiply
 from lestd_kernels.formats.shared_tucker import U1_NAME, U2_NAME, SharedTucker
 from lestd_kernels.linalg.error_feedback import largest
-from lestd_kernels.methods.common.base import Bounds, Decomposed, Group, Method, MethodArgs
+from lestd_kernels.methods.common.base import (
+    Bounds,
+    Decomposed,
+    Group,
+    Method,
+    MethodArgs,
+    require_default,
+)
 from lestd_kernels.methods.common.per_module import StoredChains, chain_result
 from lestd_kernels.methods.common.stopwatch import Stopwatch
 from lestd_kernels.storage.codecs import CODECS
@@ -112,7 +119,10 @@ class Protected:
 
 
 def with_outliers(method: Method) -> Method:
-    """The method, and what it does where `MethodArgs.keep_outliers` asks for more than none."""
+    """The method, and what it does where `MethodArgs.keep_outliers` asks for more than none.
+
+    The result refuses `MethodArgs.scale_groups` where the method does not know them.
+    """
 
     def prepare(group: Group) -> Any:
         args, layout, metrics = group.args, group.layout, group.metrics
@@ -163,9 +173,14 @@ def with_outliers(method: Method) -> Method:
         done = chain_result(group, chains, clock)
         return replace(done, curve=tuple(curve), singular_values=rest.singular_values)
 
+    def require_known(args: MethodArgs) -> None:
+        if not method.groups_inputs:
+            require_default(method.name, args, "scale_groups")
+
     def bounds(
         layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
     ) -> Bounds:
+        require_known(args)
         if not args.keep_outliers:
             return method.bounds(layout, byte_budget, value_dtype, args)
         least = least_bytes(layout, value_dtype, args)
@@ -185,6 +200,7 @@ def with_outliers(method: Method) -> Method:
         )
 
     def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
+        require_known(args)
         if not args.keep_outliers:
             return method.least_bytes(layout, value_dtype, args)
         if args.type_mode != MethodArgs.type_mode:

@@ -1,6 +1,9 @@
 """What the quantizing methods have in common: bits for a byte budget, and the better feedback.
 
-Shapes: W (in, out) of a module; groups of 64 lie along its rows, so along the outputs.
+Shapes: W (in, out) of a module; groups of 64 lie along its rows, so along the outputs. With
+`MethodArgs.scale_groups` ``"inputs"`` they lie along its columns, and W^T (out, in) is stored, on
+the grid with a zero: the layout ``pack-quantized`` of the library compressed-tensors, see
+orchestrator/model/packed_export.py.
 """
 
 from __future__ import annotations
@@ -12,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lestd_kernels.errors import LestdError
+from lestd_kernels.formats.chain import ModuleChain
+from lestd_kernels.formats.ops import Multiply
 from lestd_kernels.linalg.metric import Metric
 from lestd_kernels.linalg.two_sided_feedback import output_factor
 from lestd_kernels.methods.common.base import Method, MethodArgs
-from lestd_kernels.storage.few_bits import FULL_BITS, QUANTIZED_BITS, values_bytes
+from lestd_kernels.storage.few_bits import FULL_BITS, GROUP, QUANTIZED_BITS, values_bytes
 from lestd_kernels.storage.matrix import EncodedCore
 from lestd_kernels.tensorize import GroupLayout
 
@@ -29,9 +35,35 @@ def fitting_bits(elements: int, byte_budget: int, value_bytes: int, args: Method
     )
 
 
+INPUTS = "inputs"
+
+
+def rounded_module(
+    W: Tensor,
+    bits: int,
+    value_dtype: torch.dtype,
+    scale_groups: str,
+    scales: Tensor | None = None,
+) -> ModuleChain:
+    """The chain of a module that is one matrix in few bits.
+
+    Args:
+        W: ``(in, out)``, float32.
+        bits: of a value.
+        value_dtype: of the scales.
+        scale_groups: see `MethodArgs`.
+        scales: float32, one per group as it is stored, where they are chosen already.
+    """
+    along = scale_groups == INPUTS
+    stored = EncodedCore.quantized(
+        W.T if along else W, bits, value_dtype, scales, codec="dense", with_zero=along
+    )
+    return ModuleChain((Multiply(0, transposed=along),), (stored,))
+
+
 def of_least_error(
-    W: Tensor, metric: Metric, candidate: Callable[[Tensor | None], EncodedCore]
-) -> EncodedCore:
+    W: Tensor, metric: Metric, candidate: Callable[[Tensor | None], ModuleChain]
+) -> ModuleChain:
     """The better of rounding with feedback along the outputs too, and without.
 
     Args:
@@ -44,7 +76,7 @@ def of_least_error(
     if V is None:
         return plain
     both = candidate(V)
-    plain_error, both_error = (metric.squares(W - one.decode().float()) for one in (plain, both))
+    plain_error, both_error = (metric.squares(W - one.weight(len(W), {})) for one in (plain, both))
     return both if both_error < plain_error else plain
 
 
@@ -60,10 +92,19 @@ def with_jumps(method: Method) -> Method:
             for bits in every
         )
 
-    return replace(method, jumps=jumps)
+    return replace(method, jumps=jumps, groups_inputs=True)
 
 
 def least_module_bytes(rows: int, columns: int, value_bytes: int, args: MethodArgs) -> int:
-    """Bytes at the bits asked for, or at the fewest."""
+    """Bytes at the bits asked for, or at the fewest.
+
+    Raises:
+        LestdError: groups are to lie along inputs that they do not divide.
+    """
+    if args.scale_groups == INPUTS and rows % GROUP:
+        raise LestdError(
+            f"scale_groups 'inputs' needs modules whose inputs are a multiple of {GROUP}, found "
+            f"one of {rows}; leave it out, or --exclude that module"
+        )
     bits = min(QUANTIZED_BITS) if args.value_bits == FULL_BITS else args.value_bits
     return values_bytes(rows * columns, bits, value_bytes)

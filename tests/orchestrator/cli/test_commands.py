@@ -14,6 +14,7 @@ from lestd_kernels.methods import METHODS
 from orchestrator.cli import compress, sweep
 from orchestrator.cli.application import app
 from orchestrator.config.options import MethodChoice, described
+from orchestrator.config.recipes import recipes
 from orchestrator.config.run import RunConfig
 from orchestrator.manifest.manifest import Manifest
 from orchestrator.run.directory import RunDirectory
@@ -33,6 +34,18 @@ def test_help_names_every_method() -> None:
     [option] = [one.option for one in described(MethodChoice) if one.name == "method"]
     words = option.help.replace(",", " ").replace(":", " ").replace(".", " ").split()
     assert not METHODS.keys() - set(words)
+
+
+def test_recipes_are_listed_and_one_is_a_run_file(tiny_llama: Path, tmp_path: Path) -> None:
+    listed = lestd("recipes").out
+    assert [line.split()[0] for line in listed.splitlines()] == list(recipes())
+    file = tmp_path / "run.yaml"
+    file.write_text(lestd("recipes", "safe-8bit").out)
+    by_name, by_file = (
+        lestd("plan", tiny_llama, option, value, "--json").out
+        for option, value in (("--recipe", "safe-8bit"), ("--config", file))
+    )
+    assert by_name == by_file
 
 
 @pytest.mark.parametrize("command", [compress.plan, sweep.sweep])

@@ -12,6 +12,7 @@ from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.files import Strict, load_yaml, validated
 from orchestrator.config.layers import parse_layers
 from orchestrator.config.options import described
+from orchestrator.config.recipes import recipes
 from orchestrator.config.reference import keywords, page
 from orchestrator.config.run import RunConfig, RunFile, run_options, scope_keep
 
@@ -94,6 +95,29 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(tmp_p
     (model, *_), config = run_options(given)
     assert (model, config.keep, config.keep_model) == ("there", 0.4, None)
     assert (config.samples, config.threads, config.device) == (7, 3, "auto")
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_a_recipe_holds_what_a_run_needs_beside_model_and_text(name: str) -> None:
+    one = recipes()[name]
+    assert one.text.startswith(f"# {one.summary}\n")
+    text = {"calibrate_on": "text"} if "calibrate_on" in one.text else {}
+    _, config = run_options({"model": "there", "recipe": name, **text})
+    assert config.model_dump(include=set(one.options)) == one.options
+
+
+def test_a_recipe_gives_way_to_the_file_and_to_the_options(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: there\nscope: attention\ntarget_loss: 0.1\n")
+    given = {"recipe": "smallest", "calibrate_on": "text"}
+    _, plain = run_options(given | {"model": "there"})
+    assert (plain.method, plain.scope, plain.keep) == ("watersic", "all", 0.2)
+    _, with_file = run_options(given | {"config": file})
+    assert (with_file.scope, with_file.keep, with_file.target_loss) == ("attention", None, 0.1)
+    _, both = run_options(given | {"config": file, "keep_model": 0.5})
+    assert (both.keep, both.keep_model, both.target_loss) == (None, 0.5, None)
+    with pytest.raises(LestdError, match="no recipe named 'smalest'; did you mean smallest"):
+        run_options({"model": "there", "recipe": "smalest"})
 
 
 @pytest.mark.parametrize(

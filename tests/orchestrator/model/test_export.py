@@ -163,7 +163,7 @@ def test_weights_have_the_stored_dtype_rounded_once(tmp_path, dtype, mode):
     run = lestd("export", directory, "--dense", tmp_path / "auto", "--json")
     assert json.loads(run.out)["dtypes"] == [str(dtype).removeprefix("torch.")]
     wide = lestd("export", directory, "--dense", tmp_path / "wide", "--dtype", "float32", "--json")
-    assert json.loads(wide.out)["dense_bytes"] == 2 * json.loads(run.out)["dense_bytes"]
+    assert json.loads(wide.out)["exported_bytes"] == 2 * json.loads(run.out)["exported_bytes"]
     narrow_tensors, wide_tensors = stored(tmp_path / "auto"), stored(tmp_path / "wide")
     changed = 0
     for name, tensor in wide_tensors.items():
@@ -255,11 +255,11 @@ def test_the_files_of_an_export(compressed, tiny_llama, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config == json.loads((tiny_llama / "config.json").read_text())
     assert figures.keys() == {
-        "model", "out", "dtypes", "groups", "tensors", "shards", "stored_bytes", "dense_bytes",
+        "model", "out", "dtypes", "groups", "tensors", "shards", "stored_bytes", "exported_bytes",
         "untouched_bytes", "seconds",
     }  # fmt: skip
     source = ShardIndex.from_directory(tiny_llama)
-    assert figures["dense_bytes"] + figures["untouched_bytes"] == source.stored_bytes
+    assert figures["exported_bytes"] + figures["untouched_bytes"] == source.stored_bytes
     assert figures["tensors"] == len(source.tensors)
     assert (figures["groups"], figures["shards"]) == (4, 5)
     status = json.loads(lestd("status", compressed, "--json").out)

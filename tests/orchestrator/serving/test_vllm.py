@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.cli import PATIENCE
+from support.cli import PATIENCE, lestd
 from support.compressing import compress
 from support.paths import ROOT, SUPPORT
 from transformers import (
@@ -61,9 +61,22 @@ MODELS = {
 }
 
 
-def in_vllm(directory: Path, tensor_parallel: int = 1) -> subprocess.CompletedProcess[str]:
+def in_vllm(
+    directory: Path,
+    tensor_parallel: int = 1,
+    model_impl: str = "transformers",
+    dtype: str = "float32",
+    prompt_logprobs: bool = False,
+) -> subprocess.CompletedProcess[str]:
+    settings = {
+        "tokens": TOKENS,
+        "tensor_parallel": tensor_parallel,
+        "model_impl": model_impl,
+        "dtype": dtype,
+        "prompt_logprobs": prompt_logprobs,
+    }
     script = SUPPORT / "vllm_tokens.py"
-    command = [PYTHON, script, directory, json.dumps(PROMPTS), str(TOKENS), str(tensor_parallel)]
+    command = [PYTHON, script, directory, json.dumps(PROMPTS), json.dumps(settings)]
     # Where vLLM sees one node of memory only, it has to be told a core for each of its workers.
     cores = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(tensor_parallel)))}
     return subprocess.run(
@@ -100,6 +113,37 @@ def test_vllm_gives_the_tokens_of_transformers(name: str, tmp_path: Path) -> Non
     assert run.returncode == 0, run.stderr[-5000:]
     [answer] = [line for line in run.stdout.splitlines() if line.startswith("[[")]
     assert json.loads(answer) == expected(compressed)
+
+
+def test_packed_weights_run_in_kernels_of_vllm_itself(tmp_path: Path) -> None:
+    """Its kernel for CPUs has 4 bits and no float32."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS["qwen2"])
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    options = ("--method", "rtn", "--value-bits", 4, "--scale-groups", "inputs", "--keep", 0.9)
+    compressed = compress(tmp_path / "model", tmp_path / "out", *options)
+    packed = tmp_path / "packed"
+    assert lestd("export", compressed, "--compressed-tensors", packed).code == 0
+    run = in_vllm(packed, model_impl="auto", dtype="bfloat16", prompt_logprobs=True)
+    assert run.returncode == 0, run.stderr[-5000:]
+    assert "Using CPUWNA16LinearKernel" in run.stdout + run.stderr
+    [answer] = [line for line in run.stdout.splitlines() if line.startswith("[[")]
+    found = torch.tensor([one for line in json.loads(answer) for one in line])
+    ours, dense = (logprobs(one) for one in (compressed, tmp_path / "model"))
+    assert (found - ours).abs().mean() < 0.1
+    assert (dense - ours).abs().mean() > 1  # What 4 bits cost this model, whose weights are noise.
+
+
+def logprobs(directory: Path) -> torch.Tensor:
+    """Of every token of the prompts but the first, in float32."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    found = []
+    with torch.no_grad():
+        for ids in PROMPTS:
+            one = torch.tensor([ids])
+            scores = model(one).logits[0, :-1].log_softmax(-1)
+            found.append(scores.gather(1, one[0, 1:, None])[:, 0])
+    return torch.cat(found)
 
 
 def test_several_devices_are_refused_in_a_sentence(tmp_path: Path) -> None:
