@@ -283,7 +283,9 @@ class DecomposeWorker:
         """The task's weights in the source's dtype, on the host, and the sha256 of their bytes."""
         digest = hashlib.sha256()
         weights = {}
-        for module, ref in task.tensors.items():
+        # Experts that one tensor stacks together, so that their bytes are digested as the tensor's.
+        names = {ref.name: i for i, ref in reversed([*enumerate(task.tensors.values())])}
+        for module, ref in sorted(task.tensors.items(), key=lambda item: names[item[1].name]):
             weights[module] = read_tensor(ref, digest, pinned=self._device.type == "cuda")
             check_finite(weights[module], ref)
         return weights, digest.hexdigest()

@@ -110,6 +110,18 @@ def test_touching_the_source_is_not_changing_it(model: Path, out: Path) -> None:
     assert "already complete" in again.out
 
 
+def test_experts_that_one_tensor_stacks_are_the_same_after_a_touch(
+    tmp_path: Path, out: Path
+) -> None:
+    model = save_tiny("gpt_oss", tmp_path / "gpt_oss")
+    options = ("--scope", "experts", "--method", "svd")
+    assert compress(model, out, *options).code == 0
+    shutil.rmtree(out)
+    for shard in model.glob("*.safetensors"):
+        os.utime(shard, (1, 1))
+    assert compress(model, out, *options).code == 0
+
+
 @pytest.mark.parametrize("made", [(), ("run.json",), ("run.json", "plan.json")])
 def test_a_run_that_was_killed_while_it_began_can_begin(
     model: Path, out: Path, tmp_path: Path, made: tuple[str, ...]
