@@ -23,6 +23,7 @@ def _version(asked: bool) -> None:
 # The commands in the order in which a user meets them.
 _STORY = [
     "plan",
+    "recipes",
     "audit",
     "compress",
     "status",

