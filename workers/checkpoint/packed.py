@@ -145,7 +145,8 @@ def _unpacked(words: Tensor, bits: int) -> Tensor:
     """Numbers of some bits, int32, of words ``(n, m)`` -> ``(n, m 32 / bits)``."""
     shifts = torch.arange(0, _WORD, bits, dtype=torch.int32)
     unsigned = (words[..., None] >> shifts) & (2**bits - 1)
-    return unsigned.flatten(-2) - 2 ** (bits - 1)
+    signed: Tensor = unsigned.flatten(-2) - 2 ** (bits - 1)
+    return signed
 
 
 def _spread(grid: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
