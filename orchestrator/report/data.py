@@ -202,8 +202,8 @@ def _summary(
 ) -> Row:
     """Facts of a whole run, but for its ``state`` and ``state_reason``; see `run_state`.
 
-    The keys: ``path``; ``model``, ``revision``, ``family``, ``method``, ``pattern``, ``scope``,
-    ``allocation``, ``keep``, ``device``, ``executor``; ``finished`` and ``tasks`` (groups);
+    The keys: ``path``; ``model``, ``revision``, ``family``, ``method``, ``metric``, ``pattern``,
+    ``scope``, ``allocation``, ``keep``, ``device``, ``executor``; ``finished``, ``tasks``;
     ``started_at``; ``ended_at`` of the last call, None while it has no end; ``last_result_at``;
     ``seconds``, the wall time of the calls that ended (None if none has), or, where no call was
     recorded, ``span_seconds``, from the first task's start to the last one's end;
@@ -230,6 +230,7 @@ def _summary(
         "path": path,
         **{key: last.get(key) for key in ("model", "revision", "family", "scope", "allocation")},
         "method": last.get("method") or one.get("method"),
+        "metric": " or ".join(sorted({row.get("metric") or "" for row in groups})) or None,
         "pattern": last.get("pattern") or one.get("pattern"),
         **{key: last.get(key) for key in ("keep", "device", "executor")},
         "finished": len(groups),

@@ -45,6 +45,7 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, Any]]:
         ("state", ": ".join(filter(None, (summary["state"], summary["state_reason"])))),
         ("layers", layers),
         ("method", summary["method"]),
+        ("metric", summary["metric"]),
         ("pattern", summary["pattern"]),
         ("keep, as planned", figure(summary["keep"])),
         ("allocation", summary["allocation"]),

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.cli import lestd
 from support.families import save_tiny
+from support.manifests import group as made_up
 from support.s3 import s3_server
 from upath import UPath
 
@@ -357,12 +358,9 @@ def test_what_a_killed_call_took_is_said_to_be_missing(tmp_path: Path) -> None:
 
 def test_the_layers_that_differ_most_come_first(tmp_path: Path) -> None:
     def group(layer: int, stored: int, error: float, digest: str) -> dict[str, Any]:
-        row = {"task_id": f"t{layer}", "layer": layer, "block": f"layers.{layer}.attn"}
-        row |= {"dense_bytes": 1000, "byte_budget": 500, "stored_bytes": stored}
+        row = made_up(layer, 32, 8, 1, dense_bytes=1000, byte_budget=500, stored_bytes=stored)
         row |= {"relative_error": error, "squared_norm": 1.0, "squared_error": error**2}
-        row |= {"payload": "p", "payload_bytes": 1, "sha256": digest}
-        row["format"] = '{"modules": {}}'
-        return row | {"source_sha256": digest, "R1": 8, "R2": 4 + layer % 2}
+        return row | {"sha256": digest, "source_sha256": digest}
 
     layers = range(14)
     before = [group(i, 400, 0.3, f"same{i}" if i in (0, 5) else "old") for i in layers]
