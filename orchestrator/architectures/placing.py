@@ -38,8 +38,8 @@ def described(
     name: str, side: BasisSide, slices: tuple[tuple[str, int], ...], repeat: int = 1
 ) -> FoundModule:
     """A module whose place is not known yet; arguments as its fields."""
-    found = {"name": name, "basis_side": side, "slices": slices, "repeat": repeat}
-    return FoundModule.model_validate(found)
+    fields = {"name": name, "basis_side": side, "slices": slices, "repeat": repeat}
+    return FoundModule.model_validate(fields)
 
 
 class Places:

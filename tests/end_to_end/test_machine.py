@@ -1,4 +1,4 @@
-"""Machines that are not as they should be: clock, home, shared memory, memory; and who looks on."""
+"""Machines that are not as they should be: clock, home, user, memory, Ray; and who looks on."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from support.cli import PATIENCE, digest_tree, lestd, run_lestd, start_lestd
 from support.families import save_tiny
+from support.kills import wait_for_progress
 
 from orchestrator import __main__, cli
 
@@ -146,3 +148,60 @@ def test_a_node_that_is_out_of_memory_is_said_once(
     resumed = run_lestd("compress", model, "--out", out, *SERIAL)
     assert resumed.code == 0, resumed.err
     assert digest_tree(out) == expected
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_local_ray_that_dies_is_not_waited_for(
+    many_layers: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    """Of a cluster of one machine, which ends with the command, no other node will ever come."""
+    out, log = tmp_path / "out", tmp_path / "log.txt"
+    command = ["compress", many_layers, "--out", out, "--keep", 0.5, "--workers", 1]
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "orchestrator", *map(str, command)],
+            stdout=stream,
+            stderr=stream,
+            env=os.environ | {"RAY_ADDRESS": "local"},
+        )
+    wait_for_progress(process, tmp_path / "out.run", more=1)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if child.name() == "raylet":
+            child.kill()
+    assert process.wait(PATIENCE) == 2
+    errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "the local Ray cluster has ended" in errors[0]
+    resumed = lestd(*command, "--executor", "serial", "--json")
+    assert resumed.code == 0, resumed.err
+    assert digest_tree(out) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_user_whom_nobody_knows(model: Path, expected: dict[str, str], tmp_path: Path) -> None:
+    """As in containers: no name for the number, no home, no privilege over files."""
+    out = tmp_path / "out"
+    within = ["unshare", "--user", "--map-user=12345"]
+    try:
+        subprocess.run([*within, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no other user can be had here")
+    environment = {key: os.environ[key] for key in os.environ.keys() - {"HOME", "USER", "LOGNAME"}}
+
+    def run(*command: object) -> subprocess.CompletedProcess[str]:
+        line = [*within, sys.executable, "-m", "orchestrator", *map(str, command)]
+        return subprocess.run(
+            line, env=environment, capture_output=True, text=True, timeout=PATIENCE
+        )
+
+    for command in (("compress", model, "--out", out, *SERIAL), ("verify", out), ("status", out)):
+        done = run(*command)
+        assert done.returncode == 0, done.stderr
+    assert digest_tree(out) == expected
+    (tmp_path / "closed").mkdir(mode=0o555)
+    refused = run("compress", model, "--out", tmp_path / "closed" / "out", *SERIAL)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: ")
+    assert "Permission denied" in refused.stderr
+    assert refused.stderr.count("\n") == 1

@@ -23,7 +23,7 @@ from pathlib import Path
 from damage import Damage, anything
 
 CPU_SECONDS = 10
-BLOCKED_SECONDS = 60
+BLOCKED_SECONDS = 300
 """Of a clock on the wall: long enough for a loaded machine, and only what waits reaches it."""
 MEMORY_BYTES = 2**30
 FILE_BYTES = 2**26

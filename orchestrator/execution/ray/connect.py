@@ -12,6 +12,7 @@ from lestd_kernels.errors import LestdError, first_line
 # Tensors never go through the object store: the smallest one that Ray accepts will do.
 _OBJECT_STORE_BYTES = 80 * 2**20
 _STARTS = 5
+STARTED = "started a local Ray cluster, which ends with this command"
 
 
 def join_or_start(ray: Any, address: str | None) -> str:
@@ -54,7 +55,7 @@ def join_or_start(ray: Any, address: str | None) -> str:
         raise LestdError(
             f"no local Ray cluster can be started ({first_line(error)}); {advice}"
         ) from error
-    return "started a local Ray cluster, which ends with this command"
+    return STARTED
 
 
 def _start(ray: Any, **options: Any) -> None:

@@ -22,7 +22,7 @@ from lestd_kernels.errors import LestdError, first_line
 from orchestrator.console import logs
 from orchestrator.console.output import size
 from orchestrator.execution.executor import Listener, WorkerSpec, retried, started
-from orchestrator.execution.ray.connect import join_or_start
+from orchestrator.execution.ray.connect import STARTED, join_or_start
 from orchestrator.execution.ray.deaths import Place
 from orchestrator.execution.ray.messages import (
     in_use,
@@ -87,6 +87,7 @@ class RayExecutor:
         self._task_timeout = task_timeout
         self._autoscaling = autoscaling
         self._connection: Any = None
+        self._started_here = False
 
     def close(self) -> None:
         """Leave the cluster; end it if it was started here."""
@@ -114,7 +115,8 @@ class RayExecutor:
         Nodes may join and leave meanwhile: there are as many actors as they have room for.
 
         Raises:
-            LestdError: the cluster does not answer, or has no GPU for CUDA workers.
+            LestdError: the cluster does not answer, or has no GPU for CUDA workers; or one that
+                was started here has ended.
         """
         if not items:
             return
@@ -136,6 +138,7 @@ class RayExecutor:
         try:
             while queue or pool.running:
                 if time.monotonic() - looked_at > _LOOK_SECONDS:  # Nodes come and go.
+                    self._require_local_node()
                     target = self._pool_size(need, len(queue) + pool.running)
                     looked_at = time.monotonic()
                 exist = pool.ready + pool.starting
@@ -299,6 +302,18 @@ class RayExecutor:
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in self._ray().nodes() if node["Alive"]]
 
+    def _require_local_node(self) -> None:
+        """Of a cluster that was started here no other node will ever come.
+
+        Raises:
+            LestdError: its only one is gone.
+        """
+        if self._started_here and not self._nodes():
+            raise LestdError(
+                "the local Ray cluster has ended (its raylet was killed, or died for lack of "
+                "memory); run the same command again to continue, or with --executor serial"
+            )
+
     def _in_use(self, names: Iterable[str]) -> list[str]:
         """Resources of each node, and what is taken of them, in words."""
         free = self._ray()._private.state.available_resources_per_node()
@@ -336,7 +351,7 @@ class RayExecutor:
         import ray
 
         try:
-            logs.log("message", join_or_start(ray, self._address))
+            logs.log("message", cluster := join_or_start(ray, self._address))
         except (OSError, RuntimeError, ValueError) as error:
             raise LestdError(
                 f"the Ray cluster at {self._address or 'this machine'} does not answer "
@@ -346,7 +361,7 @@ class RayExecutor:
             # Ray took SIGTERM for itself; a batch system that ends the job must be told as
             # Ctrl-C is.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
-        self._connection = ray
+        self._connection, self._started_here = ray, cluster == STARTED
         return ray
 
 

@@ -54,6 +54,7 @@ def say_what_is_waited_for(
 ) -> None:
     """Say what workers that are not there yet take, and what the nodes have."""
     wanted = ", ".join(f"{name} {_figure(name, much)}" for name, much in need.items() if much)
+    there = "; ".join(nodes[:_SHOWN_NODES]) or "nothing, as no node is alive"
     more = f"; {len(nodes) - _SHOWN_NODES} more nodes" if len(nodes) > _SHOWN_NODES else ""
     advice = (
         "; if no node type offers that, use fewer --threads, or node types with more memory (their "
@@ -64,8 +65,7 @@ def say_what_is_waited_for(
     logs.log(
         "message",
         f"no worker is running yet: {starting} are starting or waiting for room; each takes "
-        f"{wanted}; in use: {'; '.join(nodes[:_SHOWN_NODES])}{more}; waiting, see ray "
-        f"status{advice}",
+        f"{wanted}; in use: {there}{more}; waiting, see ray status{advice}",
     )
 
 
