@@ -159,6 +159,11 @@ class LestdQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:
+        """Transformers' Trainer may train the model without adapters: codes and masks stay."""
+        return True
+
+    @property
     def is_compileable(self) -> bool:
         """The modules' forward has no graph break, but where experts are dealt their tokens."""
         return not any("guard" in entry for entry in self.quantization_config.groups)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,19 @@ from lestd_kernels.errors import LestdError
 from orchestrator.config.cluster import ClusterConfig, cluster_options
 from orchestrator.config.files import Strict, typed, validated
 from orchestrator.config.keywords import EvaluateOptions, RunOptions
-from orchestrator.config.options import ClusterFile, ConfigFile, Evaluation, Host, described
+from orchestrator.config.options import (
+    ClusterFile,
+    ConfigFile,
+    Evaluation,
+    Host,
+    Tracking,
+    described,
+)
 from orchestrator.config.run import RunFile, run_options
 from orchestrator.execution.open import open_executor
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.source.checkpoint import resolve_source
+from orchestrator.tracking import tracked
 from workers.storage.files import AnyPath, as_path
 
 if TYPE_CHECKING:
@@ -42,7 +50,7 @@ Location = str | os.PathLike[str]
 """A directory, or a URL of an object store."""
 
 
-_RUN = (RunFile, ClusterConfig, ConfigFile, ClusterFile)
+_RUN = (RunFile, ClusterConfig, ConfigFile, ClusterFile, Tracking)
 
 
 class _Asked(Strict, Host, Evaluation, frozen=True):
@@ -112,7 +120,12 @@ def compress(
     predicted = predict_seconds(planned, config.device, config.threads) if time else None
     target = _place(out)
     metrics = RunMetrics(target.name) if cluster.executor == "ray" else None
-    with open_executor(cluster) as executor, CompressionProgress(target.name, metrics) as shown:
+    settings = config.model_dump(mode="json") | {"model": chosen.model}
+    with (
+        tracked(given.get("track"), target.name, settings) as run,
+        open_executor(cluster) as executor,
+        CompressionProgress(target.name, metrics) as shown,
+    ):
         outcome = compress_model(
             source,
             config,
@@ -123,10 +136,13 @@ def compress(
             fresh=fresh,
             on_start=shown.on_start,
             on_event=_each(shown.on_event, on_event),
-            on_progress=_each(shown.on_progress, on_progress),
+            on_progress=_each(shown.on_progress, run.on_progress, on_progress),
             predicted=predicted,
         )
         shown.ended(outcome)
+        if outcome.failures:
+            first = outcome.failures[0]
+            run.problem = f"{len(outcome.failures)} tasks failed; {first.task_id}: {first.message}"
     return outcome
 
 
@@ -181,7 +197,7 @@ def evaluate(
     from orchestrator.evaluation.records import manifest_of_evaluations, open_models, record
     from orchestrator.manifest.manifest import default_evaluation_dir
 
-    given = _given(options, _Asked, ClusterConfig, ClusterFile)
+    given = _given(options, _Asked, ClusterConfig, ClusterFile, Tracking)
     asked = validated(_Asked, typed(_Asked, given), "options")
     if asked.text is None and asked.tasks is None:
         raise LestdError("there is nothing to evaluate; give --text FILE, --tasks NAMES or both")
@@ -201,7 +217,12 @@ def evaluate(
         examination = examine(asked, common)
     found = Evaluated([], [], examination)
     divergence = None
-    with open_executor(cluster) as executor:
+    with (
+        tracked(
+            given.get("track"), f"{Path(model).name} evaluated", asked.model_dump(mode="json")
+        ) as run,
+        open_executor(cluster) as executor,
+    ):
         if asked.text is not None:
             settings = {**common, "max_windows": asked.max_windows}
             found.perplexities.extend(
@@ -227,6 +248,12 @@ def evaluate(
             found.scores.extend(
                 evaluate_tasks(opened, examination, executor, kept, keep, log_samples)
             )
+        for evaluation in found.perplexities:
+            run.log_of(Path(evaluation.model).name, asdict(evaluation))
+        for scores in found.scores:
+            for one in scores:
+                figures = {figure.metric: figure.value for figure in one.figures}
+                run.log_of(f"{Path(one.model).name}/{one.task}", figures)
     return replace(found, divergence=divergence)
 
 

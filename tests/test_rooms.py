@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "orchestrator": [
         {"console", "config", "architectures"},
-        {"source"},
+        {"source", "tracking"},
         {"execution", "planning"},
         {"manifest"},
         {"run", "query"},

@@ -23,7 +23,7 @@ from orchestrator.cli.options import (
     options,
     output_option,
 )
-from orchestrator.config.options import HOSTS, METHOD, RUN, Target
+from orchestrator.config.options import HOSTS, METHOD, RUN, Target, Tracking
 from orchestrator.console import logs, output
 from orchestrator.console.logs import LogFormat
 from workers.storage.files import as_path
@@ -77,7 +77,7 @@ def plan(
 
 
 @app.command(rich_help_panel="Compress a model")
-@options(Target, *RUN, *METHOD, *HOSTS)
+@options(Target, *RUN, *METHOD, *HOSTS, Tracking)
 def compress(
     out: Annotated[
         Path, typer.Option(help="Directory of the compressed model, or URL.", parser=as_path)
@@ -126,7 +126,7 @@ def compress(
             calibration=calibration,
             fresh=fresh,
             time=time,
-            **given_of(given, Target, *RUN, *METHOD, *HOSTS) | {"model": chosen.model},
+            **given_of(given, Target, *RUN, *METHOD, *HOSTS, Tracking) | {"model": chosen.model},
         )
     except KeyboardInterrupt:
         run = RunDirectory(run_dir)

@@ -18,14 +18,14 @@ from orchestrator.cli.options import (
     output_option,
     refuse_unused,
 )
-from orchestrator.config.options import HOSTS, Evaluation
+from orchestrator.config.options import HOSTS, Evaluation, Tracking
 from orchestrator.console import logs, output
 from orchestrator.console.logs import LogFormat
 from workers.storage.files import as_path
 
 
 @app.command(rich_help_panel="Evaluate and compare")
-@options(Evaluation, *HOSTS)
+@options(Evaluation, *HOSTS, Tracking)
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Directory of a compressed or a dense model.")],
     given: Given,
@@ -90,7 +90,7 @@ def evaluate(
             sensitivity=sensitivity,
             log_samples=log_samples,
             run_dir=run_dir,
-            **given_of(given, Evaluation, *HOSTS),
+            **given_of(given, Evaluation, *HOSTS, Tracking),
         )
     except KeyboardInterrupt:
         logs.log(

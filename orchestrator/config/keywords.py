@@ -51,6 +51,7 @@ class RunOptions(TypedDict, total=False):
     recipe: str | None
     config: str | os.PathLike[str] | None
     cluster: str | os.PathLike[str] | None
+    track: Literal["mlflow", "wandb", "trackio"] | None
 
 
 class EvaluateOptions(TypedDict, total=False):
@@ -75,3 +76,4 @@ class EvaluateOptions(TypedDict, total=False):
     task_timeout: float | None
     autoscaling: bool
     cluster: str | os.PathLike[str] | None
+    track: Literal["mlflow", "wandb", "trackio"] | None

@@ -260,6 +260,16 @@ class Evaluation(Windows):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tracking:
+    """Where the run is shown besides."""
+
+    track: Annotated[
+        Literal["mlflow", "wandb", "trackio"] | None,
+        WHERE("Also log settings, blocks and results there; an extra of lestd for each."),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConfigFile:
     """Where options of the run stand too."""
 

@@ -16,6 +16,7 @@ from orchestrator.config.options import (
     Described,
     Evaluation,
     Host,
+    Tracking,
     described,
 )
 from orchestrator.config.run import RunFile
@@ -25,6 +26,7 @@ _SOURCES = (
     (ConfigFile, ""),
     (ClusterConfig, "cluster.yaml"),
     (ClusterFile, ""),
+    (Tracking, ""),
     (Evaluation, ""),
 )
 _WORDS = {float: "number", int: "whole number", str: "text", Path: "path", bool: "true or false"}
@@ -83,8 +85,8 @@ from typing import Literal, TypedDict
 def keywords() -> str:
     """The Python text of `orchestrator.config.keywords`."""
     classes = {
-        "RunOptions": (RunFile, ClusterConfig, ConfigFile, ClusterFile),
-        "EvaluateOptions": (Evaluation, Host, ClusterConfig, ClusterFile),
+        "RunOptions": (RunFile, ClusterConfig, ConfigFile, ClusterFile, Tracking),
+        "EvaluateOptions": (Evaluation, Host, ClusterConfig, ClusterFile, Tracking),
     }
     text = _KEYWORDS_HEAD
     for name, groups in classes.items():
