@@ -29,7 +29,7 @@ from workers.contracts import TensorRef
 
 _MOST_SHOWN = 200
 
-Known = Literal["file", "modules", "refused"]
+Known = Literal["file", "modules", "refused", "untried"]
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,11 @@ class Coverage:
 
     Attributes:
         family: its ``model_type``.
-        known: by its own file, by what its modules show, or not at all.
+        known: by its own file, by what its modules show, or not at all; or untried, where there is
+            no tiny model to tell by.
         attention: share of the decoder layers that have an attention block.
         covered: elements of matrices in the decoder layers that some task compresses / all.
-        why: what stays dense, or is no block, with the reasons; for a refused family the reason.
+        why: what stays dense, or is no block, with the reasons; or why nothing is known.
     """
 
     family: str
@@ -67,7 +68,7 @@ def coverage(family: str) -> Coverage | None:
         index = made_up_index(model)
     except Exception as error:  # The code of each family fails in its own way.
         reason = " ".join(str(error).split())[:_MOST_SHOWN]
-        return Coverage(family, "refused", 0.0, 0.0, (f"no tiny model of it: {reason}",))
+        return Coverage(family, "untried", 0.0, 0.0, (f"no tiny model of it: {reason}",))
     try:
         build_without_weights(model.config)  # What it is saved as may be no model of its own.
         found = find_architecture(config, index)

@@ -82,8 +82,8 @@ class Places:
             stored = self._stored.of(parameter)
             if stored is None or len(stored.tensors) > 1 or len(stored.tensors[0]) > 1:
                 raise Unfit(
-                    f"{parameter} is not one tensor of the checkpoint, and it is not known how it "
-                    "is made of others"
+                    f"{module.name}.weight is not one tensor of the checkpoint, and how it is made "
+                    "of others is not known"
                 )
             places[module.name] = Stored(
                 tensor=stored.tensors[0][0],

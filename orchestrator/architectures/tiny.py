@@ -88,6 +88,11 @@ _INDEXER = {
 }
 _ZAMBA = {"attention_hidden_size": 2 * WIDTH, "attention_head_dim": 2 * WIDTH // HEADS}
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_COMPASS = {
+    "rope_parameters": {"full_attention": _ROPE},
+    "layer_types": ["full_attention"] * LAYERS,
+}
+_HEARING = {"encoder_attention_heads": HEADS, "output_dim": WIDTH}
 _OF_FAMILY: dict[str, dict[str, Any]] = {
     **{
         family: {"text_config": {"embed_dim": WIDTH, "layers": LAYERS}}
@@ -99,10 +104,8 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     },
     "bailing_hybrid": {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1, 3]},
-    "cohere_compass_text": {
-        "rope_parameters": {"full_attention": _ROPE},
-        "layer_types": ["full_attention"] * LAYERS,
-    },
+    "cohere_compass": {"text_config": _COMPASS},
+    "cohere_compass_text": _COMPASS,
     "dbrx": {
         "attn_config": {"kv_n_heads": KV_HEADS, "rope_theta": 10_000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": HIDDEN, "hidden_size": WIDTH, "moe_num_experts": EXPERTS},
@@ -110,16 +113,28 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "dots1": {"max_window_layers": 2, "n_shared_experts": 1, "n_routed_experts": EXPERTS},
     "dots3_note": {"text_config": _NO_TIED_HEADS},
     "dots3_note_text": _NO_TIED_HEADS,
+    "ernie4_5_vl_moe": {
+        "text_config": {
+            "moe_intermediate_size": [32, 32],
+            "rope_parameters": _ROPE | {"mrope_section": [3, 3, 2]},
+        }
+    },
     "gemma3n_text": {"num_hidden_layers": 10, "num_kv_shared_layers": 5},
     # Half of each head's channels have a position.
     "glm4v_moe": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [1, 1, 2]}}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granite_docling": {"vision_config": {"out_hidden_size": WIDTH}},
     "granitemoehybrid": {"layer_types": _HYBRID_TYPES},
     "hunyuan_vl": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [2, 2, 2, 2]}}},
+    "inkling2": {"vision_config": {"text_hidden_size": WIDTH}},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": _HYBRID_TYPES},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [2, 1]}},
+    "muse_spark": {"audio_config": {"out_hidden_size": WIDTH}},
+    "qwen2_5_omni_thinker": {"audio_config": _HEARING},
+    "qwen3_omni_moe_thinker": {"audio_config": _HEARING},
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
     "xlstm": {"num_heads": 4},

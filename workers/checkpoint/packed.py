@@ -151,5 +151,5 @@ def _unpacked(words: Tensor, bits: int) -> Tensor:
 
 def _spread(grid: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """The value of each number's block; one column stands for all that have the same."""
-    by_row = grid[rows]
+    by_row: Tensor = grid[rows]
     return by_row if by_row.shape[1] == 1 else by_row[:, columns]
