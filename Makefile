@@ -97,4 +97,4 @@ reference: .venv/installed ## Write docs/options.md anew
 	$(BIN)/python -m orchestrator.config.reference
 
 clean: ## Remove the demo's output and the caches; .venv stays
-	rm -rf demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf demo-out examples-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
