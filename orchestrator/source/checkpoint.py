@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -56,7 +57,10 @@ CONFIG_FILE = "config.json"
 BIN_FILE = "pytorch_model.bin"
 BIN_INDEX_FILE = "pytorch_model.bin.index.json"
 # Of config.json: what is gone through one by one, and how many are nothing to worry about.
-_COUNT = re.compile(r"(num|n)_(\w+_)?(layers?|heads?|experts|labels)")
+_COUNT = re.compile(
+    r"(\w+_)?(num|n)_(\w+_)?(layers?|heads?|experts|labels|blocks|groups|codebooks)(_per_\w+)?"
+    r"|(\w+_)?(layers|depths?|experts|heads)"
+)
 _FEW = 1000
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 # Part of a URL: a name that no server and no URL parser takes for anything else.
@@ -348,6 +352,18 @@ def _check_config(model: str, config_json: dict[str, Any]) -> None:
     check_family(config_json.get("model_type"))
 
 
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers of a configuration and its parts, with the names that they stand under."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            yield from _numbers(one, key)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _numbers(one, name)
+    elif isinstance(value, int | float):
+        yield name, value
+
+
 def load_config(directory: Path, index: ShardIndex | None = None) -> PretrainedConfig:
     """Read config.json as Transformers understands it; no code of the model is run.
 
@@ -360,9 +376,8 @@ def load_config(directory: Path, index: ShardIndex | None = None) -> PretrainedC
             than the tensors have room for.
     """
     config_json = read_config_json(directory)
-    parts = [part for part in (config_json, *config_json.values()) if isinstance(part, dict)]
-    for name, count in (item for part in parts for item in part.items()):
-        if _COUNT.fullmatch(name) and isinstance(count, int | float) and count > _FEW:
+    for name, count in _numbers(config_json):
+        if _COUNT.fullmatch(name) and count > _FEW:
             index = index or ShardIndex.from_directory(directory)
             stored = [ref for ref in index.tensors.values() if ref.stored_bytes]
             if count > max([len(index.tensors), *(size for ref in stored for size in ref.shape)]):

@@ -183,6 +183,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("num_local_experts", "4", "num_experts '4', expected the number of the experts"),
         ("num_attention_heads", 10**9, "num_attention_heads 1000000000, more than"),
         ("num_labels", 10**9, "num_labels 1000000000, more than"),
+        ("decoder_layers", 10**9, "decoder_layers 1000000000, more than"),
+        ("moe_num_experts", 10**9, "moe_num_experts 1000000000, more than"),
+        ("num_layers_per_stack", 10**9, "num_layers_per_stack 1000000000, more than"),
+        ("vision_config", {"depth": 10**9}, "depth 1000000000, more than"),
+        ("thinker", {"vision_config": {"depths": [2, 10**9]}}, "depths 1000000000, more than"),
         ("decoder_sparse_step", 0, "decoder_sparse_step 0; expected at least 1"),
     ],
 )
