@@ -92,7 +92,6 @@ _COMPASS = {
     "rope_parameters": {"full_attention": _ROPE},
     "layer_types": ["full_attention"] * LAYERS,
 }
-_HEARING = {"encoder_attention_heads": HEADS, "output_dim": WIDTH}
 _OF_FAMILY: dict[str, dict[str, Any]] = {
     **{
         family: {"text_config": {"embed_dim": WIDTH, "layers": LAYERS}}
@@ -133,8 +132,13 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "molmo2": {"adapter_config": {"vision_feature_layer": [2, 1]}},
     "muse_spark": {"audio_config": {"out_hidden_size": WIDTH}},
-    "qwen2_5_omni_thinker": {"audio_config": _HEARING},
-    "qwen3_omni_moe_thinker": {"audio_config": _HEARING},
+    **{
+        family: {
+            "audio_config": {"encoder_attention_heads": HEADS, "output_dim": WIDTH},
+            "text_config": {"rope_parameters": _ROPE | {"mrope_section": [2, 3, 3]}},
+        }
+        for family in ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
+    },
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
     "xlstm": {"num_heads": 4},

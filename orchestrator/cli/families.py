@@ -36,8 +36,8 @@ Which models LeSTD compresses, and what of each. `lestd plan MODEL` says the sam
 
 Of tiny models of Transformers {version}; `tests/end_to_end/test_every_family.py` compresses each of
 them, loads the result in a fresh process, and compares logits and tokens with its dense export.
-Of {families} families {compressed} are compressed, {most} of them with 95% of the matrices or more;
-{refused} are refused, {untried} untried.
+Of {families} families {compressed} have what can be compressed, {most} of them 95% or more of their
+matrices; {refused} are refused, {untried} untried.
 
 """
 _MOST = 0.95
