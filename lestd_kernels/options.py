@@ -83,6 +83,13 @@ class MethodOptions:
             default="16; rtn and gptq: the most that fit",
         ),
     ] = 16
+    coding: Annotated[
+        Literal["fixed", "entropy"],
+        HOW(
+            "Method lestd: fixed: a sparse core, every value in as many bits. entropy: basis and "
+            "core as whole numbers on one step, coded by their entropy."
+        ),
+    ] = "fixed"
     factor_bits: Annotated[Literal[16, 8, 4], HOW("Bits per element of a factor.")] = 16
     keep_outliers: Annotated[
         float, HOW("Share of the weights, the outliers, to keep exactly.", ge=0, lt=1)
