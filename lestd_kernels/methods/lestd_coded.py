@@ -163,13 +163,16 @@ class CodedSide:
             total += one.exact.squares(one.W - (M if A is None else A @ M))
         return total
 
-    def points(self, least: int, most: int, start: float, step: int) -> list[Point]:
+    def points(
+        self, least: int, most: int, start: float, finest: float, step: int
+    ) -> list[Point]:
         """What ranks and octaves of the step come to, from about `least` bytes to `most`.
 
         Args:
             least: bytes.
             most: bytes.
             start: logarithm of a step to begin with.
+            finest: that of the step below which nothing is gained.
             step: of the grid of ranks.
         """
 
@@ -183,8 +186,8 @@ class CodedSide:
         while known[-1].size > least and len(known) < _MOST_POINTS:
             known.append(tried(IDENTITY, known[-1].log_step + 1))
         known.reverse()
-        while known[-1].size < most and len(known) < _MOST_POINTS:
-            known.append(tried(IDENTITY, known[-1].log_step - 1))
+        while known[-1].size < most and known[-1].log_step > finest:
+            known.append(tried(IDENTITY, max(known[-1].log_step - 1, finest)))
         found, width = list(known), self.group.shape.width
         steps = [one.log_step for one in known]
         steps += [steps[-1] - 1, steps[-1] - 2]  # A truncated basis is worth finer ones.
@@ -225,6 +228,8 @@ def _core(A: Tensor, one: TwoSided, metric: Metric) -> tuple[Tensor, Tensor]:
     image = apply_metric(metric.input, A)
     H = A.T @ image
     H = (H + H.T) / 2
+    # Columns that a coarse step has left nothing of.
+    H.diagonal().masked_fill_(~A.any(dim=0), 1)
     return solver(H)(image.T @ one.W), H
 
 
@@ -345,10 +350,11 @@ def encode(
         for side in every:
             share = side.elements / layout.elements
             rms = max(one.matrix.rms() for one in side.on_steps(IDENTITY, 0.0, whole=False)(0.0))
-            start = math.log2(max(rms, 1e-30) / MOST_RMS) + MOST_BITS - bits
+            finest = math.log2((rms or 1.0) / MOST_RMS)
+            start = finest + max(MOST_BITS - bits, 0.0)
             least, most = int(min(budgets) * share / 2), max(budgets) if len(budgets) > 1 else 0
             most = max(most, int(byte_budget * min(1.0, 2 * share)))
-            hulls.append(side.points(least, most, start, args.rank_step))
+            hulls.append(side.points(least, most, start, finest, args.rank_step))
         divided = [divide(hulls, budget) for budget in budgets]
     with clock("stage2"):
         points = divided[0].points
