@@ -18,6 +18,11 @@ the inputs of a calibration text, or with these and what outputs do to the model
 
 METRICS: tuple[Metric, ...] = get_args(Metric)
 
+Coding = Literal["fixed", "entropy"]
+"""How values are stored: each in as many bits, or by their entropy."""
+
+FIXED, ENTROPY = get_args(Coding)
+
 
 @dataclass(frozen=True)
 class Option:
@@ -84,7 +89,7 @@ class MethodOptions:
         ),
     ] = 16
     coding: Annotated[
-        Literal["fixed", "entropy"],
+        Coding,
         HOW(
             "Method lestd: fixed: a sparse core, every value in as many bits. entropy: basis and "
             "core as whole numbers on one step, coded by their entropy."

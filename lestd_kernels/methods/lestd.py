@@ -42,7 +42,7 @@ from lestd_kernels.methods.common.shared_basis import (
 from lestd_kernels.methods.common.stopwatch import Stopwatch
 from lestd_kernels.methods.lestd_coded import PreparedCoded
 from lestd_kernels.methods.lestd_in_metric import PreparedSides
-from lestd_kernels.options import METRICS
+from lestd_kernels.options import ENTROPY, METRICS
 from lestd_kernels.search.budget import GroupShape, Limits, rank_grid, require_feasible
 from lestd_kernels.search.tucker_ranks import search_sparse
 from lestd_kernels.search.two_of_four import (
@@ -222,7 +222,7 @@ def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs)
 
 def _room(layout: GroupLayout, args: MethodArgs) -> Any:
     """The file that stores a group."""
-    if args.coding != MethodArgs().coding:
+    if args.coding == ENTROPY:
         return lestd_coded
     return lestd_in_metric if lestd_in_metric.serves(layout, args) else None
 

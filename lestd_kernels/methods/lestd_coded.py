@@ -24,8 +24,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,7 +63,9 @@ from lestd_kernels.methods.lestd_in_metric import (
     sides,
     two_sided,
 )
+from lestd_kernels.options import FIXED
 from lestd_kernels.search.budget import CurvePoint
+from lestd_kernels.search.rank_and_step import Point, divide, error_at, lower_hull, refined
 from lestd_kernels.storage.matrix import EncodedCore
 from lestd_kernels.tensorize import BasisSide, GroupLayout, ModuleLayout
 
@@ -75,22 +75,6 @@ _OCTAVES_MORE = 3.0
 _MOST_POINTS = 16
 # Coarse steps at which a rank may be of no use.
 _MOST_VAIN = 3
-
-
-class Point(NamedTuple):
-    """A side, tried.
-
-    Attributes:
-        size: bytes.
-        error: squared, in the metric.
-        R: the rank; `IDENTITY` for no basis.
-        log_step: logarithm of the step.
-    """
-
-    size: int
-    error: float
-    R: int
-    log_step: float
 
 
 @dataclass
@@ -163,9 +147,7 @@ class CodedSide:
             total += one.exact.squares(one.W - (M if A is None else A @ M))
         return total
 
-    def points(
-        self, least: int, most: int, start: float, finest: float, step: int
-    ) -> list[Point]:
+    def points(self, least: int, most: int, start: float, finest: float, step: int) -> list[Point]:
         """What ranks and octaves of the step come to, from about `least` bytes to `most`.
 
         Args:
@@ -196,12 +178,12 @@ class CodedSide:
             paid = [False]
             for log_step in steps:
                 point = tried(R, log_step)
-                pays = point.error < _error_at(known, point.size)
+                pays = point.error < error_at(known, point.size)
                 if point.size > most or (not pays and (any(paid) or len(paid) > _MOST_VAIN)):
                     break
                 paid.append(pays)
                 found += [point] if pays else []
-        return lower_hull(found)
+        return refined(lower_hull(found))
 
 
 def _on_steps(
@@ -231,81 +213,6 @@ def _core(A: Tensor, one: TwoSided, metric: Metric) -> tuple[Tensor, Tensor]:
     # Columns that a coarse step has left nothing of.
     H.diagonal().masked_fill_(~A.any(dim=0), 1)
     return solver(H)(image.T @ one.W), H
-
-
-def _error_at(points: Sequence[Point], size: int) -> float:
-    """The error at a size: between points, of ascending size, logarithms are straight."""
-    if size <= points[0].size:
-        return points[0].error
-    for a, b in pairwise(points):
-        if size <= b.size:
-            share = (size - a.size) / max(b.size - a.size, 1)
-            return _between(a, b, share)
-    return points[-1].error
-
-
-def _between(a: Point, b: Point, share: float) -> float:
-    low, high = (math.log(max(one.error, 1e-300)) for one in (a, b))
-    return math.exp(low + share * (high - low))
-
-
-def lower_hull(points: Sequence[Point]) -> list[Point]:
-    """Those on the lower convex hull, by size, down to the least error."""
-    hull: list[Point] = []
-    for point in sorted(points):
-        if hull and point.size == hull[-1].size:
-            continue
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
-            hull.pop()
-        hull.append(point)
-    while len(hull) > 1 and hull[-2].error <= hull[-1].error:
-        hull.pop()
-    return hull
-
-
-def _slope(a: Point, b: Point) -> float:
-    return (b.error - a.error) / (b.size - a.size)
-
-
-class Divided(NamedTuple):
-    """A budget, divided between the sides.
-
-    Attributes:
-        points: of each side the one to begin with.
-        error: squared, to expect.
-    """
-
-    points: list[Point]
-    error: float
-
-
-def divide(hulls: Sequence[Sequence[Point]], byte_budget: int) -> Divided:
-    """Where errors are least: the steepest segments of the hulls first."""
-    at, shares = [0] * len(hulls), [0.0] * len(hulls)
-    left = byte_budget - sum(hull[0].size for hull in hulls)
-    segments = sorted(
-        (_slope(a, b), side, b.size - a.size)
-        for side, hull in enumerate(hulls)
-        for a, b in pairwise(hull)
-    )
-    for _, side, length in segments:
-        if left < length:
-            shares[side] = max(left, 0) / length
-            break
-        at[side], left = at[side] + 1, left - length
-    chosen, error = [], 0.0
-    for hull, place, share in zip(hulls, at, shares, strict=True):
-        if not share:
-            chosen.append(hull[place])
-            error += hull[place].error
-            continue
-        a, b = hull[place], hull[place + 1]
-        nearer = b if share > 0.5 else a
-        if a.R == b.R:
-            nearer = nearer._replace(log_step=a.log_step + share * (b.log_step - a.log_step))
-        chosen.append(nearer)
-        error += _between(a, b, share)
-    return Divided(chosen, error)
 
 
 @dataclass(kw_only=True)
@@ -426,4 +333,4 @@ def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs)
 
 
 def _of_watersic(args: MethodArgs) -> MethodArgs:
-    return replace(args, coding=MethodArgs().coding)
+    return replace(args, coding=FIXED)
