@@ -12,8 +12,9 @@ of fine steps' other side and needs no mask. Or no basis is stored and the weigh
 themselves, which is WaterSIC.
 
 Whether, and at which rank, decides the lower convex hull of what octaves of the step and some ranks
-store and lose, tried with the diagonal of the outputs' metric: one slope for both sides. Then one
-number fits the steps of both sides to the budget.
+store and lose: one slope for both sides. They are tried with all feedback: without that along the
+outputs, which helps whole weights more than cores, a basis is chosen too soon. Then one number fits
+the steps of both sides to the budget.
 
 References: LeSTD (ICLR 2026), Stages I and II; "WaterSIC: information-theoretically (near) optimal
 linear layer quantization", arXiv 2603.04956.
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from lestd_kernels.formats.chain import ModuleChain
 from lestd_kernels.formats.ops import Multiply
-from lestd_kernels.linalg.metric import Metric, apply_metric, diagonal_of, solver
+from lestd_kernels.linalg.metric import Metric, apply_metric, solver
 from lestd_kernels.linalg.stage1 import Ranks
 from lestd_kernels.methods import watersic
 from lestd_kernels.methods.common.base import (
@@ -96,25 +97,22 @@ class CodedSide:
         """Of the dense modules."""
         return self.group.shape.elements
 
-    def _standing(self, M: Tensor, metric: Metric, whole: bool) -> tuple[Tensor, Metric]:
+    def _standing(self, M: Tensor, metric: Metric) -> tuple[Tensor, Metric]:
         """A core, or a weight, as it stands in its module, and the metric for rounding it."""
         if not self.group.shape.rank_first:
             M, metric = M.T, metric.transposed
-        if not whole and metric.output is not None:
-            metric = metric._replace(output=diagonal_of(metric.output))
         return M.contiguous(), metric
 
-    def on_steps(self, R: int, near: float, whole: bool) -> Callable[[float], list[RoundedMatrix]]:
+    def on_steps(self, R: int, near: float) -> Callable[[float], list[RoundedMatrix]]:
         """The matrices of a rank, the basis first, by the logarithm of the step.
 
         Args:
             R: the rank; `IDENTITY` for no basis.
             near: about that logarithm; it decides the damping.
-            whole: whether errors are fed back along outputs as well.
         """
         if R == IDENTITY:
             standing = [
-                self._standing(one.W, metric, whole)
+                self._standing(one.W, metric)
                 for one, metric in zip(self.group.modules, self.group.metrics, strict=True)
             ]
             weights = _on_steps(standing, near, self.value_dtype)
@@ -131,7 +129,7 @@ class CodedSide:
             A, cores = factor.value(), []
             for one, metric in zip(self.group.modules, self.group.metrics, strict=True):
                 M, H = _core(A, one, metric)
-                cores.append(self._standing(M, metric._replace(input=H), whole))
+                cores.append(self._standing(M, metric._replace(input=H)))
             stepped = _on_steps(cores, near, self.value_dtype)
             return [factor, *(one.rounded(2.0**log_step) for one in stepped)]
 
@@ -159,7 +157,7 @@ class CodedSide:
         """
 
         def tried(R: int, log_step: float) -> Point:
-            found = self.on_steps(R, log_step, whole=False)(log_step)
+            found = self.on_steps(R, log_step)(log_step)
             found = [one.fitted() for one in found]
             size = sum(one.size for one in found)
             return Point(size, self.error(R, [one.value() for one in found]), R, log_step)
@@ -256,7 +254,7 @@ def encode(
         hulls = []
         for side in every:
             share = side.elements / layout.elements
-            rms = max(one.matrix.rms() for one in side.on_steps(IDENTITY, 0.0, whole=False)(0.0))
+            rms = max(one.matrix.rms() for one in side.on_steps(IDENTITY, 0.0)(0.0))
             finest = math.log2((rms or 1.0) / MOST_RMS)
             start = finest + max(MOST_BITS - bits, 0.0)
             least, most = int(min(budgets) * share / 2), max(budgets) if len(budgets) > 1 else 0
@@ -266,7 +264,7 @@ def encode(
     with clock("stage2"):
         points = divided[0].points
         rounding = [
-            side.on_steps(point.R, point.log_step, whole=True)
+            side.on_steps(point.R, point.log_step)
             for side, point in zip(every, points, strict=True)
         ]
 
