@@ -74,6 +74,8 @@ from lestd_kernels.tensorize import BasisSide, GroupLayout, ModuleLayout
 _RANKS = (1 / 12, 1 / 8, 3 / 16, 1 / 4, 3 / 8)
 _OCTAVES_MORE = 3.0
 _MOST_POINTS = 16
+# Octaves above a step at which all numbers are zero; what zeros of a basis may take of the bytes.
+_NOTHING_LEFT, _MOST_OVERHEAD = 12.0, 0.9
 # Coarse steps at which a rank may be of no use.
 _MOST_VAIN = 3
 
@@ -263,18 +265,10 @@ def encode(
         divided = [divide(hulls, budget) for budget in budgets]
     with clock("stage2"):
         points = divided[0].points
-        rounding = [
-            side.on_steps(point.R, point.log_step)
-            for side, point in zip(every, points, strict=True)
-        ]
-
-        def at(more: float) -> list[RoundedMatrix]:
-            found = [
-                matrices(point.log_step + more)
-                for matrices, point in zip(rounding, points, strict=True)
-            ]
-            return [one for some in found for one in some]
-
+        at = _rounding(every, points)
+        if sum(one.size for one in at(_NOTHING_LEFT)) > _MOST_OVERHEAD * byte_budget:
+            points = [point._replace(R=IDENTITY) for point in points]
+            at = _rounding(every, points)
         _, stored = fitting(at, layout.elements, byte_budget, -_OCTAVES_MORE, 0.0)
         chains, shared, ranks = _chains(prepared, points, stored)
     done = chain_result(prepared, StoredChains(chains, shared, ranks), clock)
@@ -285,6 +279,24 @@ def encode(
     )
     values = [side.group.singular_values for side in every]
     return replace(done, curve=curve, singular_values=(values[0], ()))
+
+
+def _rounding(
+    sides: Sequence[CodedSide], points: Sequence[Point]
+) -> Callable[[float], list[RoundedMatrix]]:
+    """The matrices of all sides, by how many octaves all steps are above those of their points."""
+    rounding = [
+        side.on_steps(point.R, point.log_step) for side, point in zip(sides, points, strict=True)
+    ]
+
+    def at(more: float) -> list[RoundedMatrix]:
+        found = [
+            matrices(point.log_step + more)
+            for matrices, point in zip(rounding, points, strict=True)
+        ]
+        return [one for some in found for one in some]
+
+    return at
 
 
 def _chains(

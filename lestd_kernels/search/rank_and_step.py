@@ -87,7 +87,7 @@ class Divided(NamedTuple):
     """A budget, divided between the sides.
 
     Attributes:
-        points: of each side the one to begin with.
+        points: of each side the one to begin with; together they fit, if any do.
         error: squared, to expect.
     """
 
@@ -115,7 +115,6 @@ def divide(hulls: Sequence[Sequence[Point]], byte_budget: int) -> Divided:
             chosen.append(hull[place])
             error += hull[place].error
             continue
-        a, b = hull[place], hull[place + 1]
-        chosen.append(b if share > 0.5 else a)
-        error += _between(a, b, share)
+        chosen.append(hull[place])
+        error += _between(hull[place], hull[place + 1], share)
     return Divided(chosen, error)

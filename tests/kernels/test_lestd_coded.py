@@ -88,6 +88,24 @@ def test_without_a_basis_it_is_watersic() -> None:
     assert own.relative_error == pytest.approx(plain.relative_error, rel=0.05)
 
 
+@pytest.mark.parametrize("kind", ["zeros", "constant", "outliers", "least"])
+def test_odd_weights_are_stored_within_the_least_bytes(kind: str) -> None:
+    layout = layout_of("gqa")
+    W, args = unfolding(layout), MethodArgs(coding="entropy")
+    least = METHODS["lestd"].least_bytes(layout, BF16, args)
+    if kind == "outliers":
+        W[::7, ::11] *= 300
+    elif kind != "least":
+        W.fill_(0.0 if kind == "zeros" else 0.3)
+    budget = least if kind == "least" else 2 * least
+    done = METHODS["lestd"].decompose(W.clone(), layout, budget, BF16, args, [3 * least, 9 * least])
+    assert done.decomposition.stored_bytes <= budget
+    assert done.relative_error <= (0.1 if kind == "constant" else 1.01)
+    assert done.curve[1].squared_error <= done.curve[0].squared_error * (1 + 1e-6)
+    with pytest.raises(LestdError, match="raise keep"):
+        METHODS["lestd"].bounds(layout, least - 1, BF16, args)
+
+
 def test_bytes_are_divided_where_errors_are_least() -> None:
     generator = torch.Generator().manual_seed(0)
     hulls = []

@@ -159,12 +159,14 @@ class RoundedMatrix:
         Z: ``(in, out)``, whole numbers.
         scales: ``(in + out,)``, r and then c, as stored.
         size: about what it takes to store them, bytes.
+        is_fitted: whether the scales are those of least error.
     """
 
     matrix: SteppedMatrix
     Z: Tensor
     scales: Tensor
     size: int
+    is_fitted: bool = False
 
     def error(self) -> float:
         """Squared error in the metric."""
@@ -172,7 +174,9 @@ class RoundedMatrix:
 
     def fitted(self) -> RoundedMatrix:
         """With scales of least error."""
-        return replace(self, scales=self.matrix.fitted(self.Z, self.scales))
+        if self.is_fitted:
+            return self
+        return replace(self, scales=self.matrix.fitted(self.Z, self.scales), is_fitted=True)
 
     def value(self) -> Tensor:
         """What is stored, ``(in, out)``, float32."""
