@@ -18,6 +18,11 @@ the inputs of a calibration text, or with these and what outputs do to the model
 
 METRICS: tuple[Metric, ...] = get_args(Metric)
 
+Coding = Literal["fixed", "entropy"]
+"""How values are stored: each in as many bits, or by their entropy."""
+
+FIXED, ENTROPY = get_args(Coding)
+
 
 @dataclass(frozen=True)
 class Option:
@@ -90,6 +95,13 @@ class MethodOptions:
             "output, which export --compressed-tensors can write."
         ),
     ] = "outputs"
+    coding: Annotated[
+        Coding,
+        HOW(
+            "Method lestd: fixed: a sparse core, every value in as many bits. entropy: basis and "
+            "core as whole numbers on one step, coded by their entropy."
+        ),
+    ] = "fixed"
     factor_bits: Annotated[Literal[16, 8, 4], HOW("Bits per element of a factor.")] = 16
     keep_outliers: Annotated[
         float, HOW("Share of the weights, the outliers, to keep exactly.", ge=0, lt=1)

@@ -51,6 +51,11 @@ class Metric(NamedTuple):
         """The metric of the transposed module."""
         return Metric(self.output, self.input)
 
+    @property
+    def diagonal(self) -> Metric:
+        """The diagonals of both sides."""
+        return Metric(*(None if side is None else diagonal_of(side) for side in self))
+
     def apply(self, X: Tensor) -> Tensor:
         """``A X B`` of ``X (in, out)``."""
         weighted = X if self.input is None else apply_metric(self.input, X)

@@ -13,13 +13,14 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.linalg.stage1 import Ranks
 from lestd_kernels.linalg.stage2 import gram_factors, one_shot, prune_refit, refit_targets
-from lestd_kernels.methods import lestd_in_metric
+from lestd_kernels.methods import lestd_coded, lestd_in_metric
 from lestd_kernels.methods.common.base import (
     ACTIVATION,
     LOSS,
@@ -43,6 +44,9 @@ from lestd_kernels.methods.common.shared_basis import (
     workspace_bytes,
 )
 from lestd_kernels.methods.common.stopwatch import Stopwatch
+from lestd_kernels.methods.lestd_coded import PreparedCoded
+from lestd_kernels.methods.lestd_in_metric import PreparedSides
+from lestd_kernels.options import ENTROPY
 from lestd_kernels.search.budget import GroupShape, Limits, rank_grid, require_feasible
 from lestd_kernels.search.tucker_ranks import search_sparse
 from lestd_kernels.search.two_of_four import (
@@ -220,13 +224,21 @@ def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs)
     return _least_bytes(group_shape(layout, value_dtype, args), _smallest(layout, args))
 
 
-def _prepare_any(group: Group) -> Prepared | lestd_in_metric.PreparedSides:
-    in_metric = lestd_in_metric.serves(group.layout, group.args)
-    return lestd_in_metric.prepare(group) if in_metric else prepare(group)
+def _room(layout: GroupLayout, args: MethodArgs) -> Any:
+    """The file that stores a group."""
+    if args.coding == ENTROPY:
+        return lestd_coded
+    return lestd_in_metric if lestd_in_metric.serves(layout, args) else None
+
+
+def _prepare_any(group: Group) -> Prepared | PreparedSides | PreparedCoded:
+    room = _room(group.layout, group.args)
+    found: Prepared | PreparedSides | PreparedCoded = (room.prepare if room else prepare)(group)
+    return found
 
 
 def _encode_any(
-    prepared: Prepared | lestd_in_metric.PreparedSides,
+    prepared: Prepared | PreparedSides | PreparedCoded,
     byte_budget: int,
     curve_budgets: Sequence[int] = (),
     *,
@@ -234,19 +246,23 @@ def _encode_any(
 ) -> Decomposed:
     if isinstance(prepared, Prepared):
         return encode(prepared, byte_budget, curve_budgets, reuse=reuse)
+    if isinstance(prepared, PreparedCoded):
+        return lestd_coded.encode(prepared, byte_budget, curve_budgets, reuse=reuse)
     return lestd_in_metric.encode(prepared, byte_budget, curve_budgets, reuse=reuse)
 
 
 def _bounds_any(
     layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
 ) -> Bounds:
-    chosen = lestd_in_metric.bounds if lestd_in_metric.serves(layout, args) else bounds
-    return chosen(layout, byte_budget, value_dtype, args)
+    room = _room(layout, args)
+    found: Bounds = (room.bounds if room else bounds)(layout, byte_budget, value_dtype, args)
+    return found
 
 
 def _least_bytes_any(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:
-    chosen = lestd_in_metric.least_bytes if lestd_in_metric.serves(layout, args) else least_bytes
-    return chosen(layout, value_dtype, args)
+    room = _room(layout, args)
+    found: int = (room.least_bytes if room else least_bytes)(layout, value_dtype, args)
+    return found
 
 
 METHOD = Method(

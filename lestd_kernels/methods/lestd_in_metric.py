@@ -48,8 +48,8 @@ from lestd_kernels.storage.matrix import EncodedCore
 from lestd_kernels.tensorize import PROJECTIONS, BasisSide, GroupLayout, ModuleLayout
 
 U1_OUTPUT_NAME = "lestd_u1_output"
-_NAMES: dict[BasisSide, str] = {"input": U1_NAME, "output": U1_OUTPUT_NAME}
-_RANKS: dict[BasisSide, str] = {"input": "R1", "output": "R1_output"}
+BASIS_NAMES: dict[BasisSide, str] = {"input": U1_NAME, "output": U1_OUTPUT_NAME}
+RANK_NAMES: dict[BasisSide, str] = {"input": "R1", "output": "R1_output"}
 WEIGHT_OPTIONS = (
     "type_mode",
     "stage2",
@@ -75,7 +75,7 @@ def serves(layout: GroupLayout, args: MethodArgs) -> bool:
 def sides(layout: GroupLayout) -> dict[BasisSide, tuple[ModuleLayout, ...]]:
     """The modules of each side, those that read the same input adjacent; sides that have any."""
     found: dict[BasisSide, tuple[ModuleLayout, ...]] = {}
-    for side in _NAMES:
+    for side in BASIS_NAMES:
         modules = [module for module in layout.modules if module.basis_side == side]
         order = {reads: i for i, reads in enumerate(dict.fromkeys(m.reads for m in modules))}
         if modules:
@@ -157,7 +157,7 @@ def prepare(group: Group) -> PreparedSides:
     clock = Stopwatch(group.unfolding.device)
     with clock("stage1"):
         loss = group.args.metric == LOSS
-        scales = {m.name: 1.0 for m in layout.modules} if loss else _projection_norms(group)
+        scales = {m.name: 1.0 for m in layout.modules} if loss else projection_norms(group)
         groups: dict[BasisSide, SidedGroup | LossGroup] = {}
         for side, modules in sides(layout).items():
             weights = {module.name: group.weight(module) for module in modules}
@@ -166,7 +166,7 @@ def prepare(group: Group) -> PreparedSides:
                 # Each has a core of its own, even where inputs are the same.
                 reads = {module.name: module.name for module in modules}
             if loss:
-                groups[side] = LossGroup(_in_loss(group, modules, reads), shapes[side])
+                groups[side] = LossGroup(two_sided(group, modules, reads), shapes[side])
                 continue
             readers, unit = readers_of(weights, reads, group.metrics, scales)
             groups[side] = SidedGroup(readers, shapes[side], unit)
@@ -174,13 +174,25 @@ def prepare(group: Group) -> PreparedSides:
     return PreparedSides(**known, groups=groups, scales=scales)
 
 
-def _in_loss(
-    group: Group, modules: Sequence[ModuleLayout], reads: Mapping[str, str]
+def two_sided(
+    group: Group,
+    modules: Sequence[ModuleLayout],
+    reads: Mapping[str, str],
+    scales: Mapping[str, float] | None = None,
 ) -> list[TwoSided]:
-    """The modules of a side, those of the output side transposed."""
+    """The modules of a side, those of the output side transposed.
+
+    Args:
+        group: theirs.
+        modules: of one side.
+        reads: module name -> the input that it reads.
+        scales: module name -> what its errors are relative to, where there is no metric of outputs.
+    """
     found = []
     for module in modules:
         W, metric = group.weight(module), group.metric(module)
+        if scales is not None:
+            metric = metric._replace(output=W.new_full((W.shape[1],), scales[module.name] ** -2))
         if module.basis_side == "output":
             W, metric = W.T, metric.transposed
         found.append(TwoSided(W, metric, reads[module.name]))
@@ -192,7 +204,7 @@ def _projection(module: ModuleLayout) -> tuple[str, ...]:
     return tuple(sorted({projection for projection, _ in module.slices}))
 
 
-def _projection_norms(group: Group) -> dict[str, float]:
+def projection_norms(group: Group) -> dict[str, float]:
     """For each module the norm of all weights of its projection, in their metrics; 1 if it is 0."""
     squares: dict[tuple[str, ...], float] = {}
     for module in group.layout.modules:
@@ -252,10 +264,10 @@ def encode(
             assert best is not None
             _, R, factor, cores, before = best
             known += before or 0.0
-            U1 = Multiply(_NAMES[side], transposed=side == "output")
+            U1 = Multiply(BASIS_NAMES[side], transposed=side == "output")
             ops: tuple[Multiply, ...] = (Multiply(0),)
             if factor is not None:
-                shared[_NAMES[side]], ranks[_RANKS[side]] = factor, R
+                shared[BASIS_NAMES[side]], ranks[RANK_NAMES[side]] = factor, R
                 ops = (U1, Multiply(0)) if side == "input" else (Multiply(0), U1)
             for module, core in zip(sides(layout)[side], cores, strict=True):
                 chains[module.name] = ModuleChain(ops, (core,))

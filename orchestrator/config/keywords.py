@@ -24,6 +24,7 @@ class RunOptions(TypedDict, total=False):
     metric: Literal["weight", "norm", "activation", "loss"] | None
     value_bits: Literal[16, 8, 4, 3, 2]
     scale_groups: Literal["outputs", "inputs"]
+    coding: Literal["fixed", "entropy"]
     factor_bits: Literal[16, 8, 4]
     keep_outliers: float
     type_mode: Literal["identity", "learned"]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.cli import lestd
+from support.cli import digest_tree, lestd, start_lestd
+from support.kills import committed, wait_for_progress
 from support.put_back import all_tensors
 from transformers import AutoModelForCausalLM
 
@@ -62,10 +63,32 @@ def test_both_sizes_are_said_everywhere(made: tuple[Path, str], tiny_llama: Path
     assert not re.search(sentence, lestd("plan", tiny_llama, "--keep", KEEP).out)
 
 
+@pytest.fixture(scope="module")
+def in_bases(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A layer in shared bases, which are coded as well."""
+    out = tmp_path_factory.mktemp("bases") / "out"
+    result = lestd(
+        *("compress", tiny_llama, "--out", out, "--coding", "entropy", "--keep", 0.05),
+        *("--executor", "serial", "--include", 1),
+    )
+    assert result.code == 0, result.err
+    [group] = json.loads((out / "config.json").read_text())["quantization_config"]["groups"]
+    assert {one["codec"] for one in group["shared"].values()} == {"rans"}
+    [row] = json.loads(lestd("query", out, "select * from current", "--json").out)["rows"]
+    assert 0.995 * row["byte_budget"] <= row["stored_bytes"] <= row["byte_budget"]
+    assert (row["coding"], row["value_bits"]) == ("entropy", None)
+    assert row["R1"] == group["ranks"]["R1"]
+    return out
+
+
+@pytest.mark.parametrize("name", ["watersic", "lestd"])
 def test_it_is_verified_exported_saved_and_computes_what_is_stored(
-    made: tuple[Path, str], tmp_path: Path
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    out, _ = made
+    if name == "lestd":
+        out = request.getfixturevalue("in_bases")
+    else:
+        out, _ = request.getfixturevalue("made")
     assert lestd("verify", out).code == 0
     assert lestd("export", out, "--dense", tmp_path / "dense").code == 0
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
@@ -83,6 +106,24 @@ def test_it_is_verified_exported_saved_and_computes_what_is_stored(
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     with torch.no_grad():
         assert torch.equal(again(x).logits, model(x).logits)
+
+
+def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(
+    made: tuple[Path, str], tiny_llama: Path, tmp_path: Path
+) -> None:
+    out, _ = made
+    again = tmp_path / "out"
+    command = ("compress", tiny_llama, "--out", again, "--method", "watersic", "--metric", "weight")
+    command += ("--keep", KEEP, "--executor", "serial")
+    process = start_lestd(*command)
+    wait_for_progress(process, tmp_path / "out.run", more=2)
+    process.kill()
+    process.communicate()
+    finished = committed(tmp_path / "out.run")
+    assert len(finished) >= 2
+    assert lestd(*command).code == 0
+    assert finished.items() <= committed(tmp_path / "out.run").items()
+    assert digest_tree(again) == digest_tree(out)
 
 
 def test_a_damaged_stream_is_one_sentence(made: tuple[Path, str], tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def require_plain(name: str, args: MethodArgs) -> None:
     Raises:
         LestdError: another metric, few-bit values, or outliers.
     """
-    require_default(name, args, "metric", "value_bits", "factor_bits", "keep_outliers")
+    require_default(name, args, "metric", "value_bits", "factor_bits", "keep_outliers", "coding")
 
 
 def require_no_core(name: str, args: MethodArgs) -> None:
@@ -245,7 +245,7 @@ def require_no_core(name: str, args: MethodArgs) -> None:
         LestdError: a type mode, a kind of Stage II, a pattern or a limit of arithmetic is asked
             for.
     """
-    require_default(name, args, "type_mode", "stage2", "pattern", "max_flops")
+    require_default(name, args, "type_mode", "stage2", "pattern", "max_flops", "coding")
 
 
 def require_default(name: str, args: MethodArgs, *options: str) -> None:

@@ -78,41 +78,47 @@ class LossGroup:
     Args:
         modules: in the order of their cores.
         shape: sizes of the cores.
+
+    Attributes:
+        modules: as they were given.
+        metrics: theirs, regularized: L of mean 1, and N with all that makes it nats.
+        basis: all columns of A ``(d, d)``, float32, the strongest first.
+        singular_values: theirs.
     """
 
     def __init__(self, modules: Sequence[TwoSided], shape: SidedShape) -> None:
-        self.shape, self._modules = shape, tuple(modules)
-        self._metrics: list[Metric] = []
+        self.shape, self.modules = shape, tuple(modules)
+        self.metrics: list[Metric] = []
         shared: dict[str, tuple[Tensor, float]] = {}
-        for one in self._modules:
+        for one in self.modules:
             if one.reads not in shared:
                 shared[one.reads] = _regularized(one.exact.input, one.W[:, 0])
             L, unit = shared[one.reads]
             N, other = _regularized(one.exact.output, one.W[0])
             # All that makes it nats is on one side, so that those who read the same share L.
-            self._metrics.append(Metric(L, N * (unit * other)))
-        self._basis, self.singular_values = self._find_basis()
+            self.metrics.append(Metric(L, N * (unit * other)))
+        self.basis, self.singular_values = self._find_basis()
 
-    def _mean(self) -> Tensor:
+    def mean(self) -> Tensor:
         """The mean of the modules' L, by what they count."""
         distinct = {
-            one.reads: metric for one, metric in zip(self._modules, self._metrics, strict=True)
+            one.reads: metric for one, metric in zip(self.modules, self.metrics, strict=True)
         }
         if len(distinct) == 1:
             return _of(next(iter(distinct.values())).input)
-        weights = [mean_diagonal([_of(metric.output)]) for metric in self._metrics]
+        weights = [mean_diagonal([_of(metric.output)]) for metric in self.metrics]
         total = sum(weights)
         return mean_metric(
             [
                 _of(metric.input) * (weight * len(weights) / total)
-                for metric, weight in zip(self._metrics, weights, strict=True)
+                for metric, weight in zip(self.metrics, weights, strict=True)
             ]
         )
 
     def _find_basis(self) -> tuple[Tensor, tuple[float, ...]]:
         """All columns of A ``(d, d)``, float32, the strongest first, and their singular values."""
-        S, gram = Root.of(self._mean()), None
-        for one, metric in zip(self._modules, self._metrics, strict=True):
+        S, gram = Root.of(self.mean()), None
+        for one, metric in zip(self.modules, self.metrics, strict=True):
             X = S.apply(one.W)
             part = X @ Metric(None, metric.output).apply(X).T
             gram = part if gram is None else gram + part
@@ -127,9 +133,9 @@ class LossGroup:
         """Rank and squared error to expect for each byte budget, before anything is rounded."""
         losses: list[Tensor] = []
         left_out = torch.zeros(self.shape.width, dtype=torch.float64)
-        for one, metric in zip(self._modules, self._metrics, strict=True):
-            image = apply_metric(_of(metric.input), self._basis)
-            scale = (self._basis * image).sum(dim=0)
+        for one, metric in zip(self.modules, self.metrics, strict=True):
+            image = apply_metric(_of(metric.input), self.basis)
+            scale = (self.basis * image).sum(dim=0)
             core = (image.T @ one.W) / scale[:, None]
             losses.append(core.square() * scale[:, None] * diagonal_of(_of(metric.output)))
             whole = (core * Metric(None, metric.output).apply(core)).sum(dim=1) * scale
@@ -145,7 +151,7 @@ class LossGroup:
         error of all is larger than it. Measured on trained attention this is within a factor of 3.
         """
         losses, whole = [], 0.0
-        for one, metric in zip(self._modules, self._metrics, strict=True):
+        for one, metric in zip(self.modules, self.metrics, strict=True):
             L = _of(metric.input)
             rows = diagonal_of(feedback_root(L)) * diagonal_of(L).sqrt()
             losses.append(one.W.square() * rows[:, None] * diagonal_of(_of(metric.output)))
@@ -176,13 +182,13 @@ class LossGroup:
         if R == IDENTITY:
             R, shape = shape.width, replace(shape, identity=True)
         else:
-            rows = feedback_inverse(feedback_root(self._mean()))
-            basis = self._basis[:, :R].contiguous()
+            rows = feedback_inverse(feedback_root(self.mean()))
+            basis = self.basis[:, :R].contiguous()
             every = torch.ones_like(basis, dtype=torch.bool)
             A = store_rounded(basis, every, rows, shape.factor_bits, value_dtype)
         factor = None if A is None else A.decode().float()
         cores, scores, metrics = [], [], []
-        for one, metric in zip(self._modules, self._metrics, strict=True):
+        for one, metric in zip(self.modules, self.metrics, strict=True):
             M, H = one.W, _of(metric.input)
             if factor is not None:
                 image = apply_metric(H, factor)
@@ -201,7 +207,7 @@ class LossGroup:
         masks = select_largest(scores, fits)
         del scores
         stores, expected = [], 0.0
-        for i, (one, mask) in enumerate(zip(self._modules, masks, strict=True)):
+        for i, (one, mask) in enumerate(zip(self.modules, masks, strict=True)):
             core = fit_on_support(cores[i], mask, metrics[i])
             expected += one.exact.squares(one.W - (core if factor is None else factor @ core))
             stores.append(self._store(core, mask, metrics[i], value_dtype))
@@ -226,7 +232,7 @@ class LossGroup:
     ) -> float:
         """The squared error of what `encode` has made: twice the nats."""
         factor, total = None if A is None else A.decode().float(), 0.0
-        for one, core in zip(self._modules, cores, strict=True):
+        for one, core in zip(self.modules, cores, strict=True):
             M = core.decode().float()
             M = M if self.shape.rank_first else M.T
             total += one.exact.squares(one.W - (M if factor is None else factor @ M))
