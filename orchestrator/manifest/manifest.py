@@ -79,6 +79,8 @@ MANY_PARTS = 1000
 """A run that has more part files, which take a second to read, is compacted by its driver."""
 TableType = Literal["arrow", "pandas", "polars"]
 """Forms of a table; their libraries are imported on demand."""
+_GOES_ON_WITH = ("scope", "metric_squared_norm", "metric_squared_error")
+"""Columns of `groups` that allocation and assembly read; null in rows of earlier versions."""
 _RUN = ".run"
 _AnyPathT = TypeVar("_AnyPathT", bound=AnyPath)
 
@@ -281,8 +283,9 @@ class Manifest:
     def completed(self, task_ids: Iterable[str], payload_dir: AnyPath) -> dict[str, dict[str, Any]]:
         """Group rows of those tasks that are done, by task id.
 
-        A row is trusted only if its payload is there with the size and sha256 that it states, and
-        so are the rows of its slices. The payload is read to know its sha256, from an object store
+        A row is trusted only if it has all that a run goes on with, which those of earlier versions
+        lack, its payload is there with the size and sha256 that it states, and so are the rows of
+        its slices. The payload is read to know its sha256, from an object store
         too: what a store says of an object is what its writer said, and a resumed run reads less
         than it would compute again.
         """
@@ -291,7 +294,9 @@ class Manifest:
         rows = [
             row
             for row in self.groups().to_pylist()
-            if row["task_id"] in wanted and slices[row["task_id"]] == slice_count(row)
+            if row["task_id"] in wanted
+            and slices[row["task_id"]] == slice_count(row)
+            and all(row[name] is not None for name in _GOES_ON_WITH)
         ]
         problems = in_parallel(lambda row: payload_problem(row, payload_dir), rows)
         return {row["task_id"]: row for row, bad in zip(rows, problems, strict=True) if bad is None}

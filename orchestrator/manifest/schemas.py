@@ -193,7 +193,6 @@ GROUPS = TableSpec(
             "scope",
             _TEXT,
             "what the block is: attention, ffn, experts or linear",
-            required=True,
             check=_is_module_path,
         ),
         Column("metric", _TEXT, "norm of the error: weight, norm, activation or loss"),
@@ -203,8 +202,8 @@ GROUPS = TableSpec(
             "bits of a core value; 16 stands for the value dtype; null where coding is entropy",
         ),
         Column("factor_bits", _INT, "bits of an element of a factor; likewise"),
-        Column("metric_squared_norm", _REAL, "||S W||^2, S the metric's root", "metric^2", True),
-        Column("metric_squared_error", _REAL, "||S (W - W_hat)||^2", "metric^2", True),
+        Column("metric_squared_norm", _REAL, "||S W||^2, S the metric's root", "metric^2"),
+        Column("metric_squared_error", _REAL, "||S (W - W_hat)||^2", "metric^2"),
         Column(
             "most_expected_squared_error",
             _REAL,
