@@ -29,35 +29,31 @@ from lestd_kernels.methods.common.base import (
     require_default,
     require_no_core,
 )
-from lestd_kernels.options import ENTROPY, FIXED
 from lestd_kernels.search.budget import CurvePoint
 from lestd_kernels.tensorize import GroupLayout
 
-CANDIDATES: tuple[tuple[Method, int, int, str], ...] = (
-    *((lestd.METHOD, bits, max(bits, 4), FIXED) for bits in (16, 8, 4, 3, 2)),
-    (lestd.METHOD, 16, 16, ENTROPY),
-    *((svd_llm.METHOD, bits, bits, FIXED) for bits in (16, 8, 4)),
-    *((gptq.METHOD, bits, 16, FIXED) for bits in (8, 4, 3, 2)),
-    *((sparsegpt.METHOD, bits, 16, FIXED) for bits in (4, 3)),
-    (watersic.METHOD, 16, 16, FIXED),
+CANDIDATES: tuple[tuple[Method, int, int], ...] = (
+    *((lestd.METHOD, bits, max(bits, 4)) for bits in (16, 8, 4, 3, 2)),
+    *((svd_llm.METHOD, bits, bits) for bits in (16, 8, 4)),
+    *((gptq.METHOD, bits, 16) for bits in (8, 4, 3, 2)),
+    *((sparsegpt.METHOD, bits, 16) for bits in (4, 3)),
+    (watersic.METHOD, 16, 16),
 )
-"""Method, bits of a value and bits of a factor, coding; of equal ones the first is kept. What is
-coded by its entropy has no bits of its own."""
+"""Method, bits of a value and bits of a factor; of equal ones the first is kept. watersic has no
+bits of its own."""
 
 
 # The others know what another budget costs only by storing the group for it.
 _FORESEEING = (lestd.METHOD, svd_llm.METHOD, watersic.METHOD)
 
 
-def label(method: Method, args: MethodArgs) -> str:
+def label(method: Method, bits: int) -> str:
     """What a candidate is called, see `Chosen`."""
-    if method is watersic.METHOD:
-        return method.name
-    return f"{method.name}-{args.value_bits if args.coding == FIXED else args.coding}"
+    return method.name if method is watersic.METHOD else f"{method.name}-{bits}"
 
 
-def _args_of(args: MethodArgs, value_bits: Any, factor_bits: Any, coding: Any) -> MethodArgs:
-    return replace(args, value_bits=value_bits, factor_bits=factor_bits, coding=coding)
+def _args_of(args: MethodArgs, value_bits: Any, factor_bits: Any) -> MethodArgs:
+    return replace(args, value_bits=value_bits, factor_bits=factor_bits)
 
 
 def _least(
@@ -91,7 +87,7 @@ def encode(
     errors: list[tuple[float, str]] = []
     points: dict[int, CurvePoint] = {}
     seconds: list[dict[str, float]] = []
-    for (method, _), of_method in groupby(candidates, key=lambda one: (one[0], one[1].coding)):
+    for method, of_method in groupby(candidates, key=lambda one: one[0]):
         own: Group | None = None
         for _, args, least in of_method:
             if least > reach:
@@ -117,7 +113,7 @@ def encode(
                     points[point.byte_budget] = point
             if room > byte_budget:
                 continue
-            errors.append((done.metric_squared_error / 2, label(method, args)))
+            errors.append((done.metric_squared_error / 2, label(method, args.value_bits)))
             if kept is None or done.metric_squared_error < kept.metric_squared_error:
                 kept = done
     assert kept is not None, "the budget has room for a candidate"

@@ -259,12 +259,11 @@ def test_auto_keeps_the_best_of_its_candidates(
     budget, dense_budget = (int(share * small.elements * 2) for share in (keep, 0.8))
     W, metrics = random_weights(small), metrics_of(small, "head")
     losses = {}
-    assert any(coding == "entropy" for *_, coding in auto.CANDIDATES)
-    for method, bits, factor_bits, coding in auto.CANDIDATES:
-        args = MethodArgs(metric=LOSS, value_bits=bits, factor_bits=factor_bits, coding=coding)
+    for method, bits, factor_bits in auto.CANDIDATES:
+        args = MethodArgs(metric=LOSS, value_bits=bits, factor_bits=factor_bits)
         if method.least_bytes(small, BF16, args) <= budget:
             one = method.decompose(W.clone(), small, budget, BF16, args, metrics=metrics)
-            losses[auto.label(method, args)] = one.metric_squared_error / 2
+            losses[auto.label(method, bits)] = one.metric_squared_error / 2
     args = MethodArgs(metric=LOSS)
     budgets = [budget, dense_budget]
     done = auto.METHOD.decompose(W, small, budget, BF16, args, budgets, metrics)
