@@ -144,8 +144,8 @@ def _numbers(weight: Tensor, packing: Packing) -> Tensor:
 def _unpacked(words: Tensor, bits: int) -> Tensor:
     """Numbers of some bits, int32, of words ``(n, m)`` -> ``(n, m 32 / bits)``."""
     shifts = torch.arange(0, _WORD, bits, dtype=torch.int32)
-    unsigned: Tensor = (words[..., None] >> shifts) & (2**bits - 1)
-    return unsigned.flatten(-2) - 2 ** (bits - 1)
+    unsigned = (words[..., None] >> shifts) & ((1 << bits) - 1)
+    return unsigned.flatten(-2) - (1 << bits - 1)
 
 
 def _spread(grid: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
