@@ -144,12 +144,11 @@ def _numbers(weight: Tensor, packing: Packing) -> Tensor:
 def _unpacked(words: Tensor, bits: int) -> Tensor:
     """Numbers of some bits, int32, of words ``(n, m)`` -> ``(n, m 32 / bits)``."""
     shifts = torch.arange(0, _WORD, bits, dtype=torch.int32)
-    unsigned = (words[..., None] >> shifts) & (2**bits - 1)
-    signed: Tensor = unsigned.flatten(-2) - 2 ** (bits - 1)
-    return signed
+    unsigned = (words[..., None] >> shifts) & ((1 << bits) - 1)
+    return unsigned.flatten(-2) - (1 << bits - 1)
 
 
 def _spread(grid: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """The value of each number's block; one column stands for all that have the same."""
-    by_row: Tensor = grid[rows]
+    by_row = grid[rows]
     return by_row if by_row.shape[1] == 1 else by_row[:, columns]
