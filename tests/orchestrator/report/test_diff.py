@@ -16,7 +16,6 @@ from support.families import save_tiny
 from support.s3 import s3_server
 from upath import UPath
 
-from orchestrator.manifest.schemas import TABLES
 
 FIGURES = ("stored_bytes", "relative_error", "R1", "R2", "R3")
 
@@ -357,7 +356,8 @@ def test_the_layers_that_differ_most_come_first(tmp_path: Path) -> None:
         row |= {"dense_bytes": 1000, "byte_budget": 500, "stored_bytes": stored}
         row |= {"relative_error": error, "squared_norm": 1.0, "squared_error": error**2}
         row |= {"payload": "p", "payload_bytes": 1, "sha256": digest}
-        row["format"] = '{"modules": {}}'
+        row |= {"format": '{"modules": {}}', "method": "lestd", "density": 0.5}
+        row |= {f"seconds_{stage}": 1.0 for stage in STAGES} | {"peak_memory_bytes": 2**30}
         return row | {"source_sha256": digest, "R1": 8, "R2": 4 + layer % 2}
 
     layers = range(14)
