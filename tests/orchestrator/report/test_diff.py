@@ -16,6 +16,7 @@ from support.families import save_tiny
 from support.s3 import s3_server
 from upath import UPath
 
+from orchestrator.manifest.schemas import STAGES, TABLES
 
 FIGURES = ("stored_bytes", "relative_error", "R1", "R2", "R3")
 
