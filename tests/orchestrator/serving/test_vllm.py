@@ -51,7 +51,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
 }
 MODELS = {
-    "lestd": ("llama", "--keep", 0.5),
+    "lestd": ("llama", "--metric", "weight", "--keep", 0.5),
     "low-rank": ("llama", "--method", "svd", "--keep", 0.6, "--scope", "all"),
     "few-bit": ("qwen2", "--value-bits", 4, "--factor-bits", 4, "--keep", 0.3, "--scope", "all"),
     "coded": ("llama", "--method", "watersic", "--keep", 0.2, "--scope", "all"),
