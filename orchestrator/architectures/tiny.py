@@ -136,6 +136,8 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
         family: {
             "audio_config": {"encoder_attention_heads": HEADS, "output_dim": WIDTH},
             "text_config": {"rope_parameters": _ROPE | {"mrope_section": [2, 3, 3]}},
+            # Published models have it and generation reads it; the defaults do not have it.
+            "vision_start_token_id": 151_652,
         }
         for family in ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
     },
