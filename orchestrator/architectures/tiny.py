@@ -143,7 +143,8 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     },
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
-    "xlstm": {"num_heads": 4},
+    # Its cache rounds the widths of queries and values up to a multiple of 64.
+    "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0},
     "zamba": _ZAMBA | {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2},
     "zamba2": _ZAMBA | {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
