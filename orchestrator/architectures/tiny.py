@@ -134,7 +134,10 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "muse_spark": {"audio_config": {"out_hidden_size": WIDTH}},
     **{
         family: {
-            "audio_config": {"encoder_attention_heads": HEADS, "output_dim": WIDTH},
+            "audio_config": {
+                **{"encoder_attention_heads": HEADS, "output_dim": WIDTH},
+                **{"encoder_ffn_dim": HIDDEN, "encoder_layers": 2},
+            },
             "text_config": {"rope_parameters": _ROPE | {"mrope_section": [2, 3, 3]}},
             # Published models have it and generation reads it; the defaults do not have it.
             "vision_start_token_id": 151_652,
