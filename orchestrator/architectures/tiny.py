@@ -99,7 +99,10 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     },
     **{
         family: {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [2, 3, 3]}}}
-        for family in ("glm46v", "glm4v", "glm_ocr", "glmga", "qwen2_5_vl", "qwen2_vl")
+        for family in (
+            *("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl"),
+            *("qwen2_5_vl", "qwen2_vl"),
+        )
     },
     "bailing_hybrid": {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1, 3]},
