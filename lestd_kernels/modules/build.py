@@ -136,6 +136,10 @@ def _place_experts(
         )
     experts = compressed_experts(found, "meta")
     parent.add_module(name, experts)
+    if not [*parent.parameters(recurse=False), *parent.buffers(recurse=False)]:
+        # Nothing in it is to be initialized when the weights are loaded. Some families (Qwen3-Omni)
+        # would reach through it for the stacked matrices, which are no more.
+        parent._is_hf_initialized = True  # type: ignore[assignment]
     return experts, originals
 
 

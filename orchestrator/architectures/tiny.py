@@ -134,14 +134,20 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "muse_spark": {"audio_config": {"out_hidden_size": WIDTH}},
     **{
         family: {
-            "audio_config": {"encoder_attention_heads": HEADS, "output_dim": WIDTH},
+            "audio_config": {
+                **{"encoder_attention_heads": HEADS, "output_dim": WIDTH},
+                **{"encoder_ffn_dim": HIDDEN, "encoder_layers": 2},
+            },
             "text_config": {"rope_parameters": _ROPE | {"mrope_section": [2, 3, 3]}},
+            # Published models have it and generation reads it; the defaults do not have it.
+            "vision_start_token_id": 151_652,
         }
         for family in ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
     },
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
-    "xlstm": {"num_heads": 4},
+    # Its cache rounds the widths of queries and values up to a multiple of 64.
+    "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0},
     "zamba": _ZAMBA | {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2},
     "zamba2": _ZAMBA | {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
