@@ -183,7 +183,7 @@ class Architecture(Description):
     def _kinds(self, config: PretrainedConfig, layer: int) -> tuple[Kind, ...]:
         """The kinds of blocks that a layer has."""
         if self.experts is None:
-            return ("attention", "ffn")
+            return ("attention",) if self.ffn is None else ("attention", "ffn")
         if self.ffn is None:
             return ("attention", "experts")
         dense = layer in (config.mlp_only_layers or ())

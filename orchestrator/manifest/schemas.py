@@ -160,11 +160,9 @@ GROUPS = TableSpec(
         Column("dense_bytes", _LONG, "the source weights", "bytes", required=True, least=1),
         Column("byte_budget", _LONG, "upper bound of stored_bytes", "bytes", required=True),
         Column("stored_bytes", _LONG, "factors, core values and indices", "bytes", required=True),
-        Column(
-            "relative_error", _REAL, "||W - W_hat|| / ||W||, of the tensors as stored", "", True
-        ),
+        Column("relative_error", _REAL, "||W - W_hat|| / ||W||, of the tensors as stored"),
         Column("squared_norm", _REAL, "||W||^2", "weights^2", required=True),
-        Column("squared_error", _REAL, "||W - W_hat||^2", "weights^2", required=True),
+        Column("squared_error", _REAL, "||W - W_hat||^2", "weights^2"),
         Column("squared_energy_stage1", _REAL, "||G||^2 of the full core", "weights^2"),
         Column("squared_energy_stage2", _REAL, "||G||^2 of the stored core", "weights^2"),
         Column("threshold", _REAL, "smallest stored |g|", "weights"),

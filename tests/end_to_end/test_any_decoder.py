@@ -157,7 +157,7 @@ def test_targets_and_ignore_choose_blocks_by_their_paths(tmp_path: Path) -> None
     assert "leave nothing of scope all to compress, whose blocks are called model." in refused.err
     refused = lestd(*command, "--targets", "(")
     assert refused.code == 2
-    assert "expected a regular expression, found '('" in refused.err
+    assert "expected a regular expression of RE2, found '('" in refused.err
 
 
 @pytest.mark.parametrize("family", ["gemma2", "olmo2"])

@@ -89,7 +89,8 @@ def sums(rows: list[dict[str, Any]]) -> tuple[float, float]:
 def test_never_worse_than_uniform_at_the_same_bytes(
     model: Path, tmp_path: Path, keep: float, options: tuple[str, ...], gain: float
 ) -> None:
-    common = ("compress", model, "--keep", keep, "--executor", "serial", *options)
+    common = ("compress", model, "--metric", "weight", "--keep", keep)
+    common += ("--executor", "serial", *options)
     assert lestd(*common, "--out", tmp_path / "uniform").code == 0
     result = lestd(*common, "--out", tmp_path / "global", "--allocation", "global", "--json")
     assert result.code == 0, result.err
@@ -245,8 +246,9 @@ def test_a_damaged_curve_is_found_again_and_nothing_else(
 def test_layers_alike_keep_their_uniform_budgets(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", [0.3] * 2, [1.0] * 2)
     for allocation in ("global", "uniform"):
-        options = ("--keep", 0.5, "--executor", "serial", "--allocation", allocation)
-        assert lestd("compress", model, "--out", tmp_path / allocation, *options).code == 0
+        options = ("--metric", "weight", "--keep", 0.5, "--allocation", allocation)
+        command = ("compress", model, "--executor", "serial", *options)
+        assert lestd(*command, "--out", tmp_path / allocation).code == 0
     assert payloads(tmp_path / "global") == payloads(tmp_path / "uniform")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import random
 import zipfile
@@ -111,6 +112,12 @@ def guard(path: Path) -> None:
     save_file(held | {name: torch.zeros(195, dtype=torch.uint8)}, path, metadata={"format": "pt"})
 
 
+def attention_only(path: Path) -> None:
+    """An architecture without feed-forward blocks and experts."""
+    found: dict[str, Any] = json.loads(path.read_text())
+    path.write_text(json.dumps({key: found[key] for key in found if key not in ("ffn", "experts")}))
+
+
 BIN, PARTS, GROUPS = "pickled/*.bin", "out.run/manifest/slices/*", "out.run/manifest/groups/*"
 
 REGRESSIONS = [
@@ -130,6 +137,7 @@ REGRESSIONS = [
     case("parts", "out.run/manifest/events/*", compress, cell("task_id", None)),
     case("described", "architecture.json", compress_and_load, endless),
     case("described", "architecture.json", compress_and_load, replaced("self_attn", "self_attn.")),
+    case("described", "architecture.json", compress_and_load, attention_only),
     case("found", "architecture.json", compress_and_load, pipe),
     case("found", "architecture.json", compress_and_load, replaced('"experts":4', '"experts":5')),
     case("payloads", "out.run/payloads/*", verify, loop),

@@ -82,8 +82,8 @@ def test_a_basis_is_stored_where_it_pays() -> None:
 
 def test_without_a_basis_it_is_watersic() -> None:
     layout = layout_of("mha")
-    own = decompose("lestd", layout, 0.25, FP32, coding="entropy")
-    plain = decompose("watersic", layout, 0.25, FP32)
+    own = decompose("lestd", layout, 0.25, FP32, metric="weight", coding="entropy")
+    plain = decompose("watersic", layout, 0.25, FP32, metric="weight")
     assert own.decomposition.ranks == {}
     assert own.relative_error == pytest.approx(plain.relative_error, rel=0.05)
 

@@ -222,7 +222,18 @@ def test_links_are_followed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "shard",
-    ["../1.safetensors", "sub/../../x", "/etc/passwd", "", ".", "..", "./1.safetensors", "a\0b", 3],
+    [
+        "../1.safetensors",
+        "sub/../../x",
+        "/etc/passwd",
+        "",
+        ".",
+        "..",
+        "./1.safetensors",
+        "a\0b",
+        "a\nb",
+        3,
+    ],
 )
 def test_an_index_that_leaves_the_directory_is_refused(tmp_path: Path, shard: Any) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "1.safetensors")  # "../1.safetensors" exists.

@@ -12,8 +12,11 @@ TEMPORARY = ".tmp-"
 
 
 def is_inside(name: object) -> bool:
-    """Whether this is the plain relative path of a file in a directory, which does not climb."""
-    if not isinstance(name, str) or "\0" in name:
+    """Whether this is the plain relative path of a file in a directory, which does not climb.
+
+    One with line ends or other characters that do not print is not: messages show it.
+    """
+    if not isinstance(name, str) or not name.isprintable():
         return False
     path = PurePosixPath(name)
     plain = str(path) == name and name != "."

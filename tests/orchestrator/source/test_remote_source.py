@@ -32,7 +32,7 @@ from workers.checkpoint.tensors import INDEX_FILE, ShardIndex, hash_tensor, read
 from workers.storage import ranges
 from workers.storage.ranges import file_version, read_ranges, stat
 
-OPTIONS = ["--executor", "serial", "--device", "cpu", "--keep", 0.4]
+OPTIONS = ["--metric", "weight", "--executor", "serial", "--device", "cpu", "--keep", 0.4]
 
 
 @pytest.fixture(scope="module")
