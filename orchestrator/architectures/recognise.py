@@ -46,6 +46,7 @@ _FUSED_FEED_FORWARD = (("gate_up_proj", "down_proj"),)
 _HEAD_DIMS = ("head_dim", "attention_head_size", "head_size", "dim_head")
 # Parameters of an attention block beside its projections; any other makes it one of another kind.
 _SINKS = ("sinks",)
+_IN_COMMON = "having its weight in common with another"
 # Of a smaller matrix there is nothing to gain: routers and gates that choose a scalar.
 _LEAST_SIDE = 8
 _ROUTER = re.compile(r"router|^gate$|switch|expert")
@@ -87,7 +88,10 @@ class Recogniser:
         parents: dict[str, dict[str, nn.Module]] = {}
         for path, module in layer.named_modules(prefix=layer_path):
             if is_experts(module):
-                self._try(found, path, self._places.experts, path, module)
+                if self._tied & {f"{path}.{name}" for name, _ in module.named_parameters()}:
+                    found.dense.append((path, _IN_COMMON))
+                else:
+                    self._try(found, path, self._places.experts, path, module)
             elif is_linear(module):
                 parent, _, name = path.rpartition(".")
                 if why := self._why_dense(path, module):
@@ -131,7 +135,7 @@ class Recogniser:
         if self._times[id(module)] > 1:
             return "standing in several layers at once"
         if f"{path}.weight" in self._tied:
-            return "having its weight in common with another"
+            return _IN_COMMON
         sizes = sizes_of(module)
         if min(sizes) < _LEAST_SIDE or (_ROUTER.search(name) and sizes[1] <= min(sizes)):
             experts = _numbers(self._config.to_dict(), "expert")
