@@ -118,7 +118,7 @@ def _asked(arguments: list[str], name: str | None) -> tuple[list[AnyPath], str]:
     if name is not None and arguments and _STATEMENT.fullmatch(arguments[-1]):
         raise LestdError(f"--name {name} was given together with a statement; choose one")
     if name is not None:
-        sql, runs = named_query(name).sql, arguments
+        sql, runs = named_query(name).text, arguments
     elif arguments:
         *runs, sql = arguments
     else:

@@ -27,7 +27,10 @@ def recipes(
     chosen = list(named.recipes().values()) if name is None else [named.recipe(name)]
     if json:
         output.print_json(
-            {one.name: {"summary": one.summary, "options": one.options} for one in chosen}
+            {
+                one.name: {"summary": one.summary, "options": named.options_of(one.name)}
+                for one in chosen
+            }
         )
         return
     width = max(len(one.name) for one in chosen)

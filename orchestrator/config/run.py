@@ -33,7 +33,7 @@ from orchestrator.config.options import (
     Target,
     Weights,
 )
-from orchestrator.config.recipes import recipe
+from orchestrator.config.recipes import options_of
 
 TARGETS = ("keep", "keep_model", "target_loss")
 """What a run is to reach; one of them."""
@@ -253,7 +253,7 @@ def run_options(
     """
     file, here, variant = given.get("config"), typed(RunFile, given), variant or {}
     named = given.get("recipe")
-    values: dict[str, Any] = {} if named is None else recipe(named).options
+    values: dict[str, Any] = {} if named is None else options_of(named)
     for later in ({} if file is None else load_yaml(file), here, variant):
         if any(name in later for name in TARGETS):
             values = {k: v for k, v in values.items() if k not in TARGETS}

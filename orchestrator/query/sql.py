@@ -7,7 +7,6 @@ names damaged files and keeps the rest; duckdb itself opens no file. Every table
 
 from __future__ import annotations
 
-import difflib
 import re
 import resource
 import sys
@@ -16,8 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +23,7 @@ import pyarrow as pa
 from duckdb.sqltypes import DuckDBPyType
 
 from lestd_kernels.errors import LestdError
+from orchestrator.config.named_files import NamedFile, named_files, one_of
 from orchestrator.console import output
 from orchestrator.manifest.manifest import Manifest
 from orchestrator.manifest.part_files import Damaged
@@ -60,44 +58,14 @@ _NAME_ANY = {"query", "query_table"}
 _BESIDE = re.compile(r"LINE \d+:|[\^ ]*$|.*:$|\w+\(.*\)( -> .*)?$")
 
 
-@dataclass(frozen=True)
-class NamedQuery:
-    """A query that comes with lestd.
-
-    Attributes:
-        name: how it is asked for.
-        summary: one line that says what it answers.
-        sql: its text.
-    """
-
-    name: str
-    summary: str
-    sql: str
-
-
-def named_queries() -> dict[str, NamedQuery]:
+def named_queries() -> dict[str, NamedFile]:
     """All built-in queries, by name."""
-    found = {}
-    for file in files("orchestrator.query").joinpath("named").iterdir():
-        name, _, ending = file.name.rpartition(".")
-        if ending == "sql":
-            sql = file.read_text(encoding="utf-8")
-            found[name] = NamedQuery(name, sql.splitlines()[0].removeprefix("-- "), sql)
-    return dict(sorted(found.items()))
+    return named_files("orchestrator.query", "sql")
 
 
-def named_query(name: str) -> NamedQuery:
-    """The query of that name.
-
-    Raises:
-        LestdError: there is none.
-    """
-    known = named_queries()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise LestdError(f"there is no query named {name!r}; {hint}lestd query --list shows all")
-    return known[name]
+def named_query(name: str) -> NamedFile:
+    """The built-in query of that name; LestdError if there is none."""
+    return one_of(named_queries(), name, "query", "lestd query --list")
 
 
 def run_query(

@@ -11,7 +11,6 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from orchestrator.architectures import (
     find_architecture,
     read_architecture,
 )
+from orchestrator.source.counts import check_counts
 from orchestrator.source.location import (
     are_cached,
     download,
@@ -56,12 +56,6 @@ from workers.storage.untrusted_files import parse_json, read_regular
 CONFIG_FILE = "config.json"
 BIN_FILE = "pytorch_model.bin"
 BIN_INDEX_FILE = "pytorch_model.bin.index.json"
-# Of config.json: what is gone through one by one, and how many are nothing to worry about.
-_COUNT = re.compile(
-    r"(\w+_)?(num|n)_(\w+_)?(layers?|heads?|experts|labels|blocks|groups|codebooks)(_per_\w+)?"
-    r"|(\w+_)?(layers|depths?|experts|heads)"
-)
-_FEW = 1000
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 # Part of a URL: a name that no server and no URL parser takes for anything else.
 _PLAIN_NAME = re.compile(r"[\w.+=@ -]+(/[\w.+=@ -]+)*")
@@ -352,18 +346,6 @@ def _check_config(model: str, config_json: dict[str, Any]) -> None:
     check_family(config_json.get("model_type"))
 
 
-def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """All numbers of a configuration and its parts, with the names that they stand under."""
-    if isinstance(value, dict):
-        for key, one in value.items():
-            yield from _numbers(one, key)
-    elif isinstance(value, list):
-        for one in value:
-            yield from _numbers(one, name)
-    elif isinstance(value, int | float):
-        yield name, value
-
-
 def load_config(directory: Path, index: ShardIndex | None = None) -> PretrainedConfig:
     """Read config.json as Transformers understands it; no code of the model is run.
 
@@ -376,15 +358,9 @@ def load_config(directory: Path, index: ShardIndex | None = None) -> PretrainedC
             than the tensors have room for.
     """
     config_json = read_config_json(directory)
-    for name, count in _numbers(config_json):
-        if _COUNT.fullmatch(name) and count > _FEW:
-            index = index or ShardIndex.from_directory(directory)
-            stored = [ref for ref in index.tensors.values() if ref.stored_bytes]
-            if count > max([len(index.tensors), *(size for ref in stored for size in ref.shape)]):
-                raise LestdError(
-                    f"{directory / CONFIG_FILE} has {name} {count}, more than the tensors have "
-                    "room for; use the config.json that belongs to the weights"
-                )
+    check_counts(
+        directory / CONFIG_FILE, config_json, lambda: index or ShardIndex.from_directory(directory)
+    )
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:

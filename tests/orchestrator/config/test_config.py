@@ -12,7 +12,7 @@ from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.files import Strict, load_yaml, validated
 from orchestrator.config.layers import parse_layers
 from orchestrator.config.options import described
-from orchestrator.config.recipes import recipes
+from orchestrator.config.recipes import options_of, recipes
 from orchestrator.config.reference import keywords, page
 from orchestrator.config.run import RunConfig, RunFile, run_options, scope_keep
 
@@ -103,7 +103,8 @@ def test_a_recipe_holds_what_a_run_needs_beside_model_and_text(name: str) -> Non
     assert one.text.startswith(f"# {one.summary}\n")
     text = {"calibrate_on": "text"} if "calibrate_on" in one.text else {}
     _, config = run_options({"model": "there", "recipe": name, **text})
-    assert config.model_dump(include=set(one.options)) == one.options
+    options = options_of(name)
+    assert config.model_dump(include=set(options)) == options
 
 
 def test_a_recipe_gives_way_to_the_file_and_to_the_options(tmp_path: Path) -> None:
