@@ -25,14 +25,15 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from shapes import SHAPES, make_config, tensor_shapes
 from torch import Generator, Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from lestd_kernels.errors import LestdError
 from orchestrator.console import output
@@ -43,90 +44,6 @@ from workers.checkpoint.tensors import INDEX_FILE
 from workers.storage.building import building_directory, is_free
 from workers.storage.files import atomic_write, fsync_directory, make_directory
 from workers.storage.json_files import write_json
-
-_LLAMA: dict[str, Any] = {"model_type": "llama", "rms_norm_eps": 1e-5}
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": _LLAMA
-    | {
-        "hidden_size": 96,
-        "intermediate_size": 160,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 200,
-        "max_position_embeddings": 256,
-    },
-    "llama-1b": _LLAMA  # Llama-3.2-1B
-    | {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": True,
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 32.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    },
-    "llama-13b": _LLAMA  # Llama-2-13b
-    | {
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 40,
-        "vocab_size": 32000,
-        "max_position_embeddings": 4096,
-    },
-    "llama-70b": _LLAMA  # Llama-2-70b
-    | {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "vocab_size": 32000,
-        "max_position_embeddings": 4096,
-    },
-    "opt-30b": {
-        "model_type": "opt",
-        "hidden_size": 7168,
-        "word_embed_proj_dim": 7168,
-        "ffn_dim": 28672,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 56,
-        "vocab_size": 50272,
-        "max_position_embeddings": 2048,
-    },
-    "qwen3-30b-a3b": {
-        "model_type": "qwen3_moe",
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
-    },
-}
-"""Name -> the arguments of its config; what is absent is the family's default."""
 
 DTYPES = ("bfloat16", "float16", "float32")
 SHARD_BYTES = 5 * 10**9
@@ -147,34 +64,6 @@ _WRITES_STREAM = re.compile(r"\.(o_proj|out_proj|down_proj|fc2)\.weight$")
 _HAS_SUPER_WEIGHTS = re.compile(
     r"layers\.[0-3]\.(self_attn\.(o_proj|out_proj)|mlp\.(experts\.0\.)?down_proj|fc2)\.weight$"
 )
-_FUSED_EXPERTS = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
-
-
-def make_config(shape: str, layers: int | None = None, **changes: Any) -> PretrainedConfig:
-    """The config of one of `SHAPES`, with other `layers`, and any other argument changed."""
-    if layers is not None:
-        changes["num_hidden_layers"] = layers
-    config: PretrainedConfig = AutoConfig.for_model(**SHAPES[shape] | changes)
-    return config
-
-
-def tensor_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor as it lies on disk: each expert apart, no tied weight twice."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    tied = model.all_tied_weights_keys
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, tensor in model.state_dict().items():
-        fused = _FUSED_EXPERTS.fullmatch(name)
-        if fused is None:
-            shapes |= {} if name in tied else {name: tuple(tensor.shape)}
-            continue
-        experts, rows, columns = tensor.shape
-        names = ["down_proj"] if fused[2] == "down_proj" else ["gate_proj", "up_proj"]
-        for expert in range(experts):
-            for part in names:
-                shapes[f"{fused[1]}.{expert}.{part}.weight"] = (rows // len(names), columns)
-    return shapes
 
 
 def _generator(seed: int, *what: object) -> Generator:
@@ -259,15 +148,31 @@ def make_tensor(
     return out
 
 
-def _split(specs: list[TensorSpec], shard_bytes: int) -> Iterator[list[TensorSpec]]:
-    """Shards of at most so many bytes of data; a tensor that is larger has one of its own."""
-    shard: list[TensorSpec] = []
-    for spec in specs:
-        if shard and sum(s.stored_bytes for s in (*shard, spec)) > shard_bytes:
-            yield shard
-            shard = []
-        shard.append(spec)
-    yield shard
+def checkpoint_shards(
+    config: PretrainedConfig, dtype: str, shard_bytes: int = SHARD_BYTES
+) -> dict[str, list[TensorSpec]]:
+    """Shard -> its tensors in the order of the file, each with at most so many bytes of data.
+
+    A tensor that is larger has a shard of its own.
+    """
+    kind = DTYPE_NAMES[getattr(torch, dtype)]
+    shards: list[list[TensorSpec]] = [[]]
+    for name, shape in tensor_shapes(config).items():
+        spec = TensorSpec(name, kind, shape)
+        if shards[-1] and sum(s.stored_bytes for s in (*shards[-1], spec)) > shard_bytes:
+            shards.append([])
+        shards[-1].append(spec)
+    return {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": sorted(shard, key=layout_key)
+        for number, shard in enumerate(shards, 1)
+    }
+
+
+def weights_index(shards: Mapping[str, list[TensorSpec]]) -> dict[str, Any]:
+    """Contents of the file that says which shard a tensor is in."""
+    names = {spec.name: shard for shard, specs in shards.items() for spec in specs}
+    total = sum(spec.stored_bytes for specs in shards.values() for spec in specs)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
 
 
 def _require_free(out: Path, needed: int) -> None:
@@ -311,9 +216,9 @@ def make_checkpoint(
     """
     out = out.absolute()
     kind: torch.dtype = getattr(torch, dtype)
-    shapes = tensor_shapes(config)
-    specs = [TensorSpec(name, DTYPE_NAMES[kind], shape) for name, shape in shapes.items()]
-    done, total = 0, sum(spec.stored_bytes for spec in specs)
+    shards = checkpoint_shards(config, dtype, shard_bytes)
+    index = weights_index(shards)
+    done, total = 0, index["metadata"]["total_size"]
     _require_free(out, total)
     make_directory(out.parent)
     busy = f"another process makes {out}; wait for it to end, or choose another --out"
@@ -330,35 +235,29 @@ def make_checkpoint(
                 progress(done, total)
 
     with building_directory(out, "making", busy) as building:
-        shards = [sorted(shard, key=layout_key) for shard in _split(specs, shard_bytes)]
-        weight_map: dict[str, str] = {}
         with ThreadPoolExecutor(threads) as pool:
-            for number, shard in enumerate(shards, 1):
-                file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            for name, specs in shards.items():
                 atomic_write(
-                    building.new / file_name,
-                    lambda file, shard=shard: write_shard(file, shard, pool),
+                    building.new / name,
+                    lambda file, specs=specs: write_shard(file, specs, pool),
                 )
-                weight_map |= dict.fromkeys((spec.name for spec in shard), file_name)
-        write_json(
-            building.new / INDEX_FILE,
-            {
-                "metadata": {"total_size": total},
-                "weight_map": dict(sorted(weight_map.items())),
-            },
-        )
-        _write_configs(config, dtype, building.new)
+        write_json(building.new / INDEX_FILE, index)
+        for name, content in config_files(config, dtype).items():
+            write_json(building.new / name, content)
         fsync_directory(building.new)
         building.finish()
     return total
 
 
-def _write_configs(config: PretrainedConfig, dtype: str, directory: Path) -> None:
+def config_files(config: PretrainedConfig, dtype: str) -> dict[str, dict[str, Any]]:
+    """The configs of the model and of its generation, by their names."""
     architecture = AutoModelForCausalLM._model_mapping[type(config)].__name__
     named: Mapping[str, Any] = {"architectures": [architecture], "dtype": dtype}
-    write_json(directory / CONFIG_FILE, config.to_diff_dict() | named)
     generation = GenerationConfig.from_model_config(config)
-    write_json(directory / "generation_config.json", generation.to_diff_dict())
+    return {
+        CONFIG_FILE: config.to_diff_dict() | named,
+        "generation_config.json": generation.to_diff_dict(),
+    }
 
 
 def main() -> None:
