@@ -35,6 +35,7 @@ from workers.checkpoint.tensors import INDEX_FILE
 
 OWNER = "made"
 CACHE_BYTES = 2 * 2**30
+BEGIN_BYTES = 2**18
 
 
 class MadeTensors:
@@ -93,6 +94,7 @@ class MadeModel:
         self.sent: Counter[str] = Counter()
         self._tensors = MadeTensors(dtype, seed, threads)
         self._shards = checkpoint_shards(config, dtype)
+        self._begins: dict[str, memoryview] = {}
         self._headers = {name: build_header(specs) for name, specs in self._shards.items()}
         small = config_files(config, dtype) | {INDEX_FILE: weights_index(self._shards)}
         self._small = {name: json.dumps(content).encode() for name, content in small.items()}
@@ -105,14 +107,24 @@ class MadeModel:
         }
         return shards | {name: len(content) for name, content in self._small.items()}
 
+    def _begin(self, file: str) -> memoryview:
+        """The first bytes after a shard's header."""
+        if file not in self._begins:
+            first = self._tensors.content(self._shards[file][0])
+            self._begins[file] = memoryview(bytes(first[:BEGIN_BYTES]))
+        return self._begins[file]
+
     def pieces(self, file: str, start: int, stop: int) -> Iterator[tuple[str, memoryview]]:
         """The bytes of a file from `start` up to `stop`, each piece with its kind."""
         if file in self._small:
             yield "files", memoryview(self._small[file])[start:stop]
             return
-        header, at = memoryview(self._headers[file]), 0
+        header = memoryview(self._headers[file])
         yield "headers", header[start:stop]
         at = len(header)
+        if stop <= BEGIN_BYTES:  # Whoever reads headers reads a bit more: no reason for a tensor.
+            yield "other", self._begin(file)[max(start - at, 0) : max(stop - at, 0)]
+            return
         for spec in self._shards[file]:
             first, last = max(start - at, 0), min(stop - at, spec.stored_bytes)
             if first < last:

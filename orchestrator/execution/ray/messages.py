@@ -35,7 +35,14 @@ def own_words(error: BaseException) -> str:
     said = own[0].removeprefix(_LESTD_ERROR) if own else first_line(error)
     if said.startswith("ModuleNotFoundError: "):
         return f"{said}; {INSTALL}"
-    return f"{said}; use fewer workers, or larger machines" if lacks_memory(said) else said
+    if lacks_memory(said):
+        return f"{said}; use fewer workers, or larger machines"
+    if own:
+        return said
+    return (
+        f"a worker ended before it could begin (Ray says: {said}); the worker-*.err files in Ray's "
+        "logs say why; then run the same command again"
+    )
 
 
 def say_that_others_go_on(outcome: NotStarted, pause_seconds: float) -> bool:

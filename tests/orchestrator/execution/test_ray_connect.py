@@ -48,6 +48,12 @@ def test_a_node_without_memory() -> None:
     assert "the node ran out of memory" in how_it_ended(error, Remains())
 
 
+def test_a_worker_that_ended_before_it_began() -> None:
+    said = own_words(RuntimeError("The actor died unexpectedly before finishing this task."))
+    assert said.startswith("a worker ended before it could begin (Ray says: The actor died")
+    assert said.endswith("run the same command again")
+
+
 class _Ray:
     """Ray, but for what connects or starts."""
 
