@@ -110,8 +110,12 @@ class MadeModel:
     def _begin(self, file: str) -> memoryview:
         """The first bytes after a shard's header."""
         if file not in self._begins:
-            first = self._tensors.content(self._shards[file][0])
-            self._begins[file] = memoryview(bytes(first[:BEGIN_BYTES]))
+            begin = bytearray()
+            for spec in self._shards[file]:
+                begin += self._tensors.content(spec)[: BEGIN_BYTES - len(begin)]
+                if len(begin) == BEGIN_BYTES:
+                    break
+            self._begins[file] = memoryview(bytes(begin))
         return self._begins[file]
 
     def pieces(self, file: str, start: int, stop: int) -> Iterator[tuple[str, memoryview]]:
