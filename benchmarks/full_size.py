@@ -29,14 +29,14 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+from made_hub import OWNER, HubProcess
 from run import peak_bytes, show
 
 from orchestrator.manifest.manifest import Manifest
@@ -69,39 +69,6 @@ untouched bytes that are there."""
 
 
 @dataclass
-class Hub:
-    """The server of made weights, which may be stopped and started at the same port."""
-
-    options: list[str]
-    port: int = 0
-    process: subprocess.Popen[str] | None = None
-    before: dict[str, int] = field(default_factory=dict)
-
-    def start(self) -> None:
-        """Start it, and wait until it answers."""
-        command = [sys.executable, str(HERE / "made_hub.py"), *self.options]
-        self.process = subprocess.Popen(
-            [*command, "--port", str(self.port)], stdout=subprocess.PIPE, text=True
-        )
-        assert self.process.stdout is not None
-        self.port = int(self.process.stdout.readline().split()[0].rsplit(":", 1)[1])
-
-    def stop(self) -> None:
-        """Kill it; what it has sent is remembered."""
-        self.before = self.sent()
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait()
-
-    def sent(self) -> dict[str, int]:
-        """Bytes sent of each kind, by all servers so far."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/sent") as answer:
-            now: dict[str, int] = json.load(answer)
-        kinds = self.before.keys() | now.keys()
-        return {kind: self.before.get(kind, 0) + now.get(kind, 0) for kind in kinds}
-
-
-@dataclass
 class Event:
     """A disturbance, or an end of the command.
 
@@ -126,7 +93,7 @@ class Command:
 
     work: Path
     out: Path
-    hub: Hub
+    hub: HubProcess
     model: str
     options: list[str]
     process: subprocess.Popen[str] | None = None
@@ -375,9 +342,9 @@ def main() -> None:
     work = options.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     shape = ["--shape", options.shape, "--layers", str(options.layers)]
-    hub = Hub([*shape, "--drop-every", "50"])
+    hub = HubProcess([*shape, "--drop-every", "50"])
     hub.start()
-    model = f"made/{options.shape}"
+    model = f"{OWNER}/{options.shape}"
     settings = ["--keep", str(options.keep), "--metric", "weight"]
     try:
         sixth = ",".join(str(layer) for layer in range(0, options.layers, EVERY))

@@ -17,11 +17,15 @@ import argparse
 import hashlib
 import itertools
 import json
+import subprocess
+import sys
 import threading
+import urllib.request
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -223,6 +227,43 @@ def handler(model: MadeModel, drop_every: int) -> type[BaseHTTPRequestHandler]:
             self.close_connection = bool(dropped)
 
     return Handler
+
+
+@dataclass
+class HubProcess:
+    """This server as a process, which may be stopped and started at the same port.
+
+    Args:
+        options: of the command above, without its port.
+    """
+
+    options: list[str]
+    port: int = 0
+    process: subprocess.Popen[str] | None = None
+    before: dict[str, int] = field(default_factory=dict)
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        command = [sys.executable, __file__, *self.options]
+        self.process = subprocess.Popen(
+            [*command, "--port", str(self.port)], stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        self.port = int(self.process.stdout.readline().split()[0].rsplit(":", 1)[1])
+
+    def stop(self) -> None:
+        """Kill it; what it has sent is remembered."""
+        self.before = self.sent()
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def sent(self) -> dict[str, int]:
+        """Bytes sent of each kind, by all servers so far."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/sent") as answer:
+            now: dict[str, int] = json.load(answer)
+        kinds = self.before.keys() | now.keys()
+        return {kind: self.before.get(kind, 0) + now.get(kind, 0) for kind in kinds}
 
 
 def main() -> None:
