@@ -342,7 +342,7 @@ def main() -> None:
     work = options.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     shape = ["--shape", options.shape, "--layers", str(options.layers)]
-    hub = HubProcess([*shape, "--drop-every", "50"])
+    hub = HubProcess([*shape, "--drop-every", "50", "--memory", str(work / "hub")])
     hub.start()
     model = f"{OWNER}/{options.shape}"
     settings = ["--keep", str(options.keep), "--metric", "weight"]

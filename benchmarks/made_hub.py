@@ -5,10 +5,11 @@
 
 Serves a model of the shape as the Hub serves one: its description, config.json, an index, shards
 with ETags, byte ranges. The bytes are those that benchmarks/make_checkpoint.py writes with the same
-options, so a restarted server is the same server. The tensors made last stay in memory.
+options, so a restarted server is the same server. The tensors made last stay in memory; small
+answers are kept in a directory: whoever begins to read a model looks at the start of every tensor.
 
     --drop-every 50      every 50th answer of a file ends in the middle, the connection with it
-    GET /sent            bytes sent so far of each kind: headers, attention, other, files (JSON)
+    GET /sent            bytes sent so far: small answers, and larger ones by kind (JSON)
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import itertools
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 import urllib.request
 from collections import Counter, OrderedDict
@@ -27,6 +29,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -36,10 +39,11 @@ from shapes import SHAPES, make_config
 
 from workers.checkpoint.headers import TensorSpec, build_header
 from workers.checkpoint.tensors import INDEX_FILE
+from workers.storage.files import atomic_write
 
 OWNER = "made"
 CACHE_BYTES = 2 * 2**30
-BEGIN_BYTES = 2**18
+SMALL_BYTES = 2**19
 
 
 class MadeTensors:
@@ -84,6 +88,7 @@ class MadeModel:
     Args:
         shape, layers, dtype, seed: as of benchmarks/make_checkpoint.py.
         threads: that make a tensor.
+        memory: directory of small answers.
 
     Attributes:
         name: as on the Hub.
@@ -91,14 +96,23 @@ class MadeModel:
         sent: bytes sent of each kind of content.
     """
 
-    def __init__(self, shape: str, layers: int | None, dtype: str, seed: int, threads: int) -> None:
+    def __init__(
+        self,
+        shape: str,
+        layers: int | None,
+        dtype: str,
+        seed: int,
+        threads: int,
+        memory: Path,
+    ) -> None:
         config = make_config(shape, layers)
         self.name = f"{OWNER}/{shape}"
         self.commit = hashlib.sha1(repr((shape, layers, dtype, seed)).encode()).hexdigest()
         self.sent: Counter[str] = Counter()
         self._tensors = MadeTensors(dtype, seed, threads)
         self._shards = checkpoint_shards(config, dtype)
-        self._begins: dict[str, memoryview] = {}
+        self._memory = memory / self.commit
+        self._memory.mkdir(parents=True, exist_ok=True)
         self._headers = {name: build_header(specs) for name, specs in self._shards.items()}
         small = config_files(config, dtype) | {INDEX_FILE: weights_index(self._shards)}
         self._small = {name: json.dumps(content).encode() for name, content in small.items()}
@@ -111,16 +125,13 @@ class MadeModel:
         }
         return shards | {name: len(content) for name, content in self._small.items()}
 
-    def _begin(self, file: str) -> memoryview:
-        """The first bytes after a shard's header."""
-        if file not in self._begins:
-            begin = bytearray()
-            for spec in self._shards[file]:
-                begin += self._tensors.content(spec)[: BEGIN_BYTES - len(begin)]
-                if len(begin) == BEGIN_BYTES:
-                    break
-            self._begins[file] = memoryview(bytes(begin))
-        return self._begins[file]
+    def small_piece(self, file: str, start: int, stop: int) -> bytes:
+        """At most `SMALL_BYTES` of a file, from disk where they were asked for before."""
+        known = self._memory / f"{file}-{start}-{stop}"
+        if not known.is_file():
+            content = b"".join(bytes(piece) for _, piece in self.pieces(file, start, stop))
+            atomic_write(known, lambda out: out.write(content))
+        return known.read_bytes()
 
     def pieces(self, file: str, start: int, stop: int) -> Iterator[tuple[str, memoryview]]:
         """The bytes of a file from `start` up to `stop`, each piece with its kind."""
@@ -130,9 +141,6 @@ class MadeModel:
         header = memoryview(self._headers[file])
         yield "headers", header[start:stop]
         at = len(header)
-        if stop <= BEGIN_BYTES:  # Whoever reads headers reads a bit more: no reason for a tensor.
-            yield "other", self._begin(file)[max(start - at, 0) : max(stop - at, 0)]
-            return
         for spec in self._shards[file]:
             first, last = max(start - at, 0), min(stop - at, spec.stored_bytes)
             if first < last:
@@ -218,7 +226,10 @@ def handler(model: MadeModel, drop_every: int) -> type[BaseHTTPRequestHandler]:
             with counting:
                 dropped = drop_every and next(answers) % drop_every == 0
             left = (stop - start) // 2 if dropped else stop - start
-            for kind, piece in model.pieces(name, start, stop):
+            pieces = model.pieces(name, start, stop)
+            if stop - start <= SMALL_BYTES:
+                pieces = iter([("small", memoryview(model.small_piece(name, start, stop)))])
+            for kind, piece in pieces:
                 piece = piece[:left]
                 self.wfile.write(piece)
                 left -= len(piece)
@@ -275,9 +286,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="that make a tensor (default: 2)")
     parser.add_argument("--port", type=int, default=0, help="(default: any that is free)")
+    memory = Path(tempfile.gettempdir(), "lestd-made-hub")
+    parser.add_argument("--memory", type=Path, default=memory, help="(default: %(default)s)")
     parser.add_argument("--drop-every", type=int, default=0, help="(default: drop nothing)")
     options = parser.parse_args()
-    model = MadeModel(options.shape, options.layers, options.dtype, options.seed, options.threads)
+    model = MadeModel(
+        options.shape, options.layers, options.dtype, options.seed, options.threads, options.memory
+    )
     server = ThreadingHTTPServer(("127.0.0.1", options.port), handler(model, options.drop_every))
     server.daemon_threads = True
     print(f"http://127.0.0.1:{server.server_address[1]} serves {model.name}", flush=True)
