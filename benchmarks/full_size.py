@@ -353,7 +353,7 @@ def main() -> None:
         quiet = undisturbed(reference, len(sixth.split(",")))
         sent = hub.sent()
         needed = sum(row["dense_bytes"] for row in reference.groups())
-        print(f"undisturbed: {sent['attention'] / needed:.4f} of the bytes needed were fetched\n")
+        print(f"undisturbed: {sent.get('attention', 0) / needed:.4f} of the bytes needed were fetched\n")
         hub.stop()
         hub.before = {}
         hub.start()
