@@ -119,7 +119,7 @@ class GroupLayout:
         """Guard tensor of a compressed model, if it has one, below `prefix` (a block's path)."""
         if self.guard is None:
             return {}
-        return {f"{prefix}.{self.guard}": torch.empty(GUARD_SHAPE, dtype=GUARD_DTYPE)}
+        return {below(prefix, self.guard): torch.empty(GUARD_SHAPE, dtype=GUARD_DTYPE)}
 
     def columns(self, module: ModuleLayout) -> slice:
         """Where the module's columns stand in the unfolding."""
@@ -140,6 +140,12 @@ class GroupLayout:
     def dense_flops_per_token(self) -> int:
         """Multiply-adds of the dense modules for one token; equals `elements`."""
         return self.elements
+
+
+def below(path: str, name: str) -> str:
+    """Path of what is called `name` below `path`; either may be empty, for the model or the path's
+    own module."""
+    return f"{path}.{name}" if path and name else path or name
 
 
 def unfold_weights(weights: Mapping[str, Tensor], layout: GroupLayout) -> Tensor:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:  # They import torch, which readers of a manifest need not wai
     from lestd_kernels.search.budget import CurvePoint
     from lestd_kernels.tensorize import GroupLayout
 
+OUTSIDE = -1
+"""In the place of a layer's index, for modules that stand outside of the decoder layers."""
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -83,7 +86,7 @@ class Task:
     Attributes:
         task_id: hash of everything that decides the payload's bytes (see
             `orchestrator.planning.plan`).
-        layer: index of the decoder layer.
+        layer: index of the decoder layer, or `OUTSIDE`.
         block: path of the block in the loaded model, ``"model.layers.0.self_attn"``.
         tensor_prefix: path of the block in the checkpoint's tensor names; differs from `block`
             only where the checkpoint leaves the base model's prefix out.
@@ -95,7 +98,7 @@ class Task:
         value_dtype: torch name of the dtype that values and factors are stored in, the
             checkpoint's own: ``"bfloat16"``, ``"float16"``, ``"float32"``.
         predicted_memory_bytes: what the plan expects the worker to need.
-        scope: what the block is: ``"attention"``, ``"ffn"`` or ``"experts"``.
+        scope: what the block is: ``"attention"``, ``"ffn"``, ``"experts"`` or ``"linear"``.
         metric_tensors: ``ModuleLayout.reads``, or that with a dot and one of
             `lestd_kernels.methods.common.base.STATISTICS` -> where it lies; none in the metric
             ``"weight"``. In the metric ``"norm"`` it is the weight of the preceding norm. In the
@@ -129,7 +132,7 @@ class Task:
         """
         if self.scope != "linear":
             return self.block
-        return self.block.removesuffix(f".{self.layout.modules[0].name}")
+        return self.block.removesuffix(self.layout.modules[0].name).removesuffix(".")
 
     @property
     def dense_bytes(self) -> int:

@@ -33,7 +33,7 @@ from lestd_kernels.formats.entries import describe_layout, describe_module, guar
 from lestd_kernels.formats.ops import Mix, Op, Permute, describe_op, op_of, product_of
 from lestd_kernels.storage.codecs import TensorSpec
 from lestd_kernels.storage.matrix import EncodedCore, core_specs, stored_core
-from lestd_kernels.tensorize import GroupLayout
+from lestd_kernels.tensorize import GroupLayout, below
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,9 @@ class Chain:
 
     def named_tensors(self, prefix: str) -> dict[str, Tensor]:
         """Every stored tensor under its name on disk, below `prefix` (a block's path)."""
-        dot = f"{prefix}." if prefix else ""
         tensors: dict[str, Tensor] = {}
         for path, matrix in self._matrices():
-            tensors |= matrix.named_tensors(dot + path)
+            tensors |= matrix.named_tensors(below(prefix, path))
         tensors |= self.layout.guard_tensors(prefix)
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
@@ -166,7 +165,7 @@ class Chain:
             "ranks": self.ranks,
             "value_type": str(self.value_dtype).removeprefix("torch."),
             "shared": {
-                name: {"path": f"{group}.{name}"} | describe_matrix(matrix)
+                name: {"path": below(group, name)} | describe_matrix(matrix)
                 for name, matrix in self.shared.items()
             },
             "modules": {
@@ -207,8 +206,8 @@ class Chain:
         modules = {
             name: ModuleChain(
                 tuple(op_of(op) for op in module["ops"]),
-                tuple(found[f"{block}.{own_path(name, i)}"] for i in range(len(module["own"]))),
-                found.get(f"{block}.{name}.side"),
+                tuple(found[below(block, own_path(name, i))] for i in range(len(module["own"]))),
+                found.get(below(block, f"{name}.side")),
             )
             for name, module in entry["modules"].items()
         }
@@ -237,6 +236,6 @@ def _entry_matrices(entry: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str
         yield matrix["path"], matrix
     for name, module in entry["modules"].items():
         for index, matrix in enumerate(module["own"]):
-            yield f"{entry['path']}.{own_path(name, index)}", matrix
+            yield below(entry["path"], own_path(name, index)), matrix
         if "side" in module:
-            yield f"{entry['path']}.{name}.side", module["side"]
+            yield below(entry["path"], f"{name}.side"), module["side"]

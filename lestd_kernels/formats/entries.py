@@ -14,6 +14,7 @@ from lestd_kernels.tensorize import (
     GroupLayout,
     ModuleLayout,
     StoredWeight,
+    below,
     entry_slices,
 )
 
@@ -93,4 +94,4 @@ def guard_specs(entry: Mapping[str, Any]) -> dict[str, TensorSpec]:
     """Name on disk, shape and dtype of the group's guard, where it has one."""
     if "guard" not in entry:
         return {}
-    return {f"{entry['path']}.{entry['guard']}": (GUARD_SHAPE, GUARD_DTYPE)}
+    return {below(entry["path"], entry["guard"]): (GUARD_SHAPE, GUARD_DTYPE)}

@@ -22,7 +22,7 @@ from lestd_kernels.storage.codecs import CODECS, PATTERNS
 from lestd_kernels.storage.few_bits import FULL_BITS, QUANTIZED_BITS
 from lestd_kernels.storage.matrix import RANS
 from lestd_kernels.storage.rans import MOST_ELEMENTS_PER_BYTE
-from lestd_kernels.tensorize import PROJECTIONS, BasisSide
+from lestd_kernels.tensorize import PROJECTIONS, BasisSide, below
 
 COPY_AGAIN = "upgrade lestd, or copy the model again from where it was made"
 _MOST, _MOST_ELEMENTS = 2**31 - 1, 2**48
@@ -68,13 +68,14 @@ def _is_path(value: Any) -> bool:
 
 _COUNT, _INDEX, _FLAG = _whole(1), _whole(0), _one_of(True, False)
 _WHERE = Field("the path of a module", _is_path)
+_BLOCK = Field("the path of a module, or none", lambda v: v == "" or _is_path(v))
 _ANY = Field("anything", lambda v: True)
 _LIST = Field("a list that is not empty", lambda v: isinstance(v, list) and v != [])
 
 _GROUP: Fields = {
     "kind": _one_of(SharedTucker.kind, Chain.kind),
     "value_type": _one_of("bfloat16", "float16", "float32"),
-    "path": _WHERE,
+    "path": _BLOCK,  # Empty for the model itself.
     "width": _COUNT,
     "head_dim": _COUNT,
     "modules": _named(1),
@@ -319,7 +320,7 @@ def _check_stored(where: str, entry: dict[str, Any]) -> None:
 def _places(entry: dict[str, Any]) -> Iterator[tuple[str, tuple[int, int] | None]]:
     """Path of everything that a group stores; with its shape what groups may have in common."""
     for name in entry["modules"]:
-        yield f"{entry['path']}.{name}", None
+        yield below(entry["path"], name), None
     for matrix in entry.get("shared", {}).values():
         yield matrix["path"], None
     if "core" in entry:

@@ -34,6 +34,7 @@ from lestd_kernels.tensorize import (
     PROJECTIONS,
     GroupLayout,
     ModuleLayout,
+    below,
     fold_weights,
 )
 
@@ -164,14 +165,16 @@ class SharedTucker:
 
     def named_tensors(self, prefix: str) -> dict[str, Tensor]:
         """Every stored tensor under its name on disk, below `prefix` (a block's path)."""
-        dot = f"{prefix}." if prefix else ""
-        tensors = {f"{dot}{U1_NAME}.weight": self.U1, f"{dot}{U2_NAME}.weight": self.U2}
+        tensors = {
+            below(prefix, f"{U1_NAME}.weight"): self.U1,
+            below(prefix, f"{U2_NAME}.weight"): self.U2,
+        }
         for name, core in self.cores.items():
-            tensors |= core.named_tensors(dot + name)
+            tensors |= core.named_tensors(below(prefix, name))
         if self.U3 is not None:
             for module in self.layout.modules:
                 rows = self.U3[list(module_types(module))]
-                tensors[f"{dot}{module.name}.weight"] = rows.reshape(-1)
+                tensors[below(prefix, f"{module.name}.weight")] = rows.reshape(-1)
         tensors |= self.layout.guard_tensors(prefix)
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 

@@ -22,9 +22,9 @@ from lestd_kernels.formats.ops import op_of
 from lestd_kernels.formats.shared_tucker import SharedTucker
 from lestd_kernels.modules.chain_linear import ChainLinear, PackedMatrix
 from lestd_kernels.modules.experts import (
-    EXPERT_MODULES,
     CompressedExperts,
     compressed_experts,
+    expert_modules,
     is_experts,
     is_transposed,
 )
@@ -36,6 +36,7 @@ from lestd_kernels.modules.shared_tucker_linear import (
     share_products,
 )
 from lestd_kernels.storage.codecs import UNSTRUCTURED
+from lestd_kernels.tensorize import below
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,7 +74,8 @@ def build_groups(model: PreTrainedModel, entries: Sequence[dict[str, Any]]) -> N
             _check_shape(name, entry, original)
         for name, module in build[entry["kind"]](model, entry, originals, shared).items():
             block.set_submodule(name, module)
-        share_products(block)
+        if len(originals) > 1:  # One alone may stand in the model itself.
+            share_products(block)
     present = set(model.modules())
     for path, module in shared.items():
         if module not in present:
@@ -94,9 +96,9 @@ def _check_shape(name: str, entry: dict[str, Any], original: _Original) -> None:
     expected = module_shape(entry, entry["modules"][name])[::-1]
     if (found := (original.out_features, original.in_features)) != expected:
         raise LestdError(
-            f"config.json: {entry['path']}.{name} has weight {found} in the model and {expected} "
-            "in quantization_config: one of the two was changed after the model was compressed, "
-            "restore it."
+            f"config.json: {below(entry['path'], name)} has weight {found} in the model and "
+            f"{expected} in quantization_config: one of the two was changed after the model was "
+            "compressed, restore it."
         )
 
 
@@ -118,7 +120,7 @@ def _place_experts(
     if is_transposed(found):
         d, f = f, d
     dtype = found.down_proj.dtype
-    for roles in EXPERT_MODULES:
+    for roles in expert_modules(found):
         originals = {
             f"expert_{expert}.{role}": _Original(
                 *((f, d) if role == roles[-1] else (d, f)), bias=False, dtype=dtype
@@ -276,7 +278,7 @@ def _find_linear(block: nn.Module, path: str, name: str) -> _Original:
         module = None
     if module is None or not is_linear(module):
         raise LestdError(
-            f"config.json: quantization_config names {path}.{name}, expected a linear module "
+            f"config.json: quantization_config names {below(path, name)}, expected a linear module "
             f"there, found {type(module).__name__}: load the architecture that was compressed."
         )
     linear: Any = module

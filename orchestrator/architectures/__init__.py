@@ -2,7 +2,8 @@
 
 Of most models this is found in their own modules (`orchestrator.architectures.infer`). A family
 that is used much has a JSON file in this directory, which spares the driver Transformers' modelling
-code, and goes before what would be found; adding one is adding a file:
+code, and goes before what would be found; adding one is adding a file. One in a user's own
+directory (`user_file`) goes before both, and is held against the model as any that is given:
 
     family              the family, as ``model_type`` in config.json calls it
     layer_path          path of a decoder layer in ``AutoModelForCausalLM``, with ``{layer}``
@@ -39,6 +40,7 @@ Sizes are not written down here: they come from the model's config.
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -55,6 +57,7 @@ from workers.checkpoint.tensors import ShardIndex
 from workers.storage.untrusted_files import parse_json, read_regular
 
 __all__ = [
+    "DIRECTORY_VARIABLE",
     "LINEAR",
     "SCOPES",
     "Architecture",
@@ -67,7 +70,11 @@ __all__ = [
     "load_architecture",
     "parse_architecture",
     "read_architecture",
+    "user_file",
 ]
+
+DIRECTORY_VARIABLE = "LESTD_ARCHITECTURES"
+"""Environment variable with the directory of a user's own descriptions."""
 
 _SUFFIX = ".json"
 _OUR_OWN = "orchestrator/architectures"
@@ -91,6 +98,26 @@ def load_architecture(family: str) -> Architecture:
     found = parse_architecture(file.read_text(encoding="utf-8"), f"{_OUR_OWN}/{file.name}")
     assert isinstance(found, Architecture)
     return found
+
+
+def user_file(family: str) -> Path | None:
+    """The user's own description of a family: ``FAMILY.json`` in the directory that the environment
+    variable `DIRECTORY_VARIABLE` names; None where there is none. Others are not looked at.
+
+    Raises:
+        LestdError: the variable names no directory.
+    """
+    named = os.environ.get(DIRECTORY_VARIABLE)
+    if not named:
+        return None
+    directory = Path(named).absolute()
+    if not directory.is_dir():
+        raise LestdError(
+            f"{DIRECTORY_VARIABLE} is {directory}, which is no directory; expected one with "
+            f"descriptions of families (FAMILY{_SUFFIX}); correct or unset it"
+        )
+    file = directory / f"{family}{_SUFFIX}"
+    return file if os.path.lexists(file) else None
 
 
 def read_architecture(path: Path) -> Architecture | Structure:

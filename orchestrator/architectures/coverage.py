@@ -19,7 +19,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lestd_kernels.errors import LestdError
-from orchestrator.architectures import find_architecture
+from orchestrator.architectures import find_architecture, read_architecture, user_file
+from orchestrator.architectures.given import require_modules
 from orchestrator.architectures.groups import Architecture
 from orchestrator.architectures.infer import build_without_weights, decoder_layers
 from orchestrator.architectures.structure import Structure
@@ -29,7 +30,7 @@ from workers.contracts import TensorRef
 
 _MOST_SHOWN = 200
 
-Known = Literal["file", "modules", "refused", "untried"]
+Known = Literal["file", "modules", "yours", "refused", "untried"]
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,12 @@ class Coverage:
 
     Attributes:
         family: its ``model_type``.
-        known: by its own file, by what its modules show, or not at all; or untried, where there is
-            no tiny model to tell by.
+        known: by its own file, by what its modules show, by the user's file, or not at all; or
+            untried, where there is no tiny model to tell by.
         attention: share of the decoder layers that have an attention block.
         covered: elements of matrices in the decoder layers that some task compresses / all.
         why: what stays dense, or is no block, with the reasons; or why nothing is known.
+        file: the user's file, where that is what is known.
     """
 
     family: str
@@ -50,6 +52,7 @@ class Coverage:
     attention: float
     covered: float
     why: tuple[str, ...]
+    file: str | None = None
 
 
 def decoder_families() -> tuple[str, ...]:
@@ -69,13 +72,17 @@ def coverage(family: str) -> Coverage | None:
     except Exception as error:  # The code of each family fails in its own way.
         reason = " ".join(str(error).split())[:_MOST_SHOWN]
         return Coverage(family, "untried", 0.0, 0.0, (f"no tiny model of it: {reason}",))
+    file = user_file(family)
+    yours = None if file is None else str(file)
     try:
         build_without_weights(model.config)  # What it is saved as may be no model of its own.
-        found = find_architecture(config, index)
+        found = find_architecture(config, index) if file is None else read_architecture(file)
         groups = found.groups(config, index, "all")
+        if file is not None:
+            require_modules(groups, config, index)
         path, layers = decoder_layers(model)
     except LestdError as error:
-        return Coverage(family, "refused", 0.0, 0.0, (str(error),))
+        return Coverage(family, "refused", 0.0, 0.0, (str(error),), yours)
     matrices = {
         f"{path}.{name}": parameter.numel()
         for name, parameter in layers.named_parameters()
@@ -84,12 +91,15 @@ def coverage(family: str) -> Coverage | None:
     covered = sum(group.layout.elements for group in groups)
     attention = {group.layer for group in groups if group.scope == "attention"}
     known: Known = "file" if isinstance(found, Architecture) else "modules"
+    if file is not None:
+        known = "yours"
     return Coverage(
         family,
         known,
         len(attention) / len(layers),
         covered / sum(matrices.values()),
         tuple(dict.fromkeys(_reasons(found))),
+        yours,
     )
 
 

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.modules.build import is_linear
-from lestd_kernels.modules.experts import EXPERT_MODULES, is_experts, is_transposed
+from lestd_kernels.modules.experts import expert_modules, is_experts, is_transposed
 from lestd_kernels.tensorize import GroupLayout, StoredWeight
 from orchestrator.architectures.groups import LINEAR, SliceGroup, find_weights
 from orchestrator.architectures.infer import build_without_weights
@@ -89,9 +89,13 @@ def _wrong_modules(block: Any, group: SliceGroup) -> str | None:
     if is_transposed(block):
         width, hidden = hidden, width
     described = [module.name for module in layout.modules]
-    known = ([f"expert_{e}.{name}" for e in range(count) for name in one] for one in EXPERT_MODULES)
+    known = (
+        [f"expert_{e}.{name}" for e in range(count) for name in one]
+        for one in expert_modules(block)
+    )
     if described not in known or (layout.width, layout.head_dim) != (width, hidden):
-        return f"it has {count} experts of {width} and {hidden}, with a gate, an up and a down each"
+        each = " or ".join(", ".join(names) for names in expert_modules(block))
+        return f"it has {count} experts of {width} and {hidden}, with {each} each"
     return None
 
 

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from transformers import PretrainedConfig
 
 from lestd_kernels.errors import LestdError
-from lestd_kernels.tensorize import GroupLayout, ModuleLayout, StoredWeight
+from lestd_kernels.tensorize import GroupLayout, ModuleLayout, StoredWeight, below
 from orchestrator.architectures.description import Block, Description, Experts, FeedForward
 from workers.checkpoint.tensors import ShardIndex
 from workers.contracts import TensorRef
@@ -43,8 +43,8 @@ class SliceGroup:
     """One block of one layer: its slice group and where its weights lie.
 
     Attributes:
-        layer: index of the decoder layer.
-        scope: which kind of block it is: ``"attention"``, ``"ffn"`` or ``"experts"``.
+        layer: index of the decoder layer, or `OUTSIDE` (workers.contracts).
+        scope: which kind of block it is.
         block: path of the block in the loaded model.
         tensor_prefix: path of the block in the checkpoint's tensor names; differs from `block`
             where the checkpoint leaves the base model's prefix out, or calls the block otherwise.
@@ -156,10 +156,10 @@ class Architecture(Description):
             layer_path = self.layer_path.replace("{layer}", str(layer))
             stored_path = (block.stored_path if isinstance(block, Experts) else None) or block.path
             stored_layer = layer_path.removeprefix(prefix)
-            stored = _join(stored_layer, stored_path)
+            stored = below(stored_layer, stored_path)
             tensors = find_weights(index, stored, layout)
             norm = index.tensors.get(f"{stored_layer}.{block.norm}.weight") if before else None
-            group = _join(layer_path, block.path)
+            group = below(layer_path, block.path)
             inputs = [m.reads for m in layout.modules if m.basis_side == "input"]
             norms = {} if norm is None else dict.fromkeys(inputs, norm)
             groups.append(SliceGroup(layer, kind, group, stored, layout, tensors, norms))
@@ -172,7 +172,7 @@ class Architecture(Description):
         """
         if self.experts is None or any(one.stored.stacked for one in self.experts.modules):
             return False
-        end = f".{_join(self.experts.path, self.experts.guard)}"
+        end = f".{below(self.experts.path, self.experts.guard)}"
         return any(name.endswith(end) for name in index.tensors)
 
     def _block(self, kind: Kind) -> Block:
@@ -239,10 +239,6 @@ def _feed_forward_module(
     return ModuleLayout(f"expert_{expert}.{module.name}", module.basis_side, slices, read, stored)
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if name else path
-
-
 def find_weights(index: ShardIndex, path: str, layout: GroupLayout) -> dict[str, TensorRef]:
     """The weights of one block by their sources, checked; one expert of many is a part of a tensor.
 
@@ -255,7 +251,7 @@ def find_weights(index: ShardIndex, path: str, layout: GroupLayout) -> dict[str,
         if module.source in tensors:  # Another part of the same matrix.
             continue
         stored = module.stored
-        name = f"{path}.{module.name}.weight" if stored is None else f"{path}.{stored.tensor}"
+        name = below(path, f"{module.name}.weight" if stored is None else stored.tensor)
         expected: tuple[int, ...] = layout.source_shape(module)
         number = None if stored is None else stored.index
         ref = _find_weight(index, name)

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lestd_kernels.modules.experts import EXPERT_MODULES, is_transposed
-from lestd_kernels.tensorize import BasisSide
+from lestd_kernels.modules.experts import expert_modules, into_experts, is_transposed
+from lestd_kernels.tensorize import BasisSide, below
 from orchestrator.architectures.description import Stored
 from orchestrator.architectures.groups import Kind
 from orchestrator.architectures.norms import input_norms
@@ -78,7 +78,7 @@ class Places:
         """
         places: dict[str, Stored] = {}
         for module in modules:
-            parameter = f"{path}.{module.name}.weight"
+            parameter = below(path, f"{module.name}.weight")
             stored = self._stored.of(parameter)
             if stored is None or len(stored.tensors) > 1 or len(stored.tensors[0]) > 1:
                 raise Unfit(
@@ -95,7 +95,7 @@ class Places:
         landing = self._landing(path, prefix, [module.name for module in modules])
         if landing is None:
             raise Unfit("Transformers would take its compressed tensors for others")
-        norms = {self._norms.get(f"{path}.{m.name}") for m in modules if m.basis_side == "input"}
+        norms = {self._norms.get(below(path, m.name)) for m in modules if m.basis_side == "input"}
         found = [_below(module, places[module.name], prefix) for module in modules]
         return FoundBlock(
             kind=kind,
@@ -112,8 +112,8 @@ class Places:
     def _landing(self, path: str, prefix: str, names: list[str]) -> str | None:
         """Where tensors of compressed modules may lie in a checkpoint, to be loaded into them."""
         for landing in (prefix, path):
-            if landing and all(
-                self._stored.lands(f"{landing}.{name}", f"{path}.{name}") for name in names
+            if (landing or not prefix) and all(
+                self._stored.lands(below(landing, name), below(path, name)) for name in names
             ):
                 return landing
         return None
@@ -134,19 +134,22 @@ class Places:
         Raises:
             Unfit: as `block` does, or the experts are of a kind that has no compressed form.
         """
-        if not getattr(module, "has_gate", True) or getattr(module, "has_post_expert_norm", False):
-            raise Unfit("experts without a gate, or with a norm behind, have no compressed form")
-        if not isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
-            raise Unfit("experts whose gate and up are not one tensor have no compressed form")
-        gate_up, flip = module.gate_up_proj.shape, is_transposed(module)
+        into = into_experts(module)
+        if not isinstance(getattr(module, into, None), nn.Parameter):
+            raise Unfit(f"experts without a parameter {into} have no compressed form")
+        if getattr(module, "has_post_expert_norm", False) and getattr(module, "has_bias", False):
+            raise Unfit("experts with a norm behind a bias have no compressed form")
+        parts_of_into = len(expert_modules(module)[0]) - 1
+        stacked, flip = getattr(module, into).shape, is_transposed(module)
         count, width, hidden = module.down_proj.shape
         if flip:
             width, hidden = hidden, width
-        expected = (width, 2 * hidden) if flip else (2 * hidden, width)
-        if tuple(gate_up) != (count, *expected):
-            raise Unfit(f"gate_up_proj is {tuple(gate_up)}, expected {(count, *expected)}")
+        rows = parts_of_into * hidden
+        expected = (width, rows) if flip else (rows, width)
+        if tuple(stacked) != (count, *expected):
+            raise Unfit(f"{into} is {tuple(stacked)}, expected {(count, *expected)}")
         places: list[Stored] = []
-        for name, parts in (("gate_up_proj", 2), ("down_proj", 1)):
+        for name, parts in ((into, parts_of_into), ("down_proj", 1)):
             stored = self._stored.of(f"{path}.{name}")
             if stored is None or len(stored.tensors) not in (1, parts):
                 raise Unfit(f"it is not known how {name} is stored in the checkpoint")
@@ -164,11 +167,14 @@ class Places:
                     for k in range(parts)
                 ]
             elif len(stored.tensors) == parts and not flip:
-                places += [Stored(tensor=_of_any_expert(one, count)) for one in stored.tensors]
+                places += [
+                    Stored(tensor=one[0] if len(one) == 1 < count else _of_any_expert(one, count))
+                    for one in stored.tensors
+                ]
             else:
                 raise Unfit(f"{name} is joined of {len(stored.tensors)} kinds of tensors")
         prefix = _common_path(place.tensor for place in places)
-        for names in EXPERT_MODULES:
+        for names in expert_modules(module):
             landing = self._landing(path, prefix, [f"expert_0.{name}" for name in names])
             if landing is not None:
                 break
@@ -176,7 +182,7 @@ class Places:
             raise Unfit("Transformers would take its compressed tensors for others")
         modules = [
             _below(described(name, side, ((role, 1),)), place, prefix)
-            for name, (role, side), place in zip(names, _ROLES, places, strict=True)
+            for name, (role, side), place in zip(names, _ROLES[-len(names) :], places, strict=True)
         ]
         return FoundBlock(
             kind="experts",
@@ -188,7 +194,7 @@ class Places:
             width=width,
             head_dim=hidden,
             experts=count,
-            guard="gate_up_proj",
+            guard=into,
             modules=tuple(modules),
         )
 

@@ -47,6 +47,19 @@ _HEAD_DIMS = ("head_dim", "attention_head_size", "head_size", "dim_head")
 # Parameters of an attention block beside its projections; any other makes it one of another kind.
 _SINKS = ("sinks",)
 _IN_COMMON = "having its weight in common with another"
+_TIED = (
+    "tied, its weight is another module's too (mostly the embedding), which would change with it; "
+    "to compress it save the model with a copy of its own and tie_word_embeddings false"
+)
+_EMBEDDING = (
+    "an embedding: its rows are looked up, and the modules of a compressed model only multiply"
+)
+# Experts that no module of a compressed model stands in for.
+_NO_FORM = {
+    "DbrxExpertGLU": "the experts' matrices are one tensor, which the module around it cuts up",
+    "JetMoeParallelExperts": "experts whose matrices are called apart, by the block's own code",
+    "LongcatFlashExperts": "some of the experts have no down_proj, and compute nothing",
+}
 # Of a smaller matrix there is nothing to gain: routers and gates that choose a scalar.
 _LEAST_SIDE = 8
 _ROUTER = re.compile(r"router|^gate$|switch|expert")
@@ -102,6 +115,28 @@ class Recogniser:
                 found.dense += _other_matrices(path, module)
         for parent, leaves in parents.items():
             self._of_parent(found, parent, leaves)
+        return found
+
+    def outside(self, layers_path: str) -> Recognised:
+        """What stands outside of the decoder layers: each matrix is a group of its own.
+
+        Args:
+            layers_path: path of the list of the layers in the model.
+        """
+        found = Recognised()
+        for path, module in self._model.named_modules():
+            if path.startswith(f"{layers_path}."):
+                continue
+            if isinstance(module, nn.Embedding):
+                found.dense.append((path, _EMBEDDING))
+            elif is_linear(module):
+                parent, _, name = path.rpartition(".")
+                if why := self._why_dense(path, module):
+                    found.dense.append((path, _TIED if why == _IN_COMMON else why))
+                else:
+                    self._try(found, path, self._single, parent, name, module)
+            else:
+                found.dense += _other_matrices(path, module)
         return found
 
     def _try(self, found: Recognised, path: str, make: Any, *args: Any) -> bool:
@@ -269,7 +304,8 @@ def _other_matrices(path: str, module: nn.Module) -> Iterator[tuple[str, str]]:
     """Matrices that a module has which is neither linear nor experts."""
     for name, parameter in module.named_parameters(recurse=False):
         if sum(size > 1 for size in parameter.shape) > 1:
-            yield f"{path}.{name}", f"of a {type(module).__name__}, which is no linear module"
+            kind = type(module).__name__
+            yield f"{path}.{name}", _NO_FORM.get(kind, f"of a {kind}, which is no linear module")
 
 
 def _own_parameters(module: nn.Module) -> str:

@@ -34,7 +34,7 @@ class StoredParameter:
 
     Attributes:
         tensors: of the checkpoint; several for one that is joined of many: for each of its parts
-            one tensor for every expert.
+            one tensor for every expert, or one that stacks those of all.
         part: ``(k, n)`` where the tensor is that of n parameters, of which this is the k-th.
         transposed: whether a tensor has the last two axes of the parameter exchanged; None while
             that is left to the shapes.
@@ -121,6 +121,10 @@ def _converted(
         merge, *concatenate = converter.operations
         if merge.dim == 0 and all(one.dim == 1 for one in concatenate):
             return {parameter: StoredParameter(parts)}
+    # Tensors that stack the matrices of all experts, one for each of the parts.
+    stacks = kinds == [Concatenate] and all(len(part) == 1 for part in parts)
+    if stacks and len(targets) == 1 and converter.operations[0].dim == 1:
+        return {parameter: StoredParameter(parts)}
     if len(parts) > 1 or len(parts[0]) > 1:
         return {}
     if kinds == [Chunk] and converter.operations[0].dim == 0:

@@ -34,7 +34,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 
 from lestd_kernels.errors import LestdError
-from lestd_kernels.tensorize import BasisSide, GroupLayout, ModuleLayout, StoredWeight
+from lestd_kernels.tensorize import BasisSide, GroupLayout, ModuleLayout, StoredWeight, below
 from orchestrator.architectures.description import Projection, Stored, _Described
 from orchestrator.architectures.groups import (
     BLOCK_NAMES,
@@ -149,12 +149,13 @@ class Structure(_Described):
                     f"the architecture has {count} slices in {block.path}, more than the tensors "
                     "have room for; use the one that belongs to the weights"
                 )
-        groups = [group for block in chosen for group in _groups(block, index)]
+        groups = [group for block in chosen for group in groups_of(block, index)]
         kinds = get_args(Kind)
         return sorted(groups, key=lambda group: (group.layer, kinds.index(group.scope)))
 
 
-def _groups(block: FoundBlock, index: ShardIndex) -> Iterator[SliceGroup]:
+def groups_of(block: FoundBlock, index: ShardIndex) -> Iterator[SliceGroup]:
+    """The slice groups of a block, one in each of its layers; raises as `Structure.groups`."""
     layout = block.layout()
     for layer in block.layers:
         path, stored, compressed, norm = (
@@ -165,7 +166,7 @@ def _groups(block: FoundBlock, index: ShardIndex) -> Iterator[SliceGroup]:
         scale = index.tensors.get(norm)
         inputs = [m.reads for m in layout.modules if m.basis_side == "input"]
         norms = {} if scale is None else dict.fromkeys(inputs, scale)
-        name = f"{path}.{layout.modules[0].name}" if block.kind == LINEAR else path
+        name = below(path, layout.modules[0].name) if block.kind == LINEAR else path
         prefix = compressed or stored
         elsewhere = stored if compressed else ""
         yield SliceGroup(layer, block.kind, name, prefix, layout, tensors, norms, elsewhere)

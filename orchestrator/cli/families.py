@@ -26,8 +26,9 @@ _HEAD = """\
 
 Which models LeSTD compresses, and what of each. `lestd plan MODEL` says the same of a model.
 
-- **known by** its own *file* in `orchestrator/architectures`, by what its *modules* show, or
-  *refused*: plan says why. *Untried* are families of which there is no tiny model to tell by.
+- **known by** its own *file* in `orchestrator/architectures`, by what its *modules* show, by a file
+  of [yours](running.md#where-the-weights-are), or *refused*: plan says why. *Untried* are families
+  of which there is no tiny model to tell by.
 - **layers with heads**: share of the decoder layers in which the methods that work by heads
   (`--scope attention`) find a block. The others have attention of another kind.
 - **matrices covered**: share of the matrix elements of the decoder layers that `--scope all`
@@ -84,9 +85,15 @@ def families(
 def _row(one: Coverage) -> list[str]:
     """The cells of one family."""
     if one.known in ("refused", "untried"):
-        return [one.family, one.known, "", "", "; ".join(one.why)]
+        return [one.family, _known(one), "", "", "; ".join(one.why)]
     shares = [f"{share:.0%}" if share else "none" for share in (one.attention, one.covered)]
-    return [one.family, one.known, *shares, "; ".join(one.why)]
+    return [one.family, _known(one), *shares, "; ".join(one.why)]
+
+
+def _known(one: Coverage) -> str:
+    """By what a family is known; the user's file with its path, also where it is refused."""
+    known = "" if one.known == "yours" else f", {one.known}"
+    return one.known if one.file is None else f"your file {one.file}{known}"
 
 
 def _as_markdown(found: Sequence[Coverage]) -> str:

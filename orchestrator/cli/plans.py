@@ -15,6 +15,7 @@ from orchestrator.planning.calibration_costs import blocks_of, calibration_costs
 from orchestrator.planning.decide import predicted_losses
 from orchestrator.planning.plan import Plan
 from orchestrator.source.checkpoint import Source
+from workers.contracts import OUTSIDE
 
 
 def _bound(layer: dict[str, Any], name: str, words: str) -> str:
@@ -26,7 +27,8 @@ def _block_name(layer: dict[str, Any]) -> str:
     """The kind of block; of a matrix that is a group of its own its path below the layer."""
     if layer["scope"] != "linear":
         return str(layer["scope"])
-    return str(layer["block"].partition(f".{layer['layer']}.")[2])
+    inside = layer["layer"] != OUTSIDE
+    return str(layer["block"].partition(f".{layer['layer']}.")[2] if inside else layer["block"])
 
 
 def _in_memory(total: dict[str, Any]) -> str:
@@ -46,7 +48,7 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
     decided = planned["budgets_decided"]
     rows = [
         [
-            str(layer["layer"]),
+            str(layer["layer"]) if layer["layer"] != OUTSIDE else "",
             _block_name(layer),
             str(len(layer["tensors"])),
             output.size(layer["dense_bytes"]),

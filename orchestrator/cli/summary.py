@@ -16,6 +16,7 @@ from orchestrator.manifest.schemas import COMPUTING_STAGES
 from orchestrator.model.export import Export
 from orchestrator.planning.plan import Plan
 from orchestrator.run.directory import RunDirectory
+from workers.contracts import OUTSIDE
 from workers.storage.files import AnyPath, is_directory
 
 _COPY_COMMANDS = {
@@ -220,8 +221,8 @@ def print_status(state: dict[str, Any], json: bool) -> None:
         done = layer["state"] == "done"
         rows.append(
             (
-                str(layer["layer"]),
-                layer["scope"],
+                "" if layer["layer"] == OUTSIDE else str(layer["layer"]),
+                layer["block"] if layer["layer"] == OUTSIDE else layer["scope"],
                 layer["state"],
                 output.size(layer["byte_budget"]) if decided or "curve" not in layer else "",
                 output.size(layer["stored_bytes"]) if done else "",

@@ -88,7 +88,8 @@ class Weights:
         str | None,
         WHAT(
             "Only blocks whose path, or that of a matrix of theirs, matches this expression (of "
-            "RE2)."
+            "RE2). In scope linear or all that may be outside of the decoder layers, too: lm_head, "
+            "projectors, towers of other inputs."
         ),
     ] = None
     ignore: Annotated[str | None, WHAT("All blocks except those that match this one.")] = None

@@ -34,6 +34,7 @@ from orchestrator.config.options import (
     Weights,
 )
 from orchestrator.config.recipes import options_of
+from workers.contracts import OUTSIDE
 
 TARGETS = ("keep", "keep_model", "target_loss")
 """What a run is to reach; one of them."""
@@ -171,7 +172,7 @@ class RunConfig(
         Raises:
             LestdError: a named layer does not exist, or none is left.
         """
-        present = set(layers)
+        present = set(layers) - {OUTSIDE}
         chosen = set(present)
         named: dict[str, frozenset[int]] = {}
         if self.include is not None:
@@ -183,11 +184,11 @@ class RunConfig(
         named |= {f"layer_keep {key!r}": parse_layers(key) for key in self.layer_keep}
         for where, wanted in named.items():
             if missing := sorted(wanted - present):
+                there = f"layers {min(present)} to {max(present)}" if present else "none in scope"
                 raise LestdError(
-                    f"{where} names layer {missing[0]}, but the model has layers "
-                    f"{min(present)} to {max(present)}; correct the list"
+                    f"{where} names layer {missing[0]}, but the model has {there}; correct the list"
                 )
-        if not chosen:
+        if present and not chosen:
             raise LestdError("include and exclude leave no layer to compress; widen them")
         return sorted(chosen)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from workers.contracts import OUTSIDE
 from workers.storage.untrusted_files import parse_json
 
 Row = dict[str, Any]
@@ -116,9 +117,10 @@ class TableSpec:
         )
 
 
+_LAYER = f"index of the decoder layer; {OUTSIDE} of what stands outside of them"
 _TASK = (
     Column("task_id", _TEXT, "hash of all that decides the result", "", True, _is_file_name),
-    Column("layer", _INT, "index of the decoder layer", required=True),
+    Column("layer", _INT, _LAYER, required=True, least=OUTSIDE),
     Column(
         "block", _TEXT, "module path of the block in the loaded model", "", True, _is_module_path
     ),
@@ -283,7 +285,7 @@ EVENTS = TableSpec(
         Column("error_type", _TEXT, "why it ended: NodeLost, WorkerDied, TimedOut, ..."),
         Column("message", _TEXT, "the reason as a sentence"),
         Column("traceback", _TEXT, "how it ended, for people to read"),
-        Column("layer", _INT, "index of the decoder layer"),
+        Column("layer", _INT, _LAYER, least=OUTSIDE),
         Column("block", _TEXT, "module path of the block"),
         Column("worker", _TEXT, "host:pid of the worker that had it, where known"),
         Column("node", _TEXT, "host name of that worker, where known"),

@@ -45,7 +45,7 @@ from orchestrator.run.fingerprint import require_same
 from orchestrator.source.checkpoint import CONFIG_FILE, Source
 from orchestrator.source.side_files import copy_side_files, find_side_files
 from workers.checkpoint.tensors import INDEX_FILE, read_header, write_safetensors_stream
-from workers.contracts import TensorRef
+from workers.contracts import OUTSIDE, TensorRef
 from workers.storage.files import (
     AnyPath,
     atomic_write,
@@ -72,12 +72,15 @@ def payload_shard_name(row: dict[str, Any]) -> str:
         LestdError: it would be no name of a file, as that of a damaged manifest.
     """
     path = row["block"]
+    layer = "outside" if row["layer"] == OUTSIDE else f"{row['layer']:05d}"
     block = path.partition(f".{row['layer']}.")[2]
-    if row["scope"] == "experts":
+    if row["layer"] == OUTSIDE:
+        block = path
+    elif row["scope"] == "experts":
         block = path.rpartition(".")[2]
     elif not block:  # Modules of the layer itself.
         block = row["scope"]
-    name = f"lestd-{row['layer']:05d}-{block}.safetensors"
+    name = f"lestd-{layer}-{block}.safetensors"
     if "/" in name or not is_inside(name):
         raise LestdError(
             f"the manifest names the group {row['block']!r}, whose shard would be {name!r}: it is "

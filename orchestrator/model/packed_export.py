@@ -28,6 +28,7 @@ from lestd_kernels.formats.kinds import Decomposition
 from lestd_kernels.formats.ops import Multiply, op_of
 from lestd_kernels.storage.few_bits import FULL_BITS, GROUP
 from lestd_kernels.storage.matrix import EncodedCore
+from lestd_kernels.tensorize import below
 from orchestrator.model.adapter import ADAPTER_FILES
 from orchestrator.model.export import Export, Form, Progress, export_model
 from orchestrator.model.reader import CompressedGroup, CompressedModel
@@ -67,7 +68,7 @@ def _modules(group: CompressedGroup) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _path(group: CompressedGroup, name: str) -> str:
     """Of a module in the checkpoint."""
-    return f"{group.entry.get('dense_path', group.entry['path'])}.{name}"
+    return below(group.entry.get("dense_path", group.entry["path"]), name)
 
 
 def _check(model: CompressedModel) -> None:
@@ -138,7 +139,7 @@ def _config(model: CompressedModel) -> dict[str, Any]:
     for group in model.groups:
         for name, module in _modules(group):
             bits = module["own"][0]["value_bits"]
-            targets.setdefault(bits, []).append(f"{group.entry['path']}.{name}")
+            targets.setdefault(bits, []).append(below(group.entry["path"], name))
     groups = {
         f"group_{number}": {
             "targets": names,

@@ -20,7 +20,7 @@ from lestd_kernels.formats.as_tensorly import Opened, open_modules
 from lestd_kernels.formats.kinds import KINDS, Decomposition
 from lestd_kernels.formats.shared_tucker import QUANT_METHOD
 from lestd_kernels.storage.codecs import TensorSpec
-from lestd_kernels.tensorize import GroupLayout, dense_tensors
+from lestd_kernels.tensorize import GroupLayout, below, dense_tensors
 from orchestrator.manifest.manifest import payload_problem
 from orchestrator.model.directory import about_model
 from orchestrator.source.checkpoint import CONFIG_FILE, check_pointers, read_config_json
@@ -62,7 +62,7 @@ class CompressedGroup:
         weights, layout = self.weights()
         dense = dense_tensors(weights, layout)
         path = self.entry.get("dense_path", self.entry["path"])
-        return {f"{path}.{name}": tensor for name, tensor in dense.items()}
+        return {below(path, name): tensor for name, tensor in dense.items()}
 
     def weights(self) -> tuple[dict[str, Tensor], GroupLayout]:
         """Read and reconstruct the group: module -> W-hat ``(out, in)``, float32; its layout.
@@ -207,7 +207,10 @@ def _open_group(entry: dict[str, Any], index: ShardIndex) -> CompressedGroup:
     if "stored_path" in entry:
         path, stored = entry["path"], entry["stored_path"]
         elsewhere = {k: v for k, v in entry.items() if k == "dense_path"}
-        entry = _with_paths(entry, lambda one: stored + one.removeprefix(path)) | elsewhere
+        entry = (
+            _with_paths(entry, lambda one: below(stored, one.removeprefix(path).removeprefix(".")))
+            | elsewhere
+        )
     entry = _as_on_disk(entry, next(iter(specs_of(entry))), index.tensors)
     return _find_tensors(entry, specs_of(entry), index)
 
@@ -226,7 +229,9 @@ def _as_on_disk(
         return dict(entry)
 
     def renamed(path: str) -> str:
-        return path.partition(".")[2] if longer is None else longer.removesuffix(first) + path
+        if longer is None:
+            return path.partition(".")[2]
+        return (longer.removesuffix(first) + path).removesuffix(".")
 
     return _with_paths(entry, renamed)
 

@@ -53,11 +53,11 @@ def _watched_outputs(task: Task) -> tuple[WatchedOutput, ...]:
         weight, expert, columns = name, None, (0, width, 1)
         if layout.guard is not None:  # An expert: in memory they are stacked, gate before up.
             projection, expert = module.slices[0]
-            weight = "down_proj" if module.basis_side == "output" else "gate_up_proj"
+            weight = "down_proj" if module.basis_side == "output" else layout.guard
             first, parts = (0, 1) if module.stored is None else module.stored.part
             if parts > 1 and not (module.stored and module.stored.concatenated):
                 columns = (first, width * parts, parts)
-            elif projection == "up":
+            elif projection == "up" and layout.guard != "up_proj":
                 columns = (width, 2 * width, 1)
         outputs.append(
             WatchedOutput(module.name, weight, expert, columns, _gradient_shape(layout, module))

@@ -5,17 +5,67 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lestd_kernels.errors import LestdError
-from lestd_kernels.methods import METHODS, NORM
-from orchestrator.architectures import LINEAR, SliceGroup
+from lestd_kernels.methods import CALIBRATED, METHODS, NORM
+from orchestrator.architectures import LINEAR, LeftDense, SliceGroup, Structure
 from orchestrator.config.run import RunConfig
+from orchestrator.source.checkpoint import Source
+
+_WITH_SINGLES = (LINEAR, "all")
+_OF_LINEAR = " (what is outside of the decoder layers, such as lm_head, is of scope linear)"
 
 
-def named_groups(groups: list[SliceGroup], config: RunConfig) -> list[SliceGroup]:
+def groups_in_scope(
+    source: Source, config: RunConfig
+) -> tuple[list[SliceGroup], tuple[LeftDense, ...]]:
+    """The groups that a run compresses, and the modules that stay dense for a reason of their own.
+
+    Modules outside of the decoder layers are among them where `targets` names them.
+
+    Raises:
+        LestdError: there is none; a weight is not what config.json or the modules say; the metric
+            or the method has no answer for what is in scope.
+    """
+    architecture = source.architecture
+    known = architecture if isinstance(architecture, Structure) else None
+    dense = known.dense if known else ()
+    singles = known is not None and any(block.kind == LINEAR for block in known.blocks)
+    outside, unfit = _named_outside(source, config)
+    alone = config.scope == LINEAR and not singles and bool(outside or unfit)
+    groups = [] if alone else source.groups(config.scope)
+    named = named_groups(groups + outside, config, unfit)
+    groups = of_method(named, config)
+    if config.metric == NORM:
+        require_norms(groups)
+    if left := [one for one in outside if one not in groups]:
+        why = f"method {config.method!r} stores no matrix on its own"
+        unfit += [LeftDense(layers=(), module=one.block, why=why) for one in left]
+    elif outside and config.used_metric in CALIBRATED:
+        raise LestdError(
+            f"metric {config.used_metric!r} is found by walking through the decoder layers, and "
+            f"{outside[0].block} stands outside of them; leave it out with --ignore, or choose a "
+            "method and a metric (weight, norm) that need no calibration text"
+        )
+    return groups, (*dense, *unfit)
+
+
+def _named_outside(source: Source, config: RunConfig) -> tuple[list[SliceGroup], list[LeftDense]]:
+    """What `targets` names outside of the decoder layers, see `outside_groups`."""
+    if config.targets is None or config.scope not in _WITH_SINGLES or config.include is not None:
+        return [], []
+    from orchestrator.architectures.outside import outside_groups  # It imports the modules.
+
+    return outside_groups(source.config, source.index, lambda path: config.names(path, ()))
+
+
+def named_groups(
+    groups: list[SliceGroup], config: RunConfig, unfit: Sequence[LeftDense] = ()
+) -> list[SliceGroup]:
     """The groups that `targets` and `ignore` leave in scope.
 
     Args:
         groups: of a model.
         config: the run's.
+        unfit: what they name beside these, which stays dense.
 
     Raises:
         LestdError: there is none; says what there was.
@@ -27,9 +77,12 @@ def named_groups(groups: list[SliceGroup], config: RunConfig) -> list[SliceGroup
     ]
     if not found:
         seen = ", ".join(dict.fromkeys(group.block for group in groups[:3]))
+        called = f", whose blocks are called {seen} and so on" if seen else ""
+        what = f"targets {config.targets!r} and ignore {config.ignore!r}"
+        why = "".join(f"; {one.module} stays dense: {one.why}" for one in unfit)
         raise LestdError(
-            f"targets {config.targets!r} and ignore {config.ignore!r} leave nothing of scope "
-            f"{config.scope} to compress, whose blocks are called {seen} and so on; correct them"
+            f"{what} leave nothing of scope {config.scope} to compress{called}{why}; correct them"
+            + ("" if config.scope in _WITH_SINGLES else _OF_LINEAR)
         )
     return found
 

@@ -17,7 +17,7 @@ import torch
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.shared_tucker import FORMAT_VERSION
 from lestd_kernels.methods import CALIBRATED, METHODS, NORM, WEIGHT, Bounds, MethodArgs
-from orchestrator.architectures import LeftDense, SliceGroup, Structure
+from orchestrator.architectures import LeftDense, SliceGroup
 from orchestrator.config.run import RunConfig, scope_keep
 from orchestrator.planning.allocation import curve_budgets
 from orchestrator.planning.calibration_costs import (
@@ -26,12 +26,12 @@ from orchestrator.planning.calibration_costs import (
     input_bytes,
     output_bytes,
 )
-from orchestrator.planning.groups_in_scope import named_groups, of_method, require_norms
+from orchestrator.planning.groups_in_scope import groups_in_scope
 from orchestrator.source.checkpoint import Source
 from orchestrator.source.texts import read_calibration
 from workers.checkpoint.headers import DTYPES
 from workers.checkpoint.packed import working_bytes
-from workers.contracts import CurveTask, Task, TensorRef
+from workers.contracts import OUTSIDE, CurveTask, Task, TensorRef
 
 # A payload's header, its rows with the singular values, its events; the small files of a model.
 _FILES_OF_A_TASK_BYTES = 128 * 2**10
@@ -214,13 +214,9 @@ def make_plan(source: Source, config: RunConfig) -> Plan:
         LestdError: unknown architecture; a tensor missing or of a shape that config.json does not
             give; a layer list that names no layer; a budget that no rank fits.
     """
-    architecture = source.architecture
-    groups = source.groups(config.scope)
-    groups = of_method(named_groups(groups, config), config)
-    if config.metric == NORM:
-        require_norms(groups)
+    groups, left_dense = groups_in_scope(source, config)
     chosen = set(config.select_layers(group.layer for group in groups))
-    groups = [group for group in groups if group.layer in chosen]
+    groups = [group for group in groups if group.layer in chosen | {OUTSIDE}]
 
     refs = source.index.tensors
     model_bytes = sum(ref.stored_bytes for ref in refs.values())
@@ -239,14 +235,14 @@ def make_plan(source: Source, config: RunConfig) -> Plan:
         tasks = tuple(p if p.task.layer in own else _undecided(p) for p in tasks)
     untouched = tuple(ref for name, ref in sorted(refs.items()) if name not in in_scope)
     return Plan(
-        architecture.family,
+        source.architecture.family,
         tasks,
         untouched,
         model_bytes,
         config.used_allocation,
         decided,
         config.target_loss,
-        architecture.dense if isinstance(architecture, Structure) else (),
+        left_dense,
         None if source.quantization is None else source.quantization["quant_method"],
         sum(part.stored_bytes for ref in refs.values() for part in ref.on_disk),
     )
@@ -282,7 +278,8 @@ def _plan_task(
             budget = max(budget, METHODS[task.method].least_bytes(group.layout, dtype, args))
         return replace(with_budget(task, budget), keep=keep)
     except LestdError as error:
-        raise LestdError(f"layer {group.layer} at keep {keep:g}: {error}") from error
+        where = group.block if group.layer == OUTSIDE else f"layer {group.layer}"
+        raise LestdError(f"{where} at keep {keep:g}: {error}") from error
 
 
 def with_budget(task: Task, budget: int) -> PlannedTask:

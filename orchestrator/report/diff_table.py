@@ -11,6 +11,7 @@ from rich.text import Text
 from orchestrator.console import logs, output
 from orchestrator.manifest.schemas import Row
 from orchestrator.report.diff import WALL_TIME, WORKERS, by_difference
+from workers.contracts import OUTSIDE
 
 _SHOWN_LAYERS, _SHOWN_NAMES = 10, 3
 _BAR, _BAR_WIDTH = 12, 96
@@ -150,7 +151,7 @@ def _print_layers(layers: Sequence[Row], every_layer: bool) -> None:
     for one in shown:
         stored, error = one["stored_bytes"], one["relative_error"]
         cells: list[str | Text] = [
-            str(one["layer"]),
+            str(one["block"] if one["layer"] == OUTSIDE else one["layer"]),
             _figure(stored["after"], "bytes"),
             _change(stored, "bytes", higher_is_better=False)[1],
             _sides(output.ranks(one["before"]), output.ranks(one["after"])),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from orchestrator.manifest.schemas import Row
 from orchestrator.report.data import ReportData
+from workers.contracts import OUTSIDE
 
 STAGE_NAMES = {
     "read": "reading",
@@ -51,7 +52,7 @@ def _heads(heads: list[Row]) -> str:
     densest = max(known, key=lambda row: row["density"])
 
     def name(row: Row) -> str:
-        return f"{row['projection'].upper()} head {row['head']} of layer {row['layer']}"
+        return f"{row['projection'].upper()} head {row['head']} of {_named(row)}"
 
     return (
         f"Sparsest is {name(sparsest)} with density {sparsest['density']:.4f}, densest "
@@ -66,15 +67,25 @@ def _layers(layers: list[Row]) -> str:
     if len(known) == 1:
         [only] = known
         return (
-            f"Layer {only['layer']}, the only one whose error is known yet, has a relative error "
+            f"{_first(_named(only))}, the only one whose error is known yet, has a relative error "
             f"of {only['relative_error']:.4f}."
         )
     worst = max(known, key=lambda row: row["relative_error"])
     best = min(known, key=lambda row: row["relative_error"])
     return (
-        f"Layer {worst['layer']} has the largest relative error, {worst['relative_error']:.4f}; "
-        f"layer {best['layer']} the smallest, {best['relative_error']:.4f}."
+        f"{_first(_named(worst))} has the largest relative error, {worst['relative_error']:.4f}; "
+        f"{_named(best)} the smallest, {best['relative_error']:.4f}."
     )
+
+
+def _named(row: Row) -> str:
+    """The layer of a group; of one outside of the layers its path."""
+    return str(row["block"]) if row["layer"] == OUTSIDE else f"layer {row['layer']}"
+
+
+def _first(name: str) -> str:
+    """A name at the start of a sentence."""
+    return name.replace("layer ", "Layer ")
 
 
 def _time(data: ReportData) -> str:

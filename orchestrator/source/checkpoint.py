@@ -26,6 +26,7 @@ from orchestrator.architectures import (
     check_family,
     find_architecture,
     read_architecture,
+    user_file,
 )
 from orchestrator.source.counts import check_counts
 from orchestrator.source.location import (
@@ -142,14 +143,19 @@ def resolve_source(
     Args:
         model: directory, Hub id or URL.
         revision: of a Hub model.
-        architecture: a file that describes it, in place of its family's or of what is found.
+        architecture: a file that describes it, in place of its family's (the user's own goes
+            before lestd's) or of what is found.
 
     Raises:
         LestdError: it cannot be found, is pickled, is quantized in a way that cannot be read, is
             damaged, or belongs to an unknown family.
     """
-    given = None if architecture is None else read_architecture(architecture)
-    return replace(_find(model, revision), given=given)
+    if architecture is not None:
+        given = read_architecture(architecture)
+        return replace(_find(model, revision), given=given)
+    source = _find(model, revision)
+    file = user_file(source.config.model_type)
+    return source if file is None else replace(source, given=read_architecture(file))
 
 
 def _find(model: str, revision: str | None) -> Source:

@@ -30,10 +30,13 @@ LAYOUTS = {
     "gpt2": "transposed weights",
     "granitemoe": "experts that the checkpoint keeps elsewhere",
     "llama4_text": "experts that are given every token",
+    "muse_spark": "experts with a norm behind them",
+    "nemotron_h": "experts without a gate",
     "phi3": "fused q, k, v and fused gate, up",
     "phimoe": "a router whose name the library looks for everywhere",
     "qwen3_next": "linear attention beside heads with gated queries",
     "qwen3_omni_moe_thinker": "experts that are initialized through the block that holds them",
+    "step3p7": "gates and ups of all experts in a tensor each",
 }
 
 

@@ -6,7 +6,8 @@ Which weight tells of which input, given the loaded layer:
     FFN         "in": what gate and up read          "hidden": what down reads
     linear      "in": what the matrix reads
     experts     "in_<e>", "hidden_<e>": the same for expert e, of the tokens routed to it. Their
-                weights are stacked in memory: `gate_up_proj` and `down_proj`, ``(E, .., ..)``
+                weights are stacked in memory: `gate_up_proj` (or `up_proj`) and `down_proj`,
+                ``(E, .., ..)``
 
 Every input is seen where PyTorch multiplies it with a weight, so nothing of a family's forward is
 repeated here. Shapes: T rows (tokens), n channels of the input, m of the output.
@@ -25,7 +26,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 _PRODUCTS = (functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
-_STACKED = {"gate_up_proj": "in", "down_proj": "hidden"}
+_STACKED = {"gate_up_proj": "in", "up_proj": "in", "down_proj": "hidden"}
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,17 @@ from support.cli import lestd
 from support.families import save_tiny
 
 from lestd_kernels.errors import LestdError
-from orchestrator.architectures import load_architecture, parse_architecture, read_architecture
+from orchestrator.architectures import (
+    DIRECTORY_VARIABLE,
+    load_architecture,
+    parse_architecture,
+    read_architecture,
+)
 from orchestrator.architectures.infer import infer
 from orchestrator.source.checkpoint import Source, resolve_source
 
 Change = Callable[[Any], object]
+FAMILIES = ("llama", "opt", "qwen2")
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +140,33 @@ def test_a_file_that_is_none(
     refused = lestd("plan", source.directory, *options)
     assert refused.code == 2
     assert words in refused.err
+
+
+def test_a_directory_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file there counts as if it were given; one that cannot be read stops its family alone."""
+    own = tmp_path / "own"
+    own.mkdir()
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(own))
+    llama, opt = (save_tiny(name, tmp_path / name) for name in ("llama", "opt"))
+    described = json.loads(load_architecture("llama").model_dump_json(exclude_none=True))
+    (own / "opt.json").write_text("{")
+    (own / "llama.json").write_text(json.dumps(described | {"ffn": None}))
+    plan = lestd("plan", llama, "--keep", 0.5, "--scope", "all", "--json")
+    assert {layer["scope"] for layer in json.loads(plan.out)["layers"]} == {"attention"}
+    refused = lestd("plan", opt, "--keep", 0.5)
+    assert refused.code == 2
+    assert f"{own}/opt.json" in refused.err
+    known = {
+        one["family"]: one
+        for one in json.loads(lestd("families", *FAMILIES, "--json").out)["families"]
+    }
+    assert [known[name]["known"] for name in FAMILIES] == [*("yours", "refused", "file")]
+    assert known["llama"]["file"] == f"{own}/llama.json"
+    # Held against the model before any work.
+    described["attention"]["modules"][0]["name"] = "k_proj"
+    (own / "llama.json").write_text(json.dumps(described))
+    refused = lestd("plan", llama, "--keep", 0.5)
+    assert refused.code == 2
+    assert "model.layers.0.self_attn" in refused.err
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(own / "none"))
+    assert "which is no directory" in lestd("plan", llama, "--keep", 0.5).err

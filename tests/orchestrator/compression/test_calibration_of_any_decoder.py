@@ -1,4 +1,4 @@
-"""Inputs of matrices that are groups of their own, of Conv1D, and of experts given every token."""
+"""Inputs of matrices that are groups of their own, of Conv1D, and of experts of several kinds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orchestrator.source.checkpoint import resolve_source
 from workers.checkpoint.tensors import read_tensor
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "gpt2", "llama4_text"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt2", "llama4_text", "nemotron_h"])
 def test_gram_matrices_are_those_of_a_plain_forward(family: str, tmp_path: Path) -> None:
     source, samples = resolve_source(str(save_any(family, tmp_path / "model"))), some_samples()
     blocks = all_blocks(source)
@@ -40,9 +40,22 @@ def test_gram_matrices_are_those_of_a_plain_forward(family: str, tmp_path: Path)
 
         return hook
 
+    def keep_routed(path: str) -> object:
+        """Of experts without a gate."""
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            for e, up in enumerate(module.up_proj):
+                given = args[0][(args[1] == e).any(-1)]
+                rows.setdefault(f"{path}.in_{e}", []).append(given)
+                rows.setdefault(f"{path}.hidden_{e}", []).append(module.act_fn(given @ up.T))
+
+        return hook
+
     for block in blocks:
         module = model.get_submodule(block.path)
-        if family == "llama4_text" and block.path.endswith("experts"):
+        if family == "nemotron_h" and block.path.endswith(".experts"):
+            module.register_forward_pre_hook(keep_routed(block.path))
+        elif family == "llama4_text" and block.path.endswith("experts"):
             module.register_forward_pre_hook(keep_each(block.path))
         elif hasattr(module, "weight"):
             module.register_forward_pre_hook(keep(f"{block.path}.in"))
