@@ -67,6 +67,11 @@ class Event:
     worker: str = ""
     more: bool = field(default=False, compare=False)
 
+    def known(self) -> dict[str, Any]:
+        """What a log line says beside its kind and its message."""
+        but = ("kind", "message", "more")
+        return {k: v for k, v in vars(self).items() if v and k not in but}
+
 
 Listener = Callable[[Event], None]
 
