@@ -286,6 +286,7 @@ def measure(count: int, options: argparse.Namespace) -> Drive:
         if run.returncode:
             sys.exit((work / "log").read_text()[-3000:])
         found = Drive(**json.loads(run.stdout.splitlines()[-1]))
+        print(count, asdict(found), file=sys.stderr, flush=True)
         same = ("compress", model, "--keep", KEEP, "--metric", "weight", "--device", "cpu")
         for name, arguments in {
             "status": ("status", out, "--json"),
@@ -315,7 +316,6 @@ def main() -> None:
     rows = {}
     for count in options.tasks:
         rows[count] = measure(count, options)
-        print(count, asdict(rows[count]), os.getloadavg(), file=sys.stderr, flush=True)
     names = list(next(iter(rows.values())).cpu)
     print(f"| tasks | tasks/s | {' | '.join(names)} |\n|{'---:|' * (len(names) + 2)}")
     for count, found in rows.items():

@@ -26,6 +26,7 @@ KEEP = 0.4
 # Assumed.
 GPU_BYTES = 80e9
 GPU_FLOPS = 67e12 / 2  # float32 of an H100 SXM outside of its tensor cores, half of it reached.
+CORES_OF_A_NODE = 96  # Half of them reached, with the rate below.
 EIGEN_FLOPS = 2e12  # What an eigenproblem of some thousand rows reaches on a GPU.
 NODE_NETWORK = 25e9 / 8  # Bytes/s of a node's link to a store that all nodes share.
 HUB_NETWORK = 10e9 / 8  # Bytes/s of the cluster's one link to the Hub.
@@ -33,6 +34,7 @@ HASH_BYTES = 8 * 1.0e9  # sha256 of the driver's eight threads.
 # Measured.
 FLOOR_FLOPS = 3  # Times width x elements: half a Gram matrix, one projection.
 TIMES_FLOOR = 2.0  # Stage I and II over that floor.
+CORE_FLOPS = 147e9  # float32, d 7168: the floor of benchmarks/one_layer.py took 30.0 s.
 DRIVER_SECONDS = 0.005  # CPU time of the driver for a task, all phases.
 
 SHAPES: dict[str, Any] = {
@@ -71,20 +73,22 @@ def plan_of(config: Any) -> Plan:
     }
     index = replace(index, tensors=halves)
     source = Source("published", None, Path(), index, config, config.to_dict())
-    return make_plan(source, RunConfig(keep=KEEP, scope="all", method="svd"))
+    return make_plan(source, RunConfig(keep=KEEP, scope="all"))
 
 
 def estimate(plan: Plan) -> Estimate:
     """What a run of this plan would take."""
-    flops = eigen = 0.0
-    for task in (planned.task for planned in plan.tasks):
-        width = task.layout.width
-        flops += TIMES_FLOOR * FLOOR_FLOPS * width * task.layout.elements
-        eigen += 9 * width**3
+    layouts = [planned.task.layout for planned in plan.tasks]
+    flops = [TIMES_FLOOR * FLOOR_FLOPS * one.width * one.elements for one in layouts]
+    on_gpu = [
+        work / GPU_FLOPS + 9 * one.width**3 / EIGEN_FLOPS
+        for work, one in zip(flops, layouts, strict=True)
+    ]
     model, stored = plan.model_bytes, plan.budget_bytes + plan.untouched_bytes
     gpus = NODES * GPUS_OF_A_NODE
     seconds = {
-        "GPU": flops / GPU_FLOPS / gpus + eigen / EIGEN_FLOPS / gpus,
+        "GPUs": max(sum(on_gpu) / gpus, max(on_gpu)),
+        "or the nodes' CPUs": sum(flops) / (NODES * CORES_OF_A_NODE * CORE_FLOPS / 2),
         "node network": (model + stored) / NODES / NODE_NETWORK,
         "Hub link": model / HUB_NETWORK,
         "driver's check": stored / min(HASH_BYTES, NODE_NETWORK),

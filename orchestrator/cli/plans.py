@@ -127,9 +127,9 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
         less = planned["calibration_of_attention"]
         if less is not None and costs["kept_bytes"] > total["model_bytes"]:
             output.out.print(
-                "that is more than the model itself, for inputs that are many or wide: with scope "
-                f"attention it takes {output.size(less['kept_bytes'])} and at most "
-                f"{output.size(less['working_bytes'])} more, in the metric weight or norm nothing"
+                "that is more than the model itself has, for inputs that are wide or many: with "
+                f"scope attention it is {output.size(less['kept_bytes'])} and at most "
+                f"{output.size(less['working_bytes'])} more, in the metric weight nothing"
             )
     if "predicted_seconds" in total:
         output.out.print(
@@ -169,7 +169,9 @@ def describe_plan(
             return asdict(calibration_costs(source, blocks, config.samples, config.sample_tokens))
 
         described["calibration"] = costs(tasks)
-        described["calibration_of_attention"] = costs(attention) if attention else None
+        described["calibration_of_attention"] = None
+        if 0 < len(attention) < len(tasks):
+            described["calibration_of_attention"] = costs(attention)
     if time:
         from orchestrator.planning.timing import predict_seconds  # It imports the methods.
 
