@@ -15,7 +15,7 @@ from orchestrator.planning.calibration_costs import blocks_of, calibration_costs
 from orchestrator.planning.decide import predicted_losses
 from orchestrator.planning.plan import Plan
 from orchestrator.source.checkpoint import Source
-from workers.contracts import OUTSIDE
+from workers.contracts import OUTSIDE, Task
 
 
 def _bound(layer: dict[str, Any], name: str, words: str) -> str:
@@ -122,8 +122,16 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
             "calibration comes first: a worker needs about "
             f"{output.size(costs['memory_bytes'])} of memory; of disk it takes "
             f"{output.size(costs['kept_bytes'])}, and at most "
-            f"{output.size(costs['working_bytes'])} more while it is made"
+            f"{output.size(costs['working_bytes'])} more while it is made; up to "
+            f"{costs['pieces']} workers share it"
         )
+        less = planned["calibration_of_attention"]
+        if less is not None and costs["kept_bytes"] > total["model_bytes"]:
+            output.out.print(
+                "that is more than the model itself has, for inputs that are wide or many: with "
+                f"scope attention it is {output.size(less['kept_bytes'])} and at most "
+                f"{output.size(less['working_bytes'])} more, in the metric weight nothing"
+            )
     if "predicted_seconds" in total:
         output.out.print(
             f"decomposing takes about {total['predicted_seconds']:.1f} s in all on a machine like "
@@ -154,9 +162,17 @@ def describe_plan(
             layer["expected_loss"] = losses.get(layer["block"])
         described["total"]["expected_loss"] = math.fsum(losses.values())
     if config.used_metric in CALIBRATED:
-        blocks = blocks_of(planned.task for planned in plan.tasks)
-        costs = calibration_costs(source, blocks, config.samples, config.sample_tokens)
-        described["calibration"] = asdict(costs)
+        tasks = [planned.task for planned in plan.tasks]
+        attention = [task for task in tasks if task.scope == "attention"]
+
+        def costs(of: Sequence[Task]) -> dict[str, Any]:
+            blocks = blocks_of(of)
+            return asdict(calibration_costs(source, blocks, config.samples, config.sample_tokens))
+
+        described["calibration"] = costs(tasks)
+        described["calibration_of_attention"] = None
+        if 0 < len(attention) < len(tasks):
+            described["calibration_of_attention"] = costs(attention)
     if time:
         from orchestrator.planning.timing import predict_seconds  # It imports the methods.
 

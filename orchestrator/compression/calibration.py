@@ -44,11 +44,13 @@ from orchestrator.console.output import size
 from orchestrator.execution.executor import Executor, Listener, WorkerSpec
 from orchestrator.execution.resume import resume
 from orchestrator.planning.calibration_costs import (
+    FEWEST_PIECES,
     CalibrationCosts,
     blocks_of,
     calibration_costs,
     input_bytes,
     output_bytes,
+    windows_of_a_piece,
 )
 from orchestrator.run.fingerprint import differences, holds_work, starts_over
 from orchestrator.source.checkpoint import Source
@@ -75,6 +77,7 @@ CALIBRATION_DIR = "calibration"
 """Its name in a run directory."""
 CALIBRATION_FILE = "calibration.json"
 """In it: what it is of. A directory without it is no calibration."""
+_DIVISION = "windows_of_a_piece"
 
 
 @dataclass(frozen=True)
@@ -183,8 +186,9 @@ def calibrate(
     }
     if isinstance(directory, Path):
         directory = directory.absolute()  # Workers have directories of their own.
-    _begin(directory, about)
-    items = items_left(source, blocks, samples.token_ids, directory)
+    length = _windows_of_a_piece(directory, blocks, len(samples.token_ids))
+    _begin(directory, about | {_DIVISION: length})
+    items = items_left(source, blocks, samples.token_ids, directory, length)
     if items:
         make_own_directory(directory / PIECES_DIR)
         window = int(samples.about["sample_tokens"])
@@ -225,11 +229,27 @@ def calibrate(
     return Calibration(directory, _digest(about), refs)
 
 
+def _windows_of_a_piece(directory: AnyPath, blocks: Sequence[CalibratedBlock], windows: int) -> int:
+    """As the run divides the samples that began the calibration, or as this one does."""
+    if not is_file(directory / CALIBRATION_FILE):
+        return windows_of_a_piece(blocks, windows)
+    if not holds_work(directory, directory / PIECES_DIR):
+        return windows_of_a_piece(blocks, windows)
+    # Earlier versions did not say it, and had one division only.
+    length = read_json(directory / CALIBRATION_FILE).get(_DIVISION, -(-windows // FEWEST_PIECES))
+    if not isinstance(length, int) or length < 1:
+        raise LestdError(
+            f"{directory / CALIBRATION_FILE} has the {_DIVISION} {length!r}, expected a positive "
+            "number; choose another directory for the calibration (--calibration, or another --out)"
+        )
+    return length
+
+
 def _begin(directory: AnyPath, about: dict[str, Any]) -> None:
     """Make the directory, or see that it is of the same model, text and software."""
     about = json.loads(json.dumps(about))
     if is_file(directory / CALIBRATION_FILE):
-        recorded = read_json(directory / CALIBRATION_FILE)
+        recorded = {_DIVISION: about[_DIVISION]} | read_json(directory / CALIBRATION_FILE)
         if holds_work(directory, directory / PIECES_DIR):
             if changes := differences(recorded, about):
                 raise LestdError(

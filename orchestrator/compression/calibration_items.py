@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.planning.calibration_costs import (
-    PIECES,
     input_bytes,
     layer_bytes,
     output_bytes,
@@ -79,6 +78,7 @@ def items_left(
     blocks: Sequence[CalibratedBlock],
     windows: Sequence[tuple[int, ...]],
     directory: AnyPath,
+    length: int,
 ) -> list[CalibrationItem]:
     """Unfinished items, each after those that it waits for.
 
@@ -87,6 +87,7 @@ def items_left(
         blocks: what is wanted of it.
         windows: token ids of the samples.
         directory: of the calibration.
+        length: windows of a piece.
     """
     present = set(list_names(directory))
     inputs: dict[int, list[CalibratedBlock]] = {}
@@ -100,7 +101,6 @@ def items_left(
     if not steps:
         return []
     kept = set(list_names(directory / PIECES_DIR))
-    length = -(-len(windows) // PIECES)
     pieces = [windows[start : start + length] for start in range(0, len(windows), length)]
     begin = [_first_step(steps, piece, kept, directory) for piece in range(len(pieces))]
     work = layer_bytes(source, blocks[0].layers)

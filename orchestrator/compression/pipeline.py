@@ -161,7 +161,7 @@ def compress_model(
         expected = None if predicted is None else sum(predicted.values())
         record = RunRecord(source, plan, current, executor, expected, began)
         until_the_end.enter_context(on_record(record, run.manifest, require_lock))
-        run.manifest.compact_many(require_lock)
+        run.manifest.compact_found(require_lock)
 
         def with_activations(tasks: Sequence[Task]) -> list[Task]:
             found = calibrate_for(
@@ -204,10 +204,11 @@ def compress_model(
                     if on_event is not None:
                         on_event(event)
 
-                def commit(result: Result | CurveResult) -> None:
-                    run.manifest.commit(result)
+                def commit(results: Sequence[Result | CurveResult]) -> None:
+                    run.manifest.commit(*results)
                     require_lock()
-                    record.finished += isinstance(result, Result)
+                    record.finished += sum(isinstance(one, Result) for one in results)
+                    run.manifest.compact_many(require_lock)
 
                 # Largest first: small ones fill up the time when workers run out of work.
                 items = sorted(tasks, key=lambda task: task.dense_bytes, reverse=True)
@@ -258,7 +259,6 @@ def compress_model(
             with record.assembling():
                 complete_row = partial(record.ended, "complete")
                 assemble(source, plan, rows, run_dir, out, current, complete_row, require_lock)
-        run.manifest.compact_many(require_lock)
     seconds = time.monotonic() - began
     found = _first_rows(curves)
     return Outcome(

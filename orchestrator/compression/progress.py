@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
@@ -110,8 +109,7 @@ class CompressionProgress:
         line = f"{task.block} ({logs.short(event.task_id)}): " if task else ""
         line += f"attempt {event.attempt} {what}"
         line += f": {event.message}" if event.message else ""
-        known = {k: v for k, v in asdict(event).items() if v and k not in ("kind", "message")}
-        known |= self._known(event.task_id)
+        known = event.known() | self._known(event.task_id)
         if event.kind == "started":
             self._meter.begin(event.task_id, task.block if task else "", event.attempt)
             logs.log("task_started", line, run=self._run, **known)

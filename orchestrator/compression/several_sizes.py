@@ -85,7 +85,10 @@ class _Compression:
         request: the pass that it waits for or is in; None where it has ended.
         outcome: how it ended.
         name: the executor's.
+        more: False; one outcome is resumed at a time.
     """
+
+    more = False
 
     def __init__(self, compress: Compress, executor: Executor, reuse_bytes: int) -> None:
         self.request: _Request | None = None

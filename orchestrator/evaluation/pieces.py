@@ -139,10 +139,11 @@ def run_pieces(
         if progress is not None:
             progress(done, total)
 
-    def commit(result: ResultType) -> None:
+    def commit(results: Sequence[ResultType]) -> None:
         nonlocal done
-        owners[result.task_id].commit(result)
-        done += _size(result)
+        for result in results:
+            owners[result.task_id].commit(result)
+            done += _size(result)
 
     tell()
     todo = known if pieces is None else pieces

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
 from typing import Any
 
 from orchestrator.console.progress_bar import Meter
@@ -46,5 +45,5 @@ class PieceProgress:
             self._meter.work_begins()
             return
         line = f"{event.task_id}: attempt {event.attempt} is retried: {event.message}"
-        about = {k: v for k, v in asdict(event).items() if v and k not in ("kind", "message")}
+        about = event.known()
         self._meter.say(f"task_{event.kind}", line, logging.WARNING, **about)

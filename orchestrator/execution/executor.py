@@ -8,7 +8,7 @@ The same worker class runs in-process and as an actor.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from orchestrator.execution.retries import Again, Attempt
@@ -54,6 +54,8 @@ class Event:
             or the error of a device that had too little memory.
         traceback: what is known of the worker's end, for people.
         worker: who has the item, or had it, as host:pid.
+        more: whether another event or a result follows at once, so that they may be written
+            together.
     """
 
     kind: str
@@ -63,6 +65,12 @@ class Event:
     error_type: str = ""
     traceback: str = ""
     worker: str = ""
+    more: bool = field(default=False, compare=False)
+
+    def known(self) -> dict[str, Any]:
+        """What a log line says beside its kind and its message."""
+        but = ("kind", "message", "more")
+        return {k: v for k, v in vars(self).items() if v and k not in but}
 
 
 Listener = Callable[[Event], None]
@@ -82,9 +90,11 @@ def retried(again: Again) -> Event:
     )
 
 
-def started(attempt: Attempt) -> Event:
-    """The event of an attempt that a worker has been given."""
-    return Event("started", attempt.item.task_id, attempt.number, worker=attempt.worker)
+def all_started(attempts: Sequence[Attempt], notify: Listener, more: bool = False) -> None:
+    """Tell of attempts that workers have been given; `more`: a result follows at once."""
+    for left, attempt in enumerate(attempts, 1 - len(attempts)):
+        task_id, number = attempt.item.task_id, attempt.number
+        notify(Event("started", task_id, number, worker=attempt.worker, more=more or left < 0))
 
 
 class Executor(Protocol):
@@ -92,9 +102,12 @@ class Executor(Protocol):
 
     Attributes:
         name: as configuration calls it.
+        more: while `map` has yielded something: whether the next is there already, so that both
+            may be committed together.
     """
 
     name: str
+    more: bool
 
     def has_cuda(self) -> bool:
         """Whether workers can have a GPU."""

@@ -14,8 +14,9 @@ import psutil
 import torch
 
 from lestd_kernels.errors import LestdError
-from orchestrator.execution.executor import Listener, WorkerSpec, retried, started
+from orchestrator.execution.executor import Listener, WorkerSpec, all_started, retried
 from orchestrator.execution.retries import Again, Attempt, after_result
+from workers.contracts import Failure
 from workers.host.devices import release_device_memory
 
 
@@ -23,6 +24,7 @@ class SerialExecutor:
     """One worker in this process; for debuggers, tests and machines without Ray."""
 
     name = "serial"
+    more = False
 
     def has_cuda(self) -> bool:
         """Whether this process sees a GPU."""
@@ -64,23 +66,31 @@ class SerialExecutor:
             worker = spec.cls(**spec.kwargs)
             waiting = deque(Attempt(item) for item in items)
             running: deque[tuple[Attempt, Future[Any]]] = deque()
+            here = f"{socket.gethostname()}:{os.getpid()}"
             while waiting or running:
-                room = 1 if waiting and waiting[0].alone else spec.in_flight
-                if not waiting or len(running) >= room:
-                    attempt, future = running.popleft()
-                    answer = after_result(attempt, future.result())
-                    if isinstance(answer, Again):
-                        waiting.append(answer.attempt)
-                        notify(retried(answer))
-                    else:
-                        yield answer
-                    continue
-                attempt = replace(waiting.popleft(), worker=f"{socket.gethostname()}:{os.getpid()}")
-                if attempt.alone:
-                    release_device_memory(worker)
-                notify(started(attempt))
-                running.append((attempt, pool.submit(worker.run, attempt.item)))
+                begun = []
+                while waiting and len(running) < (1 if waiting[0].alone else spec.in_flight):
+                    attempt = replace(waiting.popleft(), worker=here)
+                    if attempt.alone:
+                        release_device_memory(worker)
+                    running.append((attempt, pool.submit(worker.run, attempt.item)))
+                    begun.append(attempt)
+                all_started(begun, notify, _has_result(running[0][1]))
+                attempt, future = running.popleft()
+                answer = after_result(attempt, future.result())
+                if isinstance(answer, Again):
+                    waiting.append(answer.attempt)
+                    notify(retried(answer))
+                else:
+                    self.more = bool(running) and _has_result(running[0][1])
+                    yield answer
         finally:
             # What runs when nobody wants more results may take minutes, and is not waited for.
             pool.shutdown(wait=False, cancel_futures=True)
             torch.set_num_threads(threads)
+
+
+def _has_result(future: Future[Any]) -> bool:
+    """Whether a worker has returned, and no failure that may be tried again."""
+    returned = future.done() and future.exception() is None
+    return returned and not isinstance(future.result(), Failure)

@@ -8,6 +8,9 @@
     manifest/evaluations/<id>.parquet       one row per metric
     manifest/<table>.parquet                rows of many such files, once compacted
 
+Where many tasks are committed at the same time they share the files, which then have the time in
+their names.
+
 Their columns are in `orchestrator.manifest.schemas`, for people in docs/manifest.md.
 
 The group row is the commit. It is written after the payload is on disk, or in an object store,
@@ -23,6 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -76,11 +80,14 @@ if TYPE_CHECKING:  # It imports torch, which readers of a manifest need not wait
 ABOUT_FILE = "model.json"
 """In the manifest of a model: see `orchestrator.model.assemble`."""
 MANY_PARTS = 1000
-"""A run that has more part files, which take a second to read, is compacted by its driver."""
+"""More part files than that, which take a second to read, are compacted by their driver."""
 TableType = Literal["arrow", "pandas", "polars"]
 """Forms of a table; their libraries are imported on demand."""
 _GOES_ON_WITH = ("scope", "metric_squared_norm", "metric_squared_error")
 """Columns of `groups` that allocation and assembly read; null in rows of earlier versions."""
+_TOGETHER = 8
+"""From so many results on they are committed together."""
+_SPECTRA = ("singular_values_1", "singular_values_2")
 _RUN = ".run"
 _AnyPathT = TypeVar("_AnyPathT", bound=AnyPath)
 
@@ -160,43 +167,70 @@ class Manifest:
         if path.name != MANIFEST_DIR or list_names(path / MANIFEST_DIR):
             path = manifest_directory(path)
         self.directory = path
+        self._events: list[dict[str, Any]] = []
+        self._written = 0
 
     # -- writing: the driver only ------------------------------------------------------------
 
-    def commit(self, result: Result | CurveResult) -> None:
-        """Record a finished task: slice rows first, then the group row, which means done."""
-        name = f"{result.task_id}.parquet"
-        if isinstance(result, CurveResult):
-            write_part(part_path(self.directory, CURVES, name), curve_rows(result), CURVES)
-            return
-        write_part(part_path(self.directory, SLICES, name), slice_rows(result), SLICES)
-        write_part(part_path(self.directory, GROUPS, name), [group_row(result)], GROUPS)
+    def commit(self, *results: Result | CurveResult) -> None:
+        """Record finished tasks: slice rows first, then the group rows, which mean done.
+
+        Each in files of its own, which costs the driver some milliseconds, and damage that task
+        alone; all in the same files where there are many, because workers are faster than that.
+        """
+        self._write_events()
+        if len(results) < _TOGETHER:
+            for one in results:
+                self._commit([one])
+        else:
+            self._commit(results)
+
+    def _commit(self, results: Sequence[Result | CurveResult]) -> None:
+        curves = [one for one in results if isinstance(one, CurveResult)]
+        groups = [one for one in results if isinstance(one, Result)]
+        for spec, tasks, rows in (
+            (CURVES, curves, chain.from_iterable(map(curve_rows, curves))),
+            (SLICES, groups, chain.from_iterable(map(slice_rows, groups))),
+            (GROUPS, groups, map(group_row, groups)),
+        ):
+            if tasks:
+                first = tasks[0].task_id
+                self._write(spec, first if len(tasks) == 1 else _name_by_time(first), [*rows])
 
     def record_event(self, event: Event, task: Task) -> None:
-        """Record that a task was started or retried."""
-        self._write_event(asdict(event), task)
+        """Record that a task was started or retried; where more follows at once, with that."""
+        self._add_event(asdict(event), task)
+        if not event.more:
+            self._write_events()
 
     def record_failure(self, failure: Failure, task: Task) -> None:
         """Record that a task failed for good."""
-        self._write_event(asdict(failure) | {"kind": "failed"}, task)
+        self._add_event(asdict(failure) | {"kind": "failed"}, task)
+        self._write_events()
 
-    def _write_event(self, row: dict[str, Any], task: Task) -> None:
-        at = time.time_ns()
-        name = f"{at:020d}-{task.task_id[:16]}.parquet"
+    def _add_event(self, row: dict[str, Any], task: Task) -> None:
+        # No two of one task have the same time: it is part of their key.
         worker = row["worker"] or None
-        row |= {"time": at // 1000, "layer": task.layer, "block": task.block, "worker": worker}
-        row["node"] = worker and worker.rpartition(":")[0]
-        write_part(part_path(self.directory, EVENTS, name), [row], EVENTS)
+        row |= {"time": time.time_ns() // 1000, "layer": task.layer, "block": task.block}
+        row |= {"worker": worker, "node": worker and worker.rpartition(":")[0]}
+        self._events.append(row)
+
+    def _write_events(self) -> None:
+        if self._events:
+            self._write(EVENTS, _name_by_time(self._events[0]["task_id"]), self._events)
+            self._events.clear()
+
+    def _write(self, spec: TableSpec, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        write_part(part_path(self.directory, spec, name + PARQUET), rows, spec)
+        self._written += 1
 
     def record_run(self, row: dict[str, Any]) -> None:
         """Record a call of compress, as it begins and again as it ends; a row of `runs`."""
-        name = f"{row['invocation']}.parquet"
-        write_part(part_path(self.directory, RUNS, name), [row], RUNS)
+        self._write(RUNS, row["invocation"], [row])
 
     def record_evaluation(self, rows: Sequence[dict[str, Any]]) -> None:
         """Record the metrics of one evaluation: rows of `evaluations` with one evaluation_id."""
-        name = f"{rows[0]['evaluation_id']}.parquet"
-        write_part(part_path(self.directory, EVALUATIONS, name), rows, EVALUATIONS)
+        self._write(EVALUATIONS, rows[0]["evaluation_id"], rows)
 
     def compact(self, check: Callable[[], None]) -> int:
         """Put the part files of every table together; see
@@ -210,12 +244,21 @@ class Manifest:
         Returns:
             Number of part files that are gone.
         """
+        self._written = 0
         return sum(compact_table(self.directory, spec, check) for spec in _OF_A_DRIVER)
 
-    def compact_many(self, check: Callable[[], None]) -> int:
-        """`compact`, where there are more than `MANY_PARTS` part files."""
-        parts = sum(len(list_names(self.directory / spec.name)) for spec in _OF_A_DRIVER)
-        return self.compact(check) if parts > MANY_PARTS else 0
+    def compact_many(self, check: Callable[[], None]) -> None:
+        """`compact`, where more than `MANY_PARTS` part files were written since the last time."""
+        if self._written > MANY_PARTS:
+            self.compact(check)
+
+    def compact_found(self, check: Callable[[], None]) -> None:
+        """`compact`, before a run goes on, where there are more than `MANY_PARTS` part files, or
+        one of many tasks: the file of one that is done again is to be the only part that has it."""
+        found = {spec.name: list_names(self.directory / spec.name) for spec in _OF_A_DRIVER}
+        together = any("-" in name for spec in _OF_TASKS for name in found[spec.name])
+        if together or sum(map(len, found.values())) > MANY_PARTS:
+            self.compact(check)
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -288,12 +331,17 @@ class Manifest:
         its slices. The payload is read to know its sha256, from an object store
         too: what a store says of an object is what its writer said, and a resumed run reads less
         than it would compute again.
+
+        Returns:
+            The rows by task id, without the singular values.
         """
         wanted = set(task_ids)
         slices = self.slice_counts()
+        # Spectra are long, nothing that goes on with a run reads them, and all rows are held.
+        table = self.groups().drop_columns(list(_SPECTRA))
         rows = [
             row
-            for row in self.groups().to_pylist()
+            for row in table.to_pylist()
             if row["task_id"] in wanted
             and slices[row["task_id"]] == slice_count(row)
             and all(row[name] is not None for name in _GOES_ON_WITH)
@@ -331,7 +379,7 @@ class Manifest:
         """
         make_directory(target)
         wanted = pa.array([*task_ids], pa.string())
-        for spec in (GROUPS, SLICES, CURVES):
+        for spec in _OF_TASKS:
             rows = self.table(spec.name)
             _write_if_any(target, spec, rows.filter(pc.is_in(rows["task_id"], wanted)))
         earlier = [r for r in self.runs().to_pylist() if r["invocation"] != run["invocation"]]
@@ -339,7 +387,13 @@ class Manifest:
         _write_if_any(target, EVENTS, self.events())
 
 
+def _name_by_time(task_id: str) -> str:
+    """Name of a new file that is about this task, and perhaps about others."""
+    return f"{time.time_ns():020d}-{task_id[:16]}"
+
+
 # Written by the one driver of a run.
+_OF_TASKS = (GROUPS, SLICES, CURVES)
 _OF_A_DRIVER = [spec for spec in TABLES.values() if spec is not EVALUATIONS]
 
 

@@ -3,7 +3,10 @@
     <table>/<name>.parquet    a part: some rows, written once, atomically
     <table>.parquet           compacted: rows of many parts, see `compact_table`
 
-Where both have rows of the same key, the part's are newer. A damaged file costs its own rows only.
+Where both have rows of the same key, the part's are newer. A driver that goes on with a run
+compacts what it finds, so that parts differ in their keys; where a damaged compacted file keeps it
+from that, a part of a task's own counts as newer than one of many tasks, which has its time in its
+name. A damaged file costs its own rows only.
 """
 
 from __future__ import annotations
@@ -108,10 +111,12 @@ def read_table(directory: AnyPath, spec: TableSpec) -> TableRead:
     """
     folder = directory / spec.name
     names = [name for name in list_names(folder) if not name.startswith(TEMPORARY)]
+    # Those of many tasks, with their times, before those of one.
+    names.sort(key=lambda name: ("-" not in name, name))
     paths = [folder / name for name in names if name.endswith(PARQUET)]
     foreign = [Damaged(folder / name, _FOREIGN) for name in names if not name.endswith(PARQUET)]
     parts, damaged, read = _read_all(paths, spec)
-    newer = pa.concat_tables([spec.schema.empty_table(), *parts])
+    newer = _newest([spec.schema.empty_table(), *parts], spec.key)
     compacted, more, _ = _read_all([compacted_path(directory, spec)], spec)
     older = pa.concat_tables([spec.schema.empty_table(), *compacted])
     rows = pa.concat_tables([_without(older, newer, spec.key), newer])
@@ -234,6 +239,27 @@ def _problem(table: pa.Table, spec: TableSpec) -> str | None:
 
 def _short(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+def _newest(parts: Sequence[pa.Table], key: Sequence[str]) -> pa.Table:
+    """Rows of all parts; of rows with the same key those of the last part that has them.
+
+    A longer key than one column names a single row, which no two parts have.
+    """
+    together = pa.concat_tables(parts)
+    if len(key) > 1 or _distinct(together, key) == sum(_distinct(part, key) for part in parts):
+        return together
+    kept: list[pa.Table] = []
+    taken: set[tuple[Any, ...]] = set()
+    for part in reversed(parts):
+        found = _keys(part, key)
+        kept.append(part.filter(pa.array([one not in taken for one in found], pa.bool_())))
+        taken.update(found)
+    return pa.concat_tables(kept[::-1])
+
+
+def _distinct(table: pa.Table, key: Sequence[str]) -> int:
+    return len(table) if len(table) < 2 else int(pc.count_distinct(table[key[0]]).as_py())
 
 
 def _without(older: pa.Table, newer: pa.Table, key: Sequence[str]) -> pa.Table:

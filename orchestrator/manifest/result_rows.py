@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from orchestrator.manifest.schemas import CURVES, GROUPS, STAGES, TableSpec
@@ -17,7 +16,7 @@ def _microseconds(seconds: float) -> int:
 
 
 def _common_fields(result: Result | CurveResult, spec: TableSpec) -> dict[str, Any]:
-    fields = asdict(result)
+    fields = vars(result)  # Not `asdict`, which copies spectra and slices value by value.
     row = {name: fields[name] for name in spec.schema.names if name in fields}
     row |= {f"seconds_{stage}": result.seconds.get(stage, 0.0) for stage in STAGES}
     row["started_at"] = _microseconds(result.started_at)
@@ -65,4 +64,4 @@ def curve_rows(result: CurveResult) -> list[dict[str, Any]]:
 def slice_rows(result: Result) -> list[dict[str, Any]]:
     """The rows of `slices` for a result."""
     key = {"task_id": result.task_id, "layer": result.layer, "block": result.block}
-    return [key | asdict(one) for one in result.slices]
+    return [key | vars(one) for one in result.slices]

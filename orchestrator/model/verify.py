@@ -64,9 +64,11 @@ def run_status(run_dir: AnyPath, out: AnyPath) -> dict[str, Any]:
         return where | _cleaned_status(Manifest(out / MANIFEST_DIR))
     planned_layers, decided = _read_plan(run_dir / "plan.json")
     locked = run.is_locked()
-    done = {row["task_id"]: row for row in run.manifest.groups().to_pylist()}
+    groups = run.manifest.groups().select(["task_id", *_FIGURES])
+    done = {row["task_id"]: row for row in groups.to_pylist()}
     curves = set(run.manifest.curves()["task_id"].to_pylist())
-    last_event = {row["task_id"]: row for row in run.manifest.events().to_pylist()}
+    events = run.manifest.events().select(["task_id", "kind", "message", "attempt"])
+    last_event = {row["task_id"]: row for row in events.to_pylist()}
 
     def unfinished(task_id: str) -> dict[str, Any]:
         event = last_event.get(task_id, {})
@@ -111,7 +113,7 @@ def _cleaned_status(manifest: Manifest) -> dict[str, Any]:
     keys = (*_PLANNED, *_FIGURES)
     layers = [
         {"state": "done", "scope": _scope(row)} | {key: row[key] for key in keys}
-        for row in manifest.groups().to_pylist()
+        for row in manifest.groups().select([*keys, "scope"]).to_pylist()
     ]
     about = {"state": "complete", "cleaned": True, "damaged": _damaged(manifest)}
     return about | _counts(layer["state"] for layer in layers) | {"layers": layers}

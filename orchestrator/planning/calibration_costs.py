@@ -19,9 +19,11 @@ from workers.contracts import Task
 if TYPE_CHECKING:
     from orchestrator.source.checkpoint import Source
 
-PIECES = 8
-"""Into how many the samples are divided, at most. A constant: who adds up in which order decides
-the last bit, and each piece has matrices of its own on disk until its layer is done."""
+FEWEST_PIECES = 8
+"""Into so many pieces the samples are divided, where they have as many windows."""
+
+_WINDOWS_OF_A_PIECE = 16
+_PIECES_BYTES = 64 * 2**30
 
 WORKER_BASE_BYTES = 600 * 2**20
 """Resident memory of a worker before its first task: the interpreter, torch and Ray."""
@@ -117,6 +119,31 @@ def output_bytes(blocks: Iterable[CalibratedBlock]) -> int:
     return total
 
 
+def windows_of_a_piece(blocks: Iterable[CalibratedBlock], windows: int) -> int:
+    """Windows of each piece of the samples; the last may have fewer.
+
+    As many pieces, so many workers gain. Each has matrices of its own on disk until its layer is
+    done, and writing them takes as long as computing some windows: more than `FEWEST_PIECES` are
+    made of whole pieces of 16 windows, and no more than have room in 64 GiB for two layers. Nothing
+    of a pool is in it, because who adds up in which order decides the last bit.
+
+    Args:
+        blocks: of which statistics are wanted.
+        windows: of the samples.
+    """
+    room = max(FEWEST_PIECES, _PIECES_BYTES // (2 * _largest_bytes(blocks)))
+    least = min(-(-windows // FEWEST_PIECES), _WINDOWS_OF_A_PIECE)
+    return max(least, -(-windows // room))
+
+
+def _largest_bytes(blocks: Iterable[CalibratedBlock]) -> int:
+    """Bytes of the matrices of one piece in the layer that has most, of inputs or of outputs."""
+    by_layer: dict[int, list[CalibratedBlock]] = {}
+    for block in blocks:
+        by_layer.setdefault(block.layer, []).append(block)
+    return max(max(input_bytes(one), output_bytes(one)) for one in by_layer.values())
+
+
 @dataclass(frozen=True)
 class CalibrationCosts:
     """Memory and disk of a calibration.
@@ -125,11 +152,13 @@ class CalibrationCosts:
         memory_bytes: of a worker, at most.
         kept_bytes: on disk, of what is kept.
         working_bytes: on disk beside that while it is made, at most.
+        pieces: into which the samples are divided; more workers gain nothing.
     """
 
     memory_bytes: int
     kept_bytes: int
     working_bytes: int
+    pieces: int
 
     @property
     def disk_bytes(self) -> int:
@@ -156,11 +185,8 @@ def calibration_costs(
     config = source.config.get_text_config()
     back = any(block.outputs for block in blocks)
     hidden = 4 * config.hidden_size * sample_tokens
-    by_layer: dict[int, list[CalibratedBlock]] = {}
-    for block in blocks:
-        by_layer.setdefault(block.layer, []).append(block)
-    inputs = max(map(input_bytes, by_layer.values()))
-    outputs = max(map(output_bytes, by_layer.values()))
+    matrices = _largest_bytes(blocks)
+    pieces = -(-samples // windows_of_a_piece(blocks, samples))
     in_float32 = max(4 // DTYPES[ref.dtype].itemsize for ref in source.index.tensors.values())
     largest = max(layer_bytes(source, blocks[0].layers).values())
     weights = (2 * largest + outside_bytes(source)) * in_float32
@@ -171,8 +197,9 @@ def calibration_costs(
         activations += 4 * 12 * heads * sample_tokens**2
         activations += 4 * 6 * config.vocab_size * sample_tokens
     return CalibrationCosts(
-        memory_bytes=WORKER_BASE_BYTES + weights + 2 * max(inputs, outputs) + activations,
+        memory_bytes=WORKER_BASE_BYTES + weights + 2 * matrices + activations,
         kept_bytes=input_bytes(blocks) + output_bytes(blocks),
-        working_bytes=2 * PIECES * max(inputs, outputs)
+        working_bytes=2 * pieces * matrices
         + (config.num_hidden_layers + 3 if back else 2) * samples * hidden,
+        pieces=pieces,
     )

@@ -21,7 +21,7 @@ from typing import Any
 from lestd_kernels.errors import LestdError, first_line
 from orchestrator.console import logs
 from orchestrator.console.output import size
-from orchestrator.execution.executor import Listener, WorkerSpec, retried, started
+from orchestrator.execution.executor import Listener, WorkerSpec, all_started, retried
 from orchestrator.execution.ray.connect import STARTED, join_or_start
 from orchestrator.execution.ray.deaths import Place
 from orchestrator.execution.ray.messages import (
@@ -72,6 +72,7 @@ class RayExecutor:
     """
 
     name = "ray"
+    more = False
 
     def __init__(
         self,
@@ -151,10 +152,13 @@ class RayExecutor:
                     say_what_is_waited_for(
                         need, pool.starting, self._in_use(need), self._autoscaling
                     )
+                begun = []
                 for attempt, actor in queue.hand_out(lambda a: pool.free(a, len(queue))):
                     attempt = replace(attempt, worker=actor.place.worker)
                     pool.submit(actor, attempt)
-                    notify(started(attempt))
+                    begun.append(attempt)
+                all_started(begun, notify)
+                ended: list[Any] = []
                 for outcome in pool.wait(min(1.0, queue.seconds_until_due())):
                     if isinstance(outcome, Started):
                         failed_starts = 0
@@ -169,7 +173,7 @@ class RayExecutor:
                         elif failed_starts >= self._max_attempts:
                             while queue:
                                 pool.release(attempt := queue.pop())
-                                yield never_begun(attempt, outcome)
+                                ended.append(never_begun(attempt, outcome))
                         continue
                     following = self._judge(outcome, pool)
                     if isinstance(following, Again):
@@ -177,7 +181,10 @@ class RayExecutor:
                         notify(retried(following))
                     else:
                         queue.ended(following.task_id)
-                        yield following
+                        ended.append(following)
+                for left, answer in enumerate(ended, 1 - len(ended)):
+                    self.more = left < 0
+                    yield answer
         finally:
             pool.close()
 

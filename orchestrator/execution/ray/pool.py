@@ -242,6 +242,8 @@ class Pool:
             return
         # Without a timeout a Ctrl-C would wait as well.
         done, _ = self._ray.wait(references, timeout=seconds)
+        if done:  # And what else is there by now.
+            done, _ = self._ray.wait(references, num_returns=len(references), timeout=0)
         for reference in done:
             if reference in self._starting:
                 yield self._settle_start(reference)

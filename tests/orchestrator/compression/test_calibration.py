@@ -27,8 +27,11 @@ from orchestrator.config.cluster import ClusterConfig
 from orchestrator.execution.executor import Event, Executor, Listener, WorkerSpec
 from orchestrator.execution.open import open_executor
 from orchestrator.execution.serial import SerialExecutor
+from orchestrator.planning import calibration_costs
+from orchestrator.planning.calibration_costs import windows_of_a_piece
 from orchestrator.source.checkpoint import resolve_source
 from orchestrator.source.texts import read_samples
+from workers.calibration.contracts import CalibratedBlock, CalibrationPiece
 from workers.calibration.layerwise import LayerwiseModel
 from workers.checkpoint.tensors import ShardIndex, read_tensor
 from workers.storage.files import as_path, list_names
@@ -221,26 +224,70 @@ def test_blocks_that_are_asked_for_later_are_added(tmp_path: Path) -> None:
 
 
 class ShuffledExecutor(SerialExecutor):
-    """Two workers in turn, and items in any order in which each may begin."""
+    """Some workers in turn, and items in any order in which each may begin."""
+
+    def __init__(self, workers: int = 2) -> None:
+        self.workers = workers
 
     def map(
         self, spec: WorkerSpec, items: Sequence[Any], on_event: Listener | None = None
     ) -> Iterator[Any]:
         choice = random.Random(5)
-        workers = [spec.cls(**spec.kwargs) for _ in range(2)]
+        workers = [spec.cls(**spec.kwargs) for _ in range(self.workers)]
         waiting = list(items)
         while waiting:
             unfinished = {item.task_id for item in waiting}
             ready = [item for item in waiting if unfinished.isdisjoint(item.after)]
             item = choice.choice(ready)
             waiting.remove(item)
-            yield workers[len(waiting) % 2].run(item)
+            yield workers[len(waiting) % self.workers].run(item)
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "mixtral"])
 def test_who_computes_what_and_when_changes_no_byte(family: str, tmp_path: Path) -> None:
     expected = calibrated(family, tmp_path / "one", SerialExecutor())
     assert calibrated(family, tmp_path / "two", ShuffledExecutor()) == expected
+
+
+def test_more_windows_are_more_pieces_with_the_same_bytes_on_any_pool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration_costs, "_WINDOWS_OF_A_PIECE", 1)
+    source, samples = tiny_source("llama", tmp_path / "model"), some_samples(20, 5)
+    blocks, found, seen = all_blocks(source, "loss"), [], list[Any]()
+    for workers in (1, 2, 5):
+        seen.clear()
+        calibration = calibrate(
+            source,
+            blocks,
+            samples,
+            ShuffledExecutor(workers),
+            tmp_path / str(workers),
+            on_start=lambda _, items, __: seen.extend(items),
+        )
+        assert len({item.piece for item in seen if isinstance(item, CalibrationPiece)}) == 20
+        found.append(contents(tmp_path / str(workers)))
+    assert found[0] == found[1] == found[2]
+    inputs = {name: ref for name, ref in calibration.refs.items() if not name.endswith(".output")}
+    check(replace(calibration, refs=inputs), oracle(source, blocks, samples))
+    # Who goes on with a calibration divides as it was begun.
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(source, blocks[:1], samples, StoppingExecutor(5), tmp_path / "begun")
+    monkeypatch.undo()
+    calibrate(source, blocks, samples, SerialExecutor(), tmp_path / "begun")
+    assert contents(tmp_path / "begun") == found[0]
+
+
+def test_pieces_are_as_many_as_windows_and_disk_allow() -> None:
+    def block(width: int) -> CalibratedBlock:
+        return CalibratedBlock(0, "model.layers.0.mlp", {"down_proj": "in"}, {"in": width})
+
+    # As it always was, up to 128 windows.
+    for windows, length in ((1, 1), (8, 1), (12, 2), (128, 16), (129, 16), (4096, 16)):
+        assert windows_of_a_piece([block(512)], windows) == length
+    # The matrix of OPT-30B's wide input has 3.3 GB: ten of them for two layers.
+    assert windows_of_a_piece([block(28672)], 128) == 16
+    assert windows_of_a_piece([block(28672)], 512) == 52
 
 
 @pytest.mark.slow

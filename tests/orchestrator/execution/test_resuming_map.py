@@ -1,11 +1,13 @@
 """A map that goes on where an earlier one was stopped."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from support.squarer import Job, Squarer
 
-from orchestrator.execution.executor import WorkerSpec
+from orchestrator.execution.executor import Listener, WorkerSpec
 from orchestrator.execution.resume import resume
 from orchestrator.execution.serial import SerialExecutor
 from workers.contracts import Failure
@@ -24,7 +26,7 @@ def test_what_is_committed_is_left_out_and_failures_are_not_counted(tmp_path: Pa
                 WorkerSpec(Squarer, {"memory": str(tmp_path)}),
                 jobs,
                 set(kept),
-                lambda result: kept.update({result.task_id: result.number}),
+                lambda results: kept.update({one.task_id: one.number for one in results}),
                 on_progress=lambda outcome, *at: seen.append((outcome.task_id, *at)),
             )
             # What is yielded is committed.
@@ -35,3 +37,39 @@ def test_what_is_committed_is_left_out_and_failures_are_not_counted(tmp_path: Pa
     assert kept == {"a": 1, "c": 9, "d": 16}
     assert seen == [("b", 1, 4), ("c", 2, 4), ("d", 3, 4)]
     assert [outcome.task_id for outcome in run()] == ["b"]
+
+
+class Bursts(SerialExecutor):
+    """Three results at a time, five in all, and then the end of the driver."""
+
+    def map(
+        self, spec: WorkerSpec, items: Sequence[Any], on_event: Listener | None = None
+    ) -> Iterator[Any]:
+        for number, item in enumerate(items[:5]):
+            self.more = number % 3 < 2
+            yield item
+        raise KeyboardInterrupt
+
+
+def test_what_is_there_together_is_committed_together_whatever_ends_it() -> None:
+    jobs = [Job(name) for name in "abcdefg"]
+    seen: list[str] = []
+    outcomes = resume(
+        Bursts(),
+        WorkerSpec(Squarer, {}),
+        jobs,
+        (),
+        lambda results: seen.append("commit " + "".join(one.task_id for one in results)),
+        on_progress=lambda outcome, done, planned: seen.append(f"{outcome.task_id} {done}"),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        list(outcomes)
+    assert seen == ["commit abc", "a 1", "b 2", "c 3", "commit de"]
+
+
+def test_the_serial_executor_says_what_is_there(tmp_path: Path) -> None:
+    """Never of what may be tried again, or is the last."""
+    executor, jobs = SerialExecutor(), [Job("a", number=1), Job("b", "refuse"), Job("c", number=3)]
+    spec = WorkerSpec(Squarer, {"memory": str(tmp_path)}, in_flight=3)
+    said = {outcome.task_id: executor.more for outcome in executor.map(spec, jobs)}
+    assert said == {"a": False, "b": said["b"], "c": False}

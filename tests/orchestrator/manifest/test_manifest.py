@@ -1,6 +1,7 @@
 """The manifest: what is committed is trusted, what is damaged is named and costs nothing else."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -222,3 +223,45 @@ def test_a_path_without_a_manifest_is_refused_with_a_sentence(tmp_path: Path) ->
     in_the_making = Manifest(tmp_path / "out")
     assert in_the_making.directory == tmp_path / "out.run" / "manifest"
     assert len(in_the_making.groups()) == 0
+
+
+def test_results_that_share_files_are_rows_like_others(tmp_path: Path, payloads: Path) -> None:
+    results = [result(payloads, f"task{layer:02d}", layer) for layer in range(12)]
+    apart, together = Manifest(tmp_path / "a" / "manifest"), Manifest(tmp_path / "b" / "manifest")
+    for one in results:
+        apart.commit(one)
+    together.commit(*results)
+    assert len([*together.directory.glob("*/*.parquet")]) == 2
+    assert together.groups().equals(apart.groups())
+    assert together.slices().equals(apart.slices())
+    # One that is done again beside them replaces its own rows only, also once all are compacted.
+    together.commit(replace(results[3], attempt=2))
+    expected = [2 if layer == 3 else 1 for layer in range(12)]
+    for _ in range(2):
+        assert together.groups()["attempt"].to_pylist() == expected
+        assert together.slices().equals(apart.slices())
+        assert len(together.completed([one.task_id for one in results], payloads)) == 12
+        together.compact(lambda: None)
+
+
+def test_events_wait_for_what_follows_at_once(tmp_path: Path, payloads: Path) -> None:
+    manifest = Manifest(tmp_path / "manifest")
+    manifest.record_event(Event("started", "t", 1, more=True), TASK)
+    assert not manifest.events()
+    manifest.commit(result(payloads, "task0", 0))
+    assert len(manifest.events()) == 1
+    for more in (True, True, False):
+        manifest.record_event(Event("started", "t", 1, more=more), TASK)
+    assert len(manifest.events()) == 4
+    assert len([*(manifest.directory / "events").iterdir()]) == 2
+
+
+def test_a_run_that_goes_on_finds_no_part_of_many_tasks(tmp_path: Path, payloads: Path) -> None:
+    manifest = Manifest(tmp_path / "manifest")
+    manifest.commit(result(payloads, "task0", 0))
+    manifest.compact_found(lambda: None)
+    assert [*manifest.directory.glob("*/*.parquet")]
+    manifest.commit(*(result(payloads, f"task{layer}", layer) for layer in range(1, 9)))
+    manifest.compact_found(lambda: None)
+    assert not [*manifest.directory.glob("*/*.parquet")]
+    assert len(manifest.groups()) == 9
