@@ -23,6 +23,11 @@ Coding = Literal["fixed", "entropy"]
 
 FIXED, ENTROPY = get_args(Coding)
 
+Size = Literal["disk", "memory"]
+"""Which bytes a budget counts: those that lie on disk, or those of the loaded weights."""
+
+DISK, MEMORY = get_args(Size)
+
 
 @dataclass(frozen=True)
 class Option:
@@ -103,6 +108,13 @@ class MethodOptions:
         ),
     ] = "fixed"
     factor_bits: Annotated[Literal[16, 8, 4], HOW("Bits per element of a factor.")] = 16
+    size: Annotated[
+        Size,
+        HOW(
+            "Whether keep counts bytes on disk, or those that the weights take in memory once they "
+            "are loaded. Only values coded by their entropy take more there."
+        ),
+    ] = "disk"
     keep_outliers: Annotated[
         float, HOW("Share of the weights, the outliers, to keep exactly.", ge=0, lt=1)
     ] = 0.0

@@ -94,7 +94,8 @@ class Task:
         layout: how the weights divide into slices.
         method: key of `lestd_kernels.methods.METHODS`.
         method_args: arguments of the method, as plain values.
-        byte_budget: upper bound of the payload's tensor bytes.
+        byte_budget: upper bound of the payload's tensor bytes, on disk and, with ``size`` memory
+            among the arguments, once they are loaded.
         value_dtype: torch name of the dtype that values and factors are stored in, the
             checkpoint's own: ``"bfloat16"``, ``"float16"``, ``"float32"``.
         predicted_memory_bytes: what the plan expects the worker to need.
@@ -237,7 +238,8 @@ class Result(Finished):
     `metric_squared_error` is at most where nothing went wrong, see
     `lestd_kernels.audit.rounding.most_expected`. `expected_loss` is in nats per token, and None
     where the metric is not that of the loss. `chosen` and the runner-up are of the method auto.
-    `memory_bytes` is what the stored tensors take once they are loaded, `coding` ``"entropy"`` or
+    `memory_bytes` is what the stored tensors take once they are loaded, `size` which of both sizes
+    `byte_budget` is for, `coding` ``"entropy"`` or
     ``"fixed"``; values coded by their entropy have no `value_bits`.
     """
 
@@ -274,6 +276,7 @@ class Result(Finished):
     memory_bytes: int
     bits_per_weight: float
     coding: str
+    size: str
 
 
 @dataclass(frozen=True)

@@ -273,6 +273,7 @@ class DecomposeWorker:
                     memory_bytes=decomposition.memory_bytes,
                     bits_per_weight=8 * decomposition.stored_bytes / task.layout.elements,
                     coding="entropy" if coded else "fixed",
+                    size=args.size,
                     **known,
                 )
             )

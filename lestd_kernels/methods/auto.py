@@ -30,6 +30,7 @@ from lestd_kernels.methods.common.base import (
     require_no_core,
 )
 from lestd_kernels.search.budget import CurvePoint
+from lestd_kernels.storage.matrix import counted_bytes
 from lestd_kernels.tensorize import GroupLayout
 
 CANDIDATES: tuple[tuple[Method, int, int], ...] = (
@@ -101,11 +102,11 @@ def encode(
             budgets = [b for b in curve_budgets if b >= least] if method in _FORESEEING else []
             done = method.encode(own.in_bits(args), room, budgets, reuse=True)
             seconds.append(done.seconds)
-            stored = done.decomposition.stored_bytes
+            counted = counted_bytes(done.decomposition, args.size)
             has = [
                 CurvePoint(b, Ranks(0, 0, 0), done.metric_squared_error)
                 for b in curve_budgets
-                if b >= stored
+                if b >= counted
             ]
             for point in (*done.curve, *has):
                 known = points.setdefault(point.byte_budget, point)

@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,7 +41,6 @@ from lestd_kernels.methods.common.base import (
     Decomposed,
     Group,
     MethodArgs,
-    require_budget,
     require_default,
 )
 from lestd_kernels.methods.common.coded_matrix import (
@@ -50,8 +50,10 @@ from lestd_kernels.methods.common.coded_matrix import (
     SteppedMatrix,
     bits_of,
     damping_of,
+    disk_bits,
     fitting,
 )
+from lestd_kernels.methods.common.coded_matrix import least_bytes as least_matrix_bytes
 from lestd_kernels.methods.common.one_sided_basis import IDENTITY
 from lestd_kernels.methods.common.per_module import StoredChains, chain_result
 from lestd_kernels.methods.common.stopwatch import Stopwatch
@@ -64,7 +66,7 @@ from lestd_kernels.methods.lestd_in_metric import (
     sides,
     two_sided,
 )
-from lestd_kernels.options import FIXED
+from lestd_kernels.options import FIXED, Size
 from lestd_kernels.search.budget import CurvePoint
 from lestd_kernels.search.rank_and_step import Point, divide, error_at, lower_hull, refined
 from lestd_kernels.storage.matrix import EncodedCore
@@ -88,11 +90,13 @@ class CodedSide:
         modules: in order.
         group: their bases and metrics; transposed on the output side.
         value_dtype: of the scales.
+        size: which bytes count.
     """
 
     modules: tuple[ModuleLayout, ...]
     group: LossGroup
     value_dtype: torch.dtype
+    size: Size
 
     @property
     def elements(self) -> int:
@@ -117,14 +121,14 @@ class CodedSide:
                 self._standing(one.W, metric)
                 for one, metric in zip(self.group.modules, self.group.metrics, strict=True)
             ]
-            weights = _on_steps(standing, near, self.value_dtype)
+            weights = self._on_steps(standing, near)
             return lambda at: [one.rounded(2.0**at) for one in weights]
         A0 = self.group.basis[:, :R].contiguous()
         energy = torch.zeros(R, device=A0.device)
         for one, metric in zip(self.group.modules, self.group.metrics, strict=True):
             M = _core(A0, one, metric)[0]
             energy += (M * Metric(None, metric.output).apply(M)).sum(dim=1)
-        [basis] = _on_steps([(A0, Metric(self.group.mean(), energy))], near, self.value_dtype)
+        [basis] = self._on_steps([(A0, Metric(self.group.mean(), energy))], near)
 
         def at(log_step: float) -> list[RoundedMatrix]:
             factor = basis.rounded(2.0**log_step).fitted()
@@ -132,7 +136,7 @@ class CodedSide:
             for one, metric in zip(self.group.modules, self.group.metrics, strict=True):
                 M, H = _core(A, one, metric)
                 cores.append(self._standing(M, metric._replace(input=H)))
-            stepped = _on_steps(cores, near, self.value_dtype)
+            stepped = self._on_steps(cores, near)
             return [factor, *(one.rounded(2.0**log_step) for one in stepped)]
 
         return at
@@ -164,6 +168,8 @@ class CodedSide:
             size = sum(one.size for one in found)
             return Point(size, self.error(R, [one.value() for one in found]), R, log_step)
 
+        # Of zeros alone no coarser step takes less.
+        least = max(least, 1 + sum(map(self._least_of, self.group.modules)))
         known = [tried(IDENTITY, start)]
         while known[-1].size > least and len(known) < _MOST_POINTS:
             known.append(tried(IDENTITY, known[-1].log_step + 1))
@@ -185,23 +191,26 @@ class CodedSide:
                 found += [point] if pays else []
         return refined(lower_hull(found))
 
+    def _least_of(self, one: TwoSided) -> int:
+        return least_matrix_bytes(one.W.shape, self.value_dtype.itemsize, self.size)
 
-def _on_steps(
-    matrices: Sequence[tuple[Tensor, Metric]], near: float, value_dtype: torch.dtype
-) -> list[SteppedMatrix]:
-    """Matrices and metrics on their steps, damped as their numbers have bits near a step."""
+    def _on_steps(
+        self, matrices: Sequence[tuple[Tensor, Metric]], near: float
+    ) -> list[SteppedMatrix]:
+        """Matrices and metrics on their steps, damped as their numbers have bits near a step."""
 
-    def stepped(metrics: Sequence[Metric], damping: float) -> list[SteppedMatrix]:
-        factors: dict[int, Tensor] = {}
-        return [
-            SteppedMatrix.of(W, metric, damping, value_dtype, factors=factors)
-            for (W, _), metric in zip(matrices, metrics, strict=True)
-        ]
+        def stepped(metrics: Sequence[Metric], damping: float) -> list[SteppedMatrix]:
+            factors: dict[int, Tensor] = {}
+            of = partial(SteppedMatrix.of, size=self.size, factors=factors)
+            return [
+                of(W, metric, damping, self.value_dtype)
+                for (W, _), metric in zip(matrices, metrics, strict=True)
+            ]
 
-    rough = stepped([metric.diagonal for _, metric in matrices], damping_of(MOST_BITS))
-    elements = sum(one.W.numel() for one in rough)
-    rms = math.sqrt(sum(one.rms() ** 2 * one.W.numel() for one in rough) / elements)
-    return stepped([metric for _, metric in matrices], damping_of(bits_of(rms / 2**near)))
+        rough = stepped([metric.diagonal for _, metric in matrices], damping_of(MOST_BITS))
+        elements = sum(one.W.numel() for one in rough)
+        rms = math.sqrt(sum(one.rms() ** 2 * one.W.numel() for one in rough) / elements)
+        return stepped([metric for _, metric in matrices], damping_of(bits_of(rms / 2**near)))
 
 
 def _core(A: Tensor, one: TwoSided, metric: Metric) -> tuple[Tensor, Tensor]:
@@ -233,7 +242,7 @@ def prepare(group: Group) -> PreparedCoded:
             reads = {module.name: module.reads if inputs else module.name for module in modules}
             shape = side_shape(layout, side, group.value_dtype, group.args)
             bases = LossGroup(two_sided(group, modules, reads, scales), shape)
-            found[side] = CodedSide(modules, bases, group.value_dtype)
+            found[side] = CodedSide(modules, bases, group.value_dtype, group.args.size)
     known = vars(group) | {"seconds": clock.seconds}
     return PreparedCoded(**known, sides=found)
 
@@ -252,7 +261,7 @@ def encode(
     every = list(prepared.sides.values())
     budgets = [byte_budget, *curve_budgets]
     with clock("rank_search"):
-        bits = 8 * byte_budget / layout.elements
+        bits = disk_bits(8 * byte_budget / layout.elements, args.size)
         hulls = []
         for side in every:
             share = side.elements / layout.elements
@@ -269,7 +278,7 @@ def encode(
         if sum(one.size for one in at(_NOTHING_LEFT)) > _MOST_OVERHEAD * byte_budget:
             points = [point._replace(R=IDENTITY) for point in points]
             at = _rounding(every, points)
-        _, stored = fitting(at, layout.elements, byte_budget, -_OCTAVES_MORE, 0.0)
+        _, stored = fitting(at, layout.elements, byte_budget, -_OCTAVES_MORE, 0.0, args.size)
         chains, shared, ranks = _chains(prepared, points, stored)
     done = chain_result(prepared, StoredChains(chains, shared, ranks), clock)
     ratio = done.metric_squared_error / divided[0].error if divided[0].error else 1.0
@@ -326,7 +335,7 @@ def bounds(
 ) -> Bounds:
     """See `Method.bounds`."""
     least = least_bytes(layout, value_dtype, args)
-    require_budget("lestd with coding entropy", byte_budget, least)
+    watersic.require_coded_budget("lestd with coding entropy", byte_budget, least, args)
     plain = watersic.bounds(layout, byte_budget, value_dtype, _of_watersic(args))
     # Metrics in their units, and all columns of a basis, with a decomposition of that size.
     squares = sum(layout.weight_shape(module)[1] ** 2 for module in layout.modules)

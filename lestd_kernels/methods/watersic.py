@@ -46,26 +46,30 @@ from lestd_kernels.methods.common.base import (
 from lestd_kernels.methods.common.coded_matrix import (
     MOST_BITS,
     MOST_RMS,
-    SCALE_BITS,
     SteppedMatrix,
     bits_of,
     damping_of,
+    disk_bits,
     fitting,
+    memory_bits,
 )
+from lestd_kernels.methods.common.coded_matrix import least_bytes as least_matrix_bytes
 from lestd_kernels.methods.common.per_module import (
     StoredChains,
     chain_result,
     module_workspace_bytes,
 )
 from lestd_kernels.methods.common.stopwatch import Stopwatch
+from lestd_kernels.options import MEMORY
 from lestd_kernels.search.budget import CurvePoint
-from lestd_kernels.storage.few_bits import values_bytes
-from lestd_kernels.storage.rans import least_coded_bytes
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout
 
 # Octaves between the steps at which a curve is looked at.
 _CURVE_OCTAVES = 1.0
 _MOST_POINTS = 40
+_MORE_MEMORY = (
+    "in memory zeros have a bit each; raise keep, or let it count bytes on disk (size: disk)"
+)
 # Of an element, while it is coded; and of the counts of numbers that spread widely.
 _CODING_BYTES, _COUNTS_BYTES = 64, 64 << 20
 
@@ -101,6 +105,7 @@ def _modules(
                 metric,
                 damping,
                 prepared.value_dtype,
+                size=prepared.args.size,
                 stand_ins=(unit_A, unit_B),
                 unit=None if prepared.args.metric == LOSS else relative,
                 factors=factors,
@@ -167,7 +172,7 @@ def encode(
     clock = Stopwatch(prepared.unfolding.device)
     elements = prepared.layout.elements
     with clock("stage2"):
-        bits = 8 * byte_budget / elements
+        bits = disk_bits(8 * byte_budget / elements, prepared.args.size)
         modules = _modules(prepared, bits, prepared.metric)
         rms = max(one.rms() for one in modules) or 1.0
         start = math.log2(rms / MOST_RMS) + MOST_BITS - bits
@@ -177,6 +182,7 @@ def encode(
             byte_budget,
             math.log2(rms / MOST_RMS),
             start,
+            prepared.args.size,
         )
         curve = _curve(prepared, step, rms, curve_budgets)
     chains = {
@@ -192,7 +198,7 @@ def bounds(
     layout: GroupLayout, byte_budget: int, value_dtype: torch.dtype, args: MethodArgs
 ) -> Bounds:
     """See `Method.bounds`."""
-    require_budget("watersic", byte_budget, least_bytes(layout, value_dtype, args))
+    require_coded_budget("watersic", byte_budget, least_bytes(layout, value_dtype, args), args)
     largest = max(math.prod(layout.weight_shape(module)) for module in layout.modules)
     # Copies of the weights and their numbers, and the factors of all metrics, which the search
     # holds at once; what coding one module takes.
@@ -202,9 +208,11 @@ def bounds(
         outputs = sum(layout.weight_shape(module)[0] for module in layout.modules)
         workspace += 4 * sum(width**2 for width in read.values()) + 8 * 256 * outputs
     workspace += _CODING_BYTES * largest + _COUNTS_BYTES
-    # As measured: numbers of fewer bits have a mask besides, and those of more some beside them.
-    bits = min(8 * byte_budget / layout.elements, MOST_BITS)
-    memory = int((1.5 * bits + 0.4) * layout.elements / 8)
+    per_weight = 8 * byte_budget / layout.elements
+    if args.size == MEMORY:
+        disk = int(disk_bits(per_weight, MEMORY) * layout.elements / 8)
+        return Bounds(None, None, None, byte_budget, workspace, 0, byte_budget, disk)
+    memory = int(memory_bits(per_weight) * layout.elements / 8)
     return Bounds(None, None, None, byte_budget, workspace, 0, memory)
 
 
@@ -212,12 +220,19 @@ def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs)
     """See `Method.least_bytes`: zeros everywhere."""
     require_no_core("watersic", args)
     require_default("watersic", args, "value_bits", "factor_bits")
-    total = 0
-    for module in layout.modules:
-        shape = layout.weight_shape(module)
-        total += least_coded_bytes(math.prod(shape))
-        total += values_bytes(sum(shape), SCALE_BITS, value_dtype.itemsize)
-    return total
+    return sum(
+        least_matrix_bytes(layout.weight_shape(module), value_dtype.itemsize, args.size)
+        for module in layout.modules
+    )
+
+
+def require_coded_budget(name: str, byte_budget: int, least: int, args: MethodArgs) -> None:
+    """`require_budget` with what else helps where bytes in memory are too few.
+
+    Raises:
+        LestdError: likewise.
+    """
+    require_budget(name, byte_budget, least, *([_MORE_MEMORY] if args.size == MEMORY else []))
 
 
 METHOD = Method(

@@ -14,6 +14,8 @@ _CLOSE, _AIM = 0.9955, 0.9975
 _BITS_PER_OCTAVE = 0.6
 _MOST_OCTAVES = 3.0
 _NUDGE = 0.01
+# Octaves between two steps of which one is too fine: what is left are jumps of the bytes.
+_NARROW = 1e-3
 
 
 def finest_within(
@@ -45,8 +47,9 @@ def finest_within(
             exceeds = here, size
         elif fits is None or size >= fits[1]:
             fits = here, size, numbers
+        narrow = fits is not None and exceeds is not None and fits[0] - exceeds[0] < _NARROW
         if fits is not None and (
-            fits[1] >= _CLOSE * byte_budget or fits[0] <= finest or tries >= _TRIES
+            fits[1] >= _CLOSE * byte_budget or fits[0] <= finest or narrow or tries >= _TRIES
         ):
             return fits[0], fits[2]
         if fits is None or exceeds is None:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from lestd_kernels.options import MEMORY, Size
 from lestd_kernels.storage import rans
 from lestd_kernels.storage.bitmasks import count_bits, count_nonzeros
 from lestd_kernels.storage.codecs import CODECS, UNSTRUCTURED, TensorSpec, cheapest_codec, csr_rows
@@ -259,6 +260,23 @@ class EncodedCore:
                 self.packed_bytes,
             )
         return entry
+
+
+class HasBytes(Protocol):
+    """A matrix, or several."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes on disk."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes once it is loaded."""
+
+
+def counted_bytes(one: HasBytes, size: Size) -> int:
+    """Which of its bytes a budget counts: in memory not fewer than on disk."""
+    return max(one.stored_bytes, one.memory_bytes) if size == MEMORY else one.stored_bytes
 
 
 def packed_specs(

@@ -48,23 +48,8 @@ class PackedIntegers:
         """Pack ``Z (rows, columns)``, int16, in the fewest bytes; the tensors are where Z is."""
         rows, columns = Z.shape
         flat = Z.cpu().contiguous().view(-1)
-        # Which bits hold a number: those whose 2^(bits - 1) is above this.
-        reach = torch.maximum(flat, ~flat)
-        widest = 2 ** (max(QUANTIZED_BITS) - 1)
-        counts = torch.bincount(reach.clamp(max=widest), minlength=widest + 1)
-        above = counts.flip(0).cumsum(0).flip(0).tolist()
-        nonzero = len(flat) - int((flat == 0).count_nonzero())
-        best: tuple[int, int, str] | None = None
-        # Of equal sizes the more bits, and no mask.
-        for bits in QUANTIZED_BITS:
-            others = above[2 ** (bits - 1)]
-            for codec in _CODECS:
-                size = _packed_bytes(rows, columns, nonzero, others, bits, codec)
-                if best is None or size < best[0]:
-                    best = size, bits, codec
-        assert best is not None
-        _, bits, codec = best
-        outside = reach >= 2 ** (bits - 1)
+        _, bits, codec = _fewest_bytes(flat, rows, columns)
+        outside = _reach(flat) >= 2 ** (bits - 1)
         inside = flat.masked_fill(outside, 0)
         mask = inside != 0
         codes = (inside + 2 ** (bits - 1)).to(torch.uint8)
@@ -74,8 +59,8 @@ class PackedIntegers:
         tensors = {"codes": pack_codes(codes, bits)}
         if codec == "bitmask":
             tensors["mask"] = pack_bits(mask)
-        if above[2 ** (bits - 1)]:
-            at = outside.nonzero().view(-1)
+        at = outside.nonzero().view(-1)
+        if len(at):
             row = at.div(columns, rounding_mode="floor")
             rest = csr_tensors(flat[at], row, at - row * columns, rows, columns)
             tensors |= {f"rest_{name}": tensor for name, tensor in rest.items()}
@@ -107,6 +92,35 @@ class PackedIntegers:
         for codec, tensors in self.parts(torch.int16):
             total += CODECS[codec].decode(tensors, self.rows, self.columns)
         return total
+
+
+def packed_bytes(Z: Tensor) -> int:
+    """Bytes of ``Z (rows, columns)``, int16, once it is packed, without packing it."""
+    return _fewest_bytes(Z.cpu().contiguous().view(-1), *Z.shape)[0]
+
+
+def least_packed_bytes(rows: int, columns: int) -> int:
+    """Bytes of a matrix of zeros, which no other takes fewer than."""
+    return min(_packed_bytes(rows, columns, 0, 0, min(QUANTIZED_BITS), codec) for codec in _CODECS)
+
+
+def _reach(flat: Tensor) -> Tensor:
+    """Which bits hold a number: those whose 2^(bits - 1) is above this."""
+    return torch.maximum(flat, ~flat)
+
+
+def _fewest_bytes(flat: Tensor, rows: int, columns: int) -> tuple[int, int, str]:
+    """Bytes, bits and codec of the smallest form; of equal ones the more bits, and no mask."""
+    widest = 2 ** (max(QUANTIZED_BITS) - 1)
+    counts = torch.bincount(_reach(flat).clamp_(max=widest), minlength=widest + 1)
+    above = counts.flip(0).cumsum(0).flip(0).tolist()
+    nonzero = int(flat.count_nonzero())
+    forms = [
+        (_packed_bytes(rows, columns, nonzero, above[2 ** (bits - 1)], bits, codec), bits, codec)
+        for bits in QUANTIZED_BITS
+        for codec in _CODECS
+    ]
+    return min(forms, key=lambda form: form[0])
 
 
 def _packed_bytes(rows: int, columns: int, nonzero: int, others: int, bits: int, codec: str) -> int:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lestd_kernels.methods import CALIBRATED, LOSS
+from lestd_kernels.options import MEMORY
 from orchestrator.cli.summary import expected_loss
 from orchestrator.config.run import RunConfig
 from orchestrator.console import output
@@ -29,6 +30,19 @@ def _block_name(layer: dict[str, Any]) -> str:
         return str(layer["scope"])
     inside = layer["layer"] != OUTSIDE
     return str(layer["block"].partition(f".{layer['layer']}.")[2] if inside else layer["block"])
+
+
+def _sizes(planned: dict[str, Any]) -> str:
+    """What the weights in scope take at most."""
+    total = planned["total"]
+    if planned["size"] != MEMORY:
+        return output.size(total["max_bytes"])
+    if total["stored_bytes"] == total["max_bytes"]:
+        return f"{output.size(total['max_bytes'])}, in memory as on disk"
+    return (
+        f"{output.size(total['max_bytes'])} in memory, about {output.size(total['stored_bytes'])} "
+        "on disk"
+    )
 
 
 def _in_memory(total: dict[str, Any]) -> str:
@@ -95,7 +109,7 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
         )
     output.out.print(
         f"{total['tasks']} tasks; weights in scope {output.size(total['dense_bytes'])} -> at most "
-        f"{output.size(total['max_bytes'])}; whole model {output.size(total['model_bytes'])} -> "
+        f"{_sizes(planned)}; whole model {output.size(total['model_bytes'])} -> "
         f"{output.size(total['untouched_bytes'] + total['max_bytes'])} "
         f"(keep {total['keep_of_model']:.3f})\n{_in_memory(total)}"
         f"a worker needs about {output.size(total['worker_memory_bytes'])} of memory; of disk the "

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lestd_kernels.options import MEMORY
 from orchestrator.compression.pipeline import Outcome
 from orchestrator.console import logs, output
 from orchestrator.execution.retries import retries
@@ -57,6 +58,7 @@ def outcome_figures(outcome: Outcome, out: AnyPath, run_dir: AnyPath) -> dict[st
         "byte_budget": sum(row["byte_budget"] for row in rows),
         "stored_bytes": stored,
         "memory_bytes": total_memory_bytes(rows),
+        "size": plan.size,
         "keep": stored / dense if dense else None,
         "model_bytes": plan.model_bytes,
         "model_stored_bytes": plan.untouched_bytes + stored,
@@ -158,7 +160,7 @@ def print_outcome(
     if (memory := figures["memory_bytes"]) != figures["stored_bytes"]:
         output.out.print(
             f"loaded, the weights in scope take {output.size(memory)} of memory: numbers that are "
-            "coded by their entropy are unpacked there",
+            f"coded by their entropy are unpacked there{_counted(figures)}",
             soft_wrap=True,
         )
     predicted, actual = figures["predicted"], figures["actual"]
@@ -206,6 +208,13 @@ def print_outcome(
         output.out.print(
             f"run   {run_dir} (payloads and manifest; lestd clean deletes it)", soft_wrap=True
         )
+
+
+def _counted(figures: dict[str, Any]) -> str:
+    """What to add where keep is about bytes in memory."""
+    if figures["size"] != MEMORY:
+        return ""
+    return f", and that is what keep counts: {figures['memory_bytes'] / figures['dense_bytes']:.4f}"
 
 
 def print_status(state: dict[str, Any], json: bool) -> None:

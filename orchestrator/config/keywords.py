@@ -26,6 +26,7 @@ class RunOptions(TypedDict, total=False):
     scale_groups: Literal["outputs", "inputs"]
     coding: Literal["fixed", "entropy"]
     factor_bits: Literal[16, 8, 4]
+    size: Literal["disk", "memory"]
     keep_outliers: float
     type_mode: Literal["identity", "learned"]
     pattern: Literal["unstructured", "2:4"]

@@ -24,6 +24,7 @@ from orchestrator.experiments.quality import Point, Quality
 from orchestrator.experiments.speed import compare as compare_speed
 from orchestrator.experiments.variants import Contender
 from orchestrator.experiments.weight_errors import WeightErrors, weight_errors
+from orchestrator.manifest.result_rows import counted_bytes, total_memory_bytes
 from orchestrator.planning.plan import make_plan
 from orchestrator.source.checkpoint import Source
 from workers.bench import BenchSettings
@@ -43,6 +44,8 @@ class Measured:
         label: method and options; ``"dense"``.
         point: what a sweep says of it.
         byte_budget: bytes that its weights in scope were allowed.
+        counted_bytes: those bytes of them that the budget is for, on disk or in memory.
+        memory_bytes: of its weights in scope once they are loaded.
         model_bytes: data bytes of all of its tensors.
         operator_error: largest ``||W - W_hat||_2 / ||W||_2`` of its weights.
         operator_module: the module that has it.
@@ -56,6 +59,8 @@ class Measured:
     label: str
     point: Point
     byte_budget: int
+    counted_bytes: int
+    memory_bytes: int
     model_bytes: int
     operator_error: float = 0.0
     operator_module: str = ""
@@ -138,7 +143,8 @@ def comparison_rows(
             rows.append(row if speed is None else _timed(row, source, speed, figures))
             meter.update(len(rows), len(points))
     rows.sort(key=lambda row: row.point.keep or 0.0, reverse=True)
-    return [Measured("dense", dense, dense.stored_bytes, source.index.stored_bytes), *rows]
+    whole = source.index.stored_bytes
+    return [Measured("dense", dense, *3 * (dense.stored_bytes,), whole), *rows]
 
 
 def _counted(contender: Contender, point: Point, outcome: Outcome) -> Measured:
@@ -147,6 +153,8 @@ def _counted(contender: Contender, point: Point, outcome: Outcome) -> Measured:
         label=contender.label,
         point=point,
         byte_budget=sum(row["byte_budget"] for row in rows),
+        counted_bytes=sum(map(counted_bytes, rows)),
+        memory_bytes=total_memory_bytes(rows),
         model_bytes=ShardIndex.from_directory(Path(point.model)).stored_bytes,
         seconds=sum(
             value or 0.0 for row in rows for key, value in row.items() if key.startswith(_STAGES)

@@ -15,7 +15,7 @@ from workers.storage.files import atomic_write
 
 _NOTES = (
     "bytes are data bytes; keep is stored / dense bytes of the weights in scope, in parentheses by "
-    "how much the budget is undershot",
+    "how much the budget is undershot, which with --size memory counts bytes in memory",
     "relative error `||W - W_hat||_F / ||W||_F` over all weights in scope; operator error the "
     "largest `||W - W_hat||_2 / ||W||_2` of a weight; activation error "
     "`||X (W - W_hat)||_F / ||X W||_F` on the calibration text",
@@ -99,7 +99,7 @@ def save_markdown(
 
 def undershoot(row: Measured) -> float:
     """By how much of its budget a model stays below it."""
-    return 1 - row.point.stored_bytes / row.byte_budget if row.byte_budget else 0.0
+    return 1 - row.counted_bytes / row.byte_budget if row.byte_budget else 0.0
 
 
 def _cells(rows: Sequence[Measured], newline: str) -> tuple[list[str], list[list[str]]]:
@@ -108,7 +108,9 @@ def _cells(rows: Sequence[Measured], newline: str) -> tuple[list[str], list[list
     calibrated = any(row.activation_error is not None for row in rows)
     timed = any(row.decode_ratio is not None for row in rows)
     shown = [place for place, quality in enumerate(dense.point.quality) if quality.main]
-    columns = ["method", "keep", "scope bytes", "model bytes", "relative error", "operator error"]
+    unpacked = any(row.memory_bytes != row.point.stored_bytes for row in rows)
+    columns = ["method", "keep", "scope bytes", *(["in memory"] if unpacked else [])]
+    columns += ["model bytes", "relative error", "operator error"]
     columns += ["activation error"] if calibrated else []
     columns += [dense.point.quality[place].title for place in shown]
     columns += ["seconds"] + (["decode ratio"] if timed else [])
@@ -118,7 +120,9 @@ def _cells(rows: Sequence[Measured], newline: str) -> tuple[list[str], list[list
         keep = f"{point.stored_bytes / dense.point.stored_bytes:.4f}"
         if not is_dense:
             keep += f"{newline}(-{100 * undershoot(row):.2f} %)"
-        cells = [row.label, keep, f"{point.stored_bytes:,}", f"{row.model_bytes:,}"]
+        cells = [row.label, keep, f"{point.stored_bytes:,}"]
+        cells += [f"{row.memory_bytes:,}"] if unpacked else []
+        cells.append(f"{row.model_bytes:,}")
         cells += [f"{point.relative_error:.4f}", f"{row.operator_error:.4f}"]
         if calibrated:
             cells.append(_figure(row.activation_error))

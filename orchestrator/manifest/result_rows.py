@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lestd_kernels.options import MEMORY
 from orchestrator.manifest.schemas import CURVES, GROUPS, STAGES, TableSpec
 from workers.contracts import CurveResult, Result
 
@@ -28,6 +29,12 @@ def is_far(group: Mapping[str, Any]) -> bool:
     """Whether a group's error, of a result or of a row, is far from what was to be expected."""
     error, most = group["metric_squared_error"], group["most_expected_squared_error"]
     return error is not None and most is not None and error > most
+
+
+def counted_bytes(row: Mapping[str, Any]) -> int:
+    """The bytes of a group row that its budget is for."""
+    found: int = row["memory_bytes"] if row.get("size") == MEMORY else row["stored_bytes"]
+    return found
 
 
 def total_memory_bytes(rows: Iterable[Mapping[str, Any]]) -> int:

@@ -160,7 +160,7 @@ GROUPS = TableSpec(
         Column("density", _REAL, "nnz / elements of the cores", required=True),
         Column("codec", _TEXT, "codecs of the cores, joined by +"),
         Column("dense_bytes", _LONG, "the source weights", "bytes", required=True, least=1),
-        Column("byte_budget", _LONG, "upper bound of stored_bytes", "bytes", required=True),
+        Column("byte_budget", _LONG, "upper bound of the bytes of size", "bytes", required=True),
         Column("stored_bytes", _LONG, "factors, core values and indices", "bytes", required=True),
         Column("relative_error", _REAL, "||W - W_hat|| / ||W||, of the tensors as stored"),
         Column("squared_norm", _REAL, "||W||^2", "weights^2", required=True),
@@ -223,6 +223,12 @@ GROUPS = TableSpec(
         Column("memory_bytes", _LONG, "what stored_bytes become once they are loaded", "bytes"),
         Column("bits_per_weight", _REAL, "8 stored_bytes / weights", "bits"),
         Column("coding", _TEXT, "of values: fixed (as many bits for each) or entropy"),
+        Column(
+            "size",
+            _TEXT,
+            "what byte_budget counts: disk (stored_bytes, also where it is null) or memory "
+            "(memory_bytes)",
+        ),
     ),
     key=("task_id",),
     order=("layer", "block"),

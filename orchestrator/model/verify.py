@@ -14,6 +14,7 @@ from typing import Any
 
 from lestd_kernels.errors import LestdError
 from orchestrator.manifest.manifest import Manifest, payload_problem, slice_count
+from orchestrator.manifest.result_rows import counted_bytes
 from orchestrator.model.adapter import adapter_stored_bytes
 from orchestrator.model.assemble import payload_shard_name
 from orchestrator.model.directory import about_model, is_complete
@@ -225,8 +226,8 @@ def _check_payload(row: dict[str, Any], directory: AnyPath) -> list[str]:
     stored = sum(ref.stored_bytes for ref in read_header(path).values())
     if stored != row["stored_bytes"]:
         return [f"{path} holds {stored} bytes of tensors, manifest says {row['stored_bytes']}"]
-    if stored > row["byte_budget"]:
-        return [f"{path} holds {stored} bytes of tensors, over its budget {row['byte_budget']}"]
+    if (counted := max(stored, counted_bytes(row))) > row["byte_budget"]:
+        return [f"{path} holds {counted} bytes of tensors, over its budget {row['byte_budget']}"]
     return []
 
 

@@ -122,6 +122,18 @@ class Plan:
         )
 
     @property
+    def size(self) -> str:
+        """Which bytes the budgets count."""
+        return str(self.tasks[0].task.method_args["size"])
+
+    @property
+    def stored_bytes(self) -> int:
+        """About what the weights in scope take on disk."""
+        if any(planned.bounds.disk_bytes is None for planned in self.tasks):
+            return self.max_bytes
+        return sum(planned.bounds.disk_bytes or 0 for planned in self.tasks)
+
+    @property
     def untouched_bytes(self) -> int:
         """Bytes of the tensors out of scope."""
         return self.model_bytes - self.dense_bytes
@@ -183,6 +195,7 @@ class Plan:
             "dense_bytes": self.dense_bytes,
             "byte_budget": self.budget_bytes,
             "max_bytes": self.max_bytes,
+            "stored_bytes": self.stored_bytes,
             "memory_bytes": self.memory_bytes,
             "untouched_bytes": self.untouched_bytes,
             "model_bytes": self.model_bytes,
@@ -194,7 +207,7 @@ class Plan:
             "disk_bytes": self.disk_bytes,
         }
         how = {"allocation": self.allocation, "budgets_decided": self.decided}
-        how |= {"target_loss": self.target_loss, "quantized": self.quantized}
+        how |= {"target_loss": self.target_loss, "quantized": self.quantized, "size": self.size}
         described = {"family": self.family} | how | {"layers": layers, "total": totals}
         if self.left_dense:
             described["left_dense"] = [one.model_dump(mode="json") for one in self.left_dense]
@@ -328,7 +341,9 @@ def _undecided(planned: PlannedTask) -> PlannedTask:
     curve = replace(curve, task_id=_task_id(curve, {"curve_budgets": budgets}))
     largest = with_budget(task, budgets[-1])
     task = replace(task, predicted_memory_bytes=largest.task.predicted_memory_bytes)
-    return PlannedTask(task, planned.keep, largest.bounds, curve)
+    # Together they take as much as with the budgets of uniform allocation.
+    sizes = {name: getattr(planned.bounds, name) for name in ("memory_bytes", "disk_bytes")}
+    return PlannedTask(task, planned.keep, replace(largest.bounds, **sizes), curve)
 
 
 def _task_id(task: Task, more: Mapping[str, Any] | None = None) -> str:

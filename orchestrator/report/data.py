@@ -17,8 +17,13 @@ from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import Any
 
+from lestd_kernels.options import DISK
 from orchestrator.manifest.manifest import Manifest
-from orchestrator.manifest.result_rows import total_expected_loss, total_memory_bytes
+from orchestrator.manifest.result_rows import (
+    counted_bytes,
+    total_expected_loss,
+    total_memory_bytes,
+)
 from orchestrator.manifest.schemas import COMPUTING_STAGES, DIVERGENCE_TASK, STAGES, Row
 from orchestrator.report.losses import divergences, hulls
 from orchestrator.report.quality import before_and_after
@@ -209,7 +214,8 @@ def _summary(
     recorded, ``span_seconds``, from the first task's start to the last one's end;
     ``worker_seconds``; ``calls``, ``ended_calls`` (those with a wall time) and ``killed_calls``;
     ``workers`` (processes), ``nodes`` (names), ``devices``, ``retried``, ``failed``;
-    ``dense_bytes``, ``byte_budget``, ``stored_bytes`` and ``memory_bytes`` of the finished groups;
+    ``dense_bytes``, ``byte_budget``, ``stored_bytes`` and ``memory_bytes`` of the finished groups,
+    and which of both the budget counts, ``size``;
     ``scope_dense_bytes`` and ``scope_byte_budget`` of all;
     ``model_bytes``, ``untouched_bytes``, and ``model_stored_bytes``, None until complete;
     ``relative_error`` and ``expected_loss`` over the finished groups; ``curves``, finished ones of
@@ -254,6 +260,7 @@ def _summary(
         "byte_budget": sum(row["byte_budget"] for row in groups),
         "stored_bytes": stored,
         "memory_bytes": total_memory_bytes(groups),
+        "size": one.get("size") or DISK,
         "scope_dense_bytes": last.get("dense_bytes"),
         "scope_byte_budget": last.get("byte_budget"),
         "model_bytes": last.get("model_bytes"),
@@ -288,7 +295,7 @@ def _planned(groups: Sequence[Row], work: Sequence[Row], calls: Sequence[Row]) -
     return [
         {"what": what, "unit": unit, "planned": planned, "actual": actual if groups else None}
         for what, unit, planned, actual in (
-            (f"{weights}, at most", "bytes", budget, sum(r["stored_bytes"] for r in groups)),
+            (f"{weights}, at most", "bytes", budget, sum(map(counted_bytes, groups))),
             (
                 "memory of a worker, at most",
                 "bytes",
@@ -309,7 +316,7 @@ def _planned(groups: Sequence[Row], work: Sequence[Row], calls: Sequence[Row]) -
 _OF_A_LAYER = (
     *("layer", "block", "scope", "R1", "R2", "R3", "nnz", "density", "codec"),
     *("dense_bytes", "byte_budget", "stored_bytes", "payload_bytes", "memory_bytes"),
-    *("relative_error", "bits_per_weight", "coding"),
+    *("relative_error", "bits_per_weight", "coding", "size"),
     *(
         "expected_loss",
         "squared_norm",

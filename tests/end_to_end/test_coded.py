@@ -63,6 +63,38 @@ def test_both_sizes_are_said_everywhere(made: tuple[Path, str], tiny_llama: Path
     assert not re.search(sentence, lestd("plan", tiny_llama, "--keep", KEEP).out)
 
 
+def test_a_budget_of_memory(tiny_llama: Path, tmp_path: Path) -> None:
+    out, keep = tmp_path / "out", 0.2
+    how = ("--method", "watersic", "--metric", "weight", "--keep", keep, "--size", "memory")
+    result = lestd("compress", tiny_llama, "--out", out, *how, "--executor", "serial")
+    assert result.code == 0, result.err
+    model = AutoModelForCausalLM.from_pretrained(out)
+    rows = json.loads(lestd("query", out, "select * from current", "--json").out)["rows"]
+    dense, stored, memory = (
+        sum(row[f"{name}_bytes"] for row in rows) for name in ("dense", "stored", "memory")
+    )
+    assert 0.995 * keep * dense <= memory == in_memory(model) <= keep * dense
+    assert stored < 0.9 * memory
+    assert {row["size"] for row in rows} == {"memory"}
+    assert lestd("verify", out).code == 0
+    text = rf"that is what (the budget|keep) counts.* {memory / dense:.4f}"
+    assert re.search(text, " ".join(result.out.split()))
+    assert re.search(text, (out / "README.md").read_text())
+    lestd("report", out, "--format", "md", "--out", tmp_path / "report.md")
+    assert "that is what the budget counts" in (tmp_path / "report.md").read_text()
+    plan = json.loads(lestd("plan", tiny_llama, *how, "--json").out)
+    total = plan["total"]
+    assert (plan["size"], total["memory_bytes"]) == ("memory", total["byte_budget"])
+    assert 0.7 * stored < total["stored_bytes"] < 1.4 * stored
+    assert "in memory, about" in lestd("plan", tiny_llama, *how).out
+    answer = json.loads(lestd("query", out, "--name", "plan-vs-actual", "--json").out)["rows"]
+    figures = {row["quantity"]: row for row in answer}
+    assert figures["bytes of all groups"]["actual"] == memory
+    refused = lestd("compress", tiny_llama, "--out", out, *how[:-1], "disk", "--executor", "serial")
+    assert refused.code != 0
+    assert 'config.size (was "memory", is "disk")' in " ".join(refused.err.split())
+
+
 @pytest.fixture(scope="module")
 def in_bases(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A layer in shared bases, which are coded as well."""

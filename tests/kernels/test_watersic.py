@@ -7,11 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.groups import unfolding
+from support.groups import mha, unfolding
 from support.low_rank import LAYOUTS, decompose, layout_of, metrics_of
 from torch import Tensor
 
 from lestd_kernels.errors import LestdError
+from lestd_kernels.formats.kinds import Decomposition
 from lestd_kernels.formats.ops import Multiply
 from lestd_kernels.linalg.common_step import fit_scales, whole_numbers
 from lestd_kernels.linalg.error_feedback import inverse_factor
@@ -109,6 +110,37 @@ def test_any_budget_is_met(name: str, keep: float, dtype: torch.dtype) -> None:
     again = decompose("watersic", layout, keep, dtype, metric="activation").decomposition
     for key, tensor in stored.named_tensors("").items():
         assert torch.equal(tensor, again.named_tensors("")[key])
+
+
+@pytest.mark.parametrize(
+    ("coding", "keep"), [("fixed", 0.1), ("fixed", 0.2), ("fixed", 0.4), ("entropy", 0.2)]
+)
+def test_a_budget_may_count_bytes_in_memory(coding: str, keep: float) -> None:
+    layout = mha(256, 32, 8)
+    name = "watersic" if coding == "fixed" else "lestd"
+
+    def stored() -> Decomposition:
+        options = {"metric": "weight", "size": "memory", "coding": coding}
+        return decompose(name, layout, keep, BF16, **options).decomposition
+
+    budget, found = int(keep * layout.elements * 2), stored()
+    # Of a matrix of which the first number lies beside the others, the ends of all rows do, too.
+    assert 0.995 * budget - 4 * 257 <= found.memory_bytes <= budget
+    assert found.stored_bytes < found.memory_bytes
+    again = stored().named_tensors("")
+    assert all(torch.equal(one, again[key]) for key, one in found.named_tensors("").items())
+
+
+def test_bytes_in_memory_are_those_on_disk_where_nothing_is_coded() -> None:
+    layout = layout_of("gqa")
+    on_disk, in_memory = (
+        decompose("svd", layout, 0.3, BF16, metric="weight", size=size).decomposition
+        for size in ("disk", "memory")
+    )
+    assert on_disk.memory_bytes == on_disk.stored_bytes == in_memory.stored_bytes
+    args = MethodArgs(metric="weight", size="memory")
+    with pytest.raises(LestdError, match=r"zeros have a bit each; raise keep, or .*size: disk"):
+        METHODS["watersic"].bounds(layout, layout.elements // 8, BF16, args)
 
 
 def test_it_ends_at_8_bits_and_begins_at_zeros() -> None:

@@ -53,6 +53,8 @@ class Bounds:
         workspace_bytes: peak memory of `Method.decompose` beside the unfolding.
         reuse_bytes: how much more it is where a group is prepared for several budgets.
         memory_bytes: about what is stored takes once it is loaded; None where that is the same.
+        disk_bytes: about what it takes on disk, where the budget counts bytes in memory and it
+            takes less; else None.
     """
 
     max_R1: int | None  # noqa: N815
@@ -62,6 +64,7 @@ class Bounds:
     workspace_bytes: int
     reuse_bytes: int
     memory_bytes: int | None = None
+    disk_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -263,7 +266,7 @@ def require_default(name: str, args: MethodArgs, *options: str) -> None:
             raise LestdError(f"method {name!r} {takes}, found {found!r}; change one of the two")
 
 
-def require_budget(name: str, byte_budget: int, least: int) -> None:
+def require_budget(name: str, byte_budget: int, least: int, remedy: str = "raise keep") -> None:
     """Refuse a byte budget below the least that a method needs.
 
     Raises:
@@ -272,7 +275,7 @@ def require_budget(name: str, byte_budget: int, least: int) -> None:
     if byte_budget < least:
         raise LestdError(
             f"the byte budget of a slice group is {byte_budget:,} bytes, but method {name!r} needs "
-            f"at least {least:,} bytes; raise keep"
+            f"at least {least:,} bytes; {remedy}"
         )
 
 
@@ -292,12 +295,13 @@ class Method:
             cost as `seconds`. The unfolding is used up: it is scaled in place, since a copy would
             double the memory.
             Raises LestdError where the type mode does not go with the layout or the pattern.
-        encode: ``(prepared, byte_budget, curve_budgets, reuse=...)``; the result stores at most
-            `byte_budget` bytes, and has the error to expect at each of the curve's budgets
-            (feasible ones). What was prepared is used up unless it is to be reused, for another
-            budget: neither order nor number of the budgets changes a bit of a result.
-            Deterministic for a fixed device and number of threads. Raises LestdError as `bounds`
-            does, and where a core value does not fit the value dtype.
+        encode: ``(prepared, byte_budget, curve_budgets, reuse=...)``; the result takes at most
+            `byte_budget` bytes, those that `MethodArgs.size` says (`matrix.counted_bytes`), and has
+            the error to expect at each of the curve's budgets (feasible ones). What was prepared is
+            used up unless it is to be reused, for another budget: neither order nor number of the
+            budgets changes a bit of a result. Deterministic for a fixed device and number of
+            threads. Raises LestdError as `bounds` does, and where a core value does not fit the
+            value dtype.
         bounds: ``(layout, byte_budget, value_dtype, args)``; reads no weights. Raises LestdError
             where the smallest ranks exceed the budget or `max_flops`, where a learned type
             mode meets projections with different numbers of heads, or where the method, the type

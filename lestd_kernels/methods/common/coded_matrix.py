@@ -22,16 +22,47 @@ from lestd_kernels.linalg.common_step import fit_scales, whole_numbers
 from lestd_kernels.linalg.error_feedback import inverse_factor
 from lestd_kernels.linalg.metric import Metric, diagonal_of, whole
 from lestd_kernels.linalg.two_sided_feedback import output_factor
+from lestd_kernels.options import DISK, MEMORY, Size
 from lestd_kernels.search.step import finest_within
 from lestd_kernels.storage.few_bits import values_bytes
-from lestd_kernels.storage.matrix import EncodedCore
-from lestd_kernels.storage.rans import coded_bytes
+from lestd_kernels.storage.matrix import EncodedCore, counted_bytes
+from lestd_kernels.storage.packed_integers import least_packed_bytes, packed_bytes
+from lestd_kernels.storage.rans import coded_bytes, least_coded_bytes
 
 SCALE_BITS = 8
 """Of the scale of a row or column."""
 MOST_RMS, MOST_BITS = 62.0, 8
 """Root mean square of whole numbers of 8 bits of entropy: finer steps are not worth their bytes."""
 _LEAST_DAMPING = 0.01
+# As measured: bits in memory of a number that takes so many on disk. Few have a mask besides, and
+# more have some beside them.
+_MEMORY_OF_BITS, _MEMORY_MORE = 1.5, 0.4
+
+
+def memory_bits(disk_bits: float) -> float:
+    """About the bits in memory of a number that takes so many on disk."""
+    return _MEMORY_OF_BITS * min(disk_bits, MOST_BITS) + _MEMORY_MORE
+
+
+def disk_bits(bits: float, size: Size) -> float:
+    """About the bits on disk of a number that a budget gives so many bits."""
+    if size == MEMORY:
+        bits = max(bits - _MEMORY_MORE, 0) / _MEMORY_OF_BITS
+    return min(bits, MOST_BITS)
+
+
+def least_bytes(shape: Sequence[int], value_bytes: int, size: Size) -> int:
+    """Bytes of a matrix of zeros, which no other takes fewer than.
+
+    Args:
+        shape: ``(rows, columns)``.
+        value_bytes: of the dtype of the scales.
+        size: which bytes.
+    """
+    numbers = least_coded_bytes(math.prod(shape))
+    if size == MEMORY:
+        numbers = max(numbers, least_packed_bytes(*shape))
+    return numbers + values_bytes(sum(shape), SCALE_BITS, value_bytes)
 
 
 def damping_of(bits: float) -> float:
@@ -57,6 +88,7 @@ class SteppedMatrix:
         c: ``(out,)``, likewise.
         cost: squared error to expect of an element on the step 1, in the metric.
         value_dtype: of the scales.
+        size: which bytes count.
     """
 
     W: Tensor
@@ -67,6 +99,7 @@ class SteppedMatrix:
     c: Tensor
     cost: float
     value_dtype: torch.dtype
+    size: Size
 
     @classmethod
     def of(
@@ -76,6 +109,7 @@ class SteppedMatrix:
         damping: float,
         value_dtype: torch.dtype,
         *,
+        size: Size = DISK,
         stand_ins: tuple[float, float] = (1.0, 1.0),
         unit: Callable[[float], float] | None = None,
         factors: dict[int, Tensor] | None = None,
@@ -87,6 +121,7 @@ class SteppedMatrix:
             metric: in which errors count.
             damping: see `damping_of`.
             value_dtype: of the scales.
+            size: which bytes count.
             stand_ins: mean diagonals of either side's metric, where it has none or is zero.
             unit: the step 1 in units of the metric, from the root of both means; default: 1.
             factors: of inputs' metrics that are known, by identity; those found are added.
@@ -106,11 +141,11 @@ class SteppedMatrix:
         if V is not None:
             c = V.diagonal(dim1=1, dim2=2).reshape(-1)[: W.shape[1]]
         known = math.sqrt((mean_A or stand_ins[0]) * (mean_B or stand_ins[1]))
-        size = (1.0 if unit is None else unit(known)) / known
+        scale = (1.0 if unit is None else unit(known)) / known
         # Both sides of about one size, which is within the range of every dtype.
         balance = float((c.log().double().mean() - r.log().double().mean()).exp())
-        r, c = r * math.sqrt(size * balance), c * math.sqrt(size / balance)
-        return cls(W, metric, U, V, r, c, (size * known) ** 2 / 12, value_dtype)
+        r, c = r * math.sqrt(scale * balance), c * math.sqrt(scale / balance)
+        return cls(W, metric, U, V, r, c, (scale * known) ** 2 / 12, value_dtype, size)
 
     @property
     def scale_bytes(self) -> int:
@@ -127,8 +162,11 @@ class SteppedMatrix:
         stored = self._stored(scales)
         r, c = torch.split(stored, list(self.W.shape))
         Z = whole_numbers(self.W, self.U, r, c, self.value_dtype, self.V)
-        size = coded_bytes(Z.to(torch.int64).cpu().numpy()) + self.scale_bytes
-        return RoundedMatrix(self, Z, stored, size)
+        if self.size == MEMORY:
+            numbers = packed_bytes(Z.to(torch.int16))
+        else:
+            numbers = coded_bytes(Z.to(torch.int64).cpu().numpy())
+        return RoundedMatrix(self, Z, stored, numbers + self.scale_bytes)
 
     def _stored(self, scales: Tensor) -> Tensor:
         """Scales as they are once they have been stored; positive."""
@@ -158,7 +196,7 @@ class RoundedMatrix:
         matrix: what was rounded.
         Z: ``(in, out)``, whole numbers.
         scales: ``(in + out,)``, r and then c, as stored.
-        size: about what it takes to store them, bytes.
+        size: about the bytes of them that count.
         is_fitted: whether the scales are those of least error.
     """
 
@@ -205,6 +243,7 @@ def fitting(
     byte_budget: int,
     finest: float,
     start: float,
+    size: Size,
 ) -> tuple[float, list[EncodedCore]]:
     """The finest step whose numbers fit, and what is then stored.
 
@@ -214,6 +253,7 @@ def fitting(
         byte_budget: for all of them.
         finest: logarithm of the step below which nothing is gained.
         start: logarithm of the step to begin with.
+        size: which bytes count.
 
     Returns:
         The logarithm of the step, and the matrices.
@@ -227,7 +267,7 @@ def fitting(
     while True:
         start, found = finest_within(tried, left, elements, finest, start)
         stored = [one.fitted().stored() for one in found]
-        excess = sum(one.stored_bytes for one in stored) - byte_budget
+        excess = sum(counted_bytes(one, size) for one in stored) - byte_budget
         if excess <= 0:
             return start, stored
         left -= excess

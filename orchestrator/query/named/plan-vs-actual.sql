@@ -26,6 +26,8 @@ with
             count(*) as tasks,
             sum(byte_budget) as byte_budget,
             sum(stored_bytes) as stored_bytes,
+            -- Those that the budget is for.
+            sum(if(size = 'memory', memory_bytes, stored_bytes)) as counted_bytes,
             sum(payload_bytes) as payload_bytes,
             sum(squared_error) as squared_error
         from current
@@ -64,9 +66,9 @@ with
             calls.tasks as planned_tasks,
             coalesce(actual.tasks, 0) as tasks,
             actual.byte_budget as finished_budget,
-            actual.stored_bytes as finished_bytes,
+            actual.counted_bytes as finished_bytes,
             calls.byte_budget,
-            calls.stored_bytes,
+            calls.stored_bytes + actual.counted_bytes - actual.stored_bytes as stored_bytes,
             planned_worker_memory_bytes,
             worked.peak_memory_bytes,
             planned_disk_bytes,

@@ -73,6 +73,7 @@ def result(payloads: Path, task_id: str, layer: int) -> Result:
         runner_up_loss=None,
         memory_bytes=399,
         bits_per_weight=6.4,
+        size="disk",
         coding="fixed",
         most_expected_squared_error=0.03,
     )
