@@ -43,6 +43,7 @@ class Option:
         first: it is among the few that people use first, and stands on top.
         file_only: it is a key of a configuration file, and no option of the command line.
         argument: it has no name on the command line, but a place.
+        parse: reads what may also be given as text; raises ValueError.
     """
 
     panel: str
@@ -54,6 +55,7 @@ class Option:
     first: bool = False
     file_only: bool = False
     argument: bool = False
+    parse: Callable[[str], Any] | None = None
 
     @property
     def bounds(self) -> str:

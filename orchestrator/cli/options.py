@@ -107,8 +107,9 @@ def _parameter(one: Described) -> inspect.Parameter:
             show_default=default or False,
             rich_help_panel=None if option.first else option.panel,
         )
+    kind = one.type if option.parse is None else str  # Parsed where files are, with their words.
     return inspect.Parameter(
-        one.name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=one.type | None
+        one.name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=kind | None
     )
 
 

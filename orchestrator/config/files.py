@@ -19,13 +19,25 @@ from workers.storage.untrusted_files import read_regular
 class Strict(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
     """A configuration that refuses unknown keys, and is not changed."""
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _parsed(cls, value: Any, info: ValidationInfo) -> Any:
+        for option in cls._options(info):
+            if option.parse is not None and isinstance(value, str):
+                return option.parse(value)
+        return value
+
     @field_validator("*")
     @classmethod
     def _in_bounds(cls, value: Any, info: ValidationInfo) -> Any:
-        for mark in cls.model_fields[str(info.field_name)].metadata:
-            if isinstance(mark, Option):
-                mark.check(value)
+        for option in cls._options(info):
+            option.check(value)
         return value
+
+    @classmethod
+    def _options(cls, info: ValidationInfo) -> list[Option]:
+        marks = cls.model_fields[str(info.field_name)].metadata
+        return [mark for mark in marks if isinstance(mark, Option)]
 
 
 ModelT = TypeVar("ModelT", bound=BaseModel)

@@ -13,7 +13,7 @@ class RunOptions(TypedDict, total=False):
     architecture: str | os.PathLike[str] | None
     keep: float | None
     keep_model: float | None
-    target_loss: float | None
+    target_loss: float | str | None
     scope: Literal["attention", "ffn", "experts", "linear", "all"]
     include: str | None
     exclude: str | None

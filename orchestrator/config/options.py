@@ -8,6 +8,7 @@ cluster.yaml may say, `orchestrator.cli.options` the options of the commands tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
@@ -49,6 +50,25 @@ class ArchitectureFile:
     ] = None
 
 
+def nats(text: str) -> float:
+    """A loss in nats per token: a number, or a percentage by which perplexity may grow.
+
+    Perplexity is the exponential of the loss, so 2% are log(1.02) nats.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    number = text.strip()
+    try:
+        if number.endswith("%"):
+            return math.log1p(float(number[:-1]) / 100)
+        return float(number)
+    except ValueError:
+        raise ValueError(
+            "expected nats per token, like 0.02, or a percentage of perplexity, like 2%"
+        ) from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """How small, or how good; one of the three."""
@@ -63,9 +83,10 @@ class Target:
     target_loss: Annotated[
         float | None,
         WHAT(
-            "In place of --keep what it may cost: expected loss, nats per token; the size follows. "
-            "0.02 is about 2 % of perplexity. Needs --calibrate-on.",
+            "In place of --keep what it may cost, as expected: a loss in nats per token, like "
+            "0.02, or a percentage of perplexity, like 2%; the size follows. Needs --calibrate-on.",
             gt=0,
+            parse=nats,
         ),
     ] = None
 

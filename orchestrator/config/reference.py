@@ -90,12 +90,17 @@ def keywords() -> str:
     }
     text = _KEYWORDS_HEAD
     for name, groups in classes.items():
-        kinds = {one.name: one.type for group in groups for one in described(group)}
+        kinds = {one.name: _keyword(one) for group in groups for one in described(group)}
         kinds.pop("model", None)  # It is no keyword.
-        lines = (f"    {option}: {_annotation(kind)}\n" for option, kind in kinds.items())
+        lines = (f"    {option}: {kind}\n" for option, kind in kinds.items())
         text += f'\n\nclass {name}(TypedDict, total=False):\n    """Options of `lestd`."""\n\n'
         text += "".join(lines)
     return text
+
+
+def _keyword(one: Described) -> str:
+    kind = _annotation(one.type)
+    return kind.replace("float", "float | str") if one.option.parse else kind
 
 
 def _annotation(kind: Any) -> str:

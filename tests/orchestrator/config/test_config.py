@@ -1,5 +1,6 @@
 """Configuration: what is accepted, and how a mistake is answered."""
 
+import math
 import re
 from pathlib import Path
 
@@ -122,6 +123,17 @@ def test_a_recipe_gives_way_to_the_file_and_to_the_options(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
+    ("given", "loss"), [("2%", math.log(1.02)), (" 0.5 % ", math.log(1.005)), ("0.02", 0.02)]
+)
+def test_a_loss_may_be_a_percentage_of_perplexity(tmp_path: Path, given: str, loss: float) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: there\ncalibrate_on: text\ntarget_loss: {given}\n")
+    _, from_file = run_options({"config": file})
+    _, from_here = run_options({"config": file, "target_loss": given})
+    assert from_file.target_loss == from_here.target_loss == pytest.approx(loss, rel=1e-12)
+
+
+@pytest.mark.parametrize(
     ("given", "variant", "start"),
     [
         ({"keep": 1.0}, {}, "--keep: Input should be less than 1, got 1.0"),
@@ -136,6 +148,8 @@ def test_a_recipe_gives_way_to_the_file_and_to_the_options(tmp_path: Path) -> No
             {"rank_step": 2},
             "--samples: Input should be at least 1, got 0",
         ),
+        ({"target_loss": "2 percent"}, {}, "--target-loss: expected nats per token, like 0.02, or"),
+        ({"target_loss": "-1%"}, {}, "--target-loss: Input should be greater than 0, got '-1%'"),
         ({}, {}, "FILE: keep: Input should be less than 1, got 2.0"),
         ({"samples": 2}, {}, "FILE: keep: "),
     ],
