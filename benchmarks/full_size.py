@@ -128,7 +128,7 @@ class Command:
 
     def finished(self) -> int:
         """Layers that are committed."""
-        return len(list((self.run_dir / "manifest" / "groups").glob("*.parquet")))
+        return len(Manifest(self.run_dir / "manifest").groups())
 
     def untouched_bytes(self) -> int:
         """Bytes that the run directory or the model holds of what is copied as it is."""
@@ -218,7 +218,7 @@ class Disturber:
             if left and share >= left[0][0]:
                 time.sleep(self._random.uniform(0, 20))
                 self._disturb(left.pop(0)[1])
-            time.sleep(0.2)
+            time.sleep(1)
 
     def _share(self) -> float:
         share = self.command.finished() / self._layers
@@ -294,8 +294,8 @@ def undisturbed(command: Command, layers: int) -> float:
         sys.exit(f"error: the undisturbed run ended: {command.last_words()}")
     command.process.kill()
     command.process.wait()
-    commits = [p.stat().st_mtime for p in (command.run_dir / "manifest" / "groups").iterdir()]
-    return max(commits) - min(row["started_at"].timestamp() for row in command.groups())
+    began = [row["started_at"].timestamp() for row in command.groups()]
+    return time.time() - min(began)
 
 
 def report(disturber: Disturber, reference: Command, wall: float, quiet: float) -> None:
@@ -353,7 +353,9 @@ def main() -> None:
         quiet = undisturbed(reference, len(sixth.split(",")))
         sent = hub.sent()
         needed = sum(row["dense_bytes"] for row in reference.groups())
-        print(f"undisturbed: {sent.get('attention', 0) / needed:.4f} of the bytes needed were fetched\n")
+        print(
+            f"undisturbed: {sent.get('attention', 0) / needed:.4f} of the bytes needed were fetched\n"
+        )
         hub.stop()
         hub.before = {}
         hub.start()

@@ -235,8 +235,7 @@ def starts(run_dir: str) -> Counter[str]:
 
 
 def committed(run_dir: str) -> set[str]:
-    rows = list_files(as_path(f"{run_dir}/manifest/groups"))
-    return {name.removesuffix(".parquet") for name in rows}
+    return {*Manifest(as_path(f"{run_dir}/manifest")).groups()["task_id"].to_pylist()}
 
 
 def kill(process: subprocess.Popen[str], run_dir: str) -> None:

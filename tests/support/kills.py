@@ -3,6 +3,7 @@
 import subprocess
 import time
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 
 from orchestrator.manifest.manifest import Manifest
@@ -10,11 +11,10 @@ from orchestrator.manifest.manifest import Manifest
 KEEP = ("--keep", 0.5)
 
 
-def committed(run_dir: Path) -> dict[str, int]:
-    """Finished tasks: the group row's file and its inode, which a repetition would change."""
-    return {
-        path.stem: path.stat().st_ino for path in (run_dir / "manifest/groups").glob("*.parquet")
-    }
+def committed(run_dir: Path) -> dict[str, datetime]:
+    """Finished tasks: when each began, which a repetition would change."""
+    rows = Manifest(run_dir / "manifest").groups().to_pylist()
+    return {row["task_id"]: row["started_at"] for row in rows}
 
 
 def starts(run_dir: Path) -> Counter[str]:

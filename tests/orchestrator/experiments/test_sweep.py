@@ -4,11 +4,13 @@ import json
 import shutil
 import signal
 import time
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
+from support import kills
 from support.cli import PATIENCE, digest_tree, lestd, run_lestd, start_lestd
 from support.lm_eval_data import DATA
 
@@ -187,9 +189,13 @@ def test_a_sweep_killed_while_evaluating_evaluates_the_rest(
     assert len(list(out.glob("evaluations/*/pieces/*.json"))) == 3 * 15
 
 
-def committed(out: Path) -> dict[Path, int]:
-    """Group rows of all runs of a sweep, with the inodes that a repetition would change."""
-    return {path: path.stat().st_ino for path in out.glob("*.run/manifest/groups/*.parquet")}
+def committed(out: Path) -> dict[tuple[str, str], datetime]:
+    """Finished tasks of all runs of a sweep: run and task -> when it began."""
+    return {
+        (run_dir.name, task_id): began
+        for run_dir in out.glob("*.run")
+        for task_id, began in kills.committed(run_dir).items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -206,17 +212,15 @@ def test_a_sweep_that_is_ended_goes_on(many_layers: Path, tmp_path: Path, end: i
     finished = committed(out)
     assert 9 <= len(finished) < 20 * len(KEEPS)
     # One that was killed between the commits of a bundle.
-    lost = next(path for path in finished if f"keep-{KEEPS[1]:.2f}.run" in str(path))
-    lost.unlink()
-    del finished[lost]
+    next(out.glob(f"keep-{KEEPS[1]:.2f}.run/manifest/groups/*.parquet")).unlink()
+    assert len(committed(out)) < len(finished)
+    finished = committed(out)
     result = lestd(*sweep(many_layers, out, *some, *SERIAL))
     assert result.code == 0, result.err
     assert finished.items() <= committed(out).items()
     for keep in KEEPS:
         starts = Manifest(f"{model_dir(out, keep)}.run").events().to_pylist()
-        times = {
-            path.stem for path in finished if path.is_relative_to(f"{model_dir(out, keep)}.run")
-        }
+        times = {task_id for run, task_id in finished if run == f"{model_dir(out, keep).name}.run"}
         begun = [row["task_id"] for row in starts if row["kind"] == "started"]
         assert {t: begun.count(t) for t in times} == dict.fromkeys(times, 1)
     require_same_as_apart(many_layers, out, tmp_path / "apart", *some)

@@ -85,6 +85,7 @@ def test_the_examples_run(
     # The layout that is described, and the model alone.
     for pattern in ("OUT/manifest/groups.parquet", "OUT/manifest/model.json"):
         assert Path(pattern).is_file()
-    assert len([*Path("OUT.run/manifest/groups").glob("*.parquet")]) == 4
+    assert [*Path("OUT.run/manifest/groups").glob("*.parquet")]
+    assert len(Manifest("OUT.run").groups()) == 4
     shutil.rmtree("OUT.run")
     assert len(Manifest("OUT").events()) == 4
