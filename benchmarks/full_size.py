@@ -294,8 +294,13 @@ def undisturbed(command: Command, layers: int) -> float:
         sys.exit(f"error: the undisturbed run ended: {command.last_words()}")
     command.process.kill()
     command.process.wait()
-    began = [row["started_at"].timestamp() for row in command.groups()]
-    return time.time() - min(began)
+    rows = command.groups()
+    began = [row["started_at"].timestamp() for row in rows]
+    ended = [
+        at + sum(row[name] for name in row if name.startswith("seconds_"))
+        for at, row in zip(began, rows, strict=True)
+    ]
+    return max(ended) - min(began)
 
 
 def report(disturber: Disturber, reference: Command, wall: float, quiet: float) -> None:
@@ -351,11 +356,9 @@ def main() -> None:
         few = [*settings, "--include", sixth]
         reference = Command(work, work / "reference", hub, model, few)
         quiet = undisturbed(reference, len(sixth.split(",")))
-        sent = hub.sent()
         needed = sum(row["dense_bytes"] for row in reference.groups())
-        print(
-            f"undisturbed: {sent.get('attention', 0) / needed:.4f} of the bytes needed were fetched\n"
-        )
+        if fetched := hub.sent().get("attention", 0):  # Else it was there already.
+            print(f"undisturbed: {fetched / needed:.4f} of the bytes needed were fetched\n")
         hub.stop()
         hub.before = {}
         hub.start()
