@@ -242,8 +242,9 @@ class Pool:
             return
         # Without a timeout a Ctrl-C would wait as well.
         done, _ = self._ray.wait(references, timeout=seconds)
-        if done:  # And what else is there by now.
-            done, _ = self._ray.wait(references, num_returns=len(references), timeout=0)
+        others = [one for one in references if one not in done]
+        if done and others:  # What else is there by now.
+            done += self._ray.wait(others, num_returns=len(others), timeout=0)[0]
         for reference in done:
             if reference in self._starting:
                 yield self._settle_start(reference)
