@@ -8,7 +8,8 @@ Makes a Llama of random weights whose bytes are nearly all in attention, by defa
 the size of Llama-2-7B's, compresses it with the command `lestd`, and loads both in turn, each time
 in a process of its own, with the files in the page cache. "load" is `from_pretrained`, which maps
 the files and so takes the same time for many bytes as for few; "load and read" reads every byte
-once besides, and "load, converted" asks for another dtype, so that every byte is read and copied.
+once besides, "load, first tokens" computes eight tokens after it, for which few-bit values are
+unpacked, and "load, converted" asks for another dtype, so that every byte is read and copied.
 Memory is private memory (files that are mapped do not count) over the bytes of the tensors. Linux
 only. Takes some minutes on a CPU.
 """
@@ -56,6 +57,10 @@ for name, dtype in (("as stored", "auto"), ("converted", torch.float32)):
             tensor.clone()
         figures["bytes"], figures["load"] = size, loaded
         figures["load and read"] = time.perf_counter() - start
+        start = time.perf_counter()
+        with torch.inference_mode():
+            model(torch.arange(8)[None])
+        figures["load, first tokens"] = loaded + time.perf_counter() - start
     else:
         figures["load, converted"] = loaded
     del model, tensors

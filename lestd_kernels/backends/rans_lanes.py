@@ -29,13 +29,15 @@ def _decode(parsed: Parsed) -> Numbers | None:
         own["number"], own["frequency"], own["offset"] = table.of_slots()
     numbers, ended = torch.ops.lestd.rans_lanes(
         _tensor(slots.view(np.int64)),
-        _tensor(np.append(parsed.words, np.uint16(0)).view(np.int16)),
+        # Two more, which are read together with the last.
+        _tensor(np.append(parsed.words, np.zeros(2, np.uint16)).view(np.int16)),
         _tensor(parsed.counts.cumsum()),
         _tensor(parsed.states.view(np.int32)),
         _tensor(parsed.classes.rows),
         _tensor(parsed.classes.columns),
         _tensor(parsed.classes.of_sums()),
         parsed.precision,
+        bitmask.path(),
     )
     flat: Numbers = numbers.numpy()
     return flat if ended else None

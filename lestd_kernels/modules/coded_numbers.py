@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lestd_kernels import backends
-from lestd_kernels.backends import rans_lanes
+from lestd_kernels.backends import packing, rans_lanes
 from lestd_kernels.storage import rans
 from lestd_kernels.storage.matrix import EncodedCore
 from lestd_kernels.storage.packed_integers import PackedIntegers
@@ -64,7 +64,7 @@ class CodedNumbers(nn.Module):
 
     def pack(self, Z: Tensor) -> None:
         """Hold these numbers ``(rows, columns)``, int16, in place of the stream."""
-        packed = PackedIntegers.pack(Z)
+        packed = PackedIntegers.pack(Z, packing.compiled())
         for name in (*self._packed_names, _STREAM):
             self._buffers.pop(name, None)
         self._packing = packed.codec, packed.bits, packed.count

@@ -7,8 +7,9 @@ with a ``bitmask``, and where some do not fit in these a second one of them, ``c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,50 @@ from lestd_kernels.storage.few_bits import QUANTIZED_BITS, code_bytes, pack_code
 
 _CODECS = ("dense", "bitmask")
 _REST_VALUE_BYTES = 2
+
+
+class Packer(NamedTuple):
+    """What packing looks at all numbers for.
+
+    Attributes:
+        counts: flat int16 and some numbers of bits -> how many are not zero, and for each how many
+            do not fit in so many bits.
+        pack: flat int16, the bits and whether zeros are left out -> codes, a mask (empty where
+            there is none), how many codes there are, and int64 where numbers do not fit: they are
+            zeros among the codes.
+    """
+
+    counts: Callable[[Tensor, Sequence[int]], list[int]]
+    pack: Callable[[Tensor, int, bool], tuple[Tensor, Tensor, int, Tensor]]
+
+
+def _reach(flat: Tensor) -> Tensor:
+    """Which bits hold a number: those whose 2^(bits - 1) is above this."""
+    return torch.maximum(flat, ~flat)
+
+
+def _counts(flat: Tensor, bits: Sequence[int]) -> list[int]:
+    widest = 2 ** (max(bits) - 1)
+    counts = torch.bincount(_reach(flat).clamp_(max=widest), minlength=widest + 1)
+    above = counts.flip(0).cumsum(0).flip(0).tolist()
+    return [int(flat.count_nonzero()), *(above[2 ** (one - 1)] for one in bits)]
+
+
+def _pack(flat: Tensor, bits: int, masked: bool) -> tuple[Tensor, Tensor, int, Tensor]:
+    outside = _reach(flat) >= 2 ** (bits - 1)
+    inside = flat.masked_fill(outside, 0)
+    codes = (inside + 2 ** (bits - 1)).to(torch.uint8)
+    mask = torch.empty(0, dtype=torch.uint8)
+    if masked:
+        there = inside != 0
+        # Ten times as fast as PyTorch takes elements by a mask.
+        codes = torch.from_numpy(np.compress(there.numpy(), codes.numpy()))
+        mask = pack_bits(there)
+    return pack_codes(codes, bits), mask, len(codes), outside.nonzero().view(-1)
+
+
+PLAIN = Packer(_counts, _pack)
+"""By PyTorch and numpy, which is the specification."""
 
 
 @dataclass(frozen=True)
@@ -44,28 +89,27 @@ class PackedIntegers:
     tensors: Mapping[str, Tensor]
 
     @classmethod
-    def pack(cls, Z: Tensor) -> PackedIntegers:
-        """Pack ``Z (rows, columns)``, int16, in the fewest bytes; the tensors are where Z is."""
+    def pack(cls, Z: Tensor, packer: Packer | None = None) -> PackedIntegers:
+        """Pack ``Z (rows, columns)``, int16, in the fewest bytes; the tensors are where Z is.
+
+        Args:
+            Z: the matrix.
+            packer: does what is slow here, with the same result.
+        """
         rows, columns = Z.shape
+        packer = packer or PLAIN
         flat = Z.cpu().contiguous().view(-1)
-        _, bits, codec = _fewest_bytes(flat, rows, columns)
-        outside = _reach(flat) >= 2 ** (bits - 1)
-        inside = flat.masked_fill(outside, 0)
-        mask = inside != 0
-        codes = (inside + 2 ** (bits - 1)).to(torch.uint8)
+        _, bits, codec = _fewest_bytes(flat, rows, columns, packer)
+        codes, mask, count, outside = packer.pack(flat, bits, codec == "bitmask")
+        tensors = {"codes": codes}
         if codec == "bitmask":
-            # Ten times as fast as PyTorch takes elements by a mask.
-            codes = torch.from_numpy(np.compress(mask.numpy(), codes.numpy()))
-        tensors = {"codes": pack_codes(codes, bits)}
-        if codec == "bitmask":
-            tensors["mask"] = pack_bits(mask)
-        at = outside.nonzero().view(-1)
-        if len(at):
-            row = at.div(columns, rounding_mode="floor")
-            rest = csr_tensors(flat[at], row, at - row * columns, rows, columns)
+            tensors["mask"] = mask
+        if len(outside):
+            row = outside.div(columns, rounding_mode="floor")
+            rest = csr_tensors(flat[outside], row, outside - row * columns, rows, columns)
             tensors |= {f"rest_{name}": tensor for name, tensor in rest.items()}
         tensors = {name: tensor.to(Z.device) for name, tensor in tensors.items()}
-        return cls(codec, bits, rows, columns, len(codes), tensors)
+        return cls(codec, bits, rows, columns, count, tensors)
 
     @property
     def packed_bytes(self) -> int:
@@ -96,7 +140,8 @@ class PackedIntegers:
 
 def packed_bytes(Z: Tensor) -> int:
     """Bytes of ``Z (rows, columns)``, int16, once it is packed, without packing it."""
-    return _fewest_bytes(Z.cpu().contiguous().view(-1), *Z.shape)[0]
+    rows, columns = Z.shape
+    return _fewest_bytes(Z.cpu().contiguous().view(-1), rows, columns, PLAIN)[0]
 
 
 def least_packed_bytes(rows: int, columns: int) -> int:
@@ -104,20 +149,12 @@ def least_packed_bytes(rows: int, columns: int) -> int:
     return min(_packed_bytes(rows, columns, 0, 0, min(QUANTIZED_BITS), codec) for codec in _CODECS)
 
 
-def _reach(flat: Tensor) -> Tensor:
-    """Which bits hold a number: those whose 2^(bits - 1) is above this."""
-    return torch.maximum(flat, ~flat)
-
-
-def _fewest_bytes(flat: Tensor, rows: int, columns: int) -> tuple[int, int, str]:
+def _fewest_bytes(flat: Tensor, rows: int, columns: int, packer: Packer) -> tuple[int, int, str]:
     """Bytes, bits and codec of the smallest form; of equal ones the more bits, and no mask."""
-    widest = 2 ** (max(QUANTIZED_BITS) - 1)
-    counts = torch.bincount(_reach(flat).clamp_(max=widest), minlength=widest + 1)
-    above = counts.flip(0).cumsum(0).flip(0).tolist()
-    nonzero = int(flat.count_nonzero())
+    nonzero, *others = packer.counts(flat, QUANTIZED_BITS)
     forms = [
-        (_packed_bytes(rows, columns, nonzero, above[2 ** (bits - 1)], bits, codec), bits, codec)
-        for bits in QUANTIZED_BITS
+        (_packed_bytes(rows, columns, nonzero, outside, bits, codec), bits, codec)
+        for bits, outside in zip(QUANTIZED_BITS, others, strict=True)
         for codec in _CODECS
     ]
     return min(forms, key=lambda form: form[0])

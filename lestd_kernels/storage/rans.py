@@ -285,9 +285,10 @@ def _numbers(one: Parsed, numbers: Numbers | None) -> Numbers:
     """The numbers of decoded lanes, with those that escaped in their places."""
     if numbers is None:
         raise ValueError("the coded numbers do not end where they should")
-    escapes = numbers == ESCAPE
-    if int(escapes.sum()) != len(one.escaped):
-        raise ValueError(f"{len(one.escaped)} coded numbers escape, found {int(escapes.sum())}")
-    numbers[escapes] = one.escaped
+    if len(one.escaped) or any(table.counts[-1] for table in one.tables):
+        escapes = numbers == ESCAPE
+        if int(escapes.sum()) != len(one.escaped):
+            raise ValueError(f"{len(one.escaped)} coded numbers escape, found {int(escapes.sum())}")
+        numbers[escapes] = one.escaped
     shaped: Numbers = numbers.reshape(one.rows, one.columns)
     return shaped

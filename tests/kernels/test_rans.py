@@ -8,19 +8,23 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lestd_kernels.backends import rans_lanes
+from lestd_kernels.backends import bitmask, rans_lanes
 from lestd_kernels.storage import rans
 from lestd_kernels.storage.rans_stream import Bytes, Lanes
 
 Integers = npt.NDArray[np.int64]
 
 
-@pytest.fixture(params=["numpy", "compiled"])
-def lanes(request: pytest.FixtureRequest) -> Lanes | None:
-    """Both decoders of lanes."""
-    found = rans_lanes.compiled() if request.param == "compiled" else None
-    if request.param == "compiled" and found is None:
+@pytest.fixture(params=["numpy", "fastest", "portable"])
+def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Lanes | None:
+    """All decoders of lanes that this machine has."""
+    if request.param == "numpy":
+        return None
+    found = rans_lanes.compiled()
+    if found is None:
         pytest.skip("needs a C++ compiler")
+    if request.param == "portable":
+        monkeypatch.setattr(bitmask, "path", lambda: "portable")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from support.groups import mha, unfolding
 from support.low_rank import LAYOUTS, decompose, layout_of, metrics_of
 from torch import Tensor
 
+from lestd_kernels.backends import packing
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.kinds import Decomposition
 from lestd_kernels.formats.ops import Multiply
@@ -22,7 +24,7 @@ from lestd_kernels.methods import METHODS, MethodArgs
 from lestd_kernels.modules.chain_linear import PackedMatrix
 from lestd_kernels.modules.coded_numbers import decode_all
 from lestd_kernels.storage.matrix import EncodedCore
-from lestd_kernels.storage.packed_integers import PackedIntegers
+from lestd_kernels.storage.packed_integers import PLAIN, PackedIntegers
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -225,6 +227,29 @@ def test_numbers_in_memory_are_those_on_disk(name: str) -> None:
     assert torch.equal(saved["numbers.stream"], stored.tensors["stream"])
     matrix.load_state_dict(saved)
     assert torch.equal(matrix(x, Multiply(0)), after)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (64, 72), (37, 211)])
+def test_compiled_packing_is_that_of_pytorch(shape: tuple[int, int]) -> None:
+    packer = packing.compiled()
+    if packer is None:
+        pytest.skip("needs a C++ compiler")
+    generator = torch.Generator().manual_seed(6)
+    for scale in (0, 0.1, 0.3, 0.6, 1, 1.8, 4, 30, 900):
+        Z = torch.randn(shape, generator=generator).mul(scale).round().to(torch.int16)
+        Z.view(-1)[::97] = -32767
+        found, plain = PackedIntegers.pack(Z, packer), PackedIntegers.pack(Z)
+        assert torch.equal(found.integers(), Z)
+        assert packer.counts(Z.view(-1), (8, 4, 3, 2)) == PLAIN.counts(Z.view(-1), (8, 4, 3, 2))
+        assert (found.codec, found.bits, found.count) == (plain.codec, plain.bits, plain.count)
+        assert found.tensors.keys() == plain.tensors.keys()
+        for name, tensor in found.tensors.items():
+            assert tensor.dtype == plain.tensors[name].dtype
+            assert torch.equal(tensor, plain.tensors[name])
+        for bits, masked in itertools.product((8, 4, 3, 2), (False, True)):
+            both = (by.pack(Z.view(-1), bits, masked) for by in (packer, PLAIN))
+            codes, expected = ([torch.as_tensor(one) for one in each] for each in both)
+            assert all(map(torch.equal, codes, expected))
 
 
 def test_few_bits_take_few_bytes_in_memory() -> None:
