@@ -6,12 +6,12 @@
 
 Makes a Llama of random weights whose bytes are nearly all in attention, by default four blocks of
 the size of Llama-2-7B's, compresses it with the command `lestd`, and loads both in turn, each time
-in a process of its own, with the files in the page cache. "load" is `from_pretrained`, which maps
-the files and so takes the same time for many bytes as for few; "load and read" reads every byte
-once besides, "load, first tokens" computes eight tokens after it, for which few-bit values are
-unpacked, and "load, converted" asks for another dtype, so that every byte is read and copied.
-Memory is private memory (files that are mapped do not count) over the bytes of the tensors. Linux
-only. Takes some minutes on a CPU.
+in a process of its own, with the files in the page cache; seconds are those of the CPU, on which
+other processes have no claim. "load" is `from_pretrained`, which maps the files and so takes the
+same time for many bytes as for few; "load and read" reads every byte once besides, "load, first
+tokens" computes eight tokens after it, for which few-bit values are unpacked, and "load, converted"
+asks for another dtype, so that every byte is read and copied. Memory is private memory (files that
+are mapped do not count) over the bytes of the tensors. Linux only. Takes some minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ load("auto")
 gc.collect()
 figures = {}
 for name, dtype in (("as stored", "auto"), ("converted", torch.float32)):
-    before, start = private(), time.perf_counter()
+    before, start = private(), time.process_time()
     model = load(dtype)
-    loaded = time.perf_counter() - start
+    loaded = time.process_time() - start
     tensors = [*model.parameters(), *model.buffers()]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     figures[f"private memory, {name}"] = (private() - before) / size
@@ -56,11 +56,11 @@ for name, dtype in (("as stored", "auto"), ("converted", torch.float32)):
         for tensor in tensors:
             tensor.clone()
         figures["bytes"], figures["load"] = size, loaded
-        figures["load and read"] = time.perf_counter() - start
-        start = time.perf_counter()
+        figures["load and read"] = time.process_time() - start
+        start = time.process_time()
         with torch.inference_mode():
             model(torch.arange(8)[None])
-        figures["load, first tokens"] = loaded + time.perf_counter() - start
+        figures["load, first tokens"] = loaded + time.process_time() - start
     else:
         figures["load, converted"] = loaded
     del model, tensors
