@@ -8,8 +8,7 @@
     manifest/evaluations/<id>.parquet       one row per metric
     manifest/<table>.parquet                rows of many such files, once compacted
 
-Where many tasks are committed at the same time they share the files, which then have the time in
-their names.
+Many tasks that are committed at the same time share files, which have the time in their names.
 
 Their columns are in `orchestrator.manifest.schemas`, for people in docs/manifest.md.
 
@@ -34,6 +33,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lestd_kernels.errors import LestdError
+from orchestrator.manifest.checks import payload_problem, slice_count
 from orchestrator.manifest.part_files import (
     PARQUET,
     Damaged,
@@ -55,38 +55,29 @@ from orchestrator.manifest.schemas import (
     SLICES,
     TABLES,
     TableSpec,
-    format_slices,
 )
 from workers.contracts import CurveResult, CurveTask, Failure, Result, Task
 from workers.storage.files import (
     AnyPath,
     as_path,
     copy_file,
-    file_sha256,
-    file_size,
     in_parallel,
-    is_lfs_pointer,
-    lfs_pointer,
     list_files,
     list_names,
     make_directory,
-    open_binary,
 )
-from workers.storage.names import MANIFEST_DIR, TEMPORARY, is_inside, leads_out
+from workers.storage.names import MANIFEST_DIR, TEMPORARY
 
 if TYPE_CHECKING:  # It imports torch, which readers of a manifest need not wait for.
     from orchestrator.execution.executor import Event
 
-ABOUT_FILE = "model.json"
-"""In the manifest of a model: see `orchestrator.model.assemble`."""
 MANY_PARTS = 1000
 """More part files than that, which take a second to read, are compacted by their driver."""
 TableType = Literal["arrow", "pandas", "polars"]
 """Forms of a table; their libraries are imported on demand."""
 _GOES_ON_WITH = ("scope", "metric_squared_norm", "metric_squared_error")
 """Columns of `groups` that allocation and assembly read; null in rows of earlier versions."""
-_TOGETHER = 8
-"""From so many results on they are committed together."""
+_TOGETHER = 8  # From so many results on they are committed together.
 _SPECTRA = ("singular_values_1", "singular_values_2")
 _RUN = ".run"
 _AnyPathT = TypeVar("_AnyPathT", bound=AnyPath)
@@ -175,8 +166,8 @@ class Manifest:
     def commit(self, *results: Result | CurveResult) -> None:
         """Record finished tasks: slice rows first, then the group rows, which mean done.
 
-        Each in files of its own, which costs the driver some milliseconds, and damage that task
-        alone; all in the same files where there are many, because workers are faster than that.
+        Each has files of its own, so that damage costs it alone; where workers are faster than
+        those are written, all share them.
         """
         self._write_events()
         if len(results) < _TOGETHER:
@@ -209,7 +200,6 @@ class Manifest:
         self._write_events()
 
     def _add_event(self, row: dict[str, Any], task: Task) -> None:
-        # No two of one task have the same time: it is part of their key.
         worker = row["worker"] or None
         row |= {"time": time.time_ns() // 1000, "layer": task.layer, "block": task.block}
         row |= {"worker": worker, "node": worker and worker.rpartition(":")[0]}
@@ -254,7 +244,7 @@ class Manifest:
 
     def compact_found(self, check: Callable[[], None]) -> None:
         """`compact`, before a run goes on, where there are more than `MANY_PARTS` part files, or
-        one of many tasks: the file of one that is done again is to be the only part that has it."""
+        one of many tasks: one that is done again is to be in one part only."""
         found = {spec.name: list_names(self.directory / spec.name) for spec in _OF_A_DRIVER}
         together = any("-" in name for spec in _OF_TASKS for name in found[spec.name])
         if together or sum(map(len, found.values())) > MANY_PARTS:
@@ -337,11 +327,10 @@ class Manifest:
         """
         wanted = set(task_ids)
         slices = self.slice_counts()
-        # Spectra are long, nothing that goes on with a run reads them, and all rows are held.
-        table = self.groups().drop_columns(list(_SPECTRA))
+        # Spectra are long, and all rows are held.
         rows = [
             row
-            for row in table.to_pylist()
+            for row in self.groups().drop_columns(list(_SPECTRA)).to_pylist()
             if row["task_id"] in wanted
             and slices[row["task_id"]] == slice_count(row)
             and all(row[name] is not None for name in _GOES_ON_WITH)
@@ -409,39 +398,3 @@ def keep_evaluations(model: AnyPath, again: AnyPath) -> None:
         if not name.startswith(TEMPORARY):
             make_directory(folders[1])
             copy_file(folders[0] / name, folders[1] / name)
-
-
-def foreign_files(directory: AnyPath) -> list[AnyPath]:
-    """Names in a model's manifest directory that lestd did not make."""
-    ours = {ABOUT_FILE, EVALUATIONS.name, *(name + PARQUET for name in TABLES)}
-    parts = directory / EVALUATIONS.name
-    evaluations = [name for name in list_names(parts) if not name.startswith(TEMPORARY)]
-    return [
-        *(directory / name for name in list_names(directory) if name not in ours),
-        *(parts / name for name in evaluations if not name.endswith(PARQUET)),
-    ]
-
-
-def slice_count(row: dict[str, Any]) -> int:
-    """Number of slices of a group, by its row's format, which was checked as it was read."""
-    return format_slices(row["format"]) or 0
-
-
-def payload_problem(row: dict[str, Any], payload_dir: AnyPath) -> str | None:
-    """Why a group row's payload cannot be trusted; None if it can."""
-    if not is_inside(row["payload"]):
-        return f"the manifest names the file {row['payload']!r}, which is not inside {payload_dir}"
-    path = payload_dir / row["payload"]
-    if isinstance(path, Path) and leads_out(path, cast(Path, payload_dir)):
-        return f"{path} is a link out of {payload_dir}"
-    found = file_size(path)
-    if found is None:
-        return f"{path} is missing"
-    if found != row["payload_bytes"]:
-        with open_binary(path) as file:
-            if is_lfs_pointer(file.read(64)):
-                return lfs_pointer(str(path))
-        return f"{path} has {found} bytes, the manifest says {row['payload_bytes']}"
-    if file_sha256(path) != row["sha256"]:
-        return f"{path} does not have the sha256 that the manifest states"
-    return None

@@ -28,7 +28,8 @@ from upath import UPath
 from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.entries import groups_sha256
 from lestd_kernels.formats.shared_tucker import FORMAT_VERSION
-from orchestrator.manifest.manifest import ABOUT_FILE, Manifest, keep_evaluations
+from orchestrator.manifest.checks import ABOUT_FILE
+from orchestrator.manifest.manifest import Manifest, keep_evaluations
 from orchestrator.model.card import CARD_FILE, model_card
 from orchestrator.model.directory import (
     _check_ours,

@@ -11,7 +11,7 @@ from typing import Any
 from upath import UPath
 
 from lestd_kernels.errors import LestdError
-from orchestrator.manifest.manifest import ABOUT_FILE, foreign_files
+from orchestrator.manifest.checks import ABOUT_FILE, foreign_files
 from orchestrator.model.card import CARD_FILE
 from orchestrator.run.lease import leased
 from orchestrator.source.checkpoint import CONFIG_FILE

@@ -21,7 +21,7 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 
 from lestd_kernels.errors import LestdError, first_line
 from orchestrator.console import logs, output
-from orchestrator.manifest.manifest import foreign_files
+from orchestrator.manifest.checks import foreign_files
 from orchestrator.model.directory import about_model
 from orchestrator.model.verify import verify
 from workers.storage.names import MANIFEST_DIR, TEMPORARY

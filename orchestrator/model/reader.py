@@ -21,7 +21,7 @@ from lestd_kernels.formats.kinds import KINDS, Decomposition
 from lestd_kernels.formats.shared_tucker import QUANT_METHOD
 from lestd_kernels.storage.codecs import TensorSpec
 from lestd_kernels.tensorize import GroupLayout, below, dense_tensors
-from orchestrator.manifest.manifest import payload_problem
+from orchestrator.manifest.checks import payload_problem
 from orchestrator.model.directory import about_model
 from orchestrator.source.checkpoint import CONFIG_FILE, check_pointers, read_config_json
 from workers.checkpoint.headers import DTYPE_NAMES, DTYPES

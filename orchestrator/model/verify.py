@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lestd_kernels.errors import LestdError
-from orchestrator.manifest.manifest import Manifest, payload_problem, slice_count
+from orchestrator.manifest.checks import payload_problem, slice_count
+from orchestrator.manifest.manifest import Manifest
 from orchestrator.manifest.result_rows import counted_bytes
 from orchestrator.model.adapter import adapter_stored_bytes
 from orchestrator.model.assemble import payload_shard_name

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lestd_kernels.errors import LestdError
 from orchestrator.console.markdown import template
-from orchestrator.manifest.manifest import ABOUT_FILE, Manifest
+from orchestrator.manifest.checks import ABOUT_FILE
+from orchestrator.manifest.manifest import Manifest
 from orchestrator.manifest.part_files import compacted_path, write_table
 from orchestrator.manifest.schemas import CURVES, EVENTS, GROUPS, RUNS, SLICES
 from orchestrator.model.adapter import ADAPTER_FILES

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from lestd_kernels.errors import LestdError
-from orchestrator.manifest.manifest import slice_count
+from orchestrator.manifest.checks import slice_count
 from orchestrator.manifest.schemas import STAGES, Row
 from workers.storage.files import AnyPath
 from workers.storage.json_files import read_json

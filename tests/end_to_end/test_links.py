@@ -13,7 +13,7 @@ from support.refusals import SERIAL, refused
 
 from lestd_kernels.errors import LestdError
 from orchestrator.compression.calibration import CALIBRATION_FILE
-from orchestrator.manifest.manifest import payload_problem
+from orchestrator.manifest.checks import payload_problem
 from orchestrator.model.assemble import payload_shard_name
 from orchestrator.model.directory import about_model
 from orchestrator.run.directory import RunDirectory

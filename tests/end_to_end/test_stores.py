@@ -23,7 +23,7 @@ from upath import UPath
 
 from lestd_kernels.errors import LestdError
 from orchestrator.compression import pipeline
-from orchestrator.manifest.manifest import payload_problem
+from orchestrator.manifest.checks import payload_problem
 from orchestrator.model import assemble, directory
 from orchestrator.run import lease
 from orchestrator.run.directory import RunDirectory

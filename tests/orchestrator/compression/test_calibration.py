@@ -257,16 +257,11 @@ def test_more_windows_are_more_pieces_with_the_same_bytes_on_any_pool(
     blocks, found, seen = all_blocks(source, "loss"), [], list[Any]()
     for workers in (1, 2, 5):
         seen.clear()
-        calibration = calibrate(
-            source,
-            blocks,
-            samples,
-            ShuffledExecutor(workers),
-            tmp_path / str(workers),
-            on_start=lambda _, items, __: seen.extend(items),
-        )
+        pool, place = ShuffledExecutor(workers), tmp_path / str(workers)
+        start = lambda _, items, __: seen.extend(items)  # noqa: E731
+        calibration = calibrate(source, blocks, samples, pool, place, on_start=start)
         assert len({item.piece for item in seen if isinstance(item, CalibrationPiece)}) == 20
-        found.append(contents(tmp_path / str(workers)))
+        found.append(contents(place))
     assert found[0] == found[1] == found[2]
     inputs = {name: ref for name, ref in calibration.refs.items() if not name.endswith(".output")}
     check(replace(calibration, refs=inputs), oracle(source, blocks, samples))

@@ -10,7 +10,8 @@ import pytest
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import SliceStats
 from orchestrator.execution.executor import Event
-from orchestrator.manifest.manifest import Manifest, payload_problem
+from orchestrator.manifest.checks import payload_problem
+from orchestrator.manifest.manifest import Manifest
 from orchestrator.manifest.schemas import TABLES
 from workers.contracts import Failure, Result, Task
 
