@@ -27,7 +27,7 @@ with
             sum(byte_budget) as byte_budget,
             sum(stored_bytes) as stored_bytes,
             sum(payload_bytes) as payload_bytes,
-            sum(squared_error) as squared_error
+            sum(metric_squared_error) as squared_error
         from current
         group by run
     ),
@@ -95,7 +95,7 @@ with
         union all
         select run, 6, 'decomposing, seconds', planned_seconds, seconds from known
         union all
-        select run, 7, 'squared error', predicted_squared_error, squared_error from known
+        select run, 7, 'squared error in the run''s metric', predicted_squared_error, squared_error from known
     )
 select run, quantity, planned, actual, actual / nullif(planned, 0) as ratio
 from quantities
