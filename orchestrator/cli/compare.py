@@ -10,6 +10,7 @@ import typer
 from orchestrator.cli.application import app
 from orchestrator.cli.experiment import run_experiment
 from orchestrator.cli.options import (
+    CalibrationDir,
     Fresh,
     Given,
     Json,
@@ -43,6 +44,7 @@ def compare(
         ),
     ],
     given: Given,
+    calibration: CalibrationDir = None,
     speed: Annotated[
         bool,
         typer.Option(

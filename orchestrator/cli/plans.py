@@ -9,7 +9,7 @@ from typing import Any
 
 from lestd_kernels.methods import CALIBRATED, LOSS
 from lestd_kernels.options import MEMORY
-from orchestrator.cli.summary import expected_loss
+from orchestrator.cli.summary import expected_loss, fold_layers
 from orchestrator.config.run import RunConfig
 from orchestrator.console import output
 from orchestrator.planning.calibration_costs import blocks_of, calibration_costs
@@ -62,7 +62,6 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
     decided = planned["budgets_decided"]
     rows = [
         [
-            str(layer["layer"]) if layer["layer"] != OUTSIDE else "",
             _block_name(layer),
             str(len(layer["tensors"])),
             output.size(layer["dense_bytes"]),
@@ -94,7 +93,9 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
         columns.append("seconds")
         for row, layer in zip(rows, planned["layers"], strict=True):
             row.append(f"{layer['predicted_seconds']:.1f}")
-    output.print_table(f"{name} ({planned['family']})", columns, rows)
+    layers = (layer["layer"] for layer in planned["layers"])
+    folded = fold_layers(zip(layers, rows, strict=True))
+    output.print_table(f"{name} ({planned['family']})", columns, folded)
     if (target := planned["target_loss"]) is not None and not decided:
         output.out.print(
             f"expected loss {expected_loss(target)} at most: the size follows from the calibration "

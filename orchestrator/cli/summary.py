@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lestd_kernels.options import MEMORY
-from orchestrator.compression.pipeline import Outcome
+from orchestrator.config.layers import list_of_layers
 from orchestrator.console import logs, output
 from orchestrator.execution.retries import retries
 from orchestrator.manifest.result_rows import is_far, total_expected_loss, total_memory_bytes
 from orchestrator.manifest.schemas import COMPUTING_STAGES
-from orchestrator.model.export import Export
-from orchestrator.planning.plan import Plan
 from orchestrator.run.directory import RunDirectory
 from workers.contracts import OUTSIDE
 from workers.storage.files import AnyPath, is_directory
+
+if TYPE_CHECKING:  # Status, which is asked often, shall not wait for what compresses.
+    from orchestrator.compression.pipeline import Outcome
+    from orchestrator.model.export import Export
+    from orchestrator.planning.plan import Plan
 
 _COPY_COMMANDS = {
     "s3": "aws s3 sync {} DIRECTORY",
@@ -217,6 +221,21 @@ def _counted(figures: dict[str, Any]) -> str:
     return f", and that is what keep counts: {figures['memory_bytes'] / figures['dense_bytes']:.4f}"
 
 
+def fold_layers(rows: Iterable[tuple[int, Sequence[str]]]) -> list[list[str]]:
+    """Rows of a table, the layers of equal ones in one: most of a plan says the same 30 times.
+
+    Args:
+        rows: layer, and the cells beside it.
+    """
+    layers: dict[tuple[str, ...], list[int]] = {}
+    for layer, cells in rows:
+        layers.setdefault(tuple(cells), []).append(layer)
+    return [
+        [list_of_layers(layer for layer in of if layer != OUTSIDE), *cells]
+        for cells, of in layers.items()
+    ]
+
+
 def print_status(state: dict[str, Any], json: bool) -> None:
     """Print how a run stands: what `run_status` found."""
     for bad in state["damaged"]:
@@ -228,22 +247,21 @@ def print_status(state: dict[str, Any], json: bool) -> None:
     rows = []
     for layer in state["layers"]:
         done = layer["state"] == "done"
-        rows.append(
-            (
-                "" if layer["layer"] == OUTSIDE else str(layer["layer"]),
-                layer["block"] if layer["layer"] == OUTSIDE else layer["scope"],
-                layer["state"],
-                output.size(layer["byte_budget"]) if decided or "curve" not in layer else "",
-                output.size(layer["stored_bytes"]) if done else "",
-                output.ranks(layer),
-                f"{layer['density']:.4f}" if done else "",
-                layer.get("codec", ""),
-                _error(layer) if done else layer.get("message", ""),
-            )
+        cells = (
+            layer["block"] if layer["layer"] == OUTSIDE else layer["scope"],
+            layer["state"],
+            output.size(layer["byte_budget"]) if decided or "curve" not in layer else "",
+            output.size(layer["stored_bytes"]) if done else "",
+            output.ranks(layer),
+            f"{layer['density']:.4f}" if done else "",
+            layer.get("codec", ""),
+            _error(layer) if done else layer.get("message", ""),
         )
+        rows.append((layer["layer"], cells))
     columns = ["layer", "block", "state", "target", "stored", "ranks", "density", "codec"]
     columns.append("relative error")
-    output.print_table(state["out" if state["cleaned"] else "run_dir"], columns, rows)
+    where = state["out" if state["cleaned"] else "run_dir"]
+    output.print_table(where, columns, fold_layers(rows))
 
     def counts(of: dict[str, Any]) -> str:
         return ", ".join(f"{of[k]} {k}" for k in ("done", "running", "failed", "remaining"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from lestd_kernels.errors import LestdError
 
@@ -30,6 +31,17 @@ def parse_layers(text: str) -> frozenset[int]:
             raise ValueError(f"layer {last} is too high; expected layers below {MAX_LAYERS:,}")
         layers.update(range(first, last + 1))
     return frozenset(layers)
+
+
+def list_of_layers(layers: Iterable[int]) -> str:
+    """The list that `parse_layers` reads back: ``"0-3,7"``."""
+    runs: list[list[int]] = []
+    for layer in sorted(set(layers)):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def check_layers(text: str) -> str:

@@ -264,12 +264,12 @@ CURVES = TableSpec(
         Column("R1", _INT, "rank of mode 1 that the search chose"),
         Column("R2", _INT, "rank of mode 2 that the search chose"),
         Column("R3", _INT, "rank of mode 3 that the search chose"),
-        Column("predicted_squared_error", _REAL, "||W - W_hat||^2 to expect", "weights^2", True),
+        Column("predicted_squared_error", _REAL, "||S (W - W_hat)||^2 to expect", "metric^2", True),
         Column("squared_norm", _REAL, "||W||^2 in the run's metric", "metric^2", required=True),
         Column("dense_bytes", _LONG, "the source weights", "bytes", required=True, least=1),
         Column("uniform_byte_budget", _LONG, "its budget under uniform allocation", "bytes", True),
         Column(
-            "uniform_squared_error", _REAL, "||W - W_hat||^2 there, measured", "weights^2", True
+            "uniform_squared_error", _REAL, "||S (W - W_hat)||^2 there, measured", "metric^2", True
         ),
         *_SECONDS,
         *_WORK,

@@ -62,12 +62,12 @@ def _watched_outputs(task: Task) -> tuple[WatchedOutput, ...]:
             elif projection == "up" and layout.guard != "up_proj":
                 columns = (width, 2 * width, 1)
         outputs.append(
-            WatchedOutput(module.name, weight, expert, columns, _gradient_shape(layout, module))
+            WatchedOutput(module.name, weight, expert, columns, gradient_shape(layout, module))
         )
     return tuple(outputs)
 
 
-def _gradient_shape(layout: GroupLayout, module: ModuleLayout) -> tuple[int, ...]:
+def gradient_shape(layout: GroupLayout, module: ModuleLayout) -> tuple[int, ...]:
     """Of which shape B of a module is, see `lestd_kernels.methods.common.base.Metrics`.
 
     Whole for what writes into the residual stream, and for all that is small: low-rank pairs gain

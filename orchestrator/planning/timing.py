@@ -14,8 +14,11 @@ import torch
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import METHODS, MethodArgs
+from lestd_kernels.methods.common.base import CALIBRATED, LOSS
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout
+from orchestrator.planning.calibration_costs import gradient_shape
 from orchestrator.planning.plan import Plan, PlannedTask
+from workers.contracts import Task
 
 _WIDTHS = (512, 1024)
 _SPECTRUM_DECAY = 0.2
@@ -89,6 +92,8 @@ def _measure(planned: PlannedTask, width: int, device: torch.device, curve: bool
     dense_bytes = layout.elements * dtype.itemsize
     share = dense_bytes / task.dense_bytes
     budgets = planned.curve.curve_budgets if curve and planned.curve else ()
+    metrics = _made_metrics(task, layout, generator)
+    metrics = {name: metric.to(device) for name, metric in metrics.items()}
     took = 0.0
     for _ in range(2):
         unfolding = W.to(device, copy=True)
@@ -100,9 +105,48 @@ def _measure(planned: PlannedTask, width: int, device: torch.device, curve: bool
             dtype,
             MethodArgs(**task.method_args),
             [int(budget * share) for budget in budgets],
+            metrics,
         )
         took = time.perf_counter() - start
     return took
+
+
+def _made_metrics(
+    task: Task, layout: GroupLayout, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Metrics as a calibration would find them, of the same forms, for the layout of a small group.
+
+    Of inputs and gradients that are correlated and whose channels differ in size.
+    """
+    metric = task.method_args["metric"]
+    if metric not in CALIBRATED:
+        return {}
+
+    def channels(width: int) -> torch.Tensor:
+        X = torch.randn(width, width, generator=generator)
+        return X * torch.arange(1, width + 1) ** -_SPECTRUM_DECAY
+
+    shapes = {module.name: gradient_shape(task.layout, module) for module in task.layout.modules}
+    made: dict[str, torch.Tensor] = {}
+    for module in layout.modules:
+        outputs, inputs = layout.weight_shape(module)
+        X, G = channels(inputs), channels(outputs)
+        made[module.name] = X.T @ X / inputs
+        made |= {
+            f"{module.name}.mean_abs": X.abs().mean(0),
+            f"{module.name}.max_abs": X.abs().amax(0),
+        }
+        made[f"{module.name}.out_max_abs"] = G.abs().amax(0)
+        if metric != LOSS:
+            continue
+        form = len(shapes[module.name])
+        if form == 1:
+            made[f"{module.name}.output"] = G.square().mean(0)
+            continue
+        parts = torch.split(G, layout.head_dim, 1) if form == 3 else (G,)
+        blocks = torch.stack([part.T @ part / outputs for part in parts])
+        made[f"{module.name}.output"] = blocks if form == 3 else blocks[0]
+    return made
 
 
 def _scaled(layout: GroupLayout, width: int) -> GroupLayout:

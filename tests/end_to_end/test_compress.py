@@ -235,6 +235,7 @@ def test_plan_states_what_compress_then_does(tiny_llama: Path, tmp_path: Path) -
     table = lestd("plan", tiny_llama, "--keep", 0.4)
     assert table.code == 0
     assert "4 tasks" in table.out
+    assert "│ 0-3 " in table.out  # Layers that are alike have one row.
 
 
 def test_dry_run_writes_nothing(tiny_llama: Path, tmp_path: Path) -> None:

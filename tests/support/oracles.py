@@ -225,9 +225,9 @@ def plan_vs_actual(tables: Tables) -> list[Row]:
                 before["planned_seconds"],
                 sum(seconds) if seconds else None,
             ),
-            "squared error": (
+            "squared error in the run's metric": (
                 sum(errors) if errors and None not in errors else None,
-                total(groups, "squared_error"),
+                total(groups, "metric_squared_error"),
             ),
         }
         for quantity, (planned, actual) in quantities.items():

@@ -48,6 +48,8 @@ def join_or_start(ray: Any, address: str | None) -> str:
         )
     except (OSError, RuntimeError, ValueError) as error:
         advice = "use --executor serial"
+        if "timed out" in str(error):
+            advice = f"run the same command again when the machine is less busy, or {advice}"
         if "AF_UNIX" in str(error):  # Sockets lie there.
             advice = f"set RAY_TMPDIR to a shorter path, such as /tmp, or {advice}"
         if isinstance(error, PermissionError):  # Or it is another user's.

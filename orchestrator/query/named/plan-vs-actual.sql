@@ -29,7 +29,7 @@ with
             -- Those that the budget is for.
             sum(if(size = 'memory', memory_bytes, stored_bytes)) as counted_bytes,
             sum(payload_bytes) as payload_bytes,
-            sum(squared_error) as squared_error
+            sum(metric_squared_error) as squared_error
         from current
         group by run
     ),
@@ -97,7 +97,7 @@ with
         union all
         select run, 6, 'decomposing, seconds', planned_seconds, seconds from known
         union all
-        select run, 7, 'squared error', predicted_squared_error, squared_error from known
+        select run, 7, 'squared error in the run''s metric', predicted_squared_error, squared_error from known
     )
 select run, quantity, planned, actual, actual / nullif(planned, 0) as ratio
 from quantities

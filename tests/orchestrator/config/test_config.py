@@ -11,7 +11,7 @@ from support.paths import ROOT
 from lestd_kernels.errors import LestdError
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.files import Strict, load_yaml, validated
-from orchestrator.config.layers import parse_layers
+from orchestrator.config.layers import list_of_layers, parse_layers
 from orchestrator.config.options import described
 from orchestrator.config.recipes import options_of, recipes
 from orchestrator.config.reference import keywords, page
@@ -49,6 +49,7 @@ def test_layer_lists_that_are_none(key: str, text: str, message: str) -> None:
 
 def test_layer_lists_end_where_they_should() -> None:
     assert parse_layers("0-9999") == set(range(10_000))
+    assert list_of_layers(parse_layers("7,0-1,2,3,5-6")) == "0-3,5-7"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.manifest.manifest import Manifest
 from orchestrator.manifest.schemas import COMPUTING_STAGES
 from orchestrator.planning.plan import make_plan
-from orchestrator.planning.timing import _scaled, predict_seconds
+from orchestrator.planning.timing import _made_metrics, _scaled, predict_seconds
 from orchestrator.source.checkpoint import resolve_source
 
 
@@ -50,6 +50,26 @@ def test_every_task_gets_seconds(tiny_llama):
     assert seconds.keys() == {planned.task.block for planned in plan.tasks}
     assert all(0 < value < math.inf for value in seconds.values())
     assert len(set(seconds.values())) == 2  # one for each kind: the same layout at two budgets
+
+
+@pytest.mark.parametrize("metric", ["activation", "loss"])
+def test_a_calibrated_method_is_measured_with_made_metrics(tiny_llama, tmp_path, metric):
+    (text := tmp_path / "text").write_text("words " * 500)
+    config = RunConfig(keep=0.4, method="gptq", metric=metric, calibrate_on=str(text))
+    plan = make_plan(resolve_source(str(tiny_llama)), config)
+    seconds = predict_seconds(plan, "cpu", 1)
+    assert seconds.keys() == {planned.task.block for planned in plan.tasks}
+
+
+def test_made_metrics_of_a_wide_block_have_the_forms_of_its_calibration(tiny_llama, tmp_path):
+    (text := tmp_path / "text").write_text("words " * 500)
+    config = RunConfig(keep=0.4, method="auto", calibrate_on=str(text))
+    task = make_plan(resolve_source(str(tiny_llama)), config).tasks[0].task
+    wide = replace(task, layout=mha(4096, 64, 64))
+    small = _scaled(wide.layout, 128)
+    made = _made_metrics(wide, small, torch.Generator())
+    shapes = [tuple(made[f"{module.name}.output"].shape) for module in small.modules]
+    assert shapes == [(2, 64, 64)] * 3 + [(128, 128)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
