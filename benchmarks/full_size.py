@@ -59,7 +59,7 @@ DISTURBANCES = (
     (0.66, "server restarted"),
     (0.74, "driver killed"),
     (0.82, "worker killed"),
-    (0.90, "driver interrupted"),
+    (0.90, "driver ended by SIGTERM"),
     (1.20, "driver killed"),
     (1.50, "server restarted"),
     (1.80, "driver killed"),
@@ -145,7 +145,7 @@ class Command:
             return [
                 child
                 for child in psutil.Process(self.process.pid).children(recursive=True)
-                if (title := " ".join(child.cmdline())).startswith("ray::") and "IDLE" not in title
+                if " ".join(child.cmdline()).startswith("ray::DecomposeWorker")
             ]
         return []
 
@@ -269,7 +269,7 @@ class Disturber:
             if what.endswith("host") and os.geteuid() == 0:
                 rename = 'hostname elsewhere && exec "$@"'
                 self._prefix = ["unshare", "--uts", "sh", "-c", rename, "sh"]
-            process.send_signal(signal.SIGINT if "interrupted" in what else signal.SIGKILL)
+            process.send_signal(signal.SIGTERM if "SIGTERM" in what else signal.SIGKILL)
             process.wait()
             self._note(what)
             self._start()
