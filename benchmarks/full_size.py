@@ -324,7 +324,8 @@ def report(disturber: Disturber, reference: Command, wall: float, quiet: float) 
     show("layers with the payload of the undisturbed run", f"{same} of {len(known)}", "all")
     show("a layer, s of wall time, two workers", f"{wall / len(rows):.1f}", f"{per_layer:.1f}")
     show("wall time, s", f"{wall:.0f}", "")
-    show("model on disk, GiB", f"{sizes / GIB:.2f}", f"{plan['out_disk_bytes'] / GIB:.2f}")
+    planned = plan["keep_of_model"] * plan["model_bytes"]
+    show("model on disk, GiB", f"{sizes / GIB:.2f}", f"{planned / GIB:.2f}")
     worker = max(row["peak_memory_bytes"] for row in rows) / GIB
     show("worker memory, GiB", f"{worker:.2f}", f"{plan['worker_memory_bytes'] / GIB:.2f}")
     show("driver memory, GiB", f"{command.driver_bytes / GIB:.2f}", "")
