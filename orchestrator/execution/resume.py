@@ -46,15 +46,20 @@ def resume(
             commit(results)
         return outcomes
 
+    def answer() -> Iterator[Any]:
+        """What is held, committed, and counted."""
+        nonlocal done
+        for one in keep():
+            done += not isinstance(one, Failure)
+            if on_progress is not None:
+                on_progress(one, done, len(items))
+            yield one
+
     try:
         for outcome in executor.map(spec, todo, on_event):
             held.append(outcome)
-            if executor.more and len(held) < _TOGETHER:
-                continue
-            for one in keep():
-                done += not isinstance(one, Failure)
-                if on_progress is not None:
-                    on_progress(one, done, len(items))
-                yield one
+            if not executor.more or len(held) == _TOGETHER:
+                yield from answer()
+        yield from answer()
     finally:
         keep()  # What is there is kept, whatever ended the map.

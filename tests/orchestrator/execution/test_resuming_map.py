@@ -73,3 +73,26 @@ def test_the_serial_executor_says_what_is_there(tmp_path: Path) -> None:
     spec = WorkerSpec(Squarer, {"memory": str(tmp_path)}, in_flight=3)
     said = {outcome.task_id: executor.more for outcome in executor.map(spec, jobs)}
     assert said == {"a": False, "b": said["b"], "c": False}
+
+
+class Promising(SerialExecutor):
+    """Says of the last, too, that another follows."""
+
+    def map(
+        self, spec: WorkerSpec, items: Sequence[Any], on_event: Listener | None = None
+    ) -> Iterator[Any]:
+        self.more = True
+        yield from items
+
+
+def test_nothing_is_left_untold_at_the_end() -> None:
+    jobs = [Job(name) for name in "abc"]
+    kept: list[str] = []
+    outcomes = resume(
+        Promising(),
+        WorkerSpec(Squarer, {}),
+        jobs,
+        (),
+        lambda results: kept.extend(one.task_id for one in results),
+    )
+    assert [one.task_id for one in outcomes] == kept == ["a", "b", "c"]
