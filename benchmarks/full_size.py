@@ -1,7 +1,7 @@
 """A run of full size under disturbances: a 30B checkpoint from a Hub, killed again and again.
 
     python benchmarks/full_size.py --work DIR                       OPT-30B's shape, 48 layers
-    python benchmarks/full_size.py --work DIR --shape tiny --layers 12 --keep 0.6     in minutes
+    python benchmarks/full_size.py --work DIR --shape llama-1b --layers 16 --gone 20    in minutes
 
 The source is benchmarks/made_hub.py, which drops every 50th connection; nothing of it is on disk.
 First an undisturbed run of every sixth layer says what the bytes must be and how long a layer
@@ -41,7 +41,6 @@ from run import peak_bytes, show
 
 from orchestrator.manifest.manifest import Manifest
 
-HERE = Path(__file__).parent
 EVERY = 6
 WORKERS = 2
 GIB = 2**30

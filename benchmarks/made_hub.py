@@ -34,8 +34,14 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import torch
-from make_checkpoint import DTYPES, checkpoint_shards, config_files, make_tensor, weights_index
-from shapes import SHAPES, make_config
+from make_checkpoint import (
+    add_model_options,
+    checkpoint_shards,
+    config_files,
+    make_tensor,
+    weights_index,
+)
+from shapes import make_config
 
 from workers.checkpoint.headers import TensorSpec, build_header
 from workers.checkpoint.tensors import INDEX_FILE
@@ -280,10 +286,7 @@ class HubProcess:
 def main() -> None:
     """Serve until interrupted."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, required=True)
-    parser.add_argument("--layers", type=int, help="(default: as many as the model has)")
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    add_model_options(parser)
     parser.add_argument("--threads", type=int, default=2, help="that make a tensor (default: 2)")
     parser.add_argument("--port", type=int, default=0, help="(default: any that is free)")
     memory = Path(tempfile.gettempdir(), "lestd-made-hub")

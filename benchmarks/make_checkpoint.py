@@ -260,13 +260,18 @@ def config_files(config: PretrainedConfig, dtype: str) -> dict[str, dict[str, An
     }
 
 
-def main() -> None:
-    """Write the checkpoint that the options ask for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options that decide a made model's bytes."""
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--layers", type=int, help="(default: as many as the model has)")
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+
+
+def main() -> None:
+    """Write the checkpoint that the options ask for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_model_options(parser)
     parser.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, help="(default: 5 GB)")
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="do not change a byte (default: all)"

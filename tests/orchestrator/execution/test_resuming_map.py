@@ -1,6 +1,7 @@
 """A map that goes on where an earlier one was stopped."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,32 +40,52 @@ def test_what_is_committed_is_left_out_and_failures_are_not_counted(tmp_path: Pa
     assert [outcome.task_id for outcome in run()] == ["b"]
 
 
-class Bursts(SerialExecutor):
-    """Three results at a time, five in all, and then the end of the driver."""
+class Scripted(SerialExecutor):
+    """Yields an item for each of `follows`, whether another is there already, and then ends."""
+
+    def __init__(self, follows: Sequence[bool], end: BaseException | None) -> None:
+        self.follows, self.end = follows, end
 
     def map(
         self, spec: WorkerSpec, items: Sequence[Any], on_event: Listener | None = None
     ) -> Iterator[Any]:
-        for number, item in enumerate(items[:5]):
-            self.more = number % 3 < 2
+        for more, item in zip(self.follows, items, strict=False):
+            self.more = more
             yield item
-        raise KeyboardInterrupt
+        if self.end is not None:
+            raise self.end
 
 
-def test_what_is_there_together_is_committed_together_whatever_ends_it() -> None:
-    jobs = [Job(name) for name in "abcdefg"]
+@pytest.mark.parametrize(
+    ("follows", "end", "expected"),
+    [
+        (
+            [True, True, False, True, True],
+            KeyboardInterrupt(),
+            ["commit abc", "a 1", "b 2", "c 3", "commit de"],
+        ),
+        # Of the last, too, it was said that another follows.
+        ([True, True, True], None, ["commit abc", "a 1", "b 2", "c 3"]),
+    ],
+    ids=["interrupted", "promised"],
+)
+def test_what_is_there_together_is_committed_together_whatever_ends_it(
+    follows: Sequence[bool], end: BaseException | None, expected: list[str]
+) -> None:
     seen: list[str] = []
     outcomes = resume(
-        Bursts(),
+        Scripted(follows, end),
         WorkerSpec(Squarer, {}),
-        jobs,
+        [Job(name) for name in "abcdefg"],
         (),
         lambda results: seen.append("commit " + "".join(one.task_id for one in results)),
         on_progress=lambda outcome, done, planned: seen.append(f"{outcome.task_id} {done}"),
     )
-    with pytest.raises(KeyboardInterrupt):
-        list(outcomes)
-    assert seen == ["commit abc", "a 1", "b 2", "c 3", "commit de"]
+    told: list[str] = []
+    with pytest.raises(KeyboardInterrupt) if end is not None else nullcontext():
+        told.extend(outcome.task_id for outcome in outcomes)
+    assert seen == expected
+    assert "".join(told) == "abc"
 
 
 def test_the_serial_executor_says_what_is_there(tmp_path: Path) -> None:
@@ -73,26 +94,3 @@ def test_the_serial_executor_says_what_is_there(tmp_path: Path) -> None:
     spec = WorkerSpec(Squarer, {"memory": str(tmp_path)}, in_flight=3)
     said = {outcome.task_id: executor.more for outcome in executor.map(spec, jobs)}
     assert said == {"a": False, "b": said["b"], "c": False}
-
-
-class Promising(SerialExecutor):
-    """Says of the last, too, that another follows."""
-
-    def map(
-        self, spec: WorkerSpec, items: Sequence[Any], on_event: Listener | None = None
-    ) -> Iterator[Any]:
-        self.more = True
-        yield from items
-
-
-def test_nothing_is_left_untold_at_the_end() -> None:
-    jobs = [Job(name) for name in "abc"]
-    kept: list[str] = []
-    outcomes = resume(
-        Promising(),
-        WorkerSpec(Squarer, {}),
-        jobs,
-        (),
-        lambda results: kept.extend(one.task_id for one in results),
-    )
-    assert [one.task_id for one in outcomes] == kept == ["a", "b", "c"]
