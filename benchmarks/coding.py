@@ -40,10 +40,10 @@ def main() -> None:
         Z = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).mul(deviation)
         integers = Z.round().to(torch.int16)
         numbers = integers.numpy().astype("int64")
-        stream = rans.encode(numbers)
+        [stream] = rans.encode([numbers])
         packed = PackedIntegers.pack(integers)
         weights = size * size
-        coding = seconds(lambda numbers=numbers: rans.encode(numbers))
+        coding = seconds(lambda numbers=numbers: rans.encode([numbers]))
         decoding, plain = (
             seconds(lambda stream=stream, by=by: rans.decode([(stream, size, size)], lanes=by))
             for by in (rans_lanes.compiled(), None)

@@ -31,34 +31,38 @@ MOST_INTEGER = (1 << 15) - 1
 def whole_numbers(
     W: Tensor, U: Tensor, r: Tensor, c: Tensor, value_dtype: torch.dtype, V: Tensor | None = None
 ) -> Tensor:
-    """Round with feedback.
+    """Round with feedback, b matrices of one shape side by side.
 
     Args:
-        W: ``(in, out)``, float32.
-        U: see `error_feedback.inverse_factor`; a diagonal ``(in,)`` where inputs cannot make up for
-            each other.
-        r: ``(in,)``, positive.
-        c: ``(out,)``, positive.
+        W: ``(b, in, out)``, float32.
+        U: ``(b, in, in)``, see `error_feedback.inverse_factor`; diagonals ``(b, in)`` where inputs
+            cannot make up for each other.
+        r: ``(b, in)``, positive.
+        c: ``(b, out)``, positive.
         value_dtype: Z is exact in it.
-        V: see `error_feedback.output_factor`.
+        V: ``(b, k, p, p)``, see `error_feedback.output_factor`.
 
     Returns:
-        Z, float32.
+        Z ``(b, in, out)``, float32.
     """
-
-    if U.dim() == 1 and V is None:
-        return _nearest(W, r[:, None] * c, value_dtype)
-    passed_on = torch.diag(torch.ones_like(U)) if U.dim() == 1 else U / U.diagonal()[:, None]
+    if U.dim() == 2 and V is None:
+        return _nearest(W, r[:, :, None] * c[:, None], value_dtype)
+    passed_on = U / U.diagonal(dim1=1, dim2=2)[..., None] if U.dim() == 3 else None
     W, Z = W.clone(memory_format=torch.contiguous_format), torch.empty_like(W)
-    for start in range(0, len(W), _BLOCK):
-        block = slice(start, min(start + _BLOCK, len(W)))
-        own = passed_on[block, block].triu(1)
-        steps = r[block, None] * c
-        if V is None:
-            Z[block], errors = _by_rows(W[block], steps, own, value_dtype)
+    rows = W.shape[1]
+    for start in range(0, rows, _BLOCK):
+        block = slice(start, min(start + _BLOCK, rows))
+        steps = r[:, block, None] * c[:, None]
+        if passed_on is None:
+            own = W.new_zeros(len(W), block.stop - start, block.stop - start)
         else:
-            Z[block], errors = _by_diagonals(W[block], steps, own, V, value_dtype)
-        W[block.stop :] -= passed_on[block, block.stop :].T @ errors
+            own = passed_on[:, block, block].triu(1)
+        if V is None:
+            Z[:, block], errors = _by_rows(W[:, block], steps, own, value_dtype)
+        else:
+            Z[:, block], errors = _by_diagonals(W[:, block], steps, own, V, value_dtype)
+        if passed_on is not None:
+            W[:, block.stop :] -= passed_on[:, block, block.stop :].mT @ errors
     return Z
 
 
@@ -73,16 +77,18 @@ def _by_rows(
     """Round rows in turn: whole numbers, and the error of each as it was rounded.
 
     Args:
-        W: ``(n, out)``, changed in place.
-        steps: ``(n, out)``.
-        passed_on: ``(n, n)``, strictly upper triangular: what of an error later rows make up for.
+        W: ``(b, n, out)``, changed in place.
+        steps: ``(b, n, out)``.
+        passed_on: ``(b, n, n)``, strictly upper triangular: what of an error later rows make up
+            for.
         value_dtype: see `whole_numbers`.
     """
     Z, errors = torch.empty_like(W), torch.empty_like(W)
-    for row in range(len(W)):
-        Z[row] = _nearest(W[row], steps[row], value_dtype)
-        errors[row] = W[row] - Z[row] * steps[row]
-        W[row + 1 :].addcmul_(passed_on[row, row + 1 :, None], errors[row], value=-1)
+    for row in range(W.shape[1]):
+        Z[:, row] = _nearest(W[:, row], steps[:, row], value_dtype)
+        errors[:, row] = W[:, row] - Z[:, row] * steps[:, row]
+        share = passed_on[:, row, row + 1 :, None]
+        W[:, row + 1 :].addcmul_(share, errors[:, row, None], value=-1)
     return Z, errors
 
 
@@ -94,24 +100,27 @@ def _by_diagonals(
     An element waits for those before it in its row and in its column: those of one antidiagonal,
     and of all blocks, are rounded together.
     """
-    blocks, size, _ = V.shape
-    rows, outputs = W.shape
+    matrices, blocks, size, _ = V.shape
+    _, rows, outputs = W.shape
 
     def apart(X: Tensor, fill: float = 0.0) -> Tensor:
-        """``(n, out) -> (n, size, blocks)``, outputs last to first: antidiagonals are diagonals."""
+        """``(b, n, out) -> (n, size, b, blocks)``, outputs last to first: antidiagonals are
+        diagonals."""
         X = functional.pad(X, (0, blocks * size - outputs), value=fill)
-        return X.view(rows, blocks, size).permute(0, 2, 1).flip(1).contiguous()
+        X = X.view(matrices, rows, blocks, size)
+        return X.permute(1, 3, 0, 2).flip(1).contiguous()
 
     def together(X: Tensor) -> Tensor:
-        return X.flip(1).permute(0, 2, 1).reshape(rows, -1)[:, :outputs]
+        return X.flip(1).permute(2, 0, 3, 1).reshape(matrices, rows, -1)[..., :outputs]
 
     W, steps = apart(W), apart(steps, 1.0)
-    along = (V / V.diagonal(dim1=1, dim2=2)[:, :, None]).triu(1).permute(1, 2, 0)
+    passed_on = passed_on.permute(2, 1, 0)[..., None].contiguous()
+    along = (V / V.diagonal(dim1=2, dim2=3)[..., None]).triu(1).permute(2, 3, 0, 1)
     along = along.flip(0, 1).contiguous()
     Z, errors, made_up = torch.empty_like(W), torch.empty_like(W), torch.zeros_like(W)
 
     def diagonal(X: Tensor) -> Tensor:
-        return X[first:stop, left:right].diagonal(dim1=0, dim2=1).T
+        return X[first:stop, left:right].diagonal(dim1=0, dim2=1).movedim(-1, 0)
 
     for time in range(rows + size - 1):
         first, stop = max(0, time - size + 1), min(rows, time + 1)
@@ -122,7 +131,7 @@ def _by_diagonals(
         error, left_over = exact - whole * step, wanted - whole * step
         diagonal(Z).copy_(whole)
         diagonal(errors).copy_(error)
-        W[first:, left:right].addcmul_(passed_on[first:stop, first:].T[..., None], error, value=-1)
+        W[first:, left:right].addcmul_(passed_on[first:, first:stop], error, value=-1)
         made_up[first:stop].addcmul_(along[left:right], left_over[:, None])
     return together(Z), together(errors)
 

@@ -52,6 +52,7 @@ from lestd_kernels.methods.common.coded_matrix import (
     damping_of,
     disk_bits,
     fitting,
+    rounded,
 )
 from lestd_kernels.methods.common.coded_matrix import least_bytes as least_matrix_bytes
 from lestd_kernels.methods.common.one_sided_basis import IDENTITY
@@ -122,7 +123,7 @@ class CodedSide:
                 for one, metric in zip(self.group.modules, self.group.metrics, strict=True)
             ]
             weights = self._on_steps(standing, near)
-            return lambda at: [one.rounded(2.0**at) for one in weights]
+            return lambda at: rounded(weights, 2.0**at)
         A0 = self.group.basis[:, :R].contiguous()
         energy = torch.zeros(R, device=A0.device)
         for one, metric in zip(self.group.modules, self.group.metrics, strict=True):
@@ -131,13 +132,14 @@ class CodedSide:
         [basis] = self._on_steps([(A0, Metric(self.group.mean(), energy))], near)
 
         def at(log_step: float) -> list[RoundedMatrix]:
-            factor = basis.rounded(2.0**log_step).fitted()
+            [factor] = rounded([basis], 2.0**log_step)
+            factor = factor.fitted()
             A, cores = factor.value(), []
             for one, metric in zip(self.group.modules, self.group.metrics, strict=True):
                 M, H = _core(A, one, metric)
                 cores.append(self._standing(M, metric._replace(input=H)))
             stepped = self._on_steps(cores, near)
-            return [factor, *(one.rounded(2.0**log_step) for one in stepped)]
+            return [factor, *rounded(stepped, 2.0**log_step)]
 
         return at
 

@@ -52,6 +52,8 @@ from lestd_kernels.methods.common.coded_matrix import (
     disk_bits,
     fitting,
     memory_bits,
+    most_together,
+    rounded,
 )
 from lestd_kernels.methods.common.coded_matrix import least_bytes as least_matrix_bytes
 from lestd_kernels.methods.common.per_module import (
@@ -70,8 +72,9 @@ _MOST_POINTS = 40
 _MORE_MEMORY = (
     "in memory zeros have a bit each; raise keep, or let it count bytes on disk (size: disk)"
 )
-# Of an element, while it is coded; and of the counts of numbers that spread widely.
-_CODING_BYTES, _COUNTS_BYTES = 64, 64 << 20
+# Of an element, while it is coded, and while it is rounded beside others; and of the counts of
+# numbers that spread widely.
+_CODING_BYTES, _TOGETHER_BYTES, _COUNTS_BYTES = 64, 16, 64 << 20
 
 
 def _modules(
@@ -133,7 +136,7 @@ def _curve(
     def look(at: float) -> int:
         bits = bits_of(rms / 2**at)
         modules = _modules(prepared, bits, prepared.without_feedback_of_outputs)
-        found = [one.rounded(2.0**at) for one in modules]
+        found = rounded(modules, 2.0**at)
         size = sum(one.size for one in found)
         points.append((size, sum(one.error() for one in found)))
         return size
@@ -177,7 +180,7 @@ def encode(
         rms = max(one.rms() for one in modules) or 1.0
         start = math.log2(rms / MOST_RMS) + MOST_BITS - bits
         step, stored = fitting(
-            lambda at: [one.rounded(2.0**at) for one in modules],
+            lambda at: rounded(modules, 2.0**at),
             elements,
             byte_budget,
             math.log2(rms / MOST_RMS),
@@ -207,7 +210,8 @@ def bounds(
         read = {module.reads: layout.weight_shape(module)[1] for module in layout.modules}
         outputs = sum(layout.weight_shape(module)[0] for module in layout.modules)
         workspace += 4 * sum(width**2 for width in read.values()) + 8 * 256 * outputs
-    workspace += _CODING_BYTES * largest + _COUNTS_BYTES
+    together = max(largest, min(most_together(layout.elements), layout.elements))
+    workspace += _CODING_BYTES * largest + _TOGETHER_BYTES * together + _COUNTS_BYTES
     per_weight = 8 * byte_budget / layout.elements
     if args.size == MEMORY:
         disk = int(disk_bits(per_weight, MEMORY) * layout.elements / 8)

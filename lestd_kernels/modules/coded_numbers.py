@@ -55,7 +55,7 @@ class CodedNumbers(nn.Module):
         if self._packing is None:
             return self.get_buffer(_STREAM)
         Z = self._packed().integers()
-        return torch.from_numpy(rans.encode(Z.cpu().numpy().astype("int64"))).to(Z.device)
+        return torch.from_numpy(rans.encode([Z.cpu().numpy()])[0]).to(Z.device)
 
     @property
     def waits(self) -> bool:

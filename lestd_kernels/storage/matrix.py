@@ -10,7 +10,7 @@ its numbers decide, so that its description states them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -62,30 +62,37 @@ class EncodedCore:
 
     @classmethod
     def coded(
-        cls, Z: Tensor, scales: Tensor, value_bits: int, value_dtype: torch.dtype
-    ) -> EncodedCore:
-        """Store ``diag(r) Z diag(c)``, and Z by its entropy.
+        cls,
+        matrices: Sequence[tuple[Tensor, Tensor]],
+        value_bits: int,
+        value_dtype: torch.dtype,
+    ) -> list[EncodedCore]:
+        """Store ``diag(r) Z diag(c)``, and Z by its entropy; several side by side.
 
         Args:
-            Z: ``(rows, columns)``, whole numbers below 2^15 in magnitude, any dtype.
-            scales: ``(rows + columns,)``, r and then c.
+            matrices: of each Z ``(rows, columns)``, whole numbers below 2^15 in magnitude, any
+                dtype, and its scales ``(rows + columns,)``, r and then c.
             value_bits: of a scale: 16 for the value dtype itself, or 8.
             value_dtype: of the scales, or of theirs.
         """
-        rows, columns = Z.shape
-        integers = Z.to(torch.int16).cpu()
-        stream = torch.from_numpy(rans.encode(integers.numpy().astype("int64"))).to(Z.device)
-        own = cls.quantized(scales[None], value_bits, value_dtype, codec="dense")
-        return cls(
-            RANS,
-            rows,
-            columns,
-            int(integers.count_nonzero()),
-            dict(own.tensors) | {"stream": stream},
-            value_bits=value_bits,
-            exponent=own.exponent,
-            packed_bytes=PackedIntegers.pack(integers).packed_bytes,
-        )
+        numbers = [Z.to(torch.int16).cpu() for Z, _ in matrices]
+        streams = rans.encode([Z.numpy() for Z in numbers])
+        found = []
+        for (_, scales), Z, stream in zip(matrices, numbers, streams, strict=True):
+            own = cls.quantized(scales[None], value_bits, value_dtype, codec="dense")
+            found.append(
+                cls(
+                    RANS,
+                    len(Z),
+                    Z.shape[1],
+                    int(Z.count_nonzero()),
+                    dict(own.tensors) | {"stream": torch.from_numpy(stream).to(scales.device)},
+                    value_bits=value_bits,
+                    exponent=own.exponent,
+                    packed_bytes=PackedIntegers.pack(Z).packed_bytes,
+                )
+            )
+        return found
 
     @classmethod
     def encode(cls, matrix: Tensor, pattern: str = UNSTRUCTURED) -> EncodedCore:

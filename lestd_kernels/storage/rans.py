@@ -19,9 +19,11 @@ of which a step then needs one at most.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +64,7 @@ class _Layout:
     classes: Classes
     tables: Sequence[Table]
     lanes: int
+    steps: int
     code_bits: float
 
     @classmethod
@@ -75,7 +78,7 @@ class _Layout:
         tables = [table.normalized(precision) for table in counted]
         bits = _code_bits(counted, tables)
         lanes = max(-(-Z.size // LANE_ELEMENTS), min(int(bits) // _LANE_BITS, Z.size))
-        return cls(precision, classes, tables, lanes, bits)
+        return cls(precision, classes, tables, lanes, -(-Z.size // max(lanes, 1)), bits)
 
     def head(self, escapes: int) -> bytes:
         """The stream up to the words of each lane."""
@@ -86,25 +89,34 @@ class _Layout:
         return b"".join([*parts, *(table.packed() for table in self.tables)])
 
 
-def encode(Z: Integers) -> Bytes:
-    """Code a matrix.
+def encode(matrices: Sequence[npt.NDArray[np.integer[Any]]]) -> list[Bytes]:
+    """Code matrices, their lanes side by side.
 
     Args:
-        Z: ``(rows, columns)``.
+        matrices: each ``(rows, columns)``.
 
     Returns:
-        The stream; the same for the same matrix, wherever it is coded.
+        Their streams; the same for the same matrix, wherever and beside whatever it is coded.
 
     Raises:
         ValueError: a number is beyond 2^15 - 1, either way.
     """
-    layout = _Layout.of(Z)
-    of_element = layout.classes.of_elements()
-    symbols, escaped = _symbol_indices(Z, of_element, layout.tables)
-    words, counts, states = _encode_lanes(symbols, of_element.reshape(-1), layout)
-    parts = [layout.head(len(escaped)), counts.astype("<u2"), states.astype("<u4")]
-    parts += [words.astype("<u2"), escaped.astype("<i2")]
-    return np.frombuffer(b"".join(map(bytes, parts)), np.uint8).copy()
+    layouts = [_Layout.of(Z.astype(np.int64)) for Z in matrices]
+    found: list[Bytes] = [np.empty(0, np.uint8)] * len(layouts)
+    for batch in _batches(layouts):
+        escapes, pushed = [], _Pushed([layouts[i] for i in batch])
+        for place, i in enumerate(batch):
+            of_element = layouts[i].classes.of_elements()
+            Z = matrices[i].astype(np.int64)
+            symbols, escaped = _symbol_indices(Z, of_element, layouts[i].tables)
+            pushed.put(place, symbols, of_element.reshape(-1))
+            escapes.append(escaped)
+        for i, escaped, lanes in zip(batch, escapes, pushed.lanes(), strict=True):
+            words, counts, states = lanes
+            parts = [layouts[i].head(len(escaped)), counts.astype("<u2"), states.astype("<u4")]
+            parts += [words.astype("<u2"), escaped.astype("<i2")]
+            found[i] = np.frombuffer(b"".join(map(bytes, parts)), np.uint8).copy()
+    return found
 
 
 def coded_bytes(Z: Integers) -> int:
@@ -147,37 +159,106 @@ def _symbol_indices(
     return places.reshape(-1), Z[~inside]
 
 
-def _encode_lanes(
-    symbols: Integers, of_element: npt.NDArray[np.uint8], layout: _Layout
-) -> tuple[npt.NDArray[np.uint16], Integers, npt.NDArray[np.uint64]]:
-    """Words of all lanes, how many each has, and the states that decoding starts from."""
-    tables, precision, lanes = layout.tables, layout.precision, layout.lanes
-    states = np.full(lanes, LOW, np.uint64)
-    if all(table.is_certain for table in tables):
-        return np.empty(0, np.uint16), np.zeros(lanes, np.int64), states
-    width = max(len(table.counts) for table in tables)
-    frequency, start = (np.zeros((len(tables), width), np.uint64) for _ in range(2))
-    for row, table in enumerate(tables):
-        frequency[row, : len(table.counts)] = table.counts
-        start[row, : len(table.counts)] = np.cumsum(table.counts) - table.counts
-    missing = -len(symbols) % lanes
-    if missing:
-        of_element = np.append(of_element, np.zeros(missing, np.uint8))
-        symbols = np.append(symbols, np.full(missing, tables[0].commonest))
-    steps = len(symbols) // lanes
-    symbols, of_element = symbols.reshape(steps, lanes), of_element.reshape(steps, lanes)
-    words = np.zeros((steps, lanes), np.uint16)
-    emitted = np.zeros((steps, lanes), bool)
-    shift, sixteen = np.uint64(precision), np.uint64(16)
-    for step in range(steps - 1, -1, -1):
-        own = frequency[of_element[step], symbols[step]]
-        full = states >= own << np.uint64(32 - precision)
-        words[step] = states & np.uint64(0xFFFF)
-        emitted[step] = full
-        states = np.where(full, states >> sixteen, states)
-        quotient, rest = np.divmod(states, own)
-        states = (quotient << shift) + rest + start[of_element[step], symbols[step]]
-    return words.T[emitted.T], emitted.sum(axis=0), states
+class _Pushed:
+    """Lanes of several matrices of one precision, those of most steps first, as they are coded."""
+
+    def __init__(self, layouts: Sequence[_Layout]) -> None:
+        self._layouts = layouts
+        self._first_lane = [0, *accumulate(one.lanes for one in layouts)]
+        tables = [table for one in layouts for table in one.tables]
+        self._first_table = [0, *accumulate(len(one.tables) for one in layouts)]
+        self._width = max((len(table.counts) for table in tables), default=0)
+        shape = len(tables), self._width
+        self._frequency, self._start = (np.zeros(shape, np.uint64) for _ in range(2))
+        for row, table in enumerate(tables):
+            self._frequency[row, : len(table.counts)] = table.counts
+            self._start[row, : len(table.counts)] = np.cumsum(table.counts) - table.counts
+        self._are_certain = all(table.is_certain for table in tables)
+        # Where frequency and start of an element stand.
+        steps = 0 if self._are_certain else layouts[0].steps
+        self._places = np.zeros((steps, self._first_lane[-1]), np.uint32)
+
+    def put(self, place: int, symbols: Integers, of_element: npt.NDArray[np.uint8]) -> None:
+        """Take in the elements of a matrix."""
+        own = self._layouts[place]
+        if self._are_certain:
+            return
+        first = self._first_table[place]
+        places = (first + of_element.astype(np.int64)) * self._width + symbols
+        missing = own.steps * own.lanes - len(symbols)
+        fill = first * self._width + own.tables[0].commonest if missing else 0
+        places = np.append(places, np.full(missing, fill))
+        lanes = slice(self._first_lane[place], self._first_lane[place + 1])
+        self._places[: own.steps, lanes] = places.reshape(own.steps, own.lanes)
+
+    def lanes(self) -> Iterator[tuple[npt.NDArray[np.uint16], Integers, npt.NDArray[np.uint64]]]:
+        """Of each matrix words of all lanes, how many each has, and the states that decoding
+        starts from."""
+        steps, count = self._places.shape
+        states = np.full(count, LOW, np.uint64)
+        words, emitted = np.zeros((steps, count), np.uint16), np.zeros((steps, count), bool)
+        precision, sixteen = np.uint64(self._layouts[0].precision), np.uint64(16)
+        frequency, start = self._frequency.reshape(-1), self._start.reshape(-1)
+        active = _active(self._layouts)
+        for step in range(steps - 1, -1, -1):
+            here = slice(int(active[step]))
+            place, x = self._places[step, here], states[here]
+            own = frequency[place]
+            full = x >= own << (np.uint64(32) - precision)
+            words[step, here] = x & np.uint64(0xFFFF)
+            emitted[step, here] = full
+            x = np.where(full, x >> sixteen, x)
+            quotient, rest = np.divmod(x, own)
+            states[here] = (quotient << precision) + rest + start[place]
+        for first, stop in pairwise(self._first_lane):
+            own_words, own_emitted = words[:, first:stop].T, emitted[:, first:stop].T
+            yield own_words[own_emitted], own_emitted.sum(axis=1), states[first:stop]
+
+
+class _Lanes(Protocol):
+    """What is coded or decoded: its lanes."""
+
+    @property
+    def precision(self) -> int: ...
+
+    @property
+    def tables(self) -> Sequence[Table]: ...
+
+    @property
+    def lanes(self) -> int: ...
+
+    @property
+    def steps(self) -> int: ...
+
+
+def _batches(every: Sequence[_Lanes]) -> list[list[int]]:
+    """Divide into those that go together: of one precision, and of about as many steps.
+
+    In each the ones of most steps come first.
+    """
+    kinds = [(one.precision, all(table.is_certain for table in one.tables)) for one in every]
+    order = sorted(range(len(every)), key=lambda i: (kinds[i], -every[i].steps))
+    batches: list[list[int]] = []
+    batch: list[int] = []
+    for place, index in enumerate(order):
+        batch.append(index)
+        following = order[place + 1] if place + 1 < len(order) else None
+        together = sum(every[i].lanes for i in batch)
+        if (
+            following is None
+            or kinds[following] != kinds[index]
+            or (together + every[following].lanes) * every[batch[0]].steps > _BATCH_ELEMENTS
+            or sum(len(every[i].tables) for i in (*batch, following)) >= 1 << 16
+        ):
+            batches.append(batch)
+            batch = []
+    return batches
+
+
+def _active(batch: Sequence[_Lanes]) -> npt.NDArray[np.intp]:
+    """How many lanes have an element in each step."""
+    going = np.repeat([one.steps for one in batch], [one.lanes for one in batch])
+    return np.searchsorted(-going, -np.arange(batch[0].steps), side="left")
 
 
 def decode(
@@ -201,30 +282,13 @@ def decode(
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(lambda one: _numbers(one, lanes(one)), parsed))
     found: list[Numbers] = [np.empty(0, np.int16)] * len(parsed)
-    # Those that take about as many steps go together.
-    kinds = [(one.precision, all(table.is_certain for table in one.tables)) for one in parsed]
-    order = sorted(range(len(parsed)), key=lambda i: (kinds[i], -parsed[i].steps))
-    batches: list[list[int]] = []
-    batch: list[int] = []
-    for place, index in enumerate(order):
-        batch.append(index)
-        following = order[place + 1] if place + 1 < len(order) else None
-        together = sum(parsed[i].lanes for i in batch)
-        if (
-            following is None
-            or kinds[following] != kinds[index]
-            or (together + parsed[following].lanes) * parsed[batch[0]].steps > _BATCH_ELEMENTS
-            or sum(len(parsed[i].tables) for i in (*batch, following)) >= 1 << 16
-        ):
-            batches.append(batch)
-            batch = []
 
     def decode_batch(batch: list[int]) -> None:
         for i, numbers in zip(batch, _decode_batch([parsed[i] for i in batch]), strict=True):
             found[i] = numbers
 
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(decode_batch, batches))
+        list(pool.map(decode_batch, _batches(parsed)))
     return found
 
 
@@ -256,8 +320,7 @@ def _decode_batch(batch: Sequence[Parsed]) -> list[Numbers]:
     at = ends - np.concatenate([one.counts for one in batch])
     numbers = np.zeros((steps, lanes), np.int16)
     mask, shift, sixteen = np.uint32((1 << precision) - 1), np.uint32(precision), np.uint32(16)
-    going = np.repeat([one.steps for one in batch], [one.lanes for one in batch])
-    active = np.searchsorted(-going, -np.arange(steps), side="left")
+    active = _active(batch)
     if all(table.is_certain for table in tables):
         numbers, active = symbols[bases.astype(np.int64) << precision], active[:0]
     for step in range(len(active)):

@@ -52,13 +52,15 @@ def one_by_one(W: Tensor, A: Tensor, B: Tensor, steps: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("sides", ["inputs", "both"])
 def test_feedback_is_the_least_squares_of_the_kronecker_product(sides: str) -> None:
-    W = torch.randn(37, 6, generator=torch.Generator().manual_seed(0))
-    A, B = gram(37, 1), gram(6, 2) if sides == "both" else torch.eye(6)
-    r, c = torch.linspace(0.5, 1, 37), torch.linspace(0.7, 0.4, 6)
-    V = output_factor(B) if sides == "both" else None
+    W = torch.randn(2, 37, 6, generator=torch.Generator().manual_seed(0))
+    A = torch.stack([gram(37, 1), gram(37, 3)])
+    B = torch.stack([gram(6, 2), gram(6, 4)]) if sides == "both" else torch.eye(6).expand(2, 6, 6)
+    r, c = torch.linspace(0.5, 1, 74).view(2, 37), torch.linspace(0.7, 0.4, 12).view(2, 6)
+    V = torch.stack([output_factor(one) for one in B]) if sides == "both" else None
     found = whole_numbers(W, inverse_factor(A), r, c, FP32, V)
-    expected = one_by_one(W, A, B, r[:, None] * c)
-    assert (found == expected).float().mean() > 0.99
+    for i in range(2):
+        expected = one_by_one(W[i], A[i], B[i], r[i, :, None] * c[i])
+        assert (found[i] == expected).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("form", ["gram", "diagonal", "none"])
@@ -205,7 +207,7 @@ def test_numbers_in_memory_are_those_on_disk(name: str) -> None:
     packed = PackedIntegers.pack(Z)
     assert torch.equal(packed.integers(), Z)
     r, c = torch.linspace(0.01, 0.02, 64), torch.linspace(1, 2, 72)
-    stored = EncodedCore.coded(Z, torch.cat((r, c)), 8, BF16)
+    [stored] = EncodedCore.coded([(Z, torch.cat((r, c)))], 8, BF16)
     entry = {"rows": 64, "columns": 72} | stored.describe()
     assert entry["packed_bytes"] == packed.packed_bytes
     matrix = PackedMatrix(entry, BF16)

@@ -34,6 +34,7 @@ SCALE_BITS = 8
 MOST_RMS, MOST_BITS = 62.0, 8
 """Root mean square of whole numbers of 8 bits of entropy: finer steps are not worth their bytes."""
 _LEAST_DAMPING = 0.01
+_FEW_ELEMENTS = 1 << 22
 # As measured: bits in memory of a number that takes so many on disk. Few have a mask besides, and
 # more have some beside them.
 _MEMORY_OF_BITS, _MEMORY_MORE = 1.5, 0.4
@@ -156,17 +157,17 @@ class SteppedMatrix:
         """Root mean square of the weights in units of the step 1."""
         return float((self.W / (self.r[:, None] * self.c)).double().square().mean().sqrt())
 
-    def rounded(self, step: float) -> RoundedMatrix:
-        """Round on a step."""
-        scales = torch.cat((self.r, self.c)) * math.sqrt(step)
-        stored = self._stored(scales)
-        r, c = torch.split(stored, list(self.W.shape))
-        Z = whole_numbers(self.W, self.U, r, c, self.value_dtype, self.V)
+    def scales(self, step: float) -> Tensor:
+        """Those of a step, ``(in + out,)``, as they are once they have been stored."""
+        return self._stored(torch.cat((self.r, self.c)) * math.sqrt(step))
+
+    def bytes_of(self, Z: Tensor) -> int:
+        """About the bytes that count of whole numbers and scales."""
         if self.size == MEMORY:
             numbers = packed_bytes(Z.to(torch.int16))
         else:
             numbers = coded_bytes(Z.to(torch.int64).cpu().numpy())
-        return RoundedMatrix(self, Z, stored, numbers + self.scale_bytes)
+        return numbers + self.scale_bytes
 
     def _stored(self, scales: Tensor) -> Tensor:
         """Scales as they are once they have been stored; positive."""
@@ -221,9 +222,53 @@ class RoundedMatrix:
         r, c = torch.split(self.scales, list(self.Z.shape))
         return (r[:, None] * self.Z * c).to(self.matrix.value_dtype).float()
 
-    def stored(self) -> EncodedCore:
-        """As it is stored."""
-        return EncodedCore.coded(self.Z, self.scales, SCALE_BITS, self.matrix.value_dtype)
+
+def rounded(matrices: Sequence[SteppedMatrix], step: float) -> list[RoundedMatrix]:
+    """Round on a step, matrices of one shape and one form of metric side by side.
+
+    What is rounded together follows from the matrices alone, so that the last bits of products do.
+    """
+    kinds: dict[tuple[object, ...], list[int]] = {}
+    for index, one in enumerate(matrices):
+        V = None if one.V is None else one.V.shape
+        kinds.setdefault((one.W.shape, one.U.dim(), V), []).append(index)
+    most = most_together(sum(one.W.numel() for one in matrices))
+    found: dict[int, RoundedMatrix] = {}
+    for alike in kinds.values():
+        own = matrices[alike[0]]
+        count = max(most // (own.W.numel() + own.U.numel()), 1)
+        for first in range(0, len(alike), count):
+            some = alike[first : first + count]
+            found |= zip(some, _side_by_side([matrices[i] for i in some], step), strict=True)
+    return [found[index] for index in range(len(matrices))]
+
+
+def most_together(elements: int) -> int:
+    """How many elements, with those of factors of metrics, are rounded side by side.
+
+    Args:
+        elements: of all matrices.
+    """
+    return max(_FEW_ELEMENTS, elements // 8)
+
+
+def _side_by_side(matrices: Sequence[SteppedMatrix], step: float) -> list[RoundedMatrix]:
+    scales = [one.scales(step) for one in matrices]
+    W = torch.stack([one.W for one in matrices])
+    r, c = torch.split(torch.stack(scales), list(W.shape[1:]), dim=1)
+    V = [one.V for one in matrices if one.V is not None]
+    Z = whole_numbers(
+        W,
+        torch.stack([one.U for one in matrices]),
+        r,
+        c,
+        matrices[0].value_dtype,
+        torch.stack(V) if V else None,
+    )
+    return [
+        RoundedMatrix(one, numbers, own, one.bytes_of(numbers))
+        for one, numbers, own in zip(matrices, Z, scales, strict=True)
+    ]
 
 
 def _steps(G: Tensor | None, width: int, damping: float, like: Tensor) -> tuple[Tensor, float]:
@@ -266,7 +311,8 @@ def fitting(
 
     while True:
         start, found = finest_within(tried, left, elements, finest, start)
-        stored = [one.fitted().stored() for one in found]
+        fitted = [(one.Z, one.fitted().scales) for one in found]
+        stored = EncodedCore.coded(fitted, SCALE_BITS, found[0].matrix.value_dtype)
         excess = sum(counted_bytes(one, size) for one in stored) - byte_budget
         if excess <= 0:
             return start, stored
