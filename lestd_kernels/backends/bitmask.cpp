@@ -7,11 +7,15 @@
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
 #include <omp.h>
 #include <torch/library.h>
 
 #include <optional>
 #include <string>
+
+#include "packing.h"
+#include "rans_lanes.h"
 
 extern "C" int MKL_Set_Num_Threads_Local(int count) __attribute__((weak));  // null without MKL
 
@@ -273,12 +277,20 @@ TORCH_LIBRARY(lestd, library) {
   library.def(
       "bitmask_expand(Tensor values, Tensor mask, int rows, int columns, str path) -> Tensor");
   library.def("bitmask_paths() -> str[]", paths);
+  library.def("packing_counts(Tensor Z, int[] bits) -> int[]");
+  library.def("packing_pack(Tensor Z, int bits, bool masked) -> (Tensor, Tensor, int, Tensor)");
+  library.def(
+      "rans_lanes(Tensor tables, Tensor words, Tensor ends, Tensor states, Tensor row_levels, "
+      "Tensor column_levels, Tensor class_of_sum, int precision, str path) -> (Tensor, bool)");
 }
 
 TORCH_LIBRARY_IMPL(lestd, CPU, library) {
   library.impl("bitmask_apply", bitmask_apply);
   library.impl("bitmask_matmul", bitmask_matmul);
   library.impl("bitmask_expand", bitmask_expand);
+  library.impl("packing_counts", packing_counts);
+  library.impl("packing_pack", packing_pack);
+  library.impl("rans_lanes", rans_lanes);
 }
 
 }  // namespace

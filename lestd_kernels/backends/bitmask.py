@@ -3,7 +3,7 @@
 More tokens multiply tiles of M that are expanded one after the other and stay in the cache. M never
 exists as a whole.
 
-The kernel is C++ (`bitmask.h`, `*.cpp`; with it what decodes coded numbers), compiled on first use
+The kernel is C++ (`*.cpp`, `*.h`; with it what packs and decodes coded numbers), compiled on first use
 with PyTorch's own tooling, several files at a time, and cached where PyTorch caches extensions
 (``TORCH_EXTENSIONS_DIR``). It needs a C++ compiler and ninja; where there is none, or compiling
 fails, one warning says so and `eager` does the work.
@@ -33,7 +33,7 @@ from lestd_kernels.backends.cpu import emulated
 from lestd_kernels.storage.matrix import EncodedCore
 
 _NAME = "lestd_bitmask"
-_HEADERS = sorted(Path(__file__).parent.glob("bitmask*.h"))
+_HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 _SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))  # the one that takes longest is first
 # GCC would keep the pointers to several rows in one vector register, and take them out again.
 _FLAGS = ["-O3", "-fopenmp", "-fno-tree-slp-vectorize"]

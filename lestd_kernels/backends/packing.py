@@ -1,4 +1,4 @@
-"""Whole numbers packed in few bits by the compiled kernel (`packing.cpp`).
+"""Whole numbers packed in few bits by the compiled kernel (`packing.h`).
 
 What lestd_kernels.storage.packed_integers does with PyTorch, which is the specification, with the
 same result and some times as fast.

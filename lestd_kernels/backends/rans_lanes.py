@@ -1,7 +1,7 @@
 """The lanes of coded numbers, decoded by the compiled kernel.
 
 What lestd_kernels.storage.rans does in numpy, which is the specification, with the same result and
-some times as fast. The kernel (`rans_lanes.cpp`) is compiled together with that for products.
+some times as fast. The kernel (`rans_lanes.h`) is compiled together with that for products.
 """
 
 from __future__ import annotations

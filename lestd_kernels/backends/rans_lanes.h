@@ -2,9 +2,8 @@
 //
 // Streams are shared out among threads by the caller. Whatever a damaged one says, it is read within
 // bounds only: a lane that wants more words than there are gets the last, and does not end as it
-// should. With AVX-512 a step decodes 16 lanes at once.
-#include <ATen/ATen.h>
-#include <torch/library.h>
+// should. With AVX-512 a step decodes 16 lanes at once. A part of bitmask.cpp, as packing.h.
+#pragma once
 
 #include <algorithm>
 #include <cstdint>
@@ -271,13 +270,4 @@ std::tuple<at::Tensor, bool> rans_lanes(const at::Tensor& tables, const at::Tens
 }
 
 }  // namespace
-
-TORCH_LIBRARY_FRAGMENT(lestd, library) {
-  library.def(
-      "rans_lanes(Tensor tables, Tensor words, Tensor ends, Tensor states, Tensor row_levels, "
-      "Tensor column_levels, Tensor class_of_sum, int precision, str path) -> (Tensor, bool)");
-}
-
-TORCH_LIBRARY_IMPL(lestd, CPU, library) { library.impl("rans_lanes", rans_lanes); }
-
 }  // namespace lestd

@@ -1,8 +1,8 @@
 // Packs whole numbers in few bits as lestd_kernels/storage/packed_integers.py does, which is the
-// specification.
-#include <ATen/ATen.h>
-#include <torch/library.h>
+// specification. A part of bitmask.cpp: PyTorch's headers take longer to compile than all of this.
+#pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <tuple>
@@ -151,15 +151,4 @@ std::tuple<at::Tensor, at::Tensor, int64_t, at::Tensor> packing_pack(const at::T
 }
 
 }  // namespace
-
-TORCH_LIBRARY_FRAGMENT(lestd, library) {
-  library.def("packing_counts(Tensor Z, int[] bits) -> int[]");
-  library.def("packing_pack(Tensor Z, int bits, bool masked) -> (Tensor, Tensor, int, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(lestd, CPU, library) {
-  library.impl("packing_counts", packing_counts);
-  library.impl("packing_pack", packing_pack);
-}
-
 }  // namespace lestd
