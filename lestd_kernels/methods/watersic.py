@@ -120,16 +120,14 @@ def _modules(
 def _curve(
     prepared: Group, log_step: float, rms: float, budgets: Sequence[int]
 ) -> tuple[CurvePoint, ...]:
-    """What errors to expect at other budgets: between steps, their logarithms are straight.
+    """What errors to expect at budgets: between steps, their logarithms are straight.
 
     Args:
         prepared: the group.
-        log_step: logarithm of a step to begin with.
+        log_step: logarithm of the step of the first of them.
         rms: of the weights in units of the step 1.
-        budgets: the others.
+        budgets: that one, and others.
     """
-    if not budgets:
-        return ()
     points: list[tuple[int, float]] = []
     finest = math.log2(rms / MOST_RMS)
 
@@ -187,14 +185,19 @@ def encode(
             start,
             prepared.args.size,
         )
-        curve = _curve(prepared, step, rms, curve_budgets)
+        foreseen: tuple[CurvePoint, ...] = ()
+        if curve_budgets:
+            foreseen = _curve(prepared, step, rms, [byte_budget, *curve_budgets])
     chains = {
         module.name: ModuleChain((Multiply(0),), (matrix,))
         for module, matrix in zip(prepared.layout.modules, stored, strict=True)
     }
     expected = sum(one.cost * one.W.numel() for one in modules) * 4.0**step
     done = chain_result(prepared, StoredChains(chains, expected=expected), clock)
-    return replace(done, curve=curve)
+    # Curves know no feedback of outputs: what is stored here says how much that gains.
+    gains = done.metric_squared_error / foreseen[0].squared_error if foreseen else 1.0
+    curve = [replace(one, squared_error=one.squared_error * gains) for one in foreseen[1:]]
+    return replace(done, curve=tuple(curve))
 
 
 def bounds(
