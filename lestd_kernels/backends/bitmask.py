@@ -4,8 +4,7 @@ More tokens multiply tiles of M that are expanded one after the other and stay i
 exists as a whole.
 
 The kernel is C++ (`*.cpp`, `*.h`; with it what packs and decodes coded numbers), compiled on first
-use
-with PyTorch's own tooling, several files at a time, and cached where PyTorch caches extensions
+use with PyTorch's own tooling, several files at a time, and cached where PyTorch caches extensions
 (``TORCH_EXTENSIONS_DIR``). It needs a C++ compiler and ninja; where there is none, or compiling
 fails, one warning says so and `eager` does the work.
 

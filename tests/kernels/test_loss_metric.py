@@ -275,3 +275,12 @@ def test_auto_keeps_the_best_of_its_candidates(
     assert done.curve[1].squared_error < done.curve[0].squared_error
     with pytest.raises(LestdError, match="supports only value_bits 16"):
         auto.METHOD.least_bytes(small, BF16, MethodArgs(metric=LOSS, value_bits=4))
+
+
+@pytest.mark.parametrize("form", ["full", "head", "diagonal"])
+def test_what_watersic_foresees_at_its_own_budget_is_what_it_stored(form: str) -> None:
+    # Feedback along the outputs is part of both: auto compares them with one another.
+    done = decompose("watersic", GQA, 0.2, form, BF16)
+    half, own = done.curve
+    assert own.squared_error == pytest.approx(done.metric_squared_error, rel=0.01)
+    assert half.squared_error > own.squared_error
