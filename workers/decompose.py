@@ -35,6 +35,7 @@ from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.chain import Chain
 from lestd_kernels.formats.entries import with_stored_path
 from lestd_kernels.formats.kinds import Decomposition
+from lestd_kernels.linalg.metric import whole
 from lestd_kernels.methods import LOSS, METHODS, NORM, Decomposed, Group, MethodArgs
 from lestd_kernels.methods.common.base import STATISTICS, add_seconds
 from lestd_kernels.methods.common.stopwatch import Stopwatch
@@ -370,6 +371,8 @@ def _read_metrics(task: Task) -> dict[str, Tensor]:
             read[name].square_()
         elif name in widths:
             check_metric(read[name], ref, widths[name])
+            if not name.endswith(".output"):
+                read[name] = whole(read[name])
         tokens = f"{name}.tokens"  # In the metric loss: the mean is asked for, not the sum.
         if tokens in task.metric_tensors:
             read[name] /= read_tensor(task.metric_tensors[tokens]).clamp(min=1)

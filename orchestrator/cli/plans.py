@@ -18,6 +18,9 @@ from orchestrator.planning.plan import Plan
 from orchestrator.source.checkpoint import Source
 from workers.contracts import OUTSIDE, Task
 
+# Channels of a block of a Gram matrix, where the whole ones take more than the model.
+_NARROW = 4096
+
 
 def _bound(layer: dict[str, Any], name: str, words: str) -> str:
     """A bound in words; nothing where the method has none."""
@@ -140,12 +143,20 @@ def print_plan(name: str, planned: dict[str, Any], json: bool) -> None:
             f"{output.size(costs['working_bytes'])} more while it is made; up to "
             f"{costs['pieces']} workers share it"
         )
-        less = planned["calibration_of_attention"]
-        if less is not None and costs["kept_bytes"] > total["model_bytes"]:
+        if costs["kept_bytes"] > total["model_bytes"]:
+            less = {
+                f"with --gram-width {_NARROW}": planned["calibration_narrow"],
+                "with scope attention": planned["calibration_of_attention"],
+            }
+            ways = [
+                f"{how} it is {output.size(one['kept_bytes'])} and at most "
+                f"{output.size(one['working_bytes'])} more"
+                for how, one in less.items()
+                if one is not None
+            ]
             output.out.print(
-                "that is more than the model itself has, for inputs that are wide or many: with "
-                f"scope attention it is {output.size(less['kept_bytes'])} and at most "
-                f"{output.size(less['working_bytes'])} more, in the metric weight nothing"
+                "that is more than the model itself has, for inputs that are wide or many: "
+                f"{'; '.join([*ways, 'in the metric weight nothing'])}"
             )
     if "predicted_seconds" in total:
         output.out.print(
@@ -180,14 +191,17 @@ def describe_plan(
         tasks = [planned.task for planned in plan.tasks]
         attention = [task for task in tasks if task.scope == "attention"]
 
-        def costs(of: Sequence[Task]) -> dict[str, Any]:
-            blocks = blocks_of(of)
+        def costs(of: Sequence[Task], gram_width: int | None) -> dict[str, Any]:
+            blocks = blocks_of(of, gram_width)
             return asdict(calibration_costs(source, blocks, config.samples, config.sample_tokens))
 
-        described["calibration"] = costs(tasks)
-        described["calibration_of_attention"] = None
+        described["calibration"] = costs(tasks, config.gram_width)
+        described["calibration_of_attention"] = described["calibration_narrow"] = None
         if 0 < len(attention) < len(tasks):
-            described["calibration_of_attention"] = costs(attention)
+            described["calibration_of_attention"] = costs(attention, config.gram_width)
+        narrow = costs(tasks, _NARROW)
+        if narrow["kept_bytes"] < described["calibration"]["kept_bytes"]:
+            described["calibration_narrow"] = narrow
     if time:
         from orchestrator.planning.timing import predict_seconds  # It imports the methods.
 

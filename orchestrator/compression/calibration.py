@@ -126,12 +126,13 @@ def calibrate_for(
     """
     return calibrate(
         source,
-        blocks_of(tasks),
+        blocks_of(tasks, config.gram_width),
         samples_of(source, config),
         executor,
         directory,
         device=device,
         threads=config.threads,
+        gram_width=config.gram_width,
         **listeners,
     )
 
@@ -145,6 +146,7 @@ def calibrate(
     *,
     device: str = "cpu",
     threads: int = 1,
+    gram_width: int | None = None,
     require_lock: Callable[[], None] = lambda: None,
     on_start: Callable[[str, Sequence[CalibrationItem], set[str]], None] | None = None,
     on_event: Listener | None = None,
@@ -162,6 +164,7 @@ def calibrate(
         directory: of the calibration; several runs may use one, one at a time.
         device: ``"cpu"`` or ``"cuda"``: where workers compute.
         threads: CPU threads of a worker. The last bit of the result depends on it.
+        gram_width: what decided the shapes of the blocks' Gram matrices, see `blocks_of`.
         require_lock: called before anything is believed to be done; raises if another driver has
             taken over.
         on_start: called with ``"calibrate"``, the items that are left to do, and no finished ones;
@@ -184,6 +187,8 @@ def calibrate(
         "threads": threads,
         "versions": software_versions() | {"transformers": transformers.__version__},
     }
+    if gram_width is not None:
+        about["gram_width"] = gram_width
     if isinstance(directory, Path):
         directory = directory.absolute()  # Workers have directories of their own.
     length = _windows_of_a_piece(directory, blocks, len(samples.token_ids))

@@ -41,6 +41,7 @@ class RunOptions(TypedDict, total=False):
     calibrate_on: str | None
     samples: int
     sample_tokens: int
+    gram_width: int | None
     device: Literal["auto", "cpu", "cuda"]
     threads: int
     layer_keep: dict[str, float]

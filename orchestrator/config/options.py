@@ -167,6 +167,15 @@ class CalibrationText:
     ] = None
     samples: Annotated[int, CALIBRATION("Windows of the calibration text.", ge=1)] = 128
     sample_tokens: Annotated[int, CALIBRATION("Tokens per such window.", ge=1)] = 256
+    gram_width: Annotated[
+        int | None,
+        CALIBRATION(
+            "Of inputs with more channels keep the Gram matrix of each N neighbours at most: less "
+            "disk and time, for wide models.",
+            ge=64,
+            default="all channels",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from orchestrator.config.yaml_text import parse_yaml
 _SAME_FOR_ALL = frozenset(
     (
         *(*TARGETS, "layer_keep", "method", "scope", "include", "exclude", "device"),
-        *("calibrate_on", "samples", "sample_tokens"),
+        *("calibrate_on", "samples", "sample_tokens", "gram_width"),
     )
 )
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._]+")

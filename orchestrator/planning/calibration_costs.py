@@ -6,6 +6,7 @@ layer's gradient needs of one window; without, two layers' and a window's activa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,18 +33,39 @@ WORKER_BASE_BYTES = 600 * 2**20
 _WHOLE_WIDTH = 2048
 
 
-def blocks_of(tasks: Iterable[Task]) -> list[CalibratedBlock]:
-    """Statistics that the decomposition of these slice groups needs."""
+def blocks_of(tasks: Iterable[Task], gram_width: int | None = None) -> list[CalibratedBlock]:
+    """Statistics that the decomposition of these slice groups needs.
+
+    Args:
+        tasks: the groups.
+        gram_width: see `orchestrator.config.options.CalibrationText`.
+    """
     return [
         CalibratedBlock(
             task.layer,
             task.block,
             {module.name: module.reads for module in task.layout.modules},
-            {m.reads: task.layout.weight_shape(m)[1] for m in task.layout.modules},
+            {
+                m.reads: gram_shape(task.layout.weight_shape(m)[1], gram_width)
+                for m in task.layout.modules
+            },
             _watched_outputs(task) if task.method_args["metric"] == LOSS else (),
         )
         for task in tasks
     ]
+
+
+def gram_shape(width: int, most: int | None) -> tuple[int, ...]:
+    """Of the Gram matrix of an input: whole, or in as few equal blocks as are narrow enough.
+
+    Args:
+        width: channels of the input.
+        most: of a block; None for any.
+    """
+    if most is None or width <= most:
+        return (width, width)
+    count = next(k for k in range(2, width + 1) if width % k == 0 and width // k <= most)
+    return (count, width // count, width // count)
 
 
 def _watched_outputs(task: Task) -> tuple[WatchedOutput, ...]:
@@ -104,7 +126,7 @@ def outside_bytes(source: Source) -> int:
 
 def input_bytes(blocks: Iterable[CalibratedBlock]) -> int:
     """Bytes of the Gram matrices of these blocks' inputs."""
-    return sum(4 * width**2 for block in blocks for width in block.widths.values())
+    return sum(4 * math.prod(shape) for block in blocks for shape in block.grams.values())
 
 
 def output_bytes(blocks: Iterable[CalibratedBlock]) -> int:
@@ -112,10 +134,7 @@ def output_bytes(blocks: Iterable[CalibratedBlock]) -> int:
     total = 0
     for block in blocks:
         for one in block.outputs:
-            elements = 4
-            for size in one.shape:
-                elements *= size
-            total += elements
+            total += 4 * math.prod(one.shape)
     return total
 
 

@@ -326,6 +326,8 @@ def calibration_digest(config: RunConfig) -> str:
     assert config.calibrate_on is not None
     text = read_calibration(config.calibrate_on)
     settings = [hashlib.sha256(text).hexdigest(), config.samples, config.sample_tokens]
+    if config.gram_width is not None:
+        settings.append(config.gram_width)
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 

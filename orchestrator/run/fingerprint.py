@@ -114,7 +114,7 @@ def fingerprint(source: Source, config: RunConfig, device: str) -> dict[str, Any
     if config.used_metric in CALIBRATED:
         chosen["calibrate_on"] = calibration_digest(config)
     else:  # A text that nothing is computed with, as a comparison gives to all of its methods.
-        unused = ("calibrate_on", "samples", "sample_tokens")
+        unused = ("calibrate_on", "samples", "sample_tokens", "gram_width")
         chosen |= {name: RunConfig.model_fields[name].default for name in unused}
     model = {"config.json": source.config_json, "shards": sample_digests(source.index)}
     if source.quantization is not None:

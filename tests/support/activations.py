@@ -35,11 +35,14 @@ def some_samples(windows: int = 11, length: int = 13) -> Samples:
     return Samples(tuple(map(tuple, ids)), about)
 
 
-def all_blocks(source: Source, metric: str = "activation") -> list[CalibratedBlock]:
+def all_blocks(
+    source: Source, metric: str = "activation", gram_width: int | None = None
+) -> list[CalibratedBlock]:
     """Attention and FFN or experts of every layer."""
     planned = make_plan(source, RunConfig(keep=0.6, scope="all", method="svd"))
     tasks = [one.task for one in planned.tasks]
-    return blocks_of(replace(t, method_args=t.method_args | {"metric": metric}) for t in tasks)
+    of_metric = (replace(t, method_args=t.method_args | {"metric": metric}) for t in tasks)
+    return blocks_of(of_metric, gram_width)
 
 
 # -- the oracle: one float64 forward of the whole model, with hooks -------------------------------

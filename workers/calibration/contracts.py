@@ -46,14 +46,15 @@ class CalibratedBlock:
         layer: index of the decoder layer.
         path: path of the block in the loaded model, ``"model.layers.7.self_attn"``.
         modules: module of the block -> name of the input that it reads.
-        widths: name of the input -> its channels.
+        grams: name of the input -> shape of its Gram matrix: ``(n, n)``, or ``(k, p, p)`` of the
+            blocks on its diagonal.
         outputs: of the modules, where the gradients of their outputs are wanted, too.
     """
 
     layer: int
     path: str
     modules: dict[str, str]
-    widths: dict[str, int]
+    grams: dict[str, tuple[int, ...]]
     outputs: tuple[WatchedOutput, ...] = ()
 
     @property

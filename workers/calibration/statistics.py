@@ -15,6 +15,7 @@ repeated here. Shapes: T rows (tokens), n channels of the input, m of the output
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -81,16 +82,17 @@ class InputStatistics:
 
     Attributes:
         tokens: T, the rows so far.
-        gram: ``X^T X`` ``(n, n)``.
+        gram: ``X^T X`` ``(n, n)``, or its blocks on the diagonal ``(k, p, p)``.
         sum_abs: sum of ``|x|`` ``(n,)``.
         max_abs: maximum of ``|x|`` ``(n,)``.
         out_max_abs: maximum of ``|y|`` of the outputs ``(m,)``, where they matter: those of a down
             projection tell of super weights (arXiv 2411.07191, section 3.1).
     """
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    def __init__(self, gram: tuple[int, ...], device: torch.device) -> None:
+        width = math.prod(gram[:-1])
         self.tokens = 0
-        self.gram = torch.zeros(width, width, device=device)
+        self.gram = torch.zeros(gram, device=device)
         self.sum_abs = torch.zeros(width, device=device)
         self.max_abs = torch.zeros(width, device=device)
         self.out_max_abs: Tensor | None = None
@@ -99,7 +101,11 @@ class InputStatistics:
         """Take in rows ``(.., n)``, and their outputs ``(.., m)``."""
         X = inputs.reshape(-1, inputs.shape[-1]).float()
         self.tokens += len(X)
-        self.gram.addmm_(X.T, X)
+        if self.gram.dim() == 2:
+            self.gram.addmm_(X.T, X)
+        else:
+            blocks = X.view(len(X), len(self.gram), -1).transpose(0, 1)
+            self.gram.baddbmm_(blocks.mT, blocks)
         magnitudes = X.abs()
         self.sum_abs += magnitudes.sum(dim=0)
         self.max_abs = torch.maximum(self.max_abs, magnitudes.amax(dim=0))
@@ -188,18 +194,23 @@ class _Rows:
         outputs.register_hook(lambda gradient: hook(gradient[which][rows]))
 
 
-def input_takers(watched: Iterable[Watched], found: dict[str, InputStatistics]) -> dict[str, Take]:
+def input_takers(
+    watched: Iterable[Watched],
+    grams: Mapping[str, tuple[int, ...]],
+    found: dict[str, InputStatistics],
+) -> dict[str, Take]:
     """For `Watch`: functions that add to the statistics of inputs.
 
     Args:
         watched: what to look at.
+        grams: the shape of each input's Gram matrix, by the input's name.
         found: gets the statistics by the inputs' names; none of an expert that gets no token.
     """
 
     def take(one: Watched, which: int, inputs: Tensor, outputs: Tensor) -> None:
         name = f"{one.name}{which}" if one.stacked else one.name
         if name not in found:
-            found[name] = InputStatistics(inputs.shape[-1], inputs.device)
+            found[name] = InputStatistics(grams[name], inputs.device)
         found[name].add(inputs, outputs if one.outputs else None)
 
     return {one.weight: partial(take, one) for one in watched}

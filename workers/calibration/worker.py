@@ -12,6 +12,7 @@ activations of one window; on the way back those that its gradient needs.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -131,7 +132,12 @@ class CalibrationWorker:
         model = self._model.model
         watched = [watched_inputs(model, block.path, block.modules) for block in item.blocks]
         found: dict[str, InputStatistics] = {}
-        watch = Watch(model, input_takers(chain.from_iterable(watched), found))
+        grams = {
+            f"{block.path}.{reads}": shape
+            for block in item.blocks
+            for reads, shape in block.grams.items()
+        }
+        watch = Watch(model, input_takers(chain.from_iterable(watched), grams, found))
         hidden = []
         for window in given:
             with watch:
@@ -144,7 +150,7 @@ class CalibrationWorker:
             hidden.append(states.cpu())
         for block in item.blocks:
             tensors: dict[str, Tensor] = {}
-            for reads in block.widths:
+            for reads in block.grams:
                 name = f"{block.path}.{reads}"
                 if name in found:
                     known = found.pop(name).named_tensors(name)
@@ -229,8 +235,8 @@ class CalibrationWorker:
                     name = f"{block.path}.{one.module}.output"
                     tensors[name] = _total(name, torch.zeros(one.shape), headers) / item.tokens
             else:
-                for reads, width in block.widths.items():
-                    tensors |= _sum(f"{block.path}.{reads}", width, headers)
+                for reads, shape in block.grams.items():
+                    tensors |= _sum(f"{block.path}.{reads}", shape, headers)
             _write(path, tensors)
             del tensors
             for part in parts:
@@ -245,11 +251,13 @@ def _total(name: str, total: Tensor, headers: list[dict[str, TensorRef]]) -> Ten
     return total
 
 
-def _sum(name: str, width: int, headers: list[dict[str, TensorRef]]) -> dict[str, Tensor]:
+def _sum(
+    name: str, gram: tuple[int, ...], headers: list[dict[str, TensorRef]]
+) -> dict[str, Tensor]:
     """The statistics of one input over all pieces; an expert may have got no token of some."""
-    tokens = torch.zeros(1, dtype=torch.int64)
+    tokens, width = torch.zeros(1, dtype=torch.int64), math.prod(gram[:-1])
     total = {
-        name: _total(name, torch.zeros(width, width), headers),
+        name: _total(name, torch.zeros(gram), headers),
         f"{name}.sum_abs": _total(f"{name}.sum_abs", torch.zeros(width), headers),
         f"{name}.max_abs": torch.zeros(width),
         f"{name}.tokens": _total(f"{name}.tokens", tokens, headers),

@@ -80,7 +80,8 @@ def test_a_method_gets_the_activations_of_its_modules(
     assert passes == ["calibrate", *middle, "compress", "assemble"]
 
     blocks = blocks_of(planned.task for planned in outcome.plan.tasks)
-    assert [block.widths for block in blocks] == [{"in": 256, "heads": 256}] * 4
+    whole = (256, 256)
+    assert [block.grams for block in blocks] == [{"in": whole, "heads": whole}] * 4
     samples = read_samples(source, str(wikitext), 3, 20)
     expected = oracle(source, blocks, samples)
     modules = {"q_proj": "in", "k_proj": "in", "v_proj": "in", "o_proj": "heads"}

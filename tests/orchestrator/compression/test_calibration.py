@@ -49,21 +49,43 @@ def test_grams_are_those_of_a_whole_forward(family: str, tmp_path: Path) -> None
     ]
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "opt"])
+def test_wide_inputs_may_have_blocks_of_their_grams(family: str, tmp_path: Path) -> None:
+    source, samples = tiny_source(family, tmp_path / "model"), some_samples()
+    blocks = all_blocks(source, gram_width=30)
+    expected = oracle(source, blocks, samples)
+    shapes = {f"{b.path}.{reads}": shape for b in blocks for reads, shape in b.grams.items()}
+    assert any(len(shape) == 3 for shape in shapes.values())
+    for name, shape in shapes.items():
+        width = len(expected[name])
+        assert shape[-1] <= max(30, width if len(shape) == 2 else 0)
+        if len(shape) == 3:
+            assert shape[0] * shape[1] == width
+            parts = range(0, width, shape[1])
+            own = [expected[name][i : i + shape[1], i : i + shape[1]] for i in parts]
+            expected[name] = torch.stack(own)
+    run = tmp_path / "calibration"
+    check(calibrate(source, blocks, samples, SerialExecutor(), run, gram_width=30), expected)
+    whole = all_blocks(source)
+    with pytest.raises(LestdError, match="differs in: gram_width"):
+        calibrate(source, whole, samples, SerialExecutor(), run)
+
+
 def test_inputs_are_named_by_who_reads_them(tmp_path: Path) -> None:
     attention, experts, _, ffn, *_ = all_blocks(tiny_source("qwen3_moe", tmp_path))
-    assert attention.widths == {"in": 40, "heads": 56}
+    assert attention.grams == {"in": (40, 40), "heads": (56, 56)}
     assert attention.modules["v_proj"] == "in"
     assert attention.modules["o_proj"] == "heads"
     assert attention.file == "layer-00000-self_attn.safetensors"
-    assert list(experts.widths.items())[:4] == [
-        ("in_0", 40),
-        ("hidden_0", 24),
-        ("in_1", 40),
-        ("hidden_1", 24),
+    assert list(experts.grams.items())[:4] == [
+        ("in_0", (40, 40)),
+        ("hidden_0", (24, 24)),
+        ("in_1", (40, 40)),
+        ("hidden_1", (24, 24)),
     ]
     assert experts.modules["expert_3.up"] == "in_3"
     assert experts.file == "layer-00000-mlp.experts.safetensors"
-    assert ffn.widths == {"in": 40, "hidden": 72}
+    assert ffn.grams == {"in": (40, 40), "hidden": (72, 72)}
     assert {block.layers for block in (attention, experts, ffn)} == {"model.layers"}
 
 
@@ -275,7 +297,8 @@ def test_more_windows_are_more_pieces_with_the_same_bytes_on_any_pool(
 
 def test_pieces_are_as_many_as_windows_and_disk_allow() -> None:
     def block(width: int) -> CalibratedBlock:
-        return CalibratedBlock(0, "model.layers.0.mlp", {"down_proj": "in"}, {"in": width})
+        grams = {"in": (width, width)}
+        return CalibratedBlock(0, "model.layers.0.mlp", {"down_proj": "in"}, grams)
 
     # As it always was, up to 128 windows.
     for windows, length in ((1, 1), (8, 1), (12, 2), (128, 16), (129, 16), (4096, 16)):
