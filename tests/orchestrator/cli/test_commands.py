@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support.cli import lestd
+from transformers import OPTConfig, OPTForCausalLM
 
 from lestd_kernels.methods import METHODS
 from orchestrator.cli import compress, sweep
@@ -16,6 +17,7 @@ from orchestrator.cli.application import app
 from orchestrator.config.options import MethodChoice, described
 from orchestrator.config.recipes import recipes
 from orchestrator.config.run import RunConfig
+from orchestrator.console.output import size
 from orchestrator.manifest.manifest import Manifest
 from orchestrator.run.directory import RunDirectory
 from orchestrator.run.fingerprint import fingerprint
@@ -46,6 +48,24 @@ def test_recipes_are_listed_and_one_is_a_run_file(tiny_llama: Path, tmp_path: Pa
         for option, value in (("--recipe", "safe-8bit"), ("--config", file))
     )
     assert by_name == by_file
+
+
+def test_plan_offers_a_calibration_that_is_no_larger_than_the_model(tmp_path: Path) -> None:
+    config = OPTConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, ffn_dim=8192, num_attention_heads=4
+    )
+    OPTForCausalLM(config).save_pretrained(tmp_path / "wide")
+    text = tmp_path / "text.txt"
+    text.write_text("words " * 100)
+    options = ("--keep", 0.5, "--scope", "all", "--method", "svd_llm", "--calibrate-on", text)
+    shown = " ".join(lestd("plan", tmp_path / "wide", *options).out.split())
+    whole, offered = 4 * (3 * 32**2 + 8192**2), 4 * (3 * 32**2 + 2 * 4096**2)
+    assert f"of disk it takes {size(whole)}" in shown
+    assert "more than the model itself has, for inputs that are wide or many: with " in shown
+    assert f"--gram-width 4096 it is {size(offered)} and" in shown
+    narrow = " ".join(lestd("plan", tmp_path / "wide", *options, "--gram-width", 4096).out.split())
+    assert f"of disk it takes {size(offered)}" in narrow
+    assert "--gram-width" not in narrow
 
 
 @pytest.mark.parametrize("command", [compress.plan, sweep.sweep])

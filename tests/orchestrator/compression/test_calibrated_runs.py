@@ -122,6 +122,30 @@ def test_a_method_gets_the_activations_of_its_modules(
         )
 
 
+def test_a_method_gets_the_blocks_of_a_wide_inputs_gram(
+    tiny_llama: Path, wikitext: Path, tmp_path: Path, seen: list[dict[str, Tensor]]
+) -> None:
+    config = RunConfig(
+        keep=0.5,
+        calibrate_on=str(wikitext),
+        samples=2,
+        sample_tokens=20,
+        include="1",
+        gram_width=100,
+    )
+    source = resolve_source(str(tiny_llama))
+    run = (tmp_path / "out", tmp_path / "run")
+    outcome = compress_model(source, config, SerialExecutor(), *run)
+    blocks = blocks_of([planned.task for planned in outcome.plan.tasks], 100)
+    assert blocks[0].grams == {"in": (4, 64, 64), "heads": (4, 64, 64)}
+    samples = read_samples(source, str(wikitext), 2, 20)
+    whole = oracle(source, blocks, samples)["model.layers.1.self_attn.heads"]
+    inside = torch.block_diag(*(torch.ones(64, 64),) * 4)
+    torch.testing.assert_close(
+        seen[0]["o_proj"].double(), whole.double() * inside, rtol=1e-3, atol=1e-3
+    )
+
+
 @pytest.mark.usefixtures("seen")
 def test_runs_share_a_calibration(tiny_llama: Path, wikitext: Path, tmp_path: Path) -> None:
     source, passes = resolve_source(str(tiny_llama)), []
