@@ -209,11 +209,16 @@ def bounds(
     # Copies of the weights and their numbers, and the factors of all metrics, which the search
     # holds at once; what coding one module takes.
     workspace = module_workspace_bytes(layout, args) + 16 * layout.elements
+    squares = 0
     if args.metric in CALIBRATED:
-        read = {module.reads: layout.weight_shape(module)[1] for module in layout.modules}
+        widths = [layout.weight_shape(module)[1] for module in layout.modules]
+        squares = sum(width**2 for width in widths)
+        # The factor of one module, however large, is copied beside its weights.
+        workspace += 4 * max(widths) ** 2
+        read = {m.reads: width for m, width in zip(layout.modules, widths, strict=True)}
         outputs = sum(layout.weight_shape(module)[0] for module in layout.modules)
         workspace += 4 * sum(width**2 for width in read.values()) + 8 * 256 * outputs
-    together = max(largest, min(most_together(layout.elements), layout.elements))
+    together = max(largest, min(most_together(layout.elements), layout.elements + squares))
     workspace += _CODING_BYTES * largest + _TOGETHER_BYTES * together + _COUNTS_BYTES
     per_weight = 8 * byte_budget / layout.elements
     if args.size == MEMORY:
