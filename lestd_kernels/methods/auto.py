@@ -1,8 +1,8 @@
 """The method of least expected loss for each group, among methods and bits.
 
-Every candidate stores the group within the byte budget in the metric loss; what is kept is the one
-whose error, as stored, is least. The error to expect at another budget is the least that a
-candidate expects there, or has with what it stored.
+Every candidate that may have the least error stores the group within the byte budget in the metric
+loss; what is kept is the one whose error, as stored, is least. The error to expect at another
+budget is the least that one of these expects there, or has with what it stored.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from lestd_kernels.methods.common.base import (
     require_default,
     require_no_core,
 )
+from lestd_kernels.methods.common.stopwatch import Stopwatch
 from lestd_kernels.search.budget import CurvePoint
 from lestd_kernels.storage.matrix import counted_bytes
 from lestd_kernels.tensorize import GroupLayout
@@ -44,8 +45,8 @@ CANDIDATES: tuple[tuple[Method, int, int], ...] = (
 bits of its own."""
 
 
-# The others know what another budget costs only by storing the group for it.
-_FORESEEING = (lestd.METHOD, svd_llm.METHOD, watersic.METHOD)
+# What is stored has this share of the error that was foreseen, or more.
+_LEAST_OF_FORESEEN = 0.5
 
 
 def label(method: Method, bits: int) -> str:
@@ -72,6 +73,27 @@ def _least(
     return found
 
 
+def _foreseen(
+    prepared: Group, candidates: Sequence[tuple[Method, MethodArgs, int]], byte_budget: int
+) -> list[float]:
+    """About the error of each candidate, or 0 of one that only storing tells of."""
+    found = []
+    for method, of_method in groupby(candidates, key=lambda one: one[0]):
+        foresee, own = method.foresee, None
+        for _, args, _ in of_method:
+            if foresee is None:
+                found.append(0.0)
+                continue
+            own = _prepared(prepared, method, args) if own is None else own.in_bits(args)
+            found.append(foresee(own, byte_budget))
+    return found
+
+
+def _prepared(group: Group, method: Method, args: MethodArgs) -> Any:
+    """A copy, prepared: what a method prepares uses the unfolding up."""
+    return method.prepare(replace(group, unfolding=group.unfolding.clone(), args=args))
+
+
 def encode(
     prepared: Group,
     byte_budget: int,
@@ -79,51 +101,55 @@ def encode(
     *,
     reuse: bool = False,
 ) -> Decomposed:
-    """Keep what the best candidate stores; see `Method.encode`."""
+    """Keep what the best candidate stores; see `Method.encode`.
+
+    Candidates are stored in the order of the errors foreseen, two of them or more, until no other
+    can have the least one. Their curves are all that is known of other budgets; where there is
+    none, storing nothing is.
+    """
     layout, dtype = prepared.layout, prepared.value_dtype
     candidates = _least(layout, dtype, prepared.args)
     require_budget("auto", byte_budget, min(least for _, _, least in candidates))
-    reach = max((byte_budget, *curve_budgets))
+    candidates = [one for one in candidates if one[2] <= byte_budget]
+    clock = Stopwatch(prepared.unfolding.device)
+    with clock("rank_search"):
+        foreseen = _foreseen(prepared, candidates, byte_budget)
+    seconds = [clock.seconds]
     kept: Decomposed | None = None
     errors: list[tuple[float, str]] = []
     points: dict[int, CurvePoint] = {}
-    seconds: list[dict[str, float]] = []
-    for method, of_method in groupby(candidates, key=lambda one: one[0]):
-        own: Group | None = None
-        for _, args, least in of_method:
-            if least > reach:
-                continue
-            if own is None:
-                W = prepared.unfolding.clone()
-                own = method.prepare(Group(W, layout, dtype, args, prepared.metrics))
-                seconds.append(own.seconds)
-            # One that is too large for the budget may be what a larger one is best spent on.
-            room = max(byte_budget, least)
-            budgets = [b for b in curve_budgets if b >= least] if method in _FORESEEING else []
-            done = method.encode(own.in_bits(args), room, budgets, reuse=True)
-            seconds.append(done.seconds)
-            counted = counted_bytes(done.decomposition, args.size)
-            has = [
-                CurvePoint(b, Ranks(0, 0, 0), done.metric_squared_error)
-                for b in curve_budgets
-                if b >= counted
-            ]
-            for point in (*done.curve, *has):
-                known = points.setdefault(point.byte_budget, point)
-                if point.squared_error < known.squared_error:
-                    points[point.byte_budget] = point
-            if room > byte_budget:
-                continue
-            errors.append((done.metric_squared_error / 2, label(method, args.value_bits)))
-            if kept is None or done.metric_squared_error < kept.metric_squared_error:
-                kept = done
+    for index in sorted(range(len(candidates)), key=lambda i: foreseen[i]):
+        method, args, least = candidates[index]
+        if len(errors) > 1 and _LEAST_OF_FORESEEN * foreseen[index] > 2 * min(errors)[0]:
+            break
+        own = _prepared(prepared, method, args)
+        budgets = [budget for budget in curve_budgets if budget >= least]
+        done = method.encode(own, byte_budget, budgets)
+        seconds += own.seconds, done.seconds
+        counted = counted_bytes(done.decomposition, args.size)
+        has = [
+            CurvePoint(budget, Ranks(0, 0, 0), done.metric_squared_error)
+            for budget in budgets
+            if budget >= counted
+        ]
+        for point in (*done.curve, *has):
+            known = points.setdefault(point.byte_budget, point)
+            if point.squared_error < known.squared_error:
+                points[point.byte_budget] = point
+        errors.append((done.metric_squared_error / 2, label(method, args.value_bits)))
+        if kept is None or done.metric_squared_error < kept.metric_squared_error:
+            kept = done
     assert kept is not None, "the budget has room for a candidate"
     (loss, name), *others = sorted(errors, key=lambda one: one[0])
     chosen = Chosen(name, loss, *(others[0][::-1] if others else (None, None)))
-    curve = tuple(points[budget] for budget in curve_budgets if budget in points)
+    nothing = kept.metric_squared_norm
+    curve = [
+        points.get(budget) or CurvePoint(budget, Ranks(0, 0, 0), nothing)
+        for budget in curve_budgets
+    ]
     return replace(
         kept,
-        curve=curve,
+        curve=tuple(curve),
         chosen=chosen,
         expected_squared_error=None,  # The choice is by what was measured.
         seconds=add_seconds(*seconds),

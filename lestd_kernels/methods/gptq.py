@@ -11,6 +11,8 @@ transformers", ICLR 2023; the order is the option "act-order" of the authors' pr
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,9 @@ from lestd_kernels.formats.chain import ModuleChain
 from lestd_kernels.linalg.error_feedback import inverse_factor
 from lestd_kernels.linalg.metric import Metric, diagonal_of
 from lestd_kernels.linalg.two_sided_feedback import round_both_ways, round_to_scales
-from lestd_kernels.methods.common.base import ACTIVATION, LOSS, MethodArgs
-from lestd_kernels.methods.common.per_module import module_method
+from lestd_kernels.methods.common.base import ACTIVATION, LOSS, Group, MethodArgs
+from lestd_kernels.methods.common.foresight import foreseen_rounding
+from lestd_kernels.methods.common.per_module import module_method, split_budget
 from lestd_kernels.methods.common.quantizing import (
     INPUTS,
     fitting_bits,
@@ -29,6 +32,7 @@ from lestd_kernels.methods.common.quantizing import (
     with_jumps,
 )
 from lestd_kernels.storage.few_bits import GROUP, group_scales
+from lestd_kernels.tensorize import ModuleLayout
 
 
 def encode_module(
@@ -62,4 +66,18 @@ def encode_module(
     return of_least_error(W, metric, candidate), 0.0
 
 
-METHOD = with_jumps(module_method("gptq", encode_module, least_module_bytes, (ACTIVATION, LOSS)))
+def foresee(group: Group, byte_budget: int) -> float:
+    """See `Method.foresee`."""
+    shares, value_bytes = split_budget(group.layout, byte_budget), group.value_dtype.itemsize
+
+    def bits_of(module: ModuleLayout) -> int:
+        elements = group.weight(module).numel()
+        return fitting_bits(elements, shares[module.name], value_bytes, group.args)
+
+    return foreseen_rounding(group, bits_of)
+
+
+METHOD = replace(
+    with_jumps(module_method("gptq", encode_module, least_module_bytes, (ACTIVATION, LOSS))),
+    foresee=foresee,
+)

@@ -273,4 +273,5 @@ METHOD = Method(
     _least_bytes_any,
     (NORM, WEIGHT, ACTIVATION, LOSS),
     weight_options=lestd_in_metric.WEIGHT_OPTIONS,
+    foresee=lestd_in_metric.foresee,
 )

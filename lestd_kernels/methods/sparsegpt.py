@@ -10,6 +10,8 @@ one-shot", ICML 2023, section 3; section 3.5 for the composition with quantizati
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -18,11 +20,13 @@ from lestd_kernels.formats.ops import Multiply
 from lestd_kernels.linalg.error_feedback import inverse_factor, prune, round_with_feedback
 from lestd_kernels.linalg.metric import Metric, diagonal_of
 from lestd_kernels.linalg.two_sided_feedback import round_both_ways
-from lestd_kernels.methods.common.base import ACTIVATION, LOSS, MethodArgs
-from lestd_kernels.methods.common.per_module import module_method
+from lestd_kernels.methods.common.base import ACTIVATION, LOSS, Group, MethodArgs
+from lestd_kernels.methods.common.foresight import foreseen_pruning
+from lestd_kernels.methods.common.per_module import module_method, split_budget
 from lestd_kernels.methods.common.pruning import largest_nnz, least_module_bytes
 from lestd_kernels.methods.common.quantizing import of_least_error
 from lestd_kernels.storage.matrix import EncodedCore
+from lestd_kernels.tensorize import ModuleLayout
 
 
 def encode_module(
@@ -51,4 +55,18 @@ def encode_module(
     return of_least_error(W, metric, candidate), lost
 
 
-METHOD = module_method("sparsegpt", encode_module, least_module_bytes, (ACTIVATION, LOSS))
+def foresee(group: Group, byte_budget: int) -> float:
+    """See `Method.foresee`."""
+    shares, bits = split_budget(group.layout, byte_budget), group.args.value_bits
+
+    def count_of(module: ModuleLayout) -> int:
+        (rows, columns), value_bytes = group.weight(module).shape, group.value_dtype.itemsize
+        return largest_nnz(rows, columns, shares[module.name], value_bytes, bits)[0]
+
+    return foreseen_pruning(group, bits, count_of)
+
+
+METHOD = replace(
+    module_method("sparsegpt", encode_module, least_module_bytes, (ACTIVATION, LOSS)),
+    foresee=foresee,
+)

@@ -218,7 +218,7 @@ GROUPS = TableSpec(
             "nats/token",
         ),
         Column("chosen", _TEXT, "method auto: the method and its bits of a value"),
-        Column("runner_up", _TEXT, "method auto: the next best at these bytes"),
+        Column("runner_up", _TEXT, "method auto: the next best at these bytes, of those tried"),
         Column("runner_up_loss", _REAL, "expected loss of the runner-up", "nats/token"),
         Column("memory_bytes", _LONG, "what stored_bytes become once they are loaded", "bytes"),
         Column("bits_per_weight", _REAL, "8 stored_bytes / weights", "bits"),

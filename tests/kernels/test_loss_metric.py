@@ -17,7 +17,7 @@ from lestd_kernels.linalg.metric import Metric, Root, Roots, apply_metric, diago
 from lestd_kernels.linalg.support_fit import fit_on_support
 from lestd_kernels.linalg.two_sided_feedback import output_factor, round_both_ways
 from lestd_kernels.methods import METHODS, MethodArgs, auto
-from lestd_kernels.methods.common.base import ACTIVATION, LOSS, Chosen, Decomposed
+from lestd_kernels.methods.common.base import ACTIVATION, LOSS, Chosen, Decomposed, Group
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -275,6 +275,24 @@ def test_auto_keeps_the_best_of_its_candidates(
     assert done.curve[1].squared_error < done.curve[0].squared_error
     with pytest.raises(LestdError, match="supports only value_bits 16"):
         auto.METHOD.least_bytes(small, BF16, MethodArgs(metric=LOSS, value_bits=4))
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.3, 0.8])
+@pytest.mark.parametrize("form", ["full", "head", "diagonal"])
+def test_a_candidate_stores_half_of_the_error_foreseen_or_more(form: str, keep: float) -> None:
+    # So auto need not store those that are foreseen to have more than twice the least error.
+    W, metrics, budget = random_weights(GQA), metrics_of(GQA, form), int(keep * GQA.elements * 2)
+    seen = 0
+    for method, bits, factor_bits in auto.CANDIDATES:
+        args = MethodArgs(metric=LOSS, value_bits=bits, factor_bits=factor_bits)
+        if method.foresee is None or method.least_bytes(GQA, BF16, args) > budget:
+            continue
+        prepared = method.prepare(Group(W.clone(), GQA, BF16, args, metrics))
+        foreseen = method.foresee(prepared, budget)
+        done = method.encode(prepared, budget)
+        assert done.metric_squared_error >= foreseen / 2, (method.name, bits)
+        seen += 1
+    assert seen >= 8
 
 
 @pytest.mark.parametrize("form", ["full", "head", "diagonal"])

@@ -101,7 +101,8 @@ class Chosen:
     Attributes:
         candidate: method and bits of a value, such as ``"lestd-4"``; ``"watersic"`` has none.
         loss: of what is stored.
-        runner_up: the candidate that would be next; None where no other fits the bytes.
+        runner_up: the next best of the candidates that were stored, those that might have had the
+            least loss and at least one more; None where no other fits the bytes.
         runner_up_loss: what it would have cost.
     """
 
@@ -315,6 +316,9 @@ class Method:
         per_matrix: whether it stores every matrix on its own, and so takes groups of one.
         weight_options: options that mean something in the metric weight only.
         groups_inputs: whether it knows `MethodArgs.scale_groups`.
+        foresee: ``(prepared, byte_budget)``; of a calibrated metric about the squared error of what
+            `encode` would store, or of a part of it, in a fraction of the time. What is stored has
+            half of it or more. None where only storing tells.
     """
 
     name: str
@@ -329,6 +333,7 @@ class Method:
     per_matrix: bool = False
     weight_options: tuple[str, ...] = ()
     groups_inputs: bool = False
+    foresee: Callable[[Any, int], float] | None = None
 
     def decompose(
         self,
