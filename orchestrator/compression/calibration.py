@@ -38,7 +38,7 @@ import transformers
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods.common.base import LOSS, STATISTICS
-from orchestrator.compression.calibration_items import items_left
+from orchestrator.compression.calibration_items import items_of
 from orchestrator.config.run import RunConfig
 from orchestrator.console.output import size
 from orchestrator.execution.executor import Executor, Listener, WorkerSpec
@@ -167,8 +167,8 @@ def calibrate(
         gram_width: what decided the shapes of the blocks' Gram matrices, see `blocks_of`.
         require_lock: called before anything is believed to be done; raises if another driver has
             taken over.
-        on_start: called with ``"calibrate"``, the items that are left to do, and no finished ones;
-            not called where none is.
+        on_start: called with ``"calibrate"``, the items of what is missing, and the ids of those
+            that are finished; not called where nothing is missing.
         on_event: told of every start and retry of an item.
         on_progress: called with every finished or failed item, the number done and that of all.
 
@@ -193,7 +193,7 @@ def calibrate(
         directory = directory.absolute()  # Workers have directories of their own.
     length = _windows_of_a_piece(directory, blocks, len(samples.token_ids))
     _begin(directory, about | {_DIVISION: length})
-    items = items_left(source, blocks, samples.token_ids, directory, length)
+    items, finished = items_of(source, blocks, samples.token_ids, directory, length)
     if items:
         make_own_directory(directory / PIECES_DIR)
         window = int(samples.about["sample_tokens"])
@@ -215,10 +215,12 @@ def calibrate(
             device_memory_bytes=costs.memory_bytes,
         )
         if on_start is not None:
-            on_start("calibrate", items, set())
-        # Workers have written what there is to commit.
-        kept = resume(executor, spec, items, (), lambda _: require_lock(), on_event, on_progress)
-        for outcome in kept:
+            on_start("calibrate", items, finished)
+
+        def commit(_: Sequence[object]) -> None:
+            require_lock()  # Workers have written what there is to commit.
+
+        for outcome in resume(executor, spec, items, finished, commit, on_event, on_progress):
             if isinstance(outcome, Failure):
                 raise LestdError(
                     f"calibration failed: {outcome.message}; finished work is kept in "

@@ -73,14 +73,14 @@ class _Step:
         return f"layer {self.layer}" + (", gradients" if self.back else "")
 
 
-def items_left(
+def items_of(
     source: Source,
     blocks: Sequence[CalibratedBlock],
     windows: Sequence[tuple[int, ...]],
     directory: AnyPath,
     length: int,
-) -> list[CalibrationItem]:
-    """Unfinished items, each after those that it waits for.
+) -> tuple[list[CalibrationItem], set[str]]:
+    """Items of what is missing, each after those that it waits for, and the ids of finished ones.
 
     Args:
         source: the dense model.
@@ -99,7 +99,7 @@ def items_left(
             outputs.setdefault(block.layer, []).append(block)
     steps = _steps(inputs, outputs, source.config.get_text_config().num_hidden_layers)
     if not steps:
-        return []
+        return [], set()
     kept = set(list_names(directory / PIECES_DIR))
     pieces = [windows[start : start + length] for start in range(0, len(windows), length)]
     begin = [_first_step(steps, piece, kept, directory) for piece in range(len(pieces))]
@@ -127,7 +127,6 @@ def items_left(
                 first_window=piece * length,
             )
             for piece, samples in enumerate(pieces)
-            if number >= begin[piece]
         ]
         items += due
         due = []
@@ -145,7 +144,8 @@ def items_left(
                     tokens=sum(map(len, windows)),
                 )
             )
-    return items + due
+    finished = {step.task_id(piece) for piece, first in enumerate(begin) for step in steps[:first]}
+    return items + due, finished
 
 
 def _steps(inputs: Wanted, outputs: Wanted, layers: int) -> list[_Step]:

@@ -111,7 +111,8 @@ class CompressionProgress:
         line += f": {event.message}" if event.message else ""
         known = event.known() | self._known(event.task_id)
         if event.kind == "started":
-            self._meter.begin(event.task_id, task.block if task else "", event.attempt)
+            block = task.block if task else ""
+            self._meter.begin(event.task_id, block, event.attempt, event.worker)
             logs.log("task_started", line, run=self._run, **known)
             return
         if event.kind == "retried":

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.progress import (
@@ -82,11 +82,21 @@ class Pace:
 
 @dataclass(frozen=True)
 class _Running:
-    """A task that a worker has, since a time of the monotonic clock."""
+    """A task that a worker has.
+
+    Attributes:
+        task_id: the task's.
+        block: the task's.
+        attempt: 1 for the first.
+        worker: who has it; it works on one of its tasks after the other.
+        since: when it was given to the worker, or the worker was done with the one before; of the
+            monotonic clock.
+    """
 
     task_id: str
     block: str
     attempt: int
+    worker: str
     since: float
 
     def describe(self) -> str:
@@ -162,18 +172,30 @@ class Meter:
             if self._pace.rate() is None:
                 self._pace.begin()
 
-    def begin(self, task_id: str, block: str, attempt: int) -> None:
-        """A task was given to a worker."""
+    def begin(self, task_id: str, block: str, attempt: int, worker: str = "") -> None:
+        """A task was given to a worker, which may have others to work on first."""
         with self._lock:
             if not self._running:
                 self.work_begins()
-            task = _Running(task_id, block, attempt, time.monotonic())
+            task = _Running(task_id, block, attempt, worker, time.monotonic())
             self._running = self._running | {task_id: task}
 
     def end(self, task_id: str) -> None:
-        """No worker has the task any more."""
+        """No worker has the task any more; the one that had it goes on with its next."""
         with self._lock:
-            self._running = {k: v for k, v in self._running.items() if k != task_id}
+            ended, now = self._running.get(task_id), time.monotonic()
+            self._running = {
+                k: replace(v, since=now) if ended and v.worker == ended.worker else v
+                for k, v in self._running.items()
+                if k != task_id
+            }
+
+    def _at_work(self) -> list[_Running]:
+        """The first of the tasks of each worker, those that have been longest at work first."""
+        first: dict[str, _Running] = {}
+        for task in self._running.values():
+            first.setdefault(task.worker, task)
+        return sorted(first.values(), key=lambda task: task.since)
 
     def update(self, done: float, total: float, note: str = "") -> None:
         """Show that `done` of `total` is done.
@@ -233,7 +255,7 @@ class Meter:
     def _say_progress(self) -> None:
         self._said = time.monotonic()
         pace = self._pace
-        oldest = sorted(self._running.values(), key=lambda task: task.since)[:_SHOWN_RUNNING]
+        oldest = self._at_work()[:_SHOWN_RUNNING]
         line = self._head()
         if running := self._running_text():
             line += f" | {running}"
@@ -285,12 +307,13 @@ class Meter:
         return "" if seconds is None else f"{duration(seconds)} left"
 
     def _running_text(self) -> str:
-        running = sorted(self._running.values(), key=lambda task: task.since)
-        if not running:
+        at_work = self._at_work()
+        if not at_work:
             return ""
-        more = len(running) - _SHOWN_RUNNING
-        names = ", ".join(task.describe() for task in running[:_SHOWN_RUNNING])
-        return f"{len(running)} in flight: {names}" + (f" and {more} more" if more > 0 else "")
+        names = ", ".join(task.describe() for task in at_work[:_SHOWN_RUNNING])
+        more, waiting = len(at_work) - _SHOWN_RUNNING, len(self._running) - len(at_work)
+        names += f" and {more} more" if more > 0 else ""
+        return f"{len(at_work)} at work: {names}" + (f"; {waiting} wait" if waiting else "")
 
 
 class _Shown(ProgressColumn):

@@ -47,7 +47,7 @@ class SweepProgress:
             task = tasks[event.task_id]
             if event.kind == "started":
                 if self._running.setdefault(task.block, task.task_id) == task.task_id:
-                    self._meter.begin(task.task_id, task.block, event.attempt)
+                    self._meter.begin(task.task_id, task.block, event.attempt, event.worker)
                 return
             self._end(task)
             line = f"{name}: {task.block}: attempt {event.attempt} is retried: "

@@ -79,15 +79,31 @@ def test_silence_is_broken_while_a_task_runs(
         shown.update(0, 100)
         shown.begin("0123456789abcdef", "layers.7.attn", 2)
         deadline = time.monotonic() + PATIENCE
-        while seen.count("in flight") < 3 and time.monotonic() < deadline:
+        while seen.count("at work") < 3 and time.monotonic() < deadline:
             time.sleep(0.05)
             seen += capfd.readouterr().err
         shown.end("0123456789abcdef")
-    lines = [line for line in seen.splitlines() if "in flight" in line]
+    lines = [line for line in seen.splitlines() if "at work" in line]
     assert len(lines) >= 3
-    expected = r"compress: 0 % \| 1 in flight: layers\.7\.attn \(01234567, attempt 2\) \d+ s"
+    expected = r"compress: 0 % \| 1 at work: layers\.7\.attn \(01234567, attempt 2\) \d+ s"
     for line in lines:
         assert re.fullmatch(expected, line)
+
+
+def test_only_the_first_task_of_a_worker_is_at_work(
+    clock: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shown = Meter("compress", "bytes")
+    for task, worker in (("a1", "a"), ("b1", "b"), ("a2", "a"), ("a3", "a")):
+        shown.begin(task, f"block.{task}", 1, worker)
+    clock.now += 20
+    shown.update(0, 100)
+    shown.end("a1")
+    clock.now += 15
+    shown.update(0, 100)
+    first, second = capfd.readouterr().err.splitlines()
+    assert first.endswith("2 at work: block.a1 (a1) 20 s, block.b1 (b1) 20 s; 2 wait")
+    assert second.endswith("2 at work: block.b1 (b1) 35 s, block.a2 (a2) 15 s; 1 wait")
 
 
 def test_a_log_has_plain_lines(tiny_llama: Path, tmp_path: Path) -> None:
@@ -218,6 +234,6 @@ def test_a_terminal_has_a_bar(tmp_path: Path) -> None:
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
     assert "\na line that stays" in text.replace("\r", "\n")
     assert re.search(
-        r"compress \S+\s+50 % [\d.]+ .iB/s 0:00:0\d \d+ s left 1 in flight: layers", text
+        r"compress \S+\s+50 % [\d.]+ .iB/s 0:00:0\d \d+ s left 1 at work: layers", text
     )
     assert shown.decode().rstrip().endswith("\x1b[2K")  # The bar is gone at the end.
