@@ -44,7 +44,6 @@ from lestd_kernels.methods.common.base import (
     require_no_core,
 )
 from lestd_kernels.methods.common.coded_matrix import (
-    MOST_BITS,
     MOST_RMS,
     SteppedMatrix,
     bits_of,
@@ -68,7 +67,13 @@ from lestd_kernels.tensorize import GroupLayout, ModuleLayout
 
 # Octaves between the steps at which a curve is looked at.
 _CURVE_OCTAVES = 1.0
-_MOST_POINTS = 40
+# So many above a step that fits a budget all numbers are zeros; with so many times their bytes
+# the error is nearly theirs.
+_COARSEST_OCTAVES, _NEARLY_ZEROS = 40.0, 1.1
+# Of the first step that is tried.
+_STEP_OCTAVES = 0.01
+# Elements of a group that a curve looks at.
+_LOOKED_AT = 1 << 20
 _MORE_MEMORY = (
     "in memory zeros have a bit each; raise keep, or let it count bytes on disk (size: disk)"
 )
@@ -78,22 +83,25 @@ _CODING_BYTES, _TOGETHER_BYTES, _COUNTS_BYTES = 64, 16, 64 << 20
 
 
 def _modules(
-    prepared: Group, bits: float, metric_of: Callable[[ModuleLayout], Metric]
+    prepared: Group,
+    damping: float,
+    metric_of: Callable[[ModuleLayout], Metric],
+    factors: dict[int, Tensor] | None = None,
 ) -> list[SteppedMatrix]:
     """The modules of a group with their steps, of one unit for all.
 
     Args:
         prepared: the group.
-        bits: of a number, about, which decide the damping.
+        damping: see `damping_of`.
         metric_of: a module's metric.
+        factors: see `SteppedMatrix.of`; of this damping.
     """
-    damping = damping_of(bits)
     layout = prepared.layout
     metrics = [metric_of(module) for module in layout.modules]
     # A module that no token reached counts as the others do on the average.
     unit_A = mean_diagonal([one.input for one in metrics if one.input is not None])
     unit_B = mean_diagonal([one.output for one in metrics if one.output is not None])
-    factors: dict[int, Tensor] = {}  # Modules that read the same have one metric.
+    factors = {} if factors is None else factors  # Modules that read the same have one metric.
     found = []
     for module, metric in zip(layout.modules, metrics, strict=True):
         W = prepared.weight(module).contiguous()
@@ -122,6 +130,8 @@ def _curve(
 ) -> tuple[CurvePoint, ...]:
     """What errors to expect at budgets: between steps, their logarithms are straight.
 
+    Of large modules some outputs stand for all.
+
     Args:
         prepared: the group.
         log_step: logarithm of the step of the first of them.
@@ -130,17 +140,27 @@ def _curve(
     """
     points: list[tuple[int, float]] = []
     finest = math.log2(rms / MOST_RMS)
+    most_outputs = max(prepared.layout.elements // _LOOKED_AT, 1)
+    known: tuple[float, dict[int, Tensor]] = 0.0, {}
 
     def look(at: float) -> int:
-        bits = bits_of(rms / 2**at)
-        modules = _modules(prepared, bits, prepared.without_feedback_of_outputs)
-        found = rounded(modules, 2.0**at)
-        size = sum(one.size for one in found)
-        points.append((size, sum(one.error() for one in found)))
-        return size
+        nonlocal known
+        damping = damping_of(bits_of(rms / 2**at))
+        if known[0] != damping:
+            known = damping, {}
+        whole = _modules(prepared, damping, prepared.without_feedback_of_outputs, known[1])
+        some = [one.some_outputs(most_outputs) for one in whole]
+        size, error = 0.0, 0.0
+        for one, part, found in zip(whole, some, rounded(some, 2.0**at), strict=True):
+            share = one.W.numel() / part.W.numel()
+            size += one.scale_bytes + (found.size - part.scale_bytes) * share
+            error += found.error() * share
+        points.append((int(size), error))
+        return int(size)
 
+    zeros = look(log_step + _COARSEST_OCTAVES)
     coarser = log_step
-    while look(coarser) > min(budgets) and len(points) < _MOST_POINTS:
+    while look(coarser) > max(min(budgets), _NEARLY_ZEROS * zeros):
         coarser += _CURVE_OCTAVES
     finer = log_step
     while max(points)[0] < max(budgets) and finer > finest:
@@ -161,6 +181,18 @@ def _curve(
     return tuple(found)
 
 
+def _first_step(modules: Sequence[SteppedMatrix], bits: float) -> float:
+    """Logarithm of the step on which normal weights would have so many bits on the average."""
+    each = [(one.W.numel(), one.rms()) for one in modules]
+    elements = sum(count for count, _ in each)
+    low, high = -_COARSEST_OCTAVES, _COARSEST_OCTAVES
+    while high - low > _STEP_OCTAVES:
+        middle = (low + high) / 2
+        has = sum(count * bits_of(rms / 2**middle) for count, rms in each)
+        low, high = (middle, high) if has > bits * elements else (low, middle)
+    return high
+
+
 def encode(
     prepared: Group,
     byte_budget: int,
@@ -174,15 +206,14 @@ def encode(
     elements = prepared.layout.elements
     with clock("stage2"):
         bits = disk_bits(8 * byte_budget / elements, prepared.args.size)
-        modules = _modules(prepared, bits, prepared.metric)
+        modules = _modules(prepared, damping_of(bits), prepared.metric)
         rms = max(one.rms() for one in modules) or 1.0
-        start = math.log2(rms / MOST_RMS) + MOST_BITS - bits
         step, stored = fitting(
             lambda at: rounded(modules, 2.0**at),
             elements,
             byte_budget,
             math.log2(rms / MOST_RMS),
-            start,
+            _first_step(modules, bits),
             prepared.args.size,
         )
         foreseen: tuple[CurvePoint, ...] = ()

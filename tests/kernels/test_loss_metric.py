@@ -16,7 +16,7 @@ from lestd_kernels.linalg.low_rank import Bits, fit_pair, spectrum
 from lestd_kernels.linalg.metric import Metric, Root, Roots, apply_metric, diagonal_of
 from lestd_kernels.linalg.support_fit import fit_on_support
 from lestd_kernels.linalg.two_sided_feedback import output_factor, round_both_ways
-from lestd_kernels.methods import METHODS, MethodArgs, auto
+from lestd_kernels.methods import METHODS, MethodArgs, auto, watersic
 from lestd_kernels.methods.common.base import ACTIVATION, LOSS, Chosen, Decomposed, Group
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout
 
@@ -302,3 +302,14 @@ def test_what_watersic_foresees_at_its_own_budget_is_what_it_stored(form: str) -
     half, own = done.curve
     assert own.squared_error == pytest.approx(done.metric_squared_error, rel=0.01)
     assert half.squared_error > own.squared_error
+
+
+def test_a_curve_of_some_outputs_is_about_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = gqa(64, 32, 8, 4)
+    whole = decompose("watersic", wide, 0.3, "head", BF16).curve
+    monkeypatch.setattr(watersic, "_LOOKED_AT", wide.elements // 4)
+    some = decompose("watersic", wide, 0.3, "head", BF16).curve
+    assert [one.byte_budget for one in some] == [one.byte_budget for one in whole]
+    assert some[0] != whole[0]
+    for one, other in zip(some, whole, strict=True):
+        assert one.squared_error == pytest.approx(other.squared_error, rel=0.15)

@@ -24,7 +24,7 @@ from lestd_kernels.linalg.metric import Metric, diagonal_of, whole
 from lestd_kernels.linalg.two_sided_feedback import output_factor
 from lestd_kernels.options import DISK, MEMORY, Size
 from lestd_kernels.search.step import finest_within
-from lestd_kernels.storage.few_bits import values_bytes
+from lestd_kernels.storage.few_bits import GROUP, values_bytes
 from lestd_kernels.storage.matrix import EncodedCore, counted_bytes
 from lestd_kernels.storage.packed_integers import least_packed_bytes, packed_bytes
 from lestd_kernels.storage.rans import coded_bytes, least_coded_bytes
@@ -147,6 +147,14 @@ class SteppedMatrix:
         balance = float((c.log().double().mean() - r.log().double().mean()).exp())
         r, c = r * math.sqrt(scale * balance), c * math.sqrt(scale / balance)
         return cls(W, metric, U, V, r, c, (scale * known) ** 2 / 12, value_dtype, size)
+
+    def some_outputs(self, share: int) -> SteppedMatrix:
+        """Every so-manieth output, and at least 64; outputs have no feedback among them."""
+        assert self.V is None, "outputs that make up for one another cannot be taken apart"
+        every = slice(None, None, max(min(share, self.W.shape[1] // GROUP), 1))
+        output = None if self.metric.output is None else self.metric.output[every]
+        metric = self.metric._replace(output=output)
+        return replace(self, W=self.W[:, every], c=self.c[every], metric=metric)
 
     @property
     def scale_bytes(self) -> int:
