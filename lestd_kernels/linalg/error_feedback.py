@@ -39,18 +39,21 @@ DAMPING = 0.01
 _BLOCK = 32
 
 
-def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
+def inverse_factor(gram: Tensor, damping: float = DAMPING, unit: float | None = None) -> Tensor:
     """U of a Gram matrix, or of each of several.
 
     Args:
         gram: ``(..., in, in)``, symmetric, positive semi-definite; zero for inputs that never came.
-        damping: what is added to it, relative to its mean diagonal.
+        damping: what is added to it, relative to the unit.
+        unit: what it is divided by; default: the mean diagonal of each.
 
     Returns:
         Upper triangular ``(..., in, in)``, float32.
     """
     C = gram.double()
     mean = C.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
+    if unit is not None:
+        mean = torch.full_like(mean, unit)
     C = torch.where(mean > 0, C / mean, torch.zeros_like(C))
     C.diagonal(dim1=-2, dim2=-1).add_(damping)
     C = torch.cholesky_inverse(torch.linalg.cholesky(C))

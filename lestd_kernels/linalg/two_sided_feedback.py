@@ -51,12 +51,15 @@ _ROWS = 64
 _Level = Callable[[Tensor, Tensor], Tensor]
 
 
-def output_factor(B: Tensor | None, damping: float = DAMPING) -> Tensor | None:
+def output_factor(
+    B: Tensor | None, damping: float = DAMPING, unit: float | None = None
+) -> Tensor | None:
     """V of the metric of the outputs.
 
     Args:
         B: in one of the forms of lestd_kernels.linalg.metric.
         damping: see `inverse_factor`.
+        unit: likewise; one for all blocks, so that their factors are of one scale.
 
     Returns:
         ``(k, p, p)``, float32: of the k blocks of B, or of the diagonal blocks of 64 outputs of a
@@ -72,7 +75,7 @@ def output_factor(B: Tensor | None, damping: float = DAMPING) -> Tensor | None:
         last = functional.pad(parts[-1], (0, missing, 0, missing))
         last.diagonal()[size - missing :] = 1
         B = torch.stack([*parts[:-1], last])
-    return inverse_factor(B, damping)
+    return inverse_factor(B, damping, unit)
 
 
 def round_both_ways(

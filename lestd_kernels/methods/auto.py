@@ -29,6 +29,7 @@ from lestd_kernels.methods.common.base import (
     require_default,
     require_no_core,
 )
+from lestd_kernels.methods.common.foresight import costs_of
 from lestd_kernels.methods.common.stopwatch import Stopwatch
 from lestd_kernels.search.budget import CurvePoint
 from lestd_kernels.storage.matrix import counted_bytes
@@ -41,11 +42,12 @@ CANDIDATES: tuple[tuple[Method, int, int], ...] = (
     *((sparsegpt.METHOD, bits, 16) for bits in (4, 3)),
     (watersic.METHOD, 16, 16),
 )
-"""Method, bits of a value and bits of a factor; of equal ones the first is kept. watersic has no
-bits of its own."""
+"""Method, bits of a value and bits of a factor. watersic has no bits of its own."""
 
 
-# What is stored has this share of the error that was foreseen, or more.
+# Those that know what another budget costs without storing the group for it.
+_KNOW_OTHERS = (lestd.METHOD, svd_llm.METHOD, watersic.METHOD)
+# What is stored has this share of the error that was foreseen, or more, as far as was seen.
 _LEAST_OF_FORESEEN = 0.5
 
 
@@ -58,10 +60,12 @@ def _args_of(args: MethodArgs, value_bits: Any, factor_bits: Any) -> MethodArgs:
     return replace(args, value_bits=value_bits, factor_bits=factor_bits)
 
 
-def _least(
-    layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs
-) -> list[tuple[Method, MethodArgs, int]]:
-    """The candidates with their arguments and the fewest bytes that they need."""
+_Candidate = tuple[Method, MethodArgs, int]
+"""With its arguments and the fewest bytes that it needs."""
+
+
+def _least(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> list[_Candidate]:
+    """The candidates that serve a layout."""
     require_no_core("auto", args)
     require_default("auto", args, "value_bits", "factor_bits")
     found = []
@@ -73,19 +77,18 @@ def _least(
     return found
 
 
-def _foreseen(
-    prepared: Group, candidates: Sequence[tuple[Method, MethodArgs, int]], byte_budget: int
-) -> list[float]:
-    """About the error of each candidate, or 0 of one that only storing tells of."""
-    found = []
+def _foreseen(prepared: Group, candidates: Sequence[_Candidate], byte_budget: int) -> list[float]:
+    """About the error of each candidate, at the bytes that it needs at least or this budget; 0 of
+    one that only storing tells of."""
+    costs, found = costs_of(prepared), []
     for method, of_method in groupby(candidates, key=lambda one: one[0]):
-        foresee, own = method.foresee, None
-        for _, args, _ in of_method:
-            if foresee is None:
+        own = None
+        for _, args, least in of_method:
+            if method.foresee is None:
                 found.append(0.0)
                 continue
             own = _prepared(prepared, method, args) if own is None else own.in_bits(args)
-            found.append(foresee(own, byte_budget))
+            found.append(method.foresee(own, max(byte_budget, least), costs))
     return found
 
 
@@ -103,14 +106,20 @@ def encode(
 ) -> Decomposed:
     """Keep what the best candidate stores; see `Method.encode`.
 
-    Candidates are stored in the order of the errors foreseen, two of them or more, until no other
-    can have the least one. Their curves are all that is known of other budgets; where there is
-    none, storing nothing is.
+    Candidates are stored in the order of the errors foreseen, two of them or more where as many
+    fit, until no other can have the least one. Their curves are what is known of other budgets, and
+    of quantizers that do not fit this one what is foreseen; where there is neither, storing nothing
+    is.
     """
     layout, dtype = prepared.layout, prepared.value_dtype
-    candidates = _least(layout, dtype, prepared.args)
-    require_budget("auto", byte_budget, min(least for _, _, least in candidates))
-    candidates = [one for one in candidates if one[2] <= byte_budget]
+    every = _least(layout, dtype, prepared.args)
+    require_budget("auto", byte_budget, min(least for _, _, least in every))
+    reach = max((byte_budget, *curve_budgets))
+    candidates = [
+        one
+        for one in every
+        if one[2] <= byte_budget or (one[2] <= reach and one[0].jumps(layout, dtype, one[1]))
+    ]
     clock = Stopwatch(prepared.unfolding.device)
     with clock("rank_search"):
         foreseen = _foreseen(prepared, candidates, byte_budget)
@@ -118,27 +127,33 @@ def encode(
     kept: Decomposed | None = None
     errors: list[tuple[float, str]] = []
     points: dict[int, CurvePoint] = {}
-    for index in sorted(range(len(candidates)), key=lambda i: foreseen[i]):
-        method, args, least = candidates[index]
-        if len(errors) > 1 and _LEAST_OF_FORESEEN * foreseen[index] > 2 * min(errors)[0]:
-            break
-        own = _prepared(prepared, method, args)
-        budgets = [budget for budget in curve_budgets if budget >= least]
-        done = method.encode(own, byte_budget, budgets)
-        seconds += own.seconds, done.seconds
-        counted = counted_bytes(done.decomposition, args.size)
-        has = [
-            CurvePoint(budget, Ranks(0, 0, 0), done.metric_squared_error)
-            for budget in budgets
-            if budget >= counted
-        ]
-        for point in (*done.curve, *has):
+
+    def has(size: int, error: float) -> list[CurvePoint]:
+        return [CurvePoint(one, Ranks(0, 0, 0), error) for one in curve_budgets if one >= size]
+
+    def add(more: Sequence[CurvePoint]) -> None:
+        for point in more:
             known = points.setdefault(point.byte_budget, point)
             if point.squared_error < known.squared_error:
                 points[point.byte_budget] = point
+
+    for index in sorted(range(len(candidates)), key=lambda i: foreseen[i]):
+        method, args, least = candidates[index]
+        if least > byte_budget:
+            add(has(least, foreseen[index]))
+            continue
+        if len(errors) > 1 and _LEAST_OF_FORESEEN * foreseen[index] > 2 * min(errors)[0]:
+            continue
+        own = _prepared(prepared, method, args)
+        budgets = [one for one in curve_budgets if one >= least and method in _KNOW_OTHERS]
+        done = method.encode(own, byte_budget, budgets)
+        seconds += own.seconds, done.seconds
+        add(done.curve)
+        add(has(counted_bytes(done.decomposition, args.size), done.metric_squared_error))
         errors.append((done.metric_squared_error / 2, label(method, args.value_bits)))
         if kept is None or done.metric_squared_error < kept.metric_squared_error:
             kept = done
+        del own, done  # One group is prepared at a time, and one result kept.
     assert kept is not None, "the budget has room for a candidate"
     (loss, name), *others = sorted(errors, key=lambda one: one[0])
     chosen = Chosen(name, loss, *(others[0][::-1] if others else (None, None)))

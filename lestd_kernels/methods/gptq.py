@@ -11,6 +11,7 @@ transformers", ICLR 2023; the order is the option "act-order" of the authors' pr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -21,7 +22,7 @@ from lestd_kernels.linalg.error_feedback import inverse_factor
 from lestd_kernels.linalg.metric import Metric, diagonal_of
 from lestd_kernels.linalg.two_sided_feedback import round_both_ways, round_to_scales
 from lestd_kernels.methods.common.base import ACTIVATION, LOSS, Group, MethodArgs
-from lestd_kernels.methods.common.foresight import foreseen_rounding
+from lestd_kernels.methods.common.foresight import Costs, foreseen_rounding
 from lestd_kernels.methods.common.per_module import module_method, split_budget
 from lestd_kernels.methods.common.quantizing import (
     INPUTS,
@@ -66,7 +67,7 @@ def encode_module(
     return of_least_error(W, metric, candidate), 0.0
 
 
-def foresee(group: Group, byte_budget: int) -> float:
+def foresee(group: Group, byte_budget: int, costs: Mapping[str, Costs]) -> float:
     """See `Method.foresee`."""
     shares, value_bytes = split_budget(group.layout, byte_budget), group.value_dtype.itemsize
 
@@ -74,7 +75,7 @@ def foresee(group: Group, byte_budget: int) -> float:
         elements = group.weight(module).numel()
         return fitting_bits(elements, shares[module.name], value_bytes, group.args)
 
-    return foreseen_rounding(group, bits_of)
+    return foreseen_rounding(group, costs, bits_of)
 
 
 METHOD = replace(

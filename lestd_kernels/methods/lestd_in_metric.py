@@ -36,7 +36,7 @@ from lestd_kernels.methods.common.base import (
     Group,
     MethodArgs,
 )
-from lestd_kernels.methods.common.foresight import foreseen_rounding
+from lestd_kernels.methods.common.foresight import Costs, foreseen_rounding
 from lestd_kernels.methods.common.one_sided_basis import IDENTITY, SidedGroup, readers_of
 from lestd_kernels.methods.common.per_module import StoredChains, chain_result
 from lestd_kernels.methods.common.side_budgets import Lost, divide_by_loss, errors_by_kind, search
@@ -306,12 +306,12 @@ def encode(
     )
 
 
-def foresee(prepared: PreparedSides, byte_budget: int) -> float:
-    """In the metric loss; see `Method.foresee`. Few bits as if no basis was stored."""
+def foresee(prepared: PreparedSides, byte_budget: int, costs: Mapping[str, Costs]) -> float:
+    """See `Method.foresee`. Few bits as if no basis was stored."""
     args = prepared.args
     divided = divide_by_loss(prepared.groups, [byte_budget], args)
     left_out = sum(options[0][1] for _, (options,) in divided.values())
-    return left_out + foreseen_rounding(prepared, lambda module: args.value_bits)
+    return left_out + foreseen_rounding(prepared, costs, lambda module: args.value_bits)
 
 
 def bounds(

@@ -10,6 +10,7 @@ one-shot", ICML 2023, section 3; section 3.5 for the composition with quantizati
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -21,7 +22,7 @@ from lestd_kernels.linalg.error_feedback import inverse_factor, prune, round_wit
 from lestd_kernels.linalg.metric import Metric, diagonal_of
 from lestd_kernels.linalg.two_sided_feedback import round_both_ways
 from lestd_kernels.methods.common.base import ACTIVATION, LOSS, Group, MethodArgs
-from lestd_kernels.methods.common.foresight import foreseen_pruning
+from lestd_kernels.methods.common.foresight import Costs, foreseen_pruning
 from lestd_kernels.methods.common.per_module import module_method, split_budget
 from lestd_kernels.methods.common.pruning import largest_nnz, least_module_bytes
 from lestd_kernels.methods.common.quantizing import of_least_error
@@ -55,7 +56,7 @@ def encode_module(
     return of_least_error(W, metric, candidate), lost
 
 
-def foresee(group: Group, byte_budget: int) -> float:
+def foresee(group: Group, byte_budget: int, costs: Mapping[str, Costs]) -> float:
     """See `Method.foresee`."""
     shares, bits = split_budget(group.layout, byte_budget), group.args.value_bits
 
@@ -63,7 +64,7 @@ def foresee(group: Group, byte_budget: int) -> float:
         (rows, columns), value_bytes = group.weight(module).shape, group.value_dtype.itemsize
         return largest_nnz(rows, columns, shares[module.name], value_bytes, bits)[0]
 
-    return foreseen_pruning(group, bits, count_of)
+    return foreseen_pruning(group, costs, bits, count_of)
 
 
 METHOD = replace(

@@ -1,4 +1,4 @@
-"""What a calibration has left to do, from the files that are there.
+"""What a calibration has to do, and of that has done, from the files that are there.
 
 Each piece of the samples goes one way, step by step: through the layers, and where gradients are
 wanted from the loss back through them. A step reads what steps before it have written, and removes

@@ -183,9 +183,10 @@ class Meter:
     def end(self, task_id: str) -> None:
         """No worker has the task any more; the one that had it goes on with its next."""
         with self._lock:
-            ended, now = self._running.get(task_id), time.monotonic()
+            now = time.monotonic()
+            turns = {task.worker for task in self._at_work() if task.task_id == task_id}
             self._running = {
-                k: replace(v, since=now) if ended and v.worker == ended.worker else v
+                k: replace(v, since=now) if v.worker in turns else v
                 for k, v in self._running.items()
                 if k != task_id
             }

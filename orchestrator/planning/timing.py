@@ -128,10 +128,15 @@ def _made_metrics(
 
     shapes = {module.name: gradient_shape(task.layout, module) for module in task.layout.modules}
     made: dict[str, torch.Tensor] = {}
+    read: dict[str, torch.Tensor] = {}
+    grams: dict[str, torch.Tensor] = {}
     for module in layout.modules:
         outputs, inputs = layout.weight_shape(module)
-        X, G = channels(inputs), channels(outputs)
-        made[module.name] = X.T @ X / inputs
+        if module.reads not in read:
+            read[module.reads] = channels(inputs)
+            grams[module.reads] = read[module.reads].T @ read[module.reads] / inputs
+        X, G = read[module.reads], channels(outputs)
+        made[module.name] = grams[module.reads]
         made |= {
             f"{module.name}.mean_abs": X.abs().mean(0),
             f"{module.name}.max_abs": X.abs().amax(0),

@@ -316,9 +316,9 @@ class Method:
         per_matrix: whether it stores every matrix on its own, and so takes groups of one.
         weight_options: options that mean something in the metric weight only.
         groups_inputs: whether it knows `MethodArgs.scale_groups`.
-        foresee: ``(prepared, byte_budget)``; of a calibrated metric about the squared error of what
-            `encode` would store, or of a part of it, in a fraction of the time. What is stored has
-            half of it or more. None where only storing tells.
+        foresee: ``(prepared, byte_budget, costs)``, with `foresight.costs_of` the group; in the
+            metric loss about the squared error of what `encode` would store, or of a part of it, in
+            a fraction of the time. None where only storing tells.
     """
 
     name: str
@@ -333,7 +333,7 @@ class Method:
     per_matrix: bool = False
     weight_options: tuple[str, ...] = ()
     groups_inputs: bool = False
-    foresee: Callable[[Any, int], float] | None = None
+    foresee: Callable[[Any, int, Any], float] | None = None
 
     def decompose(
         self,

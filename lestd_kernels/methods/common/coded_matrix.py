@@ -138,7 +138,8 @@ class SteppedMatrix:
             U = factors[id(metric.input)]
             r = U.diagonal()
         if mean_B:
-            V = output_factor(metric.output, damping)
+            # Blocks differ in what their outputs count, and so do their steps.
+            V = output_factor(metric.output, damping, mean_B)
         if V is not None:
             c = V.diagonal(dim1=1, dim2=2).reshape(-1)[: W.shape[1]]
         known = math.sqrt((mean_A or stand_ins[0]) * (mean_B or stand_ins[1]))
@@ -151,7 +152,8 @@ class SteppedMatrix:
     def some_outputs(self, share: int) -> SteppedMatrix:
         """Every so-manieth output, and at least 64; outputs have no feedback among them."""
         assert self.V is None, "outputs that make up for one another cannot be taken apart"
-        every = slice(None, None, max(min(share, self.W.shape[1] // GROUP), 1))
+        share = max(min(share, self.W.shape[1] // GROUP), 1)
+        every = slice(None, None, share | 1)  # Odd: all channels of a head, not the same few.
         output = None if self.metric.output is None else self.metric.output[every]
         metric = self.metric._replace(output=output)
         return replace(self, W=self.W[:, every], c=self.c[every], metric=metric)

@@ -249,7 +249,7 @@ def pair_method(
     if metric_of is not own_metric:
         return method
 
-    def foresee(prepared: PreparedPairs, byte_budget: int) -> float:
+    def foresee(prepared: PreparedPairs, byte_budget: int, costs: object) -> float:
         choice = choose(prepared, byte_budget)
         return _left_out(prepared, choice) + _rounding(prepared, choice)
 

@@ -171,7 +171,12 @@ def with_outliers(method: Method) -> Method:
         clock.seconds.update(rest.seconds)
         chains = StoredChains(modules, chain.shared, chain.ranks, rest.expected_squared_error)
         done = chain_result(group, chains, clock)
-        return replace(done, curve=tuple(curve), singular_values=rest.singular_values)
+        return replace(
+            done,
+            curve=tuple(curve),
+            singular_values=rest.singular_values,
+            chosen=rest.chosen,
+        )
 
     def require_known(args: MethodArgs) -> None:
         if not method.groups_inputs:
@@ -211,7 +216,14 @@ def with_outliers(method: Method) -> Method:
         rest = method.least_bytes(layout, value_dtype, _without(args))
         return rest + side_bytes(layout, value_dtype, args.keep_outliers)
 
-    return replace(method, prepare=prepare, encode=encode, bounds=bounds, least_bytes=least_bytes)
+    return replace(
+        method,
+        prepare=prepare,
+        encode=encode,
+        bounds=bounds,
+        least_bytes=least_bytes,
+        foresee=None,
+    )
 
 
 def _without(args: MethodArgs) -> MethodArgs:
