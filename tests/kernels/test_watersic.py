@@ -21,6 +21,7 @@ from lestd_kernels.linalg.error_feedback import inverse_factor
 from lestd_kernels.linalg.metric import Metric
 from lestd_kernels.linalg.two_sided_feedback import output_factor
 from lestd_kernels.methods import METHODS, MethodArgs
+from lestd_kernels.methods.common.coded_matrix import SteppedMatrix
 from lestd_kernels.modules.chain_linear import PackedMatrix
 from lestd_kernels.modules.coded_numbers import decode_all
 from lestd_kernels.storage.matrix import EncodedCore
@@ -61,6 +62,24 @@ def test_feedback_is_the_least_squares_of_the_kronecker_product(sides: str) -> N
     for i in range(2):
         expected = one_by_one(W[i], A[i], B[i], r[i, :, None] * c[i])
         assert (found[i] == expected).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("form", ["heads", "full"])
+def test_an_error_of_one_step_costs_the_same_everywhere(form: str) -> None:
+    # Heads, or blocks of 64 outputs, of sizes that differ by far.
+    sizes, width = (100.0, 0.01, 1.0), 5 if form == "heads" else 64
+    blocks = [size * gram(width, i) for i, size in enumerate(sizes)]
+    A, B = gram(7, 9), torch.stack(blocks) if form == "heads" else torch.block_diag(*blocks)
+    W = torch.randn(7, 3 * width, generator=torch.Generator().manual_seed(0))
+    damping = 0.05
+    found = SteppedMatrix.of(W, Metric(A, B), damping, FP32)
+    costs = []
+    for M in (A, torch.block_diag(*blocks)):
+        damped = M.double().numpy() / float(M.diagonal().mean()) + damping * np.eye(len(M))
+        # What is left of an element's square once all after it make up for its error.
+        costs.append([1 / np.linalg.inv(damped[i:, i:])[0, 0] for i in range(len(M))])
+    each = np.outer(*costs) * np.square(np.outer(found.r.numpy(), found.c.numpy()))
+    np.testing.assert_allclose(each, each[0, 0], rtol=1e-4)
 
 
 @pytest.mark.parametrize("form", ["gram", "diagonal", "none"])
