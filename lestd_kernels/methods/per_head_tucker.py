@@ -198,7 +198,9 @@ def _left_out(prepared: PreparedHeads, every: Sequence[StackRanks]) -> list[floa
     return [max(norm - energy, 0.0) for energy in kept]
 
 
-def errors(prepared: PreparedHeads, done: Decomposed, budgets: Sequence[int]) -> list[float]:
+def errors(
+    prepared: PreparedHeads, done: Decomposed, byte_budget: int, budgets: Sequence[int]
+) -> list[float]:
     """The error to expect at other byte budgets."""
     return _left_out(prepared, [_ranks_for(prepared, budget) for budget in budgets])
 

@@ -210,7 +210,9 @@ def store(prepared: PreparedExperts, byte_budget: int, clock: Stopwatch) -> Stor
     return StoredChains(ordered, shared, named, expected)
 
 
-def errors(prepared: PreparedExperts, done: Decomposed, budgets: Sequence[int]) -> list[float]:
+def errors(
+    prepared: PreparedExperts, done: Decomposed, byte_budget: int, budgets: Sequence[int]
+) -> list[float]:
     """The error to expect at other byte budgets."""
     return [_expected_error(prepared, _choose(prepared, budget)) for budget in budgets]
 

@@ -209,7 +209,9 @@ def pair_method(
         expected = _left_out(prepared, choice) if metric_of is own_metric else None
         return StoredChains(chains, {}, _named_ranks(choice), expected)
 
-    def errors(prepared: PreparedPairs, done: Decomposed, budgets: Sequence[int]) -> list[float]:
+    def errors(
+        prepared: PreparedPairs, done: Decomposed, byte_budget: int, budgets: Sequence[int]
+    ) -> list[float]:
         choices = [choose(prepared, budget) for budget in budgets]
         known = done.expected_squared_error
         if known is None:

@@ -138,7 +138,7 @@ def chain_method(
     name: str,
     prepare: Callable[[Group], Any] | None,
     store: Callable[[Any, int, Stopwatch], StoredChains],
-    errors: Callable[[Any, Decomposed, Sequence[int]], Sequence[float]],
+    errors: Callable[[Any, Decomposed, int, Sequence[int]], Sequence[float]],
     least: Callable[[GroupLayout, int, MethodArgs], int],
     workspace: Callable[[GroupLayout, MethodArgs], int] = lambda layout, args: 0,
     most: Callable[[GroupLayout, int, MethodArgs], float] = lambda layout, value_bytes, args: inf,
@@ -151,8 +151,8 @@ def chain_method(
         name: of the method.
         prepare: the group with what no byte budget decides; None for the group as it is.
         store: ``(prepared, byte_budget, clock)``: the chains, in at most so many bytes.
-        errors: ``(prepared, done, byte_budgets)``: the squared error to expect at each budget in
-            the metric, beside what was stored for another one.
+        errors: ``(prepared, done, byte_budget, others)``: the squared error to expect at each of
+            the others in the metric, beside what was stored for this budget.
         least: ``(layout, value_bytes, args)``: the smallest feasible byte budget. Raises
             LestdError for arguments that the method does not know.
         workspace: ``(layout, args)``: memory beyond `module_workspace_bytes`.
@@ -179,7 +179,7 @@ def chain_method(
         if not curve_budgets:
             return done
         with clock("rank_search"):
-            expected = errors(prepared, done, curve_budgets)
+            expected = errors(prepared, done, byte_budget, curve_budgets)
         curve = (
             CurvePoint(budget, Ranks(0, 0, 0), error)
             for budget, error in zip(curve_budgets, expected, strict=True)
@@ -240,14 +240,18 @@ def module_method(
         with clock("stage2"):
             return _encode_modules(group, byte_budget, encode_module, group.metric, {})
 
-    def errors(group: Group, done: Decomposed, budgets: Sequence[int]) -> list[float]:
+    def errors(
+        group: Group, done: Decomposed, byte_budget: int, budgets: Sequence[int]
+    ) -> list[float]:
         stored: dict[str, tuple[ModuleChain, float]] = {}
         metric_of, found = group.without_feedback_of_outputs, {}
-        for budget in sorted(budgets, reverse=True):
+        for budget in sorted({byte_budget, *budgets}, reverse=True):
             chains = _encode_modules(group, budget, encode_module, metric_of, stored)
             clock = Stopwatch(group.unfolding.device)
             found[budget] = chain_result(group, chains, clock).metric_squared_error
-        return [found[budget] for budget in budgets]
+        # What was stored says how much feedback of outputs gains.
+        gains = done.metric_squared_error / found[byte_budget] if found[byte_budget] else 1.0
+        return [found[budget] * gains for budget in budgets]
 
     def least(layout: GroupLayout, value_bytes: int, args: MethodArgs) -> int:
         total, fewest = len(layout.slices), 0
