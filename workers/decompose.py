@@ -324,14 +324,16 @@ class DecomposeWorker:
                 weights.clear()
                 unfolding = unfold_weights(on_device, task.layout)
                 del on_device
+            # Modules that read the same have one metric, there as here.
+            moved = {id(metric): metric.to(self._device) for metric in metrics.values()}
             group = Group(
                 unfolding,
                 task.layout,
                 getattr(torch, task.value_dtype),
                 MethodArgs(**task.method_args),
-                {name: metric.to(self._device) for name, metric in metrics.items()},
+                {name: moved[id(metric)] for name, metric in metrics.items()},
             )
-            del unfolding
+            del unfolding, moved
             prepared = METHODS[task.method].prepare(group)
             del group
         clock.seconds.update(add_seconds(clock.seconds, prepared.seconds))

@@ -2,7 +2,8 @@
 
 Every candidate that may have the least error stores the group within the byte budget in the metric
 loss; what is kept is the one whose error, as stored, is least. The error to expect at another
-budget is the least that one of these expects there, or has with what it stored.
+budget is the least that one of these expects there, or has with what it stored, or that is foreseen
+of a quantizer.
 """
 
 from __future__ import annotations
@@ -108,8 +109,7 @@ def encode(
 
     Candidates are stored in the order of the errors foreseen, two of them or more where as many
     fit, until no other can have the least one. Their curves are what is known of other budgets, and
-    of quantizers that do not fit this one what is foreseen; where there is neither, storing nothing
-    is.
+    of quantizers that are not stored what is foreseen; where there is neither, storing nothing is.
     """
     layout, dtype = prepared.layout, prepared.value_dtype
     every = _least(layout, dtype, prepared.args)
@@ -139,10 +139,10 @@ def encode(
 
     for index in sorted(range(len(candidates)), key=lambda i: foreseen[i]):
         method, args, least = candidates[index]
-        if least > byte_budget:
-            add(has(least, foreseen[index]))
-            continue
-        if len(errors) > 1 and _LEAST_OF_FORESEEN * foreseen[index] > 2 * min(errors)[0]:
+        is_dear = len(errors) > 1 and _LEAST_OF_FORESEEN * foreseen[index] > 2 * min(errors)[0]
+        if least > byte_budget or is_dear:
+            if method.jumps(layout, dtype, args):
+                add(has(least, foreseen[index]))
             continue
         own = _prepared(prepared, method, args)
         budgets = [one for one in curve_budgets if one >= least and method in _KNOW_OTHERS]

@@ -44,6 +44,7 @@ from lestd_kernels.methods.common.base import (
     require_no_core,
 )
 from lestd_kernels.methods.common.coded_matrix import (
+    MOST_BITS,
     MOST_RMS,
     SteppedMatrix,
     bits_of,
@@ -61,17 +62,16 @@ from lestd_kernels.methods.common.per_module import (
     module_workspace_bytes,
 )
 from lestd_kernels.methods.common.stopwatch import Stopwatch
-from lestd_kernels.options import MEMORY
+from lestd_kernels.options import DISK, MEMORY
 from lestd_kernels.search.budget import CurvePoint
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout
 
 # Octaves between the steps at which a curve is looked at.
 _CURVE_OCTAVES = 1.0
-# So many above a step that fits a budget all numbers are zeros; with so many times their bytes
-# the error is nearly theirs.
-_COARSEST_OCTAVES, _NEARLY_ZEROS = 40.0, 1.1
-# Of the first step that is tried.
-_STEP_OCTAVES = 0.01
+# With so many times the bytes of zeros there is little to look at before them.
+_NEARLY_ZEROS = 1.1
+# Where the first step that is tried is sought, and how closely.
+_MOST_OCTAVES, _STEP_OCTAVES = 20.0, 0.01
 # Elements of a group that a curve looks at.
 _LOOKED_AT = 1 << 20
 _MORE_MEMORY = (
@@ -140,7 +140,9 @@ def _curve(
     """
     points: list[tuple[int, float]] = []
     finest = math.log2(rms / MOST_RMS)
-    most_outputs = max(prepared.layout.elements // _LOOKED_AT, 1)
+    # In memory what lies beside the others has bytes for each input, however few the outputs are.
+    on_disk = prepared.args.size == DISK
+    most_outputs = max(prepared.layout.elements // _LOOKED_AT, 1) if on_disk else 1
     known: tuple[float, dict[int, Tensor]] = 0.0, {}
 
     def look(at: float) -> int:
@@ -158,7 +160,12 @@ def _curve(
         points.append((int(size), error))
         return int(size)
 
-    zeros = look(log_step + _COARSEST_OCTAVES)
+    zeros = least_bytes(prepared.layout, prepared.value_dtype, prepared.args)
+    lost = [
+        prepared.without_feedback_of_outputs(module).squares(prepared.weight(module))
+        for module in prepared.layout.modules
+    ]
+    points.append((zeros, sum(lost)))
     coarser = log_step
     while look(coarser) > max(min(budgets), _NEARLY_ZEROS * zeros):
         coarser += _CURVE_OCTAVES
@@ -181,11 +188,17 @@ def _curve(
     return tuple(found)
 
 
-def _first_step(modules: Sequence[SteppedMatrix], bits: float) -> float:
-    """Logarithm of the step on which normal weights would have so many bits on the average."""
+def _first_step(modules: Sequence[SteppedMatrix], bits: float, rms: float) -> float:
+    """Logarithm of the step on which normal weights would have so many bits on the average.
+
+    Args:
+        modules: of the group.
+        bits: on the average.
+        rms: the largest of the modules', in units of the step 1.
+    """
     each = [(one.W.numel(), one.rms()) for one in modules]
     elements = sum(count for count, _ in each)
-    low, high = -_COARSEST_OCTAVES, _COARSEST_OCTAVES
+    low, high = math.log2(rms) - _MOST_OCTAVES, math.log2(rms / MOST_RMS) + MOST_BITS
     while high - low > _STEP_OCTAVES:
         middle = (low + high) / 2
         has = sum(count * bits_of(rms / 2**middle) for count, rms in each)
@@ -213,7 +226,7 @@ def encode(
             elements,
             byte_budget,
             math.log2(rms / MOST_RMS),
-            _first_step(modules, bits),
+            _first_step(modules, bits, rms),
             prepared.args.size,
         )
         foreseen: tuple[CurvePoint, ...] = ()
@@ -248,7 +261,8 @@ def bounds(
         workspace += 4 * max(widths) ** 2
         read = {m.reads: width for m, width in zip(layout.modules, widths, strict=True)}
         outputs = sum(layout.weight_shape(module)[0] for module in layout.modules)
-        workspace += 4 * sum(width**2 for width in read.values()) + 8 * 256 * outputs
+        # Those of a curve lie beside those of what is stored.
+        workspace += 8 * sum(width**2 for width in read.values()) + 8 * 256 * outputs
     together = max(largest, min(most_together(layout.elements), layout.elements + squares))
     workspace += _CODING_BYTES * largest + _TOGETHER_BYTES * together + _COUNTS_BYTES
     per_weight = 8 * byte_budget / layout.elements

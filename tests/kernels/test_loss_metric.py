@@ -305,7 +305,7 @@ def test_a_candidate_stores_half_of_the_error_foreseen_or_more(
 @pytest.mark.parametrize("form", ["full", "head", "diagonal"])
 def test_what_is_foreseen_at_the_own_budget_is_what_was_stored(form: str, method: str) -> None:
     # Feedback along the outputs is part of both: auto compares them with one another.
-    done = decompose(method, GQA, 0.3, form, BF16)
+    done = decompose(method, GQA, 0.3, form, torch.float16)
     half, own = done.curve
     assert own.squared_error == pytest.approx(done.metric_squared_error, rel=0.01)
     assert half.squared_error > own.squared_error

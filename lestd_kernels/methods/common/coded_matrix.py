@@ -153,7 +153,7 @@ class SteppedMatrix:
         """Every so-manieth output, and at least 64; outputs have no feedback among them."""
         assert self.V is None, "outputs that make up for one another cannot be taken apart"
         share = max(min(share, self.W.shape[1] // GROUP), 1)
-        every = slice(None, None, share | 1)  # Odd: all channels of a head, not the same few.
+        every = slice(None, None, (share - 1) | 1)  # Odd: all channels of a head, not the same few.
         output = None if self.metric.output is None else self.metric.output[every]
         metric = self.metric._replace(output=output)
         return replace(self, W=self.W[:, every], c=self.c[every], metric=metric)

@@ -175,7 +175,7 @@ def with_outliers(method: Method) -> Method:
             done,
             curve=tuple(curve),
             singular_values=rest.singular_values,
-            chosen=rest.chosen,
+            chosen=rest.chosen and replace(rest.chosen, loss=done.metric_squared_error / 2),
         )
 
     def require_known(args: MethodArgs) -> None:
