@@ -12,6 +12,8 @@ from orchestrator.evaluation.perplexity import TEXT_TASK
 from orchestrator.experiments.compare import Measured
 from orchestrator.experiments.quality import Point, Quality
 
+# Of the ends of a logarithmic axis on which every tick has a name.
+_NEAR = 10
 _PANELS_IN_A_ROW = 3
 
 
@@ -138,7 +140,14 @@ def _draw_quality(rows: Sequence[Measured], place: int, axes: Any) -> None:
     if dense.title.endswith("ppl"):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        low, high = axes.get_ylim()
+        if high < _NEAR * low:
+            axes.yaxis.set_minor_formatter("{x:g}")
+        else:  # The names of all its ticks would lie on each other.
+            from matplotlib.ticker import LogLocator, NullFormatter
+
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel(_labelled(dense))
 
 
