@@ -68,6 +68,7 @@ from lestd_kernels.tensorize import GroupLayout, ModuleLayout
 
 # Octaves between the steps at which a curve is looked at.
 _CURVE_OCTAVES = 1.0
+_MOST_POINTS = 40
 # With so many times the bytes of zeros there is little to look at before them.
 _NEARLY_ZEROS = 1.1
 # Where the first step that is tried is sought, and how closely.
@@ -155,7 +156,8 @@ def _curve(
         size, error = 0.0, 0.0
         for one, part, found in zip(whole, some, rounded(some, 2.0**at), strict=True):
             share = one.W.numel() / part.W.numel()
-            size += one.scale_bytes + (found.size - part.scale_bytes) * share
+            # Beyond what zeros take: else those of all outputs would never be reached.
+            size += _zeros(one) + (found.size - _zeros(part)) * share
             error += found.error() * share
         points.append((int(size), error))
         return int(size)
@@ -167,7 +169,8 @@ def _curve(
     ]
     points.append((zeros, sum(lost)))
     coarser = log_step
-    while look(coarser) > max(min(budgets), _NEARLY_ZEROS * zeros):
+    enough = max(min(budgets), _NEARLY_ZEROS * zeros)
+    while look(coarser) > enough and len(points) < _MOST_POINTS:
         coarser += _CURVE_OCTAVES
     finer = log_step
     while max(points)[0] < max(budgets) and finer > finest:
@@ -186,6 +189,11 @@ def _curve(
             log = logs[after - 1] + share * (logs[after] - logs[after - 1])
         found.append(CurvePoint(budget, Ranks(0, 0, 0), math.exp(log)))
     return tuple(found)
+
+
+def _zeros(one: SteppedMatrix) -> int:
+    """Bytes of a matrix of zeros of this shape."""
+    return least_matrix_bytes(one.W.shape, one.value_dtype.itemsize, one.size)
 
 
 def _first_step(modules: Sequence[SteppedMatrix], bits: float, rms: float) -> float:

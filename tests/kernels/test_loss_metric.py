@@ -17,7 +17,9 @@ from lestd_kernels.linalg.metric import Metric, Root, Roots, apply_metric, diago
 from lestd_kernels.linalg.support_fit import fit_on_support
 from lestd_kernels.linalg.two_sided_feedback import output_factor, round_both_ways
 from lestd_kernels.methods import METHODS, MethodArgs, auto, watersic
+from lestd_kernels.methods.common import coded_matrix
 from lestd_kernels.methods.common.base import ACTIVATION, LOSS, Chosen, Decomposed, Group
+from lestd_kernels.methods.common.coded_matrix import RoundedMatrix, SteppedMatrix
 from lestd_kernels.methods.common.foresight import costs_of
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout
 
@@ -301,11 +303,16 @@ def test_a_candidate_stores_half_of_the_error_foreseen_or_more(
     assert seen >= 4
 
 
-@pytest.mark.parametrize("method", ["watersic", "gptq"])
+@pytest.mark.parametrize(
+    ("method", "keep", "dtype"),
+    [("watersic", 0.2, BF16), ("watersic", 0.3, FP16), ("gptq", 0.3, BF16)],
+)
 @pytest.mark.parametrize("form", ["full", "head", "diagonal"])
-def test_what_is_foreseen_at_the_own_budget_is_what_was_stored(form: str, method: str) -> None:
+def test_what_is_foreseen_at_the_own_budget_is_what_was_stored(
+    form: str, method: str, keep: float, dtype: torch.dtype
+) -> None:
     # Feedback along the outputs is part of both: auto compares them with one another.
-    done = decompose(method, GQA, 0.3, form, torch.float16)
+    done = decompose(method, GQA, keep, form, dtype)
     half, own = done.curve
     assert own.squared_error == pytest.approx(done.metric_squared_error, rel=0.01)
     assert half.squared_error > own.squared_error
@@ -320,3 +327,21 @@ def test_a_curve_of_some_outputs_is_about_that_of_all(monkeypatch: pytest.Monkey
     assert some[0] != whole[0]
     for one, other in zip(some, whole, strict=True):
         assert one.squared_error == pytest.approx(other.squared_error, rel=0.15)
+
+
+def test_a_curve_of_few_outputs_ends_at_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What a stream has at its beginning counts once for a module, not once for each share of it:
+    # else zeros would seem to take more than they do, and steps would be tried without end.
+    wide, looks = gqa(32, 64, 32, 32), []
+
+    def rounded(some: list[SteppedMatrix], step: float) -> list[RoundedMatrix]:
+        looks.append(step)
+        return coded_matrix.rounded(some, step)
+
+    monkeypatch.setattr(watersic, "_LOOKED_AT", 1)
+    monkeypatch.setattr(watersic, "rounded", rounded)
+    metrics, args = metrics_of(wide, "diagonal"), MethodArgs(metric=LOSS)
+    least, budget = watersic.least_bytes(wide, BF16, args), wide.elements // 4
+    method = METHODS["watersic"]
+    method.decompose(random_weights(wide), wide, budget, BF16, args, [least, budget], metrics)
+    assert len(looks) < 25
