@@ -6,14 +6,15 @@
 The source is benchmarks/made_hub.py, which drops every 50th connection; nothing of it is on disk.
 First an undisturbed run of every sixth layer says what the bytes must be and how long a layer
 takes; it ends before the model is assembled. Then `lestd compress` runs on a local Ray with two
-workers of one thread, and is disturbed: `DISTURBANCES`, each a random while after a number of
-finished layers, and again while the model is put together. After each end of the command it is
+workers of one thread, and is disturbed: `DISTURBANCES`, each up to a layer's time after a number
+of finished layers, and again while the model is put together. After each end of the command it is
 started again as it stands. At last every sixth layer's payload must have the same sha256, and
 `lestd verify` must find the model whole. Prints the tables of docs/full-size.md, in Markdown.
 
     disk full       only where DIR is a file system of its own: a file takes all that is left of it
-    clock jump      only as root and with --jump-clock: the machine's own clock goes two days ahead,
-                    then three back, then one ahead, a layer after each
+    clock jump      only where a C compiler is: for the command and all of its processes, Ray's too,
+                    the wall clock goes two days ahead, then three back, then one ahead, a layer
+                    after each (benchmarks/moved_clock.c)
     another host    only as root: the next start runs under another host name (`unshare --uts`)
 
 Needs about 0.8 of the model's bytes as disk and 10 GiB of memory for OPT-30B.
@@ -25,6 +26,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,6 +43,7 @@ from run import peak_bytes, show
 
 from orchestrator.manifest.manifest import Manifest
 
+MOVED_CLOCK = Path(__file__).with_name("moved_clock.c")
 EVERY = 6
 WORKERS = 2
 GIB = 2**30
@@ -86,6 +89,34 @@ class Event:
     said: str = ""
 
 
+class Clock:
+    """A wall clock that jumps, for the processes that get its environment; with a C compiler.
+
+    Args:
+        directory: for its files.
+
+    Attributes:
+        environment: of a process that follows it; empty without a compiler.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._ahead, self._seconds = directory / "ahead", 0
+        self.environment: dict[str, str] = {}
+        self.jump(0)
+        if compiler := shutil.which("cc"):
+            library = directory / "moved_clock.so"
+            build = [compiler, "-O2", "-shared", "-fPIC", "-o", str(library), str(MOVED_CLOCK)]
+            subprocess.run([*build, "-ldl"], check=True)
+            self.environment = {"LD_PRELOAD": str(library), "MOVED_CLOCK": str(self._ahead)}
+
+    def jump(self, days: int) -> None:
+        """Move it, in place: processes have the file mapped."""
+        self._seconds += days * 86400
+        self._ahead.touch()
+        with self._ahead.open("r+b") as file:
+            file.write(self._seconds.to_bytes(8, sys.byteorder, signed=True))
+
+
 @dataclass
 class Command:
     """`lestd compress` of the model that the hub serves."""
@@ -93,6 +124,7 @@ class Command:
     work: Path
     out: Path
     hub: HubProcess
+    clock: Clock
     model: str
     options: list[str]
     process: subprocess.Popen[str] | None = None
@@ -115,7 +147,7 @@ class Command:
         command += ["--threads", "1", *self.options]
         hub = {"HF_ENDPOINT": f"http://127.0.0.1:{self.hub.port}", "HF_HOME": str(self.work / "hf")}
         # A Ray of its own, whatever cluster runs on this machine.
-        every = os.environ | {"RAY_ADDRESS": "local"} | hub
+        every = os.environ | {"RAY_ADDRESS": "local"} | hub | self.clock.environment
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=every, text=True)
 
@@ -178,8 +210,8 @@ class Disturber:
         layers: of the model.
         untouched: bytes that it copies as they are.
         gone_seconds: for which the server is gone.
-        jumps: whether the machine's clock may.
-        seed: of the random pauses.
+        layer_seconds: for which a layer keeps both workers; a disturbance comes within them.
+        seed: of the random moments.
     """
 
     def __init__(
@@ -188,14 +220,14 @@ class Disturber:
         layers: int,
         untouched: int,
         gone_seconds: float,
-        jumps: bool,
+        layer_seconds: float,
         seed: int,
     ) -> None:
         self.command = command
         self.hub = command.hub
         self.events: list[Event] = []
         self._layers, self._untouched = layers, untouched
-        self._gone, self._jumps = gone_seconds, jumps
+        self._gone, self._layer = gone_seconds, layer_seconds
         self._random = random.Random(seed)
         self._began = time.monotonic()
         self._prefix: list[str] = []
@@ -215,7 +247,7 @@ class Disturber:
             share = self._share()
             self._settle(share)
             if left and share >= left[0][0]:
-                time.sleep(self._random.uniform(0, 20))
+                time.sleep(self._random.uniform(0, self._layer))
                 self._disturb(left.pop(0)[1])
             time.sleep(1)
 
@@ -242,7 +274,9 @@ class Disturber:
         process = self.command.process
         assert process is not None
         if what.startswith("worker"):
-            while self.command.running() and not (workers := self.command.workers()):
+            while not (workers := self.command.workers()):
+                if not self.command.running() or self._share() >= 1:
+                    return
                 time.sleep(0.2)
             if self.command.running():
                 self._random.choice(workers).kill()
@@ -254,8 +288,10 @@ class Disturber:
             time.sleep(gone)
             self.hub.start()
         elif what == "clock jumps":
-            if self._jumps:
-                self._jump()
+            if not self.command.clock.environment:
+                print("no C compiler: the clock does not jump", file=sys.stderr)
+                return
+            self._jump()
         elif what == "disk full":
             if not os.path.ismount(self.command.work):
                 print(f"{self.command.work} is no file system: no full disk", file=sys.stderr)
@@ -274,10 +310,10 @@ class Disturber:
             self._start()
 
     def _jump(self) -> None:
-        """The machine's clock goes two days ahead, three back, one ahead, a layer after each."""
+        """The wall clock goes two days ahead, three back, one ahead, a layer after each."""
         for days in (2, -3, 1):
             before = self.command.finished()
-            time.clock_settime(time.CLOCK_REALTIME, time.time() + days * 86400)
+            self.command.clock.jump(days)
             self._note(f"the clock jumps by {days} days")
             while self.command.running() and self.command.finished() == before and days != 1:
                 time.sleep(0.2)
@@ -341,7 +377,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=48, help="(default: %(default)s)")
     parser.add_argument("--keep", type=float, default=0.4, help="(default: %(default)s)")
     parser.add_argument("--gone", type=float, default=300, help="seconds without the server")
-    parser.add_argument("--jump-clock", action="store_true", help="of the machine")
     parser.add_argument("--seed", type=int, default=0, help="of the disturbances")
     options = parser.parse_args()
     work = options.work.absolute()
@@ -351,10 +386,11 @@ def main() -> None:
     hub.start()
     model = f"{OWNER}/{options.shape}"
     settings = ["--keep", str(options.keep), "--metric", "weight"]
+    clock = Clock(work)
     try:
         sixth = ",".join(str(layer) for layer in range(0, options.layers, EVERY))
         few = [*settings, "--include", sixth]
-        reference = Command(work, work / "reference", hub, model, few)
+        reference = Command(work, work / "reference", hub, clock, model, few)
         quiet = undisturbed(reference, len(sixth.split(",")))
         needed = sum(row["dense_bytes"] for row in reference.groups())
         if fetched := hub.sent().get("attention", 0):  # Else it was there already.
@@ -362,13 +398,12 @@ def main() -> None:
         hub.stop()
         hub.before = {}
         hub.start()
-        command = Command(work, work / "model", hub, model, settings)
+        command = Command(work, work / "model", hub, clock, model, settings)
         plan = json.loads((reference.run_dir / "plan.json").read_text())["total"]
         attention = needed * options.layers // len(sixth.split(","))
         untouched = plan["source_bytes"] - attention
-        disturber = Disturber(
-            command, options.layers, untouched, options.gone, options.jump_clock, options.seed
-        )
+        layer = quiet / len(reference.groups())
+        disturber = Disturber(command, options.layers, untouched, options.gone, layer, options.seed)
         wall = disturber.run()
         report(disturber, reference, wall, quiet)
         verify = [sys.executable, "-m", "orchestrator", "verify", str(command.out)]
