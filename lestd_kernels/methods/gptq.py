@@ -3,7 +3,9 @@
 Inputs are rounded in the order of falling activation where that costs nothing: where groups of 64
 do not reach from one input to the next, so that every input brings its own scales with it, or where
 the scales are those of the weights as they are, which groups along the inputs have ("static
-groups" of the authors' program). In the metric loss errors are fed back along the outputs as well.
+groups" of the authors' program). In the metric loss errors are fed back along the outputs as well,
+and every module has bits of its own: those of which the least error is foreseen in the bytes of its
+group. With groups along the inputs all have the same, since servers fuse modules.
 
 Reference: Frantar et al., "GPTQ: Accurate post-training quantization for generative pre-trained
 transformers", ICLR 2023; the order is the option "act-order" of the authors' program.
@@ -11,7 +13,8 @@ transformers", ICLR 2023; the order is the option "act-order" of the authors' pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -22,18 +25,28 @@ from lestd_kernels.linalg.error_feedback import inverse_factor
 from lestd_kernels.linalg.metric import Metric, diagonal_of
 from lestd_kernels.linalg.two_sided_feedback import round_both_ways, round_to_scales
 from lestd_kernels.methods.common.base import ACTIVATION, LOSS, Group, MethodArgs
-from lestd_kernels.methods.common.foresight import Costs, foreseen_rounding
-from lestd_kernels.methods.common.per_module import module_method, split_budget
+from lestd_kernels.methods.common.foresight import Costs, costs_of, foreseen_rounding
+from lestd_kernels.methods.common.per_module import evenly, module_method
 from lestd_kernels.methods.common.quantizing import (
     INPUTS,
+    best_shares,
     fitting_bits,
     least_module_bytes,
     of_least_error,
     rounded_module,
     with_jumps,
 )
-from lestd_kernels.storage.few_bits import GROUP, group_scales
-from lestd_kernels.tensorize import ModuleLayout
+from lestd_kernels.storage.few_bits import (
+    FULL_BITS,
+    GROUP,
+    QUANTIZED_BITS,
+    group_scales,
+    values_bytes,
+)
+from lestd_kernels.tensorize import GroupLayout
+
+# More sizes than these of a group are not looked at one by one: they lie close together.
+_MOST_SIZES = 64
 
 
 def encode_module(
@@ -68,17 +81,48 @@ def encode_module(
 
 
 def foresee(group: Group, byte_budget: int, costs: Mapping[str, Costs]) -> float:
-    """See `Method.foresee`."""
-    shares, value_bytes = split_budget(group.layout, byte_budget), group.value_dtype.itemsize
+    """See `Method.foresee`; for the bits that are asked for."""
+    return sum(foreseen_rounding(group, costs, group.args.value_bits).values())
 
-    def bits_of(module: ModuleLayout) -> int:
+
+def _has_own_bits(args: MethodArgs) -> bool:
+    """Whether every module has bits of its own."""
+    return args.metric == LOSS and args.value_bits == FULL_BITS and args.scale_groups != INPUTS
+
+
+def divide(group: Group) -> Callable[[int], Mapping[str, int]]:
+    """The bytes of every module, which are those of its bits; see `module_method`."""
+    if not _has_own_bits(group.args):
+        return evenly(group)
+    costs, value_bytes = costs_of(group), group.value_dtype.itemsize
+    errors = {bits: foreseen_rounding(group, costs, bits) for bits in QUANTIZED_BITS}
+    choices = {}
+    for module in group.layout.modules:
         elements = group.weight(module).numel()
-        return fitting_bits(elements, shares[module.name], value_bytes, group.args)
+        choices[module.name] = [
+            (values_bytes(elements, bits, value_bytes), errors[bits].get(module.name, 0.0))
+            for bits in QUANTIZED_BITS
+        ]
+    return best_shares(choices)
 
-    return foreseen_rounding(group, costs, bits_of)
 
-
-METHOD = replace(
-    with_jumps(module_method("gptq", encode_module, least_module_bytes, (ACTIVATION, LOSS))),
-    foresee=foresee,
+_EVEN = with_jumps(
+    module_method("gptq", encode_module, least_module_bytes, (ACTIVATION, LOSS), divide)
 )
+
+
+def jumps(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> tuple[int, ...]:
+    """All sizes that a group can have, where they are few; else those of the same bits in all."""
+    if not _has_own_bits(args):
+        return _EVEN.jumps(layout, value_dtype, args)
+    sizes = {0}
+    for module in layout.modules:
+        rows, columns = layout.weight_shape(module)
+        own = (values_bytes(rows * columns, bits, value_dtype.itemsize) for bits in QUANTIZED_BITS)
+        sizes = {before + size for before, size in itertools.product(sizes, list(own))}
+        if len(sizes) > _MOST_SIZES:
+            return _EVEN.jumps(layout, value_dtype, args)
+    return tuple(sorted(sizes))
+
+
+METHOD = replace(_EVEN, jumps=jumps, foresee=foresee)

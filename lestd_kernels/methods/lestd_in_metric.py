@@ -311,7 +311,7 @@ def foresee(prepared: PreparedSides, byte_budget: int, costs: Mapping[str, Costs
     args = prepared.args
     divided = divide_by_loss(prepared.groups, [byte_budget], args)
     left_out = sum(options[0][1] for _, (options,) in divided.values())
-    return left_out + foreseen_rounding(prepared, costs, lambda module: args.value_bits)
+    return left_out + sum(foreseen_rounding(prepared, costs, args.value_bits).values())
 
 
 def bounds(

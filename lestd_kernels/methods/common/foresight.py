@@ -1,10 +1,10 @@
 """What rounding and pruning with feedback cost, foreseen from the weights as they are.
 
 An error e of element (i, j), when those after it make up for it as well as they can, costs ``(e
-L_A,ii L_B,jj)^2`` (lestd_kernels.linalg.common_step): of rounding on a step s it is ``s^2 / 12``
-on the average, of pruning the weight's square. Inputs are taken in the order of falling activation,
-in which least is lost. What feedback moves the later weights by is left out, so that pruning most
-of a matrix costs several times as much as is foreseen.
+L_A,ii L_B,jj)^2`` (lestd_kernels.linalg.common_step): of rounding it is what the nearest level is
+away, of pruning the weight. Inputs are taken in the order of falling activation, in which least is
+lost. What feedback moves the later weights by is left out, so that two bits cost up to twice as
+much as is foreseen, and pruning most of a matrix several times as much.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from lestd_kernels.storage.few_bits import (
     FULL_BITS,
     grid_has_zero,
     group_scales,
+    levels,
+    nearest_codes,
     spread_scales,
 )
 from lestd_kernels.tensorize import ModuleLayout
@@ -83,26 +85,25 @@ def _weighted(squares: Tensor, costs: Costs) -> float:
 
 
 def _rounding(W: Tensor, bits: int, value_dtype: torch.dtype, mask: Tensor | None) -> Tensor:
-    """Squared error of each element that is stored; never more than of leaving it out."""
+    """Squared error of each element that is stored, rounded to the nearest level."""
     if bits == FULL_BITS:
         return torch.zeros_like(W)
     stored = W.reshape(-1) if mask is None else W[mask]
-    scales = group_scales(stored, bits, value_dtype, grid_has_zero(mask is None, bits))
-    spread = spread_scales(scales, len(stored))
-    steps = spread.view_as(W) if mask is None else torch.zeros_like(W).masked_scatter(mask, spread)
-    return torch.minimum(steps.square() / 12, W.square())
+    has_zero = grid_has_zero(mask is None, bits)
+    spread = spread_scales(group_scales(stored, bits, value_dtype, has_zero), len(stored))
+    codes = nearest_codes(stored, spread, bits, has_zero)
+    squares = (stored - levels(codes, spread, bits, has_zero)).square()
+    return squares.view_as(W) if mask is None else torch.zeros_like(W).masked_scatter(mask, squares)
 
 
-def foreseen_rounding(
-    group: Group, costs: Mapping[str, Costs], bits_of: Callable[[ModuleLayout], int]
-) -> float:
-    """Squared error of weights that are all rounded, each module to bits of its own."""
-    total = 0.0
+def foreseen_rounding(group: Group, costs: Mapping[str, Costs], bits: int) -> dict[str, float]:
+    """Module name -> squared error of its weights, all of them rounded to so many bits."""
+    found = {}
     for module in group.layout.modules:
         if own := costs.get(module.name):
             W = group.weight(module)
-            total += _weighted(_rounding(W, bits_of(module), group.value_dtype, None), own)
-    return total
+            found[module.name] = _weighted(_rounding(W, bits, group.value_dtype, None), own)
+    return found
 
 
 def foreseen_pruning(

@@ -6,8 +6,10 @@ W of modules whose basis side is the input, and W^T of the others.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import inf
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -70,12 +72,7 @@ def chain_result(group: Group, chains: StoredChains, clock: Stopwatch) -> Decomp
     with clock("error"):
         for module in layout.modules:
             W = group.weight(module)
-            W_hat = stored.module_weight(module.name)
-            if not bool(torch.isfinite(W_hat).all()):
-                raise LestdError(
-                    f"what is stored of {module.name} has values that do not fit "
-                    f"{group.value_dtype}; convert the checkpoint to bfloat16"
-                )
+            W_hat = _finite(stored.module_weight(module.name), module, group.value_dtype)
             residual = W - W_hat
             metric = group.metric(module)
             metric_norm += metric.squares(W)
@@ -100,6 +97,15 @@ def chain_result(group: Group, chains: StoredChains, clock: Stopwatch) -> Decomp
         metric_squared_error=metric_error,
         expected_squared_error=chains.expected,
     )
+
+
+def _finite(W_hat: Tensor, module: ModuleLayout, value_dtype: torch.dtype) -> Tensor:
+    if not bool(torch.isfinite(W_hat).all()):
+        raise LestdError(
+            f"what is stored of {module.name} has values that do not fit {value_dtype}; convert "
+            "the checkpoint to bfloat16"
+        )
+    return W_hat
 
 
 def _slice_stats(
@@ -220,13 +226,23 @@ def split_budget(layout: GroupLayout, byte_budget: int) -> dict[str, int]:
     return shares
 
 
+Division = Callable[[Group], Callable[[int], Mapping[str, int]]]
+"""Of a group: byte budget -> every module's share of it."""
+
+
+def evenly(group: Group) -> Callable[[int], Mapping[str, int]]:
+    """Bytes in proportion to elements."""
+    return partial(split_budget, group.layout)
+
+
 def module_method(
     name: str,
     encode_module: EncodeModule,
     least_module_bytes: ModuleBytes,
     metrics: tuple[str, ...] = (WEIGHT,),
+    divide: Division = evenly,
 ) -> Method:
-    """A method that stores every module on its own, each with the same share of its bytes.
+    """A method that stores every module on its own.
 
     Args:
         name: of the method.
@@ -234,21 +250,51 @@ def module_method(
         least_module_bytes: the smallest such budget. Raises LestdError for arguments that the
             method does not know.
         metrics: see `Method`.
+        divide: the bytes of a group among its modules; at least the smallest budget of each.
     """
 
+    def encoded(
+        group: Group, module: ModuleLayout, metric: Metric, share: int
+    ) -> tuple[ModuleChain, float]:
+        W, dtype = group.weight(module), group.value_dtype
+        try:
+            return encode_module(W, metric, share, dtype, group.args)
+        except LestdError as error:
+            raise LestdError(f"{module.name}: {error}") from error
+
     def store(group: Group, byte_budget: int, clock: Stopwatch) -> StoredChains:
+        chains, expected = {}, 0.0
         with clock("stage2"):
-            return _encode_modules(group, byte_budget, encode_module, group.metric, {})
+            shares = divide(group)(byte_budget)
+            for module in group.layout.modules:
+                chains[module.name], lost = encoded(
+                    group, module, group.metric(module), shares[module.name]
+                )
+                expected += lost
+        return StoredChains(chains, expected=expected)
 
     def errors(
         group: Group, done: Decomposed, byte_budget: int, budgets: Sequence[int]
     ) -> list[float]:
-        stored: dict[str, tuple[ModuleChain, float]] = {}
-        metric_of, found = group.without_feedback_of_outputs, {}
+        division, found = divide(group), {}
+        # Of every module what it was stored in: a share, the bytes that it took of it, the error.
+        stored: dict[str, list[tuple[int, int, float]]] = defaultdict(list)
+
+        def error_of(module: ModuleLayout, share: int) -> float:
+            """Of what is stored in a share: perhaps what was stored in a larger one, and fits."""
+            for larger, taken, error in stored[module.name]:
+                if taken <= share <= larger:
+                    return error
+            W, metric = group.weight(module), group.without_feedback_of_outputs(module)
+            chain, _ = encoded(group, module, metric, share)
+            W_hat = _finite(chain.weight(len(W), {}), module, group.value_dtype)
+            error = group.metric(module).squares(W - W_hat)
+            stored[module.name].append((share, sum(own.stored_bytes for own in chain.own), error))
+            return error
+
         for budget in sorted({byte_budget, *budgets}, reverse=True):
-            chains = _encode_modules(group, budget, encode_module, metric_of, stored)
-            clock = Stopwatch(group.unfolding.device)
-            found[budget] = chain_result(group, chains, clock).metric_squared_error
+            shares = division(budget)
+            found[budget] = sum(error_of(one, shares[one.name]) for one in group.layout.modules)
         # What was stored says how much feedback of outputs gains.
         gains = done.metric_squared_error / found[byte_budget] if found[byte_budget] else 1.0
         return [found[budget] * gains for budget in budgets]
@@ -258,35 +304,11 @@ def module_method(
         for module in layout.modules:
             rows, columns = layout.weight_shape(module)[::-1]
             needed = least_module_bytes(rows, columns, value_bytes, args)
-            # The budget of which the module's share is enough.
+            # The budget of which the module's even share is enough.
             fewest = max(fewest, -(-(needed + 1) * total // len(module.slices)))
         return fewest
 
     return chain_method(name, None, store, errors, least, metrics=metrics, per_matrix=True)
-
-
-def _encode_modules(
-    group: Group,
-    byte_budget: int,
-    encode_module: EncodeModule,
-    metric_of: Callable[[ModuleLayout], Metric],
-    stored: dict[str, tuple[ModuleChain, float]],
-) -> StoredChains:
-    """Store every module, or take it from what a larger budget has stored, where that fits."""
-    chains, expected = {}, 0.0
-    shares = split_budget(group.layout, byte_budget)
-    for module in group.layout.modules:
-        budget, known = shares[module.name], stored.get(module.name)
-        if known is None or sum(one.stored_bytes for one in known[0].own) > budget:
-            W, metric = group.weight(module), metric_of(module)
-            try:
-                known = encode_module(W, metric, budget, group.value_dtype, group.args)
-            except LestdError as error:
-                raise LestdError(f"{module.name}: {error}") from error
-            stored[module.name] = known
-        chains[module.name], lost = known
-        expected += lost
-    return StoredChains(chains, expected=expected)
 
 
 def module_workspace_bytes(layout: GroupLayout, args: MethodArgs) -> int:

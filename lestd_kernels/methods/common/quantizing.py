@@ -8,9 +8,9 @@ orchestrator/model/packed_export.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,3 +108,51 @@ def least_module_bytes(rows: int, columns: int, value_bytes: int, args: MethodAr
         )
     bits = min(QUANTIZED_BITS) if args.value_bits == FULL_BITS else args.value_bits
     return values_bytes(rows * columns, bits, value_bytes)
+
+
+Choice = tuple[int, float]
+"""Bytes of a module, and the squared error to expect in them."""
+
+
+class _Way(NamedTuple):
+    """A way to store the first modules of a group, and before it that of one module less."""
+
+    size: int
+    error: float
+    share: int
+    before: _Way | None
+
+
+def best_shares(choices: Mapping[str, Sequence[Choice]]) -> Callable[[int], dict[str, int]]:
+    """Of modules with a few choices each: byte budget -> the bytes of each of least error in all.
+
+    Exact: of all ways to store the first modules those are kept that no other beats in bytes and
+    error, and from one module to the next there are only so many sums of their bytes.
+    """
+    ways = [_Way(0, 0.0, 0, None)]
+    for own in choices.values():
+        longer = (
+            _Way(way.size + size, way.error + error, size, way)
+            for way in ways
+            for size, error in own
+        )
+        ways = _unbeaten(longer)
+
+    def shares(byte_budget: int) -> dict[str, int]:
+        way = next(way for way in reversed(ways) if way.size <= byte_budget)
+        found = []
+        while way.before is not None:
+            found.append(way.share)
+            way = way.before
+        return dict(zip(choices, reversed(found), strict=True))
+
+    return shares
+
+
+def _unbeaten(ways: Iterable[_Way]) -> list[_Way]:
+    """Ascending in bytes, and descending in error."""
+    kept: list[_Way] = []
+    for way in sorted(ways, key=lambda one: (one.size, one.error)):
+        if not kept or way.error < kept[-1].error:
+            kept.append(way)
+    return kept
