@@ -8,9 +8,8 @@ of its layers by `lestd compress --scope all`, by default with `lestd` in 4 bits
 with one worker. Then each in a process of its own: the compressed model is loaded and computes a
 few tokens, `lestd export --dense` writes it as a checkpoint, and that one computes the same tokens.
 Prints a table in Markdown: seconds of wall time, largest resident sets beside what the plan
-promised, and how far the two models' logits are apart. What `--work DIR` holds of the checkpoint,
-of its calibration and of a run that was interrupted is used again. Four layers take 25 GiB of disk
-and, with a text, 20 more.
+promised, and how far the two models' logits are apart. What `--work DIR` holds of the checkpoint
+and of its calibration is used again. Four layers take 25 GiB of disk and, with a text, 20 more.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -52,14 +52,15 @@ def watched(*arguments: object) -> tuple[str, float, int]:
     """Run a program of Python; its output, seconds of wall time and largest resident set."""
     command = [sys.executable, *map(str, arguments)]
     began, peak = time.perf_counter(), 0
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    while process.poll() is None:
-        peak = max(peak, peak_bytes(process.pid))
-        time.sleep(0.02)
-    if process.returncode:
-        sys.exit(f"error: {' '.join(command[:6])} ended with {process.returncode}")
-    assert process.stdout is not None
-    return process.stdout.read(), time.perf_counter() - began, peak
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=said, text=True)
+        while process.poll() is None:
+            peak = max(peak, peak_bytes(process.pid))
+            time.sleep(0.02)
+        if process.returncode:
+            sys.exit(f"error: {' '.join(command[:6])} ended with {process.returncode}")
+        said.seek(0)
+        return said.read(), time.perf_counter() - began, peak
 
 
 def logits_of(model: Path, out: Path) -> tuple[dict[str, float], int, Any]:
@@ -100,10 +101,11 @@ def main() -> None:
     if options.text is not None:
         settings += ["--calibrate-on", str(options.text), "--samples", options.samples]
         settings += ["--calibration", str(work / f"calibration-{options.layers}")]
+    for before in (out, default_run_dir(out), dense := work / "dense"):
+        shutil.rmtree(before, ignore_errors=True)
     run = compress(model, out, settings, 1)
     plan = json.loads((default_run_dir(out) / "plan.json").read_text())["total"]
     seconds, peak, logits = logits_of(out, work / "logits.pt")
-    dense = work / "dense"
     _, exporting, exported_peak = watched(
         "-m", "orchestrator", "export", out, "--dense", dense, "--dtype", "float32"
     )

@@ -276,7 +276,7 @@ class Disturber:
         if what.startswith("worker"):
             while not (workers := self.command.workers()):
                 if not self.command.running() or self._share() >= 1:
-                    return
+                    return self._note(f"no {what}: none was at work")
                 time.sleep(0.2)
             if self.command.running():
                 self._random.choice(workers).kill()
@@ -323,7 +323,7 @@ def undisturbed(command: Command, layers: int) -> float:
     """Run until all layers are committed; the wall time of the tasks."""
     command.start()
     while command.running() and command.finished() < layers:
-        time.sleep(0.2)
+        time.sleep(1)
     assert command.process is not None
     if command.finished() < layers:
         sys.exit(f"error: the undisturbed run ended: {command.last_words()}")
@@ -381,12 +381,12 @@ def main() -> None:
     options = parser.parse_args()
     work = options.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
+    clock = Clock(work)
     shape = ["--shape", options.shape, "--layers", str(options.layers)]
     hub = HubProcess([*shape, "--drop-every", "50", "--memory", str(work / "hub")])
     hub.start()
     model = f"{OWNER}/{options.shape}"
     settings = ["--keep", str(options.keep), "--metric", "weight"]
-    clock = Clock(work)
     try:
         sixth = ",".join(str(layer) for layer in range(0, options.layers, EVERY))
         few = [*settings, "--include", sixth]

@@ -80,8 +80,10 @@ int pthread_cond_timedwait(pthread_cond_t *cond, pthread_mutex_t *mutex,
                            const struct timespec *until) {
     static int (*wait)(pthread_cond_t *, pthread_mutex_t *, const struct timespec *);
     struct timespec moment = true_moment(until);
-    if (!wait)
-        *(void **)&wait = dlsym(RTLD_NEXT, "pthread_cond_timedwait");
+    if (!wait) { /* x86-64 has an older one, for other condition variables. */
+        void *found = dlvsym(RTLD_NEXT, "pthread_cond_timedwait", "GLIBC_2.3.2");
+        *(void **)&wait = found ? found : dlsym(RTLD_NEXT, "pthread_cond_timedwait");
+    }
     return wait(cond, mutex, &moment);
 }
 

@@ -1,4 +1,4 @@
-"""GPTQ: rounding to few bits with error feedback; of fixed size, as lestd_kernels.methods.rtn.
+"""GPTQ: rounding to few bits with error feedback; of fixed sizes, as lestd_kernels.methods.rtn.
 
 Inputs are rounded in the order of falling activation where that costs nothing: where groups of 64
 do not reach from one input to the next, so that every input brings its own scales with it, or where
@@ -46,7 +46,10 @@ from lestd_kernels.storage.few_bits import (
 from lestd_kernels.tensorize import GroupLayout
 
 # More sizes than these of a group are not looked at one by one: they lie close together.
-_MOST_SIZES = 64
+_MOST_SIZES = 128
+# What a module that no token reaches counts, of what the others do: little, but a large budget is
+# not to leave it in two bits.
+_UNREACHED = 0.01
 
 
 def encode_module(
@@ -95,12 +98,18 @@ def divide(group: Group) -> Callable[[int], Mapping[str, int]]:
     if not _has_own_bits(group.args):
         return evenly(group)
     costs, value_bytes = costs_of(group), group.value_dtype.itemsize
+    each = [float(own.inputs.mean() * own.outputs.mean()) for own in costs.values()]
+    least = _UNREACHED * sum(each) / len(each) if each else 1.0
+    for module in group.layout.modules:
+        if module.name not in costs:
+            W = group.weight(module)
+            costs[module.name] = Costs(torch.full_like(W[:, 0], least), torch.ones_like(W[0]))
     errors = {bits: foreseen_rounding(group, costs, bits) for bits in QUANTIZED_BITS}
     choices = {}
     for module in group.layout.modules:
         elements = group.weight(module).numel()
         choices[module.name] = [
-            (values_bytes(elements, bits, value_bytes), errors[bits].get(module.name, 0.0))
+            (values_bytes(elements, bits, value_bytes), errors[bits][module.name])
             for bits in QUANTIZED_BITS
         ]
     return best_shares(choices)

@@ -199,7 +199,8 @@ GROUPS = TableSpec(
         Column(
             "value_bits",
             _INT,
-            "bits of a core value; 16 stands for the value dtype; null where coding is entropy",
+            "bits of a core value, the fewest of a block's; 16 stands for the value dtype; null "
+            "where coding is entropy",
         ),
         Column("factor_bits", _INT, "bits of an element of a factor; likewise"),
         Column("metric_squared_norm", _REAL, "||S W||^2, S the metric's root", "metric^2"),

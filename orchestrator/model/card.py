@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def model_card(
         method=rows[0]["method"],
         pattern=rows[0]["pattern"],
         metric=" or ".join(sorted({row["metric"] for row in rows})),
-        value_bits=rows[0]["value_bits"],
+        value_bits=_value_bits(rows),
         factor_bits=rows[0]["factor_bits"],
         expected_loss=total_expected_loss(rows),
         scopes=sorted({row["scope"] for row in rows}),
@@ -45,6 +46,17 @@ def model_card(
             size for name, size in list_files(directory).items() if name.endswith(".safetensors")
         ),
     )
+
+
+def _value_bits(rows: Sequence[dict[str, Any]]) -> str | None:
+    """Bits of the values, such as "4" or "2 to 8"; None where they are coded."""
+    bits = {row["value_bits"] for row in rows}
+    for row in rows:
+        modules = json.loads(row["format"]).get("modules", {}).values()
+        bits |= {one["own"][0]["value_bits"] for one in modules if len(one["own"]) == 1}
+    if None in bits:
+        return None
+    return f"{min(bits)} to {max(bits)}" if len(bits) > 1 else str(min(bits))
 
 
 def card_metadata(directory: Path) -> dict[str, Any]:

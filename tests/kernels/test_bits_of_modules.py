@@ -16,6 +16,7 @@ from torch import Tensor
 from lestd_kernels.formats.chain import Chain
 from lestd_kernels.methods import METHODS, MethodArgs
 from lestd_kernels.methods.common.base import ACTIVATION, LOSS, Decomposed
+from lestd_kernels.methods.common.outliers import side_bytes
 from lestd_kernels.methods.common.quantizing import best_shares
 from lestd_kernels.storage.few_bits import QUANTIZED_BITS, values_bytes
 from lestd_kernels.tensorize import GroupLayout
@@ -110,3 +111,22 @@ def test_a_curve_is_looked_at_wherever_something_else_is_stored() -> None:
         stored = decompose(args, budgets[i], weights)
         assert stored.decomposition.stored_bytes <= budgets[i]
         assert stored.metric_squared_error == pytest.approx(errors[i], rel=0.25)
+
+
+def test_what_no_token_reaches_has_bits_where_there_is_room() -> None:
+    args, metrics = MethodArgs(metric=LOSS), metrics_of(GQA, {})
+    for unreached in (("k_proj",), tuple(module.name for module in GQA.modules)):
+        zero = {name: torch.zeros_like(metrics[name]) for name in unreached}
+        for keep, bits in ((0.53, 8), (0.143, 2)):
+            W, budget = random_unfolding(GQA), int(keep * 2 * GQA.elements)
+            done = METHOD.decompose(W, GQA, budget, BF16, args, (), metrics | zero)
+            assert set(bits_of(done).values()) == {bits}
+
+
+def test_outliers_take_their_bytes_beside_those_sizes() -> None:
+    args = MethodArgs(metric=LOSS, keep_outliers=0.01)
+    taken = side_bytes(GQA, BF16, 0.01)
+    sizes = METHOD.jumps(GQA, BF16, MethodArgs(metric=LOSS))
+    assert METHOD.jumps(GQA, BF16, args) == tuple(size + taken for size in sizes)
+    done = decompose(args, sizes[-1] + taken, {})
+    assert done.decomposition.stored_bytes == sizes[-1] + taken

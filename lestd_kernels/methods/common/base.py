@@ -312,7 +312,7 @@ class Method:
         metrics: the metrics that it supports. The first is the one used without calibration; if
             it is ``"activation"`` or ``"loss"``, the method needs a calibration.
         jumps: ``(layout, value_dtype, args)``; the byte budgets from which on it stores what it
-            does not below, of a method of a few fixed sizes: where a curve is worth a look.
+            does not below, of a method of fixed sizes: where a curve is worth a look.
         per_matrix: whether it stores every matrix on its own, and so takes groups of one.
         weight_options: options that mean something in the metric weight only.
         groups_inputs: whether it knows `MethodArgs.scale_groups`.

@@ -216,12 +216,17 @@ def with_outliers(method: Method) -> Method:
         rest = method.least_bytes(layout, value_dtype, _without(args))
         return rest + side_bytes(layout, value_dtype, args.keep_outliers)
 
+    def jumps(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> tuple[int, ...]:
+        taken = side_bytes(layout, value_dtype, args.keep_outliers) if args.keep_outliers else 0
+        return tuple(one + taken for one in method.jumps(layout, value_dtype, _without(args)))
+
     return replace(
         method,
         prepare=prepare,
         encode=encode,
         bounds=bounds,
         least_bytes=least_bytes,
+        jumps=jumps,
         foresee=None,
     )
 

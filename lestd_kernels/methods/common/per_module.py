@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
 from math import inf
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -235,6 +235,18 @@ def evenly(group: Group) -> Callable[[int], Mapping[str, int]]:
     return partial(split_budget, group.layout)
 
 
+@dataclass
+class _Modules(Group):
+    """A group whose bytes are divided among its modules once for all budgets."""
+
+    divide: Division = evenly
+
+    @cached_property
+    def division(self) -> Callable[[int], Mapping[str, int]]:
+        """See `Division`; found when it is first asked for, and anew for other arguments."""
+        return self.divide(self)
+
+
 def module_method(
     name: str,
     encode_module: EncodeModule,
@@ -253,6 +265,10 @@ def module_method(
         divide: the bytes of a group among its modules; at least the smallest budget of each.
     """
 
+    def prepare(group: Group) -> _Modules:
+        own = {one.name: getattr(group, one.name) for one in fields(Group)}
+        return _Modules(**own, divide=divide)
+
     def encoded(
         group: Group, module: ModuleLayout, metric: Metric, share: int
     ) -> tuple[ModuleChain, float]:
@@ -262,10 +278,10 @@ def module_method(
         except LestdError as error:
             raise LestdError(f"{module.name}: {error}") from error
 
-    def store(group: Group, byte_budget: int, clock: Stopwatch) -> StoredChains:
+    def store(group: _Modules, byte_budget: int, clock: Stopwatch) -> StoredChains:
         chains, expected = {}, 0.0
         with clock("stage2"):
-            shares = divide(group)(byte_budget)
+            shares = group.division(byte_budget)
             for module in group.layout.modules:
                 chains[module.name], lost = encoded(
                     group, module, group.metric(module), shares[module.name]
@@ -274,9 +290,9 @@ def module_method(
         return StoredChains(chains, expected=expected)
 
     def errors(
-        group: Group, done: Decomposed, byte_budget: int, budgets: Sequence[int]
+        group: _Modules, done: Decomposed, byte_budget: int, budgets: Sequence[int]
     ) -> list[float]:
-        division, found = divide(group), {}
+        found = {}
         # Of every module what it was stored in: a share, the bytes that it took of it, the error.
         stored: dict[str, list[tuple[int, int, float]]] = defaultdict(list)
 
@@ -293,7 +309,7 @@ def module_method(
             return error
 
         for budget in sorted({byte_budget, *budgets}, reverse=True):
-            shares = division(budget)
+            shares = group.division(budget)
             found[budget] = sum(error_of(one, shares[one.name]) for one in group.layout.modules)
         # What was stored says how much feedback of outputs gains.
         gains = done.metric_squared_error / found[byte_budget] if found[byte_budget] else 1.0
@@ -308,7 +324,7 @@ def module_method(
             fewest = max(fewest, -(-(needed + 1) * total // len(module.slices)))
         return fewest
 
-    return chain_method(name, None, store, errors, least, metrics=metrics, per_matrix=True)
+    return chain_method(name, prepare, store, errors, least, metrics=metrics, per_matrix=True)
 
 
 def module_workspace_bytes(layout: GroupLayout, args: MethodArgs) -> int:

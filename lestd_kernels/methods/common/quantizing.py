@@ -8,10 +8,12 @@ orchestrator/model/packed_export.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -114,45 +116,31 @@ Choice = tuple[int, float]
 """Bytes of a module, and the squared error to expect in them."""
 
 
-class _Way(NamedTuple):
-    """A way to store the first modules of a group, and before it that of one module less."""
-
-    size: int
-    error: float
-    share: int
-    before: _Way | None
-
-
 def best_shares(choices: Mapping[str, Sequence[Choice]]) -> Callable[[int], dict[str, int]]:
     """Of modules with a few choices each: byte budget -> the bytes of each of least error in all.
 
     Exact: of all ways to store the first modules those are kept that no other beats in bytes and
-    error, and from one module to the next there are only so many sums of their bytes.
+    error. From one module to the next there are only so many sums of their bytes, as long as these
+    have a large common divisor.
     """
-    ways = [_Way(0, 0.0, 0, None)]
+    size, error = np.zeros(1, np.int64), np.zeros(1)
+    # Of every module and way: the module's choice, and the way of the modules before it.
+    steps: list[tuple[npt.NDArray[np.int8], npt.NDArray[np.int32]]] = []
     for own in choices.values():
-        longer = (
-            _Way(way.size + size, way.error + error, size, way)
-            for way in ways
-            for size, error in own
-        )
-        ways = _unbeaten(longer)
+        sizes = (size[:, None] + np.array([one for one, _ in own])).reshape(-1)
+        errors = (error[:, None] + np.array([one for _, one in own])).reshape(-1)
+        order = np.lexsort((errors, sizes))
+        least = np.minimum.accumulate(errors[order])
+        kept = order[np.append(True, least[1:] < least[:-1])]
+        size, error = sizes[kept], errors[kept]
+        steps.append(((kept % len(own)).astype(np.int8), (kept // len(own)).astype(np.int32)))
 
     def shares(byte_budget: int) -> dict[str, int]:
-        way = next(way for way in reversed(ways) if way.size <= byte_budget)
-        found = []
-        while way.before is not None:
-            found.append(way.share)
-            way = way.before
-        return dict(zip(choices, reversed(found), strict=True))
+        way = int(np.searchsorted(size, byte_budget, side="right")) - 1
+        found = {}
+        for name, (choice, before) in zip(reversed(list(choices)), reversed(steps), strict=True):
+            found[name] = choices[name][choice[way]][0]
+            way = int(before[way])
+        return found
 
     return shares
-
-
-def _unbeaten(ways: Iterable[_Way]) -> list[_Way]:
-    """Ascending in bytes, and descending in error."""
-    kept: list[_Way] = []
-    for way in sorted(ways, key=lambda one: (one.size, one.error)):
-        if not kept or way.error < kept[-1].error:
-            kept.append(way)
-    return kept
