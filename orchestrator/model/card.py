@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from lestd_kernels.storage.few_bits import FULL_BITS
 from orchestrator.config.yaml_text import parse_yaml
 from orchestrator.console import logs
 from orchestrator.console.markdown import template
@@ -51,9 +52,11 @@ def model_card(
 def _value_bits(rows: Sequence[dict[str, Any]]) -> str | None:
     """Bits of the values, such as "4" or "2 to 8"; None where they are coded."""
     bits = {row["value_bits"] for row in rows}
-    for row in rows:
-        modules = json.loads(row["format"]).get("modules", {}).values()
-        bits |= {one["own"][0]["value_bits"] for one in modules if len(one["own"]) == 1}
+    for described in (json.loads(row["format"]) for row in rows):
+        modules = described["modules"].values() if described["kind"] == "chain" else ()
+        bits |= {
+            one["own"][0].get("value_bits", FULL_BITS) for one in modules if len(one["own"]) == 1
+        }
     if None in bits:
         return None
     return f"{min(bits)} to {max(bits)}" if len(bits) > 1 else str(min(bits))
