@@ -365,12 +365,16 @@ def _read_metrics(task: Task) -> dict[str, Tensor]:
     widths = {m.reads: task.layout.weight_shape(m)[1] for m in task.layout.modules}
     widths |= {f"{m.name}.output": task.layout.weight_shape(m)[0] for m in task.layout.modules}
     read: dict[str, Tensor] = {}
+    norms: dict[str, Tensor] = {}  # All experts of a layer read one: it is one metric.
     for name, ref in task.metric_tensors.items():
+        if ref.name in norms:
+            read[name] = norms[ref.name]
+            continue
         read[name] = read_tensor(ref).float()
         check_finite(read[name], ref)
         if task.method_args["metric"] == NORM:
             # The inputs of the modules are normalized ones, each channel times the norm's weight.
-            read[name].square_()
+            norms[ref.name] = read[name].square_()
         elif name in widths:
             check_metric(read[name], ref, widths[name])
             if not name.endswith(".output"):

@@ -373,3 +373,14 @@ def test_budgets_and_arithmetic_have_bounds() -> None:
     assert R["R1_output"] * (d + f) <= 0.5 * d * f
     with pytest.raises(LestdError, match="max_flops"):
         decompose(layout, 0.5, value_bits=4, max_flops=0.01)
+
+
+def test_experts_that_read_the_same_share_its_metric() -> None:
+    # Else each would hold a root of its own, as large as the basis squared.
+    weights = {f"{e}.gate_proj": torch.randn(6, 4) for e in range(3)}
+    reads = {name: f"in_{name}" for name in weights}
+    one = torch.rand(6) + 0.5
+    readers, _ = readers_of(weights, reads, dict.fromkeys(weights, one))
+    assert len({id(reader.C) for reader in readers}) == 1
+    apart, _ = readers_of(weights, reads, {name: one.clone() for name in weights})
+    assert all(torch.equal(a.C, b.C) for a, b in zip(apart, readers, strict=True))

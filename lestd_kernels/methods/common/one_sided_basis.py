@@ -356,6 +356,8 @@ def readers_of(
     first = [names[0] for names in by_input.values()]
     unit = mean_diagonal([metrics[name] for name in first if name in metrics])
     readers, plain = [], None
+    # One for all that have the same, so that what follows from it is computed and held once.
+    known: dict[int, Tensor] = {}
     for names in by_input.values():
         W = torch.cat([weights[name] for name in names], dim=1)
         widths = [weights[name].shape[1] for name in names]
@@ -363,9 +365,10 @@ def readers_of(
             block.div_(1.0 if scales is None else scales[name])
         gram = metrics.get(names[0])
         if gram is not None:
-            C = regularized(gram, unit)
+            if id(gram) not in known:
+                known[id(gram)] = regularized(gram, unit)
+            C = known[id(gram)]
         else:
-            # One for all, so that what follows from it is computed once.
             if plain is None or len(plain) != len(W):
                 plain = W.new_ones(len(W))
             C = plain
