@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from run import MAKE_CHECKPOINT, compress, peak_bytes, show
 
 from orchestrator.manifest.manifest import default_run_dir
@@ -65,8 +66,6 @@ def watched(*arguments: object) -> tuple[str, float, int]:
 
 def logits_of(model: Path, out: Path) -> tuple[dict[str, float], int, Any]:
     """Load a model and compute; seconds, largest resident set, logits (1, tokens, vocabulary)."""
-    import torch
-
     said, _, peak = watched("-c", RUN, model, out)
     return json.loads(said), peak, torch.load(out, weights_only=True)
 

@@ -26,7 +26,6 @@ import argparse
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -39,11 +38,11 @@ from typing import Any
 
 import psutil
 from made_hub import OWNER, HubProcess
+from moved_clock import Clock
 from run import peak_bytes, show
 
 from orchestrator.manifest.manifest import Manifest
 
-MOVED_CLOCK = Path(__file__).with_name("moved_clock.c")
 EVERY = 6
 WORKERS = 2
 GIB = 2**30
@@ -87,34 +86,6 @@ class Event:
     finished: int
     until_next: float | None = None
     said: str = ""
-
-
-class Clock:
-    """A wall clock that jumps, for the processes that get its environment; with a C compiler.
-
-    Args:
-        directory: for its files.
-
-    Attributes:
-        environment: of a process that follows it; empty without a compiler.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self._ahead, self._seconds = directory / "ahead", 0
-        self.environment: dict[str, str] = {}
-        self.jump(0)
-        if compiler := shutil.which("cc"):
-            library = directory / "moved_clock.so"
-            build = [compiler, "-O2", "-shared", "-fPIC", "-o", str(library), str(MOVED_CLOCK)]
-            subprocess.run([*build, "-ldl"], check=True)
-            self.environment = {"LD_PRELOAD": str(library), "MOVED_CLOCK": str(self._ahead)}
-
-    def jump(self, days: int) -> None:
-        """Move it, in place: processes have the file mapped."""
-        self._seconds += days * 86400
-        self._ahead.touch()
-        with self._ahead.open("r+b") as file:
-            file.write(self._seconds.to_bytes(8, sys.byteorder, signed=True))
 
 
 @dataclass

@@ -62,7 +62,10 @@ def test_shares_are_those_of_the_least_error(seed: int) -> None:
     }
     shares = best_shares(choices)
     every = list(itertools.product(*choices.values()))
-    for budget in range(min(sum(size for size, _ in way) for way in every), 45):
+    fewest = min(sum(size for size, _ in way) for way in every)
+    with pytest.raises(ValueError, match=f"need {fewest} together"):
+        shares(fewest - 1)
+    for budget in range(fewest, 45):
         found = shares(budget)
         assert sum(found.values()) <= budget
         least = min(sum(e for _, e in way) for way in every if sum(s for s, _ in way) <= budget)

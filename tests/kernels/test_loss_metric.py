@@ -305,7 +305,12 @@ def test_a_candidate_stores_half_of_the_error_foreseen_or_more(
 
 @pytest.mark.parametrize(
     ("method", "keep", "dtype"),
-    [("watersic", 0.2, BF16), ("watersic", 0.3, FP16), ("gptq", 0.3, BF16)],
+    [
+        ("watersic", 0.2, BF16),
+        ("watersic", 0.3, BF16),
+        ("watersic", 0.3, FP16),
+        ("gptq", 0.3, BF16),
+    ],
 )
 @pytest.mark.parametrize("form", ["full", "head", "diagonal"])
 def test_what_is_foreseen_at_the_own_budget_is_what_was_stored(

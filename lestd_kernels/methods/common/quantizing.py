@@ -137,6 +137,8 @@ def best_shares(choices: Mapping[str, Sequence[Choice]]) -> Callable[[int], dict
 
     def shares(byte_budget: int) -> dict[str, int]:
         way = int(np.searchsorted(size, byte_budget, side="right")) - 1
+        if way < 0:
+            raise ValueError(f"{byte_budget} bytes for modules that need {size[0]} together")
         found = {}
         for name, (choice, before) in zip(reversed(list(choices)), reversed(steps), strict=True):
             found[name] = choices[name][choice[way]][0]
