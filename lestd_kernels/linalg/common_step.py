@@ -67,7 +67,9 @@ def whole_numbers(
 
 
 def _nearest(values: Tensor, steps: Tensor, value_dtype: torch.dtype) -> Tensor:
-    Z = (values / steps).round_().clamp_(-MOST_INTEGER, MOST_INTEGER)
+    # The largest that 16 bits know: above it, bfloat16 and float16 would make it 2^15.
+    most = min(MOST_INTEGER, (MOST_INTEGER + 1) * (1 - torch.finfo(value_dtype).eps / 2))
+    Z = (values / steps).round_().clamp_(-most, most)
     return Z.to(value_dtype).float()
 
 

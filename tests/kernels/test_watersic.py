@@ -21,7 +21,7 @@ from lestd_kernels.linalg.error_feedback import inverse_factor
 from lestd_kernels.linalg.metric import Metric
 from lestd_kernels.linalg.two_sided_feedback import output_factor
 from lestd_kernels.methods import METHODS, MethodArgs
-from lestd_kernels.methods.common.coded_matrix import SteppedMatrix
+from lestd_kernels.methods.common.coded_matrix import SteppedMatrix, rounded
 from lestd_kernels.modules.chain_linear import PackedMatrix
 from lestd_kernels.modules.coded_numbers import decode_all
 from lestd_kernels.storage.matrix import EncodedCore
@@ -80,6 +80,27 @@ def test_an_error_of_one_step_costs_the_same_everywhere(form: str) -> None:
         costs.append([1 / np.linalg.inv(damped[i:, i:])[0, 0] for i in range(len(M))])
     each = np.outer(*costs) * np.square(np.outer(found.r.numpy(), found.c.numpy()))
     np.testing.assert_allclose(each, each[0, 0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("sides", ["none", "inputs", "both"])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_a_weight_beyond_all_others_has_a_number_too(dtype: torch.dtype, sides: str) -> None:
+    """As in the feed-forward of a real model, where one may be thousands of times the others."""
+    W = torch.randn(70, 24, generator=torch.Generator().manual_seed(0))
+    W[3, 5] = -3000.0
+    A, B = (gram(70, 1) if sides != "none" else None), (gram(24, 2) if sides == "both" else None)
+    matrix = SteppedMatrix.of(W, Metric(A, B), 0.01, dtype)
+    step = 1 / 62 / float(matrix.r.mean() * matrix.c.mean())
+    [found] = rounded([matrix], step)
+    [stored] = EncodedCore.coded([(found.Z, found.scales)], 8, dtype)  # It is within the coder.
+    left, others = stored.decode().float() - W, W.clone()
+    assert left[3, 5].abs() / 3000 < 2**-7
+    others[3, 5] = 0
+    # All of it, that of the one in the 8 bits of bfloat16 too, beside the others alone.
+    assert matrix.metric.squares(left) < 0.05 * matrix.metric.squares(others)
+    if sides == "none":
+        left[3] = 0
+        assert left.square().mean().sqrt() < 0.02
 
 
 @pytest.mark.parametrize("form", ["gram", "diagonal", "none"])

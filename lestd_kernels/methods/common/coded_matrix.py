@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lestd_kernels.linalg.common_step import fit_scales, whole_numbers
+from lestd_kernels.linalg.common_step import MOST_INTEGER, fit_scales, whole_numbers
 from lestd_kernels.linalg.error_feedback import inverse_factor
 from lestd_kernels.linalg.metric import Metric, diagonal_of, whole
 from lestd_kernels.linalg.two_sided_feedback import output_factor
@@ -34,6 +34,8 @@ SCALE_BITS = 8
 MOST_RMS, MOST_BITS = 62.0, 8
 """Root mean square of whole numbers of 8 bits of entropy: finer steps are not worth their bytes."""
 _LEAST_DAMPING = 0.01
+# Numbers of weights as they are; feedback may add as much.
+_LARGEST = MOST_INTEGER / 2
 _FEW_ELEMENTS = 1 << 22
 # As measured: bits in memory of a number that takes so many on disk. Few have a mask besides, and
 # more have some beside them.
@@ -168,8 +170,14 @@ class SteppedMatrix:
         return float((self.W / (self.r[:, None] * self.c)).double().square().mean().sqrt())
 
     def scales(self, step: float) -> Tensor:
-        """Those of a step, ``(in + out,)``, as they are once they have been stored."""
-        return self._stored(torch.cat((self.r, self.c)) * math.sqrt(step))
+        """Those of a step, ``(in + out,)``, as they are once they have been stored.
+
+        A row whose largest number the coder would not know has coarser steps of its own, which are
+        still finer than 16-bit weights.
+        """
+        root = math.sqrt(step)
+        least = (self.W / self.c).abs().amax(dim=1) / (root * _LARGEST)
+        return self._stored(torch.cat((torch.maximum(self.r * root, least), self.c * root)))
 
     def bytes_of(self, Z: Tensor) -> int:
         """About the bytes that count of whole numbers and scales."""
