@@ -56,22 +56,32 @@ def search(
     group: SidedGroup | LossGroup, budgets: Sequence[int], args: MethodArgs, reuse: bool
 ) -> list[Options]:
     """For each budget the ranks worth encoding, and the error to expect; the best one first."""
-    shape = group.shape
-    found = group.search(shape.grid(args.rank_step, args.max_flops), budgets)
+    grid = group.shape.grid(args.rank_step, args.max_flops)
+    if args.max_flops is not None and args.max_flops < 1:
+        options = [[one] for one in group.search(grid, budgets)]
+    else:
+        wholes = group.search_identity(budgets)
+        # Where all weights fit as they are, a basis takes more bytes and gains a hundredth of the
+        # error at best, as measured in 4 bits.
+        left = [budget for budget, whole in zip(budgets, wholes, strict=True) if whole > 0]
+        found = iter(group.search(grid, left) if left else [])
+        options = [
+            _worth_encoding(next(found), whole, args) if whole > 0 else [(IDENTITY, whole)]
+            for whole in wholes
+        ]
     if not reuse:
         group.forget()
-    if args.max_flops is not None and args.max_flops < 1:
-        return [[one] for one in found]
-    options = []
-    for (R, error), whole in zip(found, group.search_identity(budgets), strict=True):
-        if args.metric not in CALIBRATED and whole > 0:
-            # Pruned by what it knows of the weights alone, a model falls apart at errors at which
-            # a shared basis does not.
-            options.append([(R, error)])
-            continue
-        both = sorted([(IDENTITY, whole), (R, error)], key=lambda one: one[1])
-        options.append([one for one in both if one[1] <= _NEAR * both[0][1]])
     return options
+
+
+def _worth_encoding(based: tuple[int, float], whole: float, args: MethodArgs) -> Options:
+    """Of a rank with its error, and of no basis with that error."""
+    if args.metric not in CALIBRATED:
+        # Pruned by what it knows of the weights alone, a model falls apart at errors at which
+        # a shared basis does not.
+        return [based]
+    both = sorted([(IDENTITY, whole), based], key=lambda one: one[1])
+    return [one for one in both if one[1] <= _NEAR * both[0][1]]
 
 
 class Lost(NamedTuple):
