@@ -365,8 +365,9 @@ def test_budgets_and_arithmetic_have_bounds() -> None:
     assert done.decomposition.stored_bytes <= least
     with pytest.raises(LestdError, match="byte budget"):
         LESTD.bounds(layout, least - 2000, BF16, args)
-    free = decompose(layout, 0.5, value_bits=4, factor_bits=4, rank_step=4)
-    bound = decompose(layout, 0.5, value_bits=4, factor_bits=4, rank_step=4, max_flops=0.5)
+    assert not decompose(layout, 0.5, value_bits=4, factor_bits=4).decomposition.shared  # All fit.
+    free = decompose(layout, 0.2, value_bits=4, factor_bits=4, rank_step=4)
+    bound = decompose(layout, 0.2, value_bits=4, factor_bits=4, rank_step=4, max_flops=0.5)
     d, f = layout.width, layout.head_dim
     R = bound.decomposition.ranks
     assert R["R1"] * (d + 2 * f) <= 0.5 * 2 * d * f < free.decomposition.ranks["R1"] * (d + 2 * f)
