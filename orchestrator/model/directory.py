@@ -117,8 +117,8 @@ def _check_ours(out: AnyPath) -> dict[str, Any] | None:
         return None
     about = about_model(out)
     ours = {MANIFEST_DIR} if about is None else {MANIFEST_DIR, *about["files"]}
-    folders = {name.partition("/")[0] for name in ours if "/" in name}
-    foreign = [name for name in {*names, *list_model(out)} if name not in ours | folders]
+    ours |= {name.partition("/")[0] for name in ours if "/" in name}
+    foreign = [name for name in {*names, *list_model(out)} if name not in ours]
     inside = foreign_files(out / MANIFEST_DIR)
     if foreign := [str(f) for f in (*(out / name for name in foreign), *inside)]:
         raise LestdError(

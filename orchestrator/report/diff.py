@@ -264,7 +264,8 @@ def _errors(side: _Side, common: Sequence[str]) -> list[tuple[str, str, Any]]:
     figures = [
         ("all projections", "", root_ratio([(r["squared_error"], r["squared_norm"]) for r in rows]))
     ]
-    heads = [row for row in side.data.heads if row["block"] in set(common)]
+    shared = set(common)
+    heads = [row for row in side.data.heads if row["block"] in shared]
     for projection in dict.fromkeys(row["projection"] for row in heads):
         own = [row for row in heads if row["projection"] == projection]
         pairs = [
