@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/calibration.py --model MODEL --text TEXT [--scope all]
 
-Calibrates a model for the metric `loss` by one worker of one thread, and prints a line of a Markdown
-table. CPU seconds of the layers alone, with nothing watched; of the forward walk with the Gram
+Calibrates a model for the metric `loss` by one worker of one thread, and prints a line of Markdown:
+CPU seconds of the layers alone, with nothing watched; of the forward walk with the Gram
 matrices of all inputs, which is the whole calibration of the metric `activation`; of the head, with
 its loss and gradient; and of the way back through the layers. Then all of them as multiples of the
 first two. CPU time, so that another's work beside it matters little.
