@@ -23,6 +23,7 @@ import torch
 from orchestrator.compression.calibration import calibrate_for
 from orchestrator.config.run import RunConfig
 from orchestrator.execution.serial import SerialExecutor
+from orchestrator.planning.calibration_costs import blocks_of
 from orchestrator.planning.plan import make_plan
 from orchestrator.source.checkpoint import resolve_source
 from orchestrator.source.texts import samples_of
@@ -89,9 +90,8 @@ def main() -> None:
             on_start=on_start,
             on_progress=on_progress,
         )
-    model = LayerwiseModel(
-        source.config_json, source.index.tensors, "model.layers", torch.device("cpu")
-    )
+    path = blocks_of(tasks)[0].layers
+    model = LayerwiseModel(source.config_json, source.index.tensors, path, torch.device("cpu"))
     alone = walk_seconds(model, list(samples_of(source, config).token_ids))
     forward, total = seconds["forward"], sum(seconds.values())
     print("| model, scope | layers alone | forward | head | back | all / forward | all / alone |")

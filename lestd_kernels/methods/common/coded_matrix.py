@@ -172,8 +172,8 @@ class SteppedMatrix:
     def scales(self, step: float) -> Tensor:
         """Those of a step, ``(in + out,)``, as they are once they have been stored.
 
-        A row whose largest number the coder would not know has coarser steps of its own, which are
-        still finer than 16-bit weights.
+        A row whose largest number the coder would not know has coarser steps of its own, of which
+        its largest weight has `_LARGEST`.
         """
         root = math.sqrt(step)
         least = (self.W / self.c).abs().amax(dim=1) / (root * _LARGEST)
