@@ -52,7 +52,10 @@ _Level = Callable[[Tensor, Tensor], Tensor]
 
 
 def output_factor(
-    B: Tensor | None, damping: float = DAMPING, unit: float | None = None
+    B: Tensor | None,
+    damping: float = DAMPING,
+    unit: float | None = None,
+    together: int | None = GROUP,
 ) -> Tensor | None:
     """V of the metric of the outputs.
 
@@ -60,16 +63,17 @@ def output_factor(
         B: in one of the forms of lestd_kernels.linalg.metric.
         damping: see `inverse_factor`.
         unit: likewise; one for all blocks, so that their factors are of one scale.
+        together: outputs of a diagonal block of a full B; None for all of them.
 
     Returns:
-        ``(k, p, p)``, float32: of the k blocks of B, or of the diagonal blocks of 64 outputs of a
-        full one, the last of them with ones to its end. None where outputs cannot make up for each
+        ``(k, p, p)``, float32: of the k blocks of B, or of the diagonal blocks of a full one, the
+        last of them with ones to its end. None where outputs cannot make up for each
         other.
     """
     if B is None or B.dim() == 1:
         return None
     if B.dim() == 2:
-        size = min(GROUP, len(B))
+        size = min(together or len(B), len(B))
         parts = [B[i : i + size, i : i + size] for i in range(0, len(B), size)]
         missing = len(parts) * size - len(B)
         last = functional.pad(parts[-1], (0, missing, 0, missing))
