@@ -18,12 +18,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from lestd_kernels.linalg.metric import Metric, whole
+from lestd_kernels.linalg.two_sided_feedback import in_tiles
 
-# Rows, and outputs, that are rounded in one go; between such tiles errors are passed on by products.
-_ROWS, _OUTPUTS = 32, 64
+_ROWS = 32
 _RIDGE = 1e-6
 MOST_INTEGER = (1 << 15) - 1
 """The largest magnitude of a whole number, which the coder knows."""
@@ -48,12 +47,11 @@ def whole_numbers(
     """
     if U.dim() == 2 and V is None:
         return _nearest(W, r[:, :, None] * c[:, None], value_dtype)
-    passed_on = None
-    if U.dim() == 3:
-        passed_on = (U / U.diagonal(dim1=1, dim2=2)[..., None]).triu_(1)
     if V is not None:
-        return _in_tiles(W, passed_on, r, c, value_dtype, V)
-    assert passed_on is not None, "one of both sides has feedback"
+        steps = r[:, :, None] * c[:, None]
+        found = in_tiles(W, U, V, steps, lambda x, step: _nearest(x, step, value_dtype) * step)
+        return (found / steps).round_()
+    passed_on = (U / U.diagonal(dim1=1, dim2=2)[..., None]).triu_(1)
     W, Z = W.clone(memory_format=torch.contiguous_format), torch.empty_like(W)
     rows = W.shape[1]
     for start in range(0, rows, _ROWS):
@@ -90,132 +88,6 @@ def _by_rows(
         share = passed_on[:, row, row + 1 :, None]
         W[:, row + 1 :].addcmul_(share, errors[:, row, None], value=-1)
     return Z, errors
-
-
-def _in_tiles(
-    W: Tensor,
-    passed_on: Tensor | None,
-    r: Tensor,
-    c: Tensor,
-    value_dtype: torch.dtype,
-    V: Tensor,
-) -> Tensor:
-    """Round with feedback along both sides, a tile of rows and outputs at a time.
-
-    A tile waits for those above it and those to its left; so all with the same sum of both places,
-    and those of all blocks of V, are rounded at once.
-
-    Args:
-        W: ``(b, in, out)``.
-        passed_on: ``(b, in, in)``, strictly upper triangular, see `_by_rows`; or None.
-        r: ``(b, in)``.
-        c: ``(b, out)``.
-        value_dtype: see `whole_numbers`.
-        V: ``(b, k, p, p)``.
-    """
-    matrices, rows, outputs = W.shape
-    blocks, size = V.shape[1:3]
-    width = min(_OUTPUTS, size)
-    down, across = -(-rows // _ROWS), -(-size // width)
-    more_rows, more_outputs = down * _ROWS - rows, across * width - size
-
-    def tiles(X: Tensor, fill: float = 0.0) -> Tensor:
-        """``(b, in, out) -> (across, down, b, k, rows, width)``."""
-        X = functional.pad(X, (0, blocks * size - outputs), value=fill)
-        X = X.view(matrices, rows, blocks, size)
-        X = functional.pad(X, (0, more_outputs, 0, 0, 0, more_rows), value=fill)
-        X = X.view(matrices, down, _ROWS, blocks, across, width)
-        return X.permute(4, 1, 0, 3, 2, 5).contiguous()
-
-    exact, steps = tiles(W), tiles(r[:, :, None] * c[:, None], 1.0)
-    errors, left_over, Z = (torch.zeros_like(exact) for _ in range(3))
-    own = exact.new_zeros(down, matrices, _ROWS, _ROWS)
-    if passed_on is not None:
-        passed_on = functional.pad(passed_on, (0, more_rows, 0, more_rows))
-        starts = range(0, down * _ROWS, _ROWS)
-        own = torch.stack([passed_on[:, i : i + _ROWS, i : i + _ROWS] for i in starts])
-    along = (V / V.diagonal(dim1=2, dim2=3)[..., None]).triu(1)
-    along = functional.pad(along, (0, more_outputs, 0, more_outputs))
-    along = along.view(matrices, blocks, across, width, across, width)
-    for time in range(down + across - 1):
-        first, stop = max(0, time - across + 1), min(down, time + 1)
-        places = [(time - row, row) for row in range(first, stop)]
-        for part, row in places:
-            if row and passed_on is not None:
-                shares = passed_on[:, None, : row * _ROWS, row * _ROWS : (row + 1) * _ROWS]
-                above = errors[part, :row].permute(1, 2, 0, 3, 4).flatten(2, 3)
-                exact[part, row] -= shares.mT @ above
-        made_up = torch.zeros_like(exact[0, first:stop])
-        for place, (part, row) in enumerate(places):
-            if part:
-                before = left_over[:part, row].permute(1, 2, 3, 0, 4).flatten(3)
-                made_up[place] = before @ along[:, :, :part, :, part].flatten(2, 3)
-        here = tuple(zip(*places, strict=True))
-        part = list(here[0])
-        Z[here], errors[here], left_over[here] = _by_diagonals(
-            exact[here],
-            made_up,
-            steps[here],
-            own[first:stop],
-            torch.stack([along[:, :, one, :, one] for one in part]),
-            value_dtype,
-        )
-    Z = Z.permute(2, 1, 4, 3, 0, 5).reshape(matrices, down * _ROWS, blocks, across * width)
-    return Z[:, :rows, :, :size].reshape(matrices, rows, -1)[..., :outputs]
-
-
-def _by_diagonals(
-    exact: Tensor,
-    made_up: Tensor,
-    steps: Tensor,
-    passed_on: Tensor,
-    along: Tensor,
-    value_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Round tiles of n rows and m outputs; a stands for all dimensions before the last ones.
-
-    An element waits for those before it in its row and in its column: those of one antidiagonal,
-    of all tiles, are rounded together.
-
-    Args:
-        exact: ``(a, k, n, m)``, with the errors of the rows above.
-        made_up: ``(a, k, n, m)``, what outputs to the left have left over.
-        steps: ``(a, k, n, m)``.
-        passed_on: ``(a, n, n)``, strictly upper triangular: what of an error later rows make up
-            for.
-        along: ``(a, k, m, m)``, likewise: of what an output leaves over, later ones.
-        value_dtype: see `whole_numbers`.
-
-    Returns:
-        Whole numbers, errors, and what is left over, which outputs to the right make up for.
-    """
-    rows, size = exact.shape[-2:]
-
-    def apart(X: Tensor) -> Tensor:
-        """Places first, and outputs last to first: antidiagonals are diagonals."""
-        return X.flip(-1).movedim((-2, -1), (0, 1)).contiguous()
-
-    exact, made_up, steps = apart(exact), apart(made_up), apart(steps)
-    passed_on = passed_on.movedim((-1, -2), (0, 1))[..., None].contiguous()
-    along = along.flip(-2, -1).movedim((-2, -1), (0, 1)).contiguous()
-    Z, errors, left_over = (torch.empty_like(exact) for _ in range(3))
-
-    def diagonal(X: Tensor) -> Tensor:
-        return X[first:stop, left:right].diagonal(dim1=0, dim2=1).movedim(-1, 0)
-
-    for time in range(rows + size - 1):
-        first, stop = max(0, time - size + 1), min(rows, time + 1)
-        left, right = size - 1 - time + first, size - 1 - time + stop
-        value, step = diagonal(exact), diagonal(steps)
-        wanted = value - diagonal(made_up)
-        whole = _nearest(wanted, step, value_dtype)
-        error, over = value - whole * step, wanted - whole * step
-        diagonal(Z).copy_(whole)
-        diagonal(errors).copy_(error)
-        diagonal(left_over).copy_(over)
-        exact[first:, left:right].addcmul_(passed_on[first:, first:stop], error, value=-1)
-        made_up[first:stop].addcmul_(along[left:right], over[:, None])
-    return tuple(X.movedim((0, 1), (-2, -1)).flip(-1) for X in (Z, errors, left_over))
 
 
 def fit_scales(W: Tensor, Z: Tensor, r: Tensor, c: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:

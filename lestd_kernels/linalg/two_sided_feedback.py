@@ -6,13 +6,13 @@ lestd_kernels.linalg.error_feedback.
 Where the metric has an output side, ``tr(A (W - Q) B (W - Q)^T)``, the outputs of an input are
 fixed in turn as well as the inputs: the Cholesky factor of A (x) B is that of A (x) that of B, so
 that an input's error goes to the inputs after it, ``x_j -= (U_ij / U_ii) (x_i - q_i)``, and within
-an input what an output was rounded by goes to the outputs after it (two-sided LDLQ). The latter
-goes along the diagonal blocks of B: those of the heads, or 64 outputs each.
+an input what an output was rounded by goes to the outputs after it (two-sided LDLQ): to all of
+them, or where B is known by heads to those of its head.
 
 An element waits only for those before it in its row and in its column. So all elements (i, j) with
-the same i + j, a wave, are rounded at once, in every block of outputs: as many steps as there are
-diagonals, not elements. Rows lie skewed, 64 of them at a time, so that a wave is a slice and what
-it passes on are two products.
+the same i + j, a wave, are rounded at once: as many steps as there are diagonals, not elements. A
+matrix is rounded in tiles, which wait for one another in the same way; within a tile errors are
+passed on wave by wave, and from tile to tile by products.
 
 Scales are there before the first step: when the first element of a row is rounded, its last ones
 have not got all errors of the rows before. Those of the weights as they are lose less, measured on
@@ -39,23 +39,19 @@ from lestd_kernels.linalg.error_feedback import (
 )
 from lestd_kernels.storage.few_bits import (
     FULL_BITS,
-    GROUP,
     grid_has_zero,
     group_scales,
     spread_scales,
 )
 
-# Rows that lie skewed together.
-_ROWS = 64
+# Of a tile.
+_ROWS, _OUTPUTS = 64, 64
 
-_Level = Callable[[Tensor, Tensor], Tensor]
+Level = Callable[[Tensor, Tensor], Tensor]
 
 
 def output_factor(
-    B: Tensor | None,
-    damping: float = DAMPING,
-    unit: float | None = None,
-    together: int | None = GROUP,
+    B: Tensor | None, damping: float = DAMPING, unit: float | None = None
 ) -> Tensor | None:
     """V of the metric of the outputs.
 
@@ -63,23 +59,14 @@ def output_factor(
         B: in one of the forms of lestd_kernels.linalg.metric.
         damping: see `inverse_factor`.
         unit: likewise; one for all blocks, so that their factors are of one scale.
-        together: outputs of a diagonal block of a full B; None for all of them.
 
     Returns:
-        ``(k, p, p)``, float32: of the k blocks of B, or of the diagonal blocks of a full one, the
-        last of them with ones to its end. None where outputs cannot make up for each
-        other.
+        ``(k, p, p)``, float32: of the k blocks of B, of a full one ``(1, out, out)``. None where
+        outputs cannot make up for each other.
     """
     if B is None or B.dim() == 1:
         return None
-    if B.dim() == 2:
-        size = min(together or len(B), len(B))
-        parts = [B[i : i + size, i : i + size] for i in range(0, len(B), size)]
-        missing = len(parts) * size - len(B)
-        last = functional.pad(parts[-1], (0, missing, 0, missing))
-        last.diagonal()[size - missing :] = 1
-        B = torch.stack([*parts[:-1], last])
-    return inverse_factor(B, damping, unit)
+    return inverse_factor(B if B.dim() == 3 else B[None], damping, unit)
 
 
 def round_both_ways(
@@ -121,7 +108,7 @@ def round_both_ways(
             return values.to(value_dtype).float().masked_fill(given == 0, 0)
         return nearest(values, given, bits, value_dtype, has_zero)
 
-    return _in_waves(W, U, V, given, level), scales
+    return in_tiles(W[None], U[None], V[None], given[None], level)[0], scales
 
 
 def round_to_scales(
@@ -151,103 +138,114 @@ def round_to_scales(
     def level(values: Tensor, given: Tensor) -> Tensor:
         return nearest(values, given, bits, value_dtype, has_zero=True)
 
-    return _in_waves(W, U, V, scales, level)
+    return in_tiles(W[None], U[None], V[None], scales[None], level)[0]
 
 
-def _in_waves(W: Tensor, U: Tensor, V: Tensor, given: Tensor, level: _Level) -> Tensor:
-    """Round W in both orders.
-
-    Args:
-        W: ``(in, out)``.
-        U: ``(in, in)``, or a diagonal.
-        V: ``(k, p, p)``.
-        given: ``(in, out)``, what `level` must know of each element; zero rounds to zero.
-        level: ``(values, given)``, of any shape: what they round to.
-    """
-    blocks, size, _ = V.shape
-    rows, columns = W.shape
-
-    def by_output(X: Tensor) -> Tensor:
-        """``(in, p, k)``, the last output of each block first."""
-        X = functional.pad(X, (0, blocks * size - columns))
-        return X.view(rows, blocks, size).permute(0, 2, 1).flip(1).contiguous()
-
-    left, given, rounded = by_output(W), by_output(given), []
-    shares = (V / V.diagonal(dim1=1, dim2=2)[:, :, None]).flip(1, 2)
-    # Of the error of output c + d what goes to output c, which comes d later: (d, c, k).
-    onward = shares.new_zeros(size, size, blocks)
-    for d in range(1, size):
-        onward[d, : size - d] = shares.diagonal(-d, 1, 2).T
-    if U.dim() == 1:
-        rounded.append(_in_turn(left, given, onward, level))
-    else:
-        shares = U / U.diagonal()[:, None]
-        for start in range(0, rows, _ROWS):
-            block, rest = slice(start, min(start + _ROWS, rows)), slice(start + _ROWS, rows)
-            own, errors = _round_block(
-                left[block], given[block], shares[block, block], onward, level
-            )
-            rounded.append(own)
-            left[rest] -= (shares[block, rest].T @ errors.flatten(1)).view_as(left[rest])
-    return torch.cat(rounded).flip(1).permute(0, 2, 1).reshape(rows, -1)[:, :columns]
-
-
-def _in_turn(left: Tensor, given: Tensor, onward: Tensor, level: _Level) -> Tensor:
-    """Round rows ``(in, p, k)`` that have nothing to do with one another."""
-    rounded = torch.empty_like(left)
-    for c in range(left.shape[1] - 1, -1, -1):
-        rounded[:, c] = level(left[:, c], given[:, c])
-        # Outputs c - 1 to 0, which come 1 to c later.
-        passed_on = onward[1 : c + 1].flip(0).diagonal(dim1=0, dim2=1).T
-        left[:, :c].addcmul_(passed_on, (left[:, c] - rounded[:, c])[:, None], value=-1)
-    return rounded
-
-
-def _round_block(
-    left: Tensor, given: Tensor, inputs: Tensor, onward: Tensor, level: _Level
-) -> tuple[Tensor, Tensor]:
-    """Round a block of rows in waves.
-
-    Element (i, c), whose output is number p - 1 - c of its block, is in wave i + p - 1 - c.
+def in_tiles(W: Tensor, U: Tensor, V: Tensor, given: Tensor, level: Level) -> Tensor:
+    """Round in both orders, b matrices of one shape side by side.
 
     Args:
-        left: ``(n, p, k)``.
-        given: ``(n, p, k)``, see `_in_waves`.
-        inputs: ``(n, n)``: the share of row i's error that goes to row j, i < j.
-        onward: ``(p, p, k)``: of the error of output c + d what goes to c, at ``[d, c]``.
+        W: ``(b, in, out)``, float32.
+        U: ``(b, in, in)``; diagonals ``(b, in)`` where inputs cannot make up for each other.
+        V: ``(b, k, p, p)``, with k p outputs.
+        given: ``(b, in, out)``, what `level` must know of each element.
+        level: what they round to.
 
     Returns:
-        The rounded rows, and what they were less before their own outputs passed anything on.
+        The rounded weights ``(b, in, out)``.
     """
-    rows, size, blocks = left.shape
-    waves = rows + size - 1
-    row = torch.arange(rows, device=left.device)[:, None]
-    output = torch.arange(size, device=left.device)
-    place = (row + size - 1 - output, output.expand(rows, size))
+    matrices, rows, outputs = W.shape
+    blocks, size = V.shape[1:3]
+    height, width = min(_ROWS, rows), min(_OUTPUTS, size)
+    down, across = -(-rows // height), -(-size // width)
+    more_rows, more_outputs = down * height - rows, across * width - size
 
-    def skewed(X: Tensor) -> Tensor:
-        """``(waves and those after the last, p, k)``, zero where there is no element."""
-        found = X.new_zeros(waves + max(rows, size), size, blocks)
-        found[place] = X
-        return found
+    def tiles(X: Tensor) -> Tensor:
+        """``(b, in, out) -> (across, down, b, k, height, width)``, filled up with ones."""
+        X = X.view(matrices, rows, blocks, size)
+        X = functional.pad(X, (0, more_outputs, 0, 0, 0, more_rows), value=1.0)
+        X = X.view(matrices, down, height, blocks, across, width)
+        return X.permute(4, 1, 0, 3, 2, 5).contiguous()
 
-    # Exact values with the errors of the rows before; what the outputs before add to them.
-    exact, added, given = skewed(left), skewed(torch.zeros_like(left)), skewed(given)
-    rounded = torch.zeros_like(exact)
-    # What wave t passes on to row i + d: shares[d, t + c], with i = t - (p - 1) + c.
-    shares = left.new_zeros(rows, rows + 2 * (size - 1))
-    for d in range(1, rows):
-        shares[d, size - 1 : size - 1 + rows - d] = inputs.diagonal(d)
-    # With zeros behind them, so that errors.unfold has at [d, c] the error of output c + d.
-    errors = left.new_zeros(2 * size, blocks)
-    by_output = errors.unfold(0, size, 1).transpose(1, 2)[1:size]
-    onward = onward[1:]
-    for t in range(waves):
-        values = exact[t] + added[t]
-        rounded[t] = level(values, given[t])
-        torch.sub(values, rounded[t], out=errors[:size])
-        added[t + 1 : t + size].addcmul_(onward, by_output, value=-1)
-        lost = exact[t] - rounded[t]
-        exact[t + 1 : t + rows].addcmul_(shares[1:, t : t + size, None], lost, value=-1)
-    rounded = rounded[place]
-    return rounded, exact[place] - rounded
+    # Of tiles that are done they hold the errors, and what is left over for outputs to the right.
+    left, given = tiles(W), tiles(given)
+    rounded = torch.empty_like(left)
+    own = left.new_zeros(down, matrices, height, height)
+    if U.dim() == 3:
+        U = (U / U.diagonal(dim1=1, dim2=2)[..., None]).triu_(1)
+        U = functional.pad(U, (0, more_rows, 0, more_rows))
+        starts = range(0, down * height, height)
+        own = torch.stack([U[:, i : i + height, i : i + height] for i in starts])
+    along = (V / V.diagonal(dim1=2, dim2=3)[..., None]).triu_(1)
+    along = functional.pad(along, (0, more_outputs, 0, more_outputs))
+    along = along.view(matrices, blocks, across, width, across, width)
+    for time in range(down + across - 1):
+        at = range(max(0, time - across + 1), min(down, time + 1))
+        parts, places = [time - row for row in at], list(at)
+        made_up = torch.zeros_like(left[0, : len(places)])
+        for place, (part, row) in enumerate(zip(parts, places, strict=True)):
+            if row and U.dim() == 3:
+                above = left[part, :row].permute(1, 2, 0, 3, 4).flatten(2, 3)
+                shares = U[:, None, : row * height, row * height : (row + 1) * height]
+                left[part, row] -= shares.mT @ above
+            if part:
+                before = given[:part, row].permute(1, 2, 3, 0, 4).flatten(3)
+                made_up[place] = before @ along[:, :, :part, :, part].flatten(2, 3)
+        here = torch.tensor(parts), torch.tensor(places)
+        rounded[here], left[here], given[here] = _round_tiles(
+            left[here],
+            made_up,
+            given[here],
+            own[places[0] : places[-1] + 1],
+            torch.stack([along[:, :, part, :, part] for part in parts]),
+            level,
+        )
+    rounded = rounded.permute(2, 1, 4, 3, 0, 5).reshape(matrices, down * height, blocks, -1)
+    return rounded[:, :rows, :, :size].reshape(matrices, rows, outputs)
+
+
+def _round_tiles(
+    left: Tensor, made_up: Tensor, given: Tensor, own: Tensor, along: Tensor, level: Level
+) -> tuple[Tensor, ...]:
+    """Round tiles of n rows and m outputs in waves.
+
+    Args:
+        left: ``(a, b, k, n, m)``, weights with the errors of the rows above.
+        made_up: ``(a, b, k, n, m)``, what outputs to the left have left over for these.
+        given: ``(a, b, k, n, m)``.
+        own: ``(a, b, n, n)``, strictly upper triangular: what of an error goes to later rows.
+        along: ``(a, b, k, m, m)``, likewise: what of it outputs to the right make up for.
+        level: what they round to.
+
+    Returns:
+        The rounded values, their errors, and what is left over for outputs to the right.
+    """
+    rows, size = left.shape[-2:]
+
+    def apart(X: Tensor) -> Tensor:
+        """``(n, m, a, b, k)``, the last output first, so that a wave is a diagonal."""
+        return X.flip(-1).movedim((-2, -1), (0, 1)).contiguous()
+
+    left, made_up, given = apart(left), apart(made_up), apart(given)
+    own = own.movedim((-1, -2), (0, 1))[..., None].contiguous()
+    along = apart(along.flip(-2))
+    rounded, errors, left_over = (torch.empty_like(left) for _ in range(3))
+    for time in range(rows + size - 1):
+        # Element (i, m - 1 - c) is number i - first of the wave i + m - 1 - c.
+        first, stop = max(0, time - size + 1), min(rows, time + 1)
+        outputs = slice(size - 1 - time + first, size - 1 - time + stop)
+
+        def wave(
+            X: Tensor, first: int = first, stop: int = stop, outputs: slice = outputs
+        ) -> Tensor:
+            return X[first:stop, outputs].diagonal(dim1=0, dim2=1).movedim(-1, 0)
+
+        exact = wave(left)
+        wanted = exact - wave(made_up)
+        found = level(wanted, wave(given))
+        error, over = exact - found, wanted - found
+        for known, new in ((rounded, found), (errors, error), (left_over, over)):
+            wave(known).copy_(new)
+        left[first:, outputs].addcmul_(own[first:, first:stop], error, value=-1)
+        made_up[first:stop].addcmul_(along[outputs], over[:, None])
+    return tuple(X.movedim((0, 1), (-2, -1)).flip(-1) for X in (rounded, errors, left_over))

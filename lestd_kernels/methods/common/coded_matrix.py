@@ -141,7 +141,7 @@ class SteppedMatrix:
             r = U.diagonal()
         if mean_B:
             # Blocks differ in what their outputs count, and so do their steps.
-            V = output_factor(metric.output, damping, mean_B, together=None)
+            V = output_factor(metric.output, damping, mean_B)
         if V is not None:
             c = V.diagonal(dim1=1, dim2=2).reshape(-1)[: W.shape[1]]
         known = math.sqrt((mean_A or stand_ins[0]) * (mean_B or stand_ins[1]))
