@@ -162,10 +162,11 @@ def in_tiles(W: Tensor, U: Tensor, V: Tensor, given: Tensor, level: Level) -> Te
 
     def tiles(X: Tensor) -> Tensor:
         """``(b, in, out) -> (across, down, b, k, height, width)``, filled up with ones."""
-        X = X.view(matrices, rows, blocks, size)
-        X = functional.pad(X, (0, more_outputs, 0, 0, 0, more_rows), value=1.0)
+        X = X.reshape(matrices, rows, blocks, size)
+        if more_rows or more_outputs:
+            X = functional.pad(X, (0, more_outputs, 0, 0, 0, more_rows), value=1.0)
         X = X.view(matrices, down, height, blocks, across, width)
-        return X.permute(4, 1, 0, 3, 2, 5).contiguous()
+        return X.permute(4, 1, 0, 3, 2, 5).clone(memory_format=torch.contiguous_format)
 
     # Of tiles that are done they hold the errors, and what is left over for outputs to the right.
     left, given = tiles(W), tiles(given)
@@ -173,11 +174,13 @@ def in_tiles(W: Tensor, U: Tensor, V: Tensor, given: Tensor, level: Level) -> Te
     own = left.new_zeros(down, matrices, height, height)
     if U.dim() == 3:
         U = (U / U.diagonal(dim1=1, dim2=2)[..., None]).triu_(1)
-        U = functional.pad(U, (0, more_rows, 0, more_rows))
+        if more_rows:
+            U = functional.pad(U, (0, more_rows, 0, more_rows))
         starts = range(0, down * height, height)
         own = torch.stack([U[:, i : i + height, i : i + height] for i in starts])
     along = (V / V.diagonal(dim1=2, dim2=3)[..., None]).triu_(1)
-    along = functional.pad(along, (0, more_outputs, 0, more_outputs))
+    if more_outputs:
+        along = functional.pad(along, (0, more_outputs, 0, more_outputs))
     along = along.view(matrices, blocks, across, width, across, width)
     for time in range(down + across - 1):
         at = range(max(0, time - across + 1), min(down, time + 1))

@@ -1,4 +1,4 @@
-"""Rounding in waves against rounding element by element, in the Kronecker product's own order."""
+"""Rounding in tiles against rounding element by element, in the Kronecker product's own order."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lestd_kernels.linalg import two_sided_feedback
 from lestd_kernels.linalg.error_feedback import inverse_factor
-from lestd_kernels.linalg.two_sided_feedback import _ROWS, output_factor, round_both_ways
+from lestd_kernels.linalg.two_sided_feedback import output_factor, round_both_ways
 from lestd_kernels.storage.few_bits import grid_has_zero, group_scales, spread_scales
 
 FP32 = torch.float32
@@ -49,11 +50,20 @@ def one_by_one(
 @pytest.mark.parametrize("bits", [16, 4, 2])
 @pytest.mark.parametrize("pruned", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "columns", "heads"), [(_ROWS + 6, 12, 3), (9, 70, None), (5, 8, 1)]
+    ("rows", "columns", "heads"), [(70, 12, 3), (9, 70, None), (5, 8, 1), (21, 19, None)]
 )
-def test_waves_are_the_order_of_the_kronecker_product(
-    rows: int, columns: int, heads: int | None, pruned: bool, bits: int
+@pytest.mark.parametrize("tile", [64, 5])
+def test_tiles_are_the_order_of_the_kronecker_product(
+    rows: int,
+    columns: int,
+    heads: int | None,
+    pruned: bool,
+    bits: int,
+    tile: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(two_sided_feedback, "_ROWS", tile + 2)
+    monkeypatch.setattr(two_sided_feedback, "_OUTPUTS", tile)
     W = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
     B = gram(columns, 2)
     if heads is not None:
