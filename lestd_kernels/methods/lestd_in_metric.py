@@ -35,7 +35,6 @@ from lestd_kernels.methods.common.base import (
     Decomposed,
     Group,
     MethodArgs,
-    gradient_shape,
 )
 from lestd_kernels.methods.common.foresight import Costs, foreseen_rounding
 from lestd_kernels.methods.common.one_sided_basis import IDENTITY, SidedGroup, readers_of
@@ -379,16 +378,11 @@ def _workspace_bytes(
             readers[reader] = readers.get(reader, 0) + layout.width * columns
         largest = max(largest, *readers.values())
     inputs = {m.reads: layout.weight_shape(m)[1] for m in layout.modules}
-    widths, squares = [layout.width], 0
-    if args.metric in CALIBRATED:
-        widths += inputs.values()
-        squares = sum(width**2 for width in inputs.values())
+    squares = sum(width**2 for width in inputs.values()) if args.metric in CALIBRATED else 0
     if args.metric == LOSS:  # The outputs' metrics, and the steps of fitting a core to its support.
-        gradients = [gradient_shape(layout, module) for module in layout.modules]
-        widths += [shape[-1] for shape in gradients if len(shape) > 1]
         squares += sum(layout.weight_shape(m)[0] ** 2 for m in layout.modules)
         largest *= 2
-    widest = max(widths)
+    widest = max([layout.width, *inputs.values()] if squares else [layout.width])
     groups = 4 * layout.elements + 12 * most + 18 * largest
     return groups + 8 * squares + 40 * widest**2 + BUFFERS_BYTES
 

@@ -39,7 +39,6 @@ from lestd_kernels.methods.common.base import (
     Group,
     Method,
     MethodArgs,
-    gradient_shape,
     require_budget,
     require_default,
     require_no_core,
@@ -262,21 +261,17 @@ def bounds(
     # Copies of the weights and their numbers, and the factors of all metrics, which the search
     # holds at once; what coding one module takes.
     workspace = module_workspace_bytes(layout, args) + 16 * layout.elements
-    squares = most = 0
+    squares = 0
     if args.metric in CALIBRATED:
-        widths = {m.name: layout.weight_shape(m)[1] for m in layout.modules}
-        factors = [width**2 for width in widths.values()]
-        # Modules that read the same share their inputs' factor, also in a curve, whose own lie
-        # beside those of what is stored.
-        workspace += 8 * sum({m.reads: widths[m.name] ** 2 for m in layout.modules}.values())
-        if args.metric == LOSS:
-            shapes = [gradient_shape(layout, module) for module in layout.modules]
-            outputs = [math.prod(shape) * (len(shape) > 1) for shape in shapes]
-            workspace += 4 * sum(outputs)
-            factors = [one + other for one, other in zip(factors, outputs, strict=True)]
-        squares, most = sum(factors), max(factors)
-    # The factors of one module, however large, are copied beside its weights.
-    together = max(largest + most, min(most_together(layout.elements), layout.elements + squares))
+        widths = [layout.weight_shape(module)[1] for module in layout.modules]
+        squares = sum(width**2 for width in widths)
+        # The factor of one module, however large, is copied beside its weights.
+        workspace += 4 * max(widths) ** 2
+        read = {m.reads: width for m, width in zip(layout.modules, widths, strict=True)}
+        outputs = sum(layout.weight_shape(module)[0] for module in layout.modules)
+        # Those of a curve lie beside those of what is stored.
+        workspace += 8 * sum(width**2 for width in read.values()) + 8 * 256 * outputs
+    together = max(largest, min(most_together(layout.elements), layout.elements + squares))
     workspace += _CODING_BYTES * largest + _TOGETHER_BYTES * together + _COUNTS_BYTES
     per_weight = 8 * byte_budget / layout.elements
     if args.size == MEMORY:

@@ -14,8 +14,9 @@ import torch
 
 from lestd_kernels.errors import LestdError
 from lestd_kernels.methods import METHODS, MethodArgs
-from lestd_kernels.methods.common.base import CALIBRATED, LOSS, gradient_shape
+from lestd_kernels.methods.common.base import CALIBRATED, LOSS
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout
+from orchestrator.planning.calibration_costs import gradient_shape
 from orchestrator.planning.plan import Plan, PlannedTask
 from workers.contracts import Task
 

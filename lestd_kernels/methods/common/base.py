@@ -27,9 +27,6 @@ CALIBRATED = (ACTIVATION, LOSS)
 BUFFERS_BYTES = 80 << 20
 """Of a worker: parts of tensors in progress, and what the allocator keeps for small tensors."""
 
-# Up to here B is kept whole: 16 MiB.
-_WHOLE_WIDTH = 2048
-
 
 @dataclass(frozen=True)
 class MethodArgs(MethodOptions):
@@ -176,25 +173,6 @@ token, the loss the sum of the cross entropies with labels drawn from the model'
 slices, or the diagonal ``(out,)``; a module without has the identity. An error D of W is then
 expected to cost ``1/2 tr(A D B D^T)`` nats per token: the divergence of the model's predictions
 from the dense one's."""
-
-
-def gradient_shape(layout: GroupLayout, module: ModuleLayout) -> tuple[int, ...]:
-    """Of which shape B of a module is, see `Metrics`.
-
-    Whole for what writes into the residual stream, and for all that is small: low-rank pairs gain
-    by it (at keep 0.2 of tiny-llama's attention a perplexity of 44.5 against 45.0 per head and
-    47.1 with the diagonal), and rounding as much (lestd_kernels.linalg.two_sided_feedback). Of a
-    wide block, experts counted together, per head for heads, and the diagonal otherwise.
-    """
-    width = layout.weight_shape(module)[0]
-    projection = module.slices[0][0]
-    alike = sum(one == projection for one, _ in layout.slices)
-    if module.basis_side == "output" or max(width, alike * layout.head_dim) <= _WHOLE_WIDTH:
-        return (width, width)
-    if len(module.slices) > 1:
-        return (len(module.slices), layout.head_dim, layout.head_dim)
-    return (width,)
-
 
 STATISTICS = ("mean_abs", "max_abs", "out_max_abs")
 """What calibration records of an input beside its Gram matrix."""

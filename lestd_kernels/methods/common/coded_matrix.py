@@ -254,8 +254,7 @@ def rounded(matrices: Sequence[SteppedMatrix], step: float) -> list[RoundedMatri
     found: dict[int, RoundedMatrix] = {}
     for alike in kinds.values():
         own = matrices[alike[0]]
-        factors = own.U.numel() + (0 if own.V is None else own.V.numel())
-        count = max(most // (own.W.numel() + factors), 1)
+        count = max(most // (own.W.numel() + own.U.numel()), 1)
         for first in range(0, len(alike), count):
             some = alike[first : first + count]
             found |= zip(some, _side_by_side([matrices[i] for i in some], step), strict=True)

@@ -12,9 +12,9 @@ from support.gradients import check_gradients, gradient_rows
 from transformers import AutoModelForCausalLM
 
 from lestd_kernels.linalg.metric import Metric
-from lestd_kernels.methods.common import base
 from orchestrator.compression.calibration import calibrate
 from orchestrator.execution.serial import SerialExecutor
+from orchestrator.planning import calibration_costs
 from workers.checkpoint.tensors import read_tensor
 
 
@@ -24,7 +24,7 @@ def test_gradients_are_those_of_the_whole_model(
     family: str, whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not whole:
-        monkeypatch.setattr(base, "_WHOLE_WIDTH", 0)
+        monkeypatch.setattr(calibration_costs, "_WHOLE_WIDTH", 0)
     source = tiny_source(family, tmp_path / "model")
     blocks, samples = all_blocks(source, "loss"), some_samples()
     found = calibrate(source, blocks, samples, SerialExecutor(), tmp_path / "calibration")
