@@ -120,7 +120,8 @@ def disturb(cluster: Cluster, run: Run, target: str, rng: random.Random) -> bool
     return True
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [3, 20])
 def test_anything_may_die_and_no_byte_changes(
     cluster: Cluster,
     many_layers: Path,

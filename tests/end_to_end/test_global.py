@@ -151,7 +151,7 @@ def wait_for(directory: Path, count: int, process: Any) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("table", ["curves", "groups"])
+@pytest.mark.parametrize("table", [pytest.param("curves", marks=pytest.mark.slow), "groups"])
 def test_a_kill_in_either_pass_changes_no_byte(
     model: Path, undisturbed: Path, tmp_path: Path, table: str
 ) -> None:

@@ -291,6 +291,7 @@ def test_two_drivers_of_one_output_end_in_one_model(model: Path, out: Path, tmp_
     assert digest_tree(out) == digest_tree(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_a_terminal_that_knows_only_ascii(model: Path) -> None:
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     result = run_lestd("plan", model, "--keep", 0.5, env=environment)

@@ -114,6 +114,7 @@ def found(large: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
     return dict(zip(OPTIONS, map(json.loads, run.stdout.splitlines()), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_private_memory_is_that_of_the_tensors(found, name):

@@ -352,6 +352,7 @@ def test_a_disk_that_fills_up_in_the_middle_keeps_what_is_done(
     assert digest_tree(out) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_file_size_limit_is_a_full_disk_too(tiny_llama: Path, tmp_path: Path) -> None:
     """Layers 0 and 1 stay below the limit, layer 2 does not; it is named, and 0 and 1 are kept."""
     run = tmp_path / "run.yaml"
@@ -380,7 +381,7 @@ def test_a_file_size_limit_is_a_full_disk_too(tiny_llama: Path, tmp_path: Path) 
         (("--workers", 1), signal.SIGINT),
         pytest.param(("--workers", 1), signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param(("--executor", "serial"), signal.SIGINT, marks=pytest.mark.slow),
-        (("--executor", "serial"), signal.SIGTERM),
+        pytest.param(("--executor", "serial"), signal.SIGTERM, marks=pytest.mark.slow),
     ],
     ids=["ray-int", "ray-term", "serial-int", "serial-term"],
 )

@@ -275,6 +275,7 @@ def test_who_computes_what_and_when_changes_no_byte(family: str, tmp_path: Path)
     assert calibrated(family, tmp_path / "two", ShuffledExecutor()) == expected
 
 
+@pytest.mark.slow
 def test_more_windows_are_more_pieces_with_the_same_bytes_on_any_pool(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,6 +330,7 @@ def test_two_workers_one_of_them_killed_change_no_byte(tmp_path: Path) -> None:
     assert found == expected
 
 
+@pytest.mark.slow
 def test_a_calibration_in_an_object_store(tmp_path: Path) -> None:
     expected = calibrated("qwen3", tmp_path / "disk", SerialExecutor())
     source = tiny_source("qwen3", tmp_path / "model")

@@ -206,6 +206,7 @@ def test_order_of_completion_changes_no_bit_and_progress_counts_windows(text_fil
     assert seen[-1] == (serial.windows, serial.windows)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_any_pool_size_gives_the_same_bits(
     text_file: Path, monkeypatch: pytest.MonkeyPatch

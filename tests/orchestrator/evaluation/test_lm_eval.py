@@ -166,10 +166,8 @@ def test_differences_and_their_standard_errors(evaluated: tuple[Path, Finished])
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(
-    "workers",
-    [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 3])
 def test_any_pool_gives_lm_evals_figures(
     workers: int, evaluated: tuple[Path, Finished], oracle: dict[Path, Any], tmp_path: Path
 ) -> None:
@@ -190,6 +188,7 @@ def wait_for_pieces(run_dir: Path, count: int, process: Any) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_continues(
     oracle: dict[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,7 @@ def cluster() -> Iterator[Any]:
     cluster.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_what_prometheus_scrapes_is_what_the_manifest_says(
     cluster: Any, tiny_llama: Path, tmp_path: Path

@@ -309,6 +309,7 @@ def test_a_model_that_does_not_load_is_named(compressed, tiny_llama, tmp_path):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_reported(tiny_llama, compressed):
     def kill(done: int, total: int) -> None:
         if done == 1:

@@ -198,9 +198,8 @@ def committed(out: Path) -> dict[tuple[str, str], datetime]:
     }
 
 
-@pytest.mark.parametrize(
-    "end", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=str)
 def test_a_sweep_that_is_ended_goes_on(many_layers: Path, tmp_path: Path, end: int) -> None:
     out, some = tmp_path / "out", ("--include", "0-19")
     process = start_lestd(*sweep(many_layers, out, *some, *SERIAL))

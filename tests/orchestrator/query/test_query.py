@@ -294,6 +294,7 @@ def test_ctrl_c_ends_a_long_query(out: Path) -> None:
 # -- while a run goes on ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_is_asked_while_it_goes_on_and_compacted_when_it_has_stopped(
     many_layers: Path, tmp_path: Path
 ) -> None:

@@ -194,7 +194,8 @@ def test_peft_loads_the_directory_as_an_adapter(recovered, compressed):
     assert not torch.equal(whole, plain)
 
 
-@pytest.mark.parametrize("train", ["factors", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["factors", "lora"])
 def test_a_killed_recovery_continues_to_the_same_bytes(
     recovered, compressed, text, tmp_path, train
 ):
