@@ -3,17 +3,20 @@
 A value is ``(code - offset) * scale``, and there are two grids of 2^bits levels:
 
     grid        offset            scale                          for
-    with zero   2^(bits - 1)      signed: the largest value is   dense matrices in 2 or 3 bits,
-                                  the first level exactly        whose values crowd around zero
-    without     (2^bits - 1) / 2  the largest value is on the    dense ones in more bits, and
-                                  last level, by magnitude       sparse ones, without small values
+    with zero   2^(bits - 1)      signed: the largest value is   all but those
+                                  the first level exactly
+    without     (2^bits - 1) / 2  the largest value is on the    sparse matrices in 2 or 3 bits,
+                                  last level, by magnitude       without small values; positive ones
 
-Measured on trained weights, each is the better one where it is used: in 4 bits whole weights are as
-good with either, and factors better without. Whole weights whose groups lie along the inputs are on
-the one with zero in any bits, which other libraries read. A code takes `bits` bits, the
-first value in the lowest ones; the scale has the value dtype. A group of zeros has the scale 0.
-Scales below the normal numbers of the value dtype, as float16 has them from 6e-5 down, are stored
-divided by a power of two that the whole matrix has in common (`scale_exponent`).
+Where one weight is tens of times the others of its group, none of these is near zero on the grid
+without: half a step is more than they are. A real model has such weights where its activations are
+largest, and 4 bits without a zero cost it more than 3 bits with one (docs/compare.md). Elsewhere
+the two are within some hundredths of each other.
+
+A code takes `bits` bits, the first value in the lowest ones; the scale has the value dtype. A group
+of zeros has the scale 0. Scales below the normal numbers of the value dtype, as float16 has them
+from 6e-5 down, are stored divided by a power of two that the whole matrix has in common
+(`scale_exponent`).
 
 Reference: uniform quantization in groups as in Frantar et al., "GPTQ", ICLR 2023, section 5.
 """
@@ -33,7 +36,8 @@ GROUP = 64
 FULL_BITS = 16
 """Stands for values as they are, in the value dtype, whatever its width."""
 QUANTIZED_BITS = (8, 4, 3, 2)
-_BITS_WITH_ZERO = 3
+# Of sparse matrices, from here on; of dense ones whose entry does not say so, up to there.
+_FEWEST_WITH_ZERO, _MOST_UNSAID = 4, 3
 
 
 def code_bytes(count: int, bits: int) -> int:
@@ -60,8 +64,13 @@ def values_bytes(count: int, bits: int, value_bytes: int) -> int:
 
 
 def grid_has_zero(dense: bool, bits: int) -> bool:
-    """Which grid the values of a matrix are on."""
-    return dense and bits <= _BITS_WITH_ZERO
+    """Which grid the values of a matrix are rounded to."""
+    return dense or bits >= _FEWEST_WITH_ZERO
+
+
+def unsaid_has_zero(dense: bool, bits: int) -> bool:
+    """Which grid the values of a matrix are on whose entry does not say."""
+    return dense and bits <= _MOST_UNSAID
 
 
 def _offset(bits: int, has_zero: bool) -> float:

@@ -28,6 +28,7 @@ from lestd_kernels.storage.few_bits import (
     grid_has_zero,
     quantize,
     scale_count,
+    unsaid_has_zero,
 )
 from lestd_kernels.storage.packed_integers import PackedIntegers
 
@@ -42,9 +43,9 @@ class EncodedCore:
     ``tensors`` has the codec's tensor names; ``tensors["values"]`` has the value dtype. With
     `value_bits` below 16 there are ``tensors["codes"]`` (uint8) and ``tensors["scales"]`` (value
     dtype) in its place, see lestd_kernels.storage.few_bits, and ``exponent`` is that of the power
-    of two by which the scales are divided. ``with_zero`` is set where values in more bits than
-    `few_bits.grid_has_zero` says are on the grid that has a zero. ``pattern`` says where non-zeros
-    may stand (`codecs.PATTERNS`); every codec stores every one. ``memory_bytes`` is what the matrix
+    of two by which the scales are divided. ``with_zero`` is set where values are on the grid that
+    has a zero and `few_bits.unsaid_has_zero` does not say so. ``pattern`` says where non-zeros may
+    stand (`codecs.PATTERNS`); every codec stores every one. ``memory_bytes`` is what the matrix
     takes when it is loaded: a coded one more than on disk, see
     lestd_kernels.storage.packed_integers. ``known`` are the numbers of a coded matrix, where they
     are at hand because it was just coded: decoding takes as long as coding.
@@ -81,7 +82,9 @@ class EncodedCore:
         streams = rans.encode([Z.numpy() for Z in numbers])
         found = []
         for (_, scales), Z, stream in zip(matrices, numbers, streams, strict=True):
-            own = cls.quantized(scales[None], value_bits, value_dtype, codec="dense")
+            own = cls.quantized(
+                scales[None], value_bits, value_dtype, codec="dense", with_zero=False
+            )
             found.append(
                 cls(
                     RANS,
@@ -114,7 +117,7 @@ class EncodedCore:
         scales: Tensor | None = None,
         codec: str | None = None,
         mask: Tensor | None = None,
-        with_zero: bool = False,
+        with_zero: bool | None = None,
     ) -> EncodedCore:
         """Store the non-zeros of `matrix` in few bits, or rounded to the value dtype.
 
@@ -127,19 +130,22 @@ class EncodedCore:
             codec: default: the one with the fewest bytes. A dense codec stores zeros, too.
             mask: bool ``(rows, columns)``, which elements a sparse codec stores; default: those
                 that are not zero.
-            with_zero: round to the grid that has a zero, whatever the bits.
+            with_zero: whether to round to the grid that has a zero, and to say so in any bits;
+                default: as `few_bits.grid_has_zero` has it.
         """
         if value_bits == FULL_BITS:
             matrix = matrix.to(value_dtype)
         mask = matrix != 0 if mask is None else mask
         rows, columns = matrix.shape
-        nnz, exponent = int(mask.sum()), 0
+        nnz, exponent, said = int(mask.sum()), 0, False
         best = cheapest_codec(rows, columns, nnz, value_dtype.itemsize, value_bits)
         chosen = CODECS[codec or best.name]
         tensors = dict(chosen.encode(mask.to(torch.uint8)))
         tensors["values"] = matrix.reshape(-1) if chosen.name == "dense" else matrix[mask]
         if value_bits != FULL_BITS:
-            has_zero = with_zero or grid_has_zero(chosen.name == "dense", value_bits)
+            dense = chosen.name == "dense"
+            has_zero = grid_has_zero(dense, value_bits) if with_zero is None else with_zero
+            said = with_zero or (has_zero and not unsaid_has_zero(dense, value_bits))
             codes, stored, exponent = quantize(
                 tensors.pop("values"), value_bits, value_dtype, scales, has_zero
             )
@@ -152,7 +158,7 @@ class EncodedCore:
             tensors,
             value_bits=value_bits,
             exponent=exponent,
-            with_zero=with_zero,
+            with_zero=said,
         )
 
     @property
@@ -172,7 +178,7 @@ class EncodedCore:
         tensors = dict(self.tensors)
         codes, scales = tensors.pop("codes"), tensors.pop("scales")
         count = self._value_count()
-        has_zero = self.with_zero or grid_has_zero(self.codec == "dense", self.value_bits)
+        has_zero = self.with_zero or unsaid_has_zero(self.codec == "dense", self.value_bits)
         values = dequantize(codes, scales, count, self.value_bits, has_zero, self.exponent)
         return replace(self, tensors={"values": values} | tensors, value_bits=FULL_BITS, exponent=0)
 

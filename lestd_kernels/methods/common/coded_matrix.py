@@ -189,7 +189,9 @@ class SteppedMatrix:
 
     def _stored(self, scales: Tensor) -> Tensor:
         """Scales as they are once they have been stored; positive."""
-        own = EncodedCore.quantized(scales[None], SCALE_BITS, self.value_dtype, codec="dense")
+        own = EncodedCore.quantized(
+            scales[None], SCALE_BITS, self.value_dtype, codec="dense", with_zero=False
+        )
         return own.decode()[0].float()
 
     def error(self, Z: Tensor, scales: Tensor) -> float:

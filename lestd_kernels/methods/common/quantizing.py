@@ -58,7 +58,7 @@ def rounded_module(
     """
     along = scale_groups == INPUTS
     stored = EncodedCore.quantized(
-        W.T if along else W, bits, value_dtype, scales, codec="dense", with_zero=along
+        W.T if along else W, bits, value_dtype, scales, codec="dense", with_zero=along or None
     )
     return ModuleChain((Multiply(0, transposed=along),), (stored,))
 
