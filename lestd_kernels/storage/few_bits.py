@@ -3,15 +3,16 @@
 A value is ``(code - offset) * scale``, and there are two grids of 2^bits levels:
 
     grid        offset            scale                          for
-    with zero   2^(bits - 1)      signed: the largest value is   all but those
-                                  the first level exactly
-    without     (2^bits - 1) / 2  the largest value is on the    sparse matrices in 2 or 3 bits,
-                                  last level, by magnitude       without small values; positive ones
+    with zero   2^(bits - 1)      signed: the largest value is   4 bits; dense ones in 2 or 3,
+                                  the first level exactly        whose values crowd around zero
+    without     (2^bits - 1) / 2  the largest value is on the    8 bits; sparse ones in 2 or 3,
+                                  last level, by magnitude       without small values
 
 Where one weight is tens of times the others of its group, none of these is near zero on the grid
 without: half a step is more than they are. A real model has such weights where its activations are
 largest, and 4 bits without a zero cost it more than 3 bits with one (docs/compare.md). Elsewhere
-the two are within some hundredths of each other.
+the two are within some hundredths of each other. Whole weights whose groups lie along the inputs
+are on the one with zero in any bits, which other libraries read.
 
 A code takes `bits` bits, the first value in the lowest ones; the scale has the value dtype. A group
 of zeros has the scale 0. Scales below the normal numbers of the value dtype, as float16 has them
@@ -36,8 +37,7 @@ GROUP = 64
 FULL_BITS = 16
 """Stands for values as they are, in the value dtype, whatever its width."""
 QUANTIZED_BITS = (8, 4, 3, 2)
-# Of sparse matrices, from here on; of dense ones whose entry does not say so, up to there.
-_FEWEST_WITH_ZERO, _MOST_UNSAID = 4, 3
+_BITS_WITH_ZERO = 4
 
 
 def code_bytes(count: int, bits: int) -> int:
@@ -65,12 +65,12 @@ def values_bytes(count: int, bits: int, value_bytes: int) -> int:
 
 def grid_has_zero(dense: bool, bits: int) -> bool:
     """Which grid the values of a matrix are rounded to."""
-    return dense or bits >= _FEWEST_WITH_ZERO
+    return bits == _BITS_WITH_ZERO or (dense and bits < _BITS_WITH_ZERO)
 
 
 def unsaid_has_zero(dense: bool, bits: int) -> bool:
     """Which grid the values of a matrix are on whose entry does not say."""
-    return dense and bits <= _MOST_UNSAID
+    return dense and bits < _BITS_WITH_ZERO
 
 
 def _offset(bits: int, has_zero: bool) -> float:

@@ -49,16 +49,16 @@ def oracle_round(
     A scale is that of its group's members when the first of them is rounded.
     """
     W, expected, stored = W.copy(), np.zeros_like(W), np.argwhere(mask)
-    # Dense matrices of few bits are on the grid that has a level 0.
-    dense, scales = bool(mask.all()) and bits <= 3, dict[int, float]()
-    offset = 2 ** (bits - 1) if dense else (2**bits - 1) / 2
+    # Four bits, and dense matrices of fewer, are on the grid that has a level 0.
+    has_zero, scales = bits == 4 or (bool(mask.all()) and bits < 4), dict[int, float]()
+    offset = 2 ** (bits - 1) if has_zero else (2**bits - 1) / 2
     for i in range(len(W)):
         for place in np.flatnonzero(stored[:, 0] == i):
             value, group = W[tuple(stored[place])], place // 64
             if bits < 16 and group not in scales:
                 members = W[tuple(stored[group * 64 : group * 64 + 64].T)]
                 largest = max(members, key=abs)
-                outer = -largest if dense else abs(largest)
+                outer = -largest if has_zero else abs(largest)
                 scales[group] = float(torch.tensor(outer / offset).to(dtype))
             if bits < 16:
                 levels = (np.arange(2**bits) - offset) * scales[group]
