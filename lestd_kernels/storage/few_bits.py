@@ -11,8 +11,8 @@ A value is ``(code - offset) * scale``, and there are two grids of 2^bits levels
 Where one weight is tens of times the others of its group, none of these is near zero on the grid
 without: half a step is more than they are. A real model has such weights where its activations are
 largest, and 4 bits without a zero cost it more than 3 bits with one (docs/compare.md). Elsewhere
-it gains a tenth or loses some hundredths. Whole weights whose groups lie along the inputs are on the
-one with zero in any bits, which other libraries read.
+it gains a tenth or loses some hundredths. Whole weights whose groups lie along the inputs are on
+the one with zero in any bits, which other libraries read.
 
 A code takes `bits` bits, the first value in the lowest ones; the scale has the value dtype. A group
 of zeros has the scale 0. Scales below the normal numbers of the value dtype, as float16 has them
