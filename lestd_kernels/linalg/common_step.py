@@ -45,10 +45,10 @@ def whole_numbers(
     Returns:
         Z ``(b, in, out)``, float32.
     """
-    if U.dim() == 2 and V is None:
-        return _nearest(W, r[:, :, None] * c[:, None], value_dtype)
-    if V is not None:
+    if U.dim() == 2 or V is not None:
         steps = r[:, :, None] * c[:, None]
+        if V is None:
+            return _nearest(W, steps, value_dtype)
         found = in_tiles(W, U, V, steps, lambda x, step: _nearest(x, step, value_dtype) * step)
         return (found / steps).round_()
     passed_on = (U / U.diagonal(dim1=1, dim2=2)[..., None]).triu_(1)

@@ -50,7 +50,7 @@ from lestd_kernels.storage.few_bits import (
 # Of a tile.
 _ROWS, _OUTPUTS = 64, 64
 
-Level = Callable[[Tensor, Tensor], Tensor]
+_Level = Callable[[Tensor, Tensor], Tensor]
 
 
 def output_factor(
@@ -152,7 +152,7 @@ def round_to_scales(
     return in_tiles(W[None], U[None], V[None], scales[None], level)[0]
 
 
-def in_tiles(W: Tensor, U: Tensor, V: Tensor, given: Tensor, level: Level) -> Tensor:
+def in_tiles(W: Tensor, U: Tensor, V: Tensor, given: Tensor, level: _Level) -> Tensor:
     """Round in both orders, b matrices of one shape side by side.
 
     Args:
@@ -160,7 +160,7 @@ def in_tiles(W: Tensor, U: Tensor, V: Tensor, given: Tensor, level: Level) -> Te
         U: ``(b, in, in)``; diagonals ``(b, in)`` where inputs cannot make up for each other.
         V: ``(b, k, p, p)``, with k p outputs or some more.
         given: ``(b, in, out)``, what `level` must know of each element.
-        level: what they round to.
+        level: ``(values, given)``, of any shape: what they round to.
 
     Returns:
         The rounded weights ``(b, in, out)``.
@@ -196,10 +196,10 @@ def in_tiles(W: Tensor, U: Tensor, V: Tensor, given: Tensor, level: Level) -> Te
         along = functional.pad(along, (0, more_outputs, 0, more_outputs))
     along = along.view(matrices, blocks, across, width, across, width)
     for time in range(down + across - 1):
-        at = range(max(0, time - across + 1), min(down, time + 1))
-        parts, places = [time - row for row in at], list(at)
-        made_up = torch.zeros_like(left[0, : len(places)])
-        for place, (part, row) in enumerate(zip(parts, places, strict=True)):
+        at = list(range(max(0, time - across + 1), min(down, time + 1)))
+        parts = [time - row for row in at]
+        made_up = torch.zeros_like(left[0, : len(at)])
+        for place, (part, row) in enumerate(zip(parts, at, strict=True)):
             if row and U.dim() == 3:
                 above = left[part, :row].permute(1, 2, 0, 3, 4).flatten(2, 3)
                 shares = U[:, None, : row * height, row * height : (row + 1) * height]
@@ -207,12 +207,12 @@ def in_tiles(W: Tensor, U: Tensor, V: Tensor, given: Tensor, level: Level) -> Te
             if part:
                 before = given[:part, row].permute(1, 2, 3, 0, 4).flatten(3)
                 made_up[place] = before @ along[:, :, :part, :, part].flatten(2, 3)
-        here = torch.tensor(parts), torch.tensor(places)
+        here = torch.tensor(parts), torch.tensor(at)
         rounded[here], left[here], given[here] = _round_tiles(
             left[here],
             made_up,
             given[here],
-            own[places[0] : places[-1] + 1],
+            own[at[0] : at[-1] + 1],
             torch.stack([along[:, :, part, :, part] for part in parts]),
             level,
         )
@@ -221,7 +221,7 @@ def in_tiles(W: Tensor, U: Tensor, V: Tensor, given: Tensor, level: Level) -> Te
 
 
 def _round_tiles(
-    left: Tensor, made_up: Tensor, given: Tensor, own: Tensor, along: Tensor, level: Level
+    left: Tensor, made_up: Tensor, given: Tensor, own: Tensor, along: Tensor, level: _Level
 ) -> tuple[Tensor, ...]:
     """Round tiles of n rows and m outputs in waves.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,14 +60,15 @@ def test_small_weights_are_as_good_in_float16_as_in_bfloat16(method: str, bits: 
     metric = "norm" if method == "tt" else "activation"
     more = {"metric": metric} if metric in METHODS[method].metrics else {}
     args = MethodArgs(value_bits=bits, factor_bits=bits, **more)
-    found = []
-    for dtype in (BF16, FP16):
-        W = random_unfolding(layout) * 2.0**-12
-        budget = int(0.6 * layout.elements * 2)
-        metrics = metrics_of(layout, args.metric)
-        done = METHODS[method].decompose(W, layout, budget, dtype, args, (), metrics)
-        found.append(done.relative_error)
-    assert found[1] <= 1.03 * found[0]
+    found = {BF16: 0.0, FP16: 0.0}
+    for dtype in found:
+        for seed in range(4):  # Of one, which way a feedback goes is luck.
+            W = random_unfolding(layout, seed) * 2.0**-12
+            budget = int(0.6 * layout.elements * 2)
+            metrics = metrics_of(layout, args.metric)
+            done = METHODS[method].decompose(W, layout, budget, dtype, args, (), metrics)
+            found[dtype] += done.relative_error
+    assert found[FP16] <= 1.02 * found[BF16]
 
 
 @pytest.mark.parametrize("method", ["lestd", "svd_llm", "rtn", "gptq", "sparsegpt"])
@@ -84,8 +84,8 @@ def test_four_bits_are_better_than_three_beside_a_super_weight(method: str) -> N
     gram[:, 3] *= 100
     errors = {}
     for bits in (3, 4):
-        args = MethodArgs(value_bits=bits, factor_bits=4)
-        args = replace(args, metric="activation") if method != "rtn" else args
+        metric = "weight" if method == "rtn" else "activation"
+        args = MethodArgs(metric=metric, value_bits=bits, factor_bits=4)
         done = METHODS[method].decompose(
             W.clone(), layout, layout.elements, BF16, args, (), metrics
         )
