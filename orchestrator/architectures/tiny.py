@@ -134,7 +134,10 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
     "molmo2": {"adapter_config": {"vision_feature_layer": [2, 1]}},
-    "muse_spark": {"audio_config": {"out_hidden_size": WIDTH}},
+    "muse_spark": {
+        "audio_config": {"out_hidden_size": WIDTH, "hidden_sizes": [8, 16, 32, WIDTH]},
+        **{"out_hidden_size": 4 * WIDTH, "projector_hidden_size": WIDTH},
+    },
     **{
         family: {
             "audio_config": {
