@@ -140,6 +140,7 @@ def test_it_is_verified_exported_saved_and_computes_what_is_stored(
         assert torch.equal(again(x).logits, model(x).logits)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(
     made: tuple[Path, str], tiny_llama: Path, tmp_path: Path
 ) -> None:

@@ -146,7 +146,11 @@ def test_gradients_under_autocast(pairs, case):
     assert model.get_input_embeddings().weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("case", CASES, ids="-".join)
+@pytest.mark.parametrize(
+    "case",
+    [CASES[0], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[1:])],
+    ids="-".join,
+)
 def test_the_forward_is_one_graph_and_generates_the_same(pairs, case):
     """Without inductor, which the next test uses: the graph is what this one is about."""
     model = pairs[case].load()

@@ -337,7 +337,7 @@ def test_a_curve_of_some_outputs_is_about_that_of_all(monkeypatch: pytest.Monkey
 def test_a_curve_of_few_outputs_ends_at_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     # What a stream has at its beginning counts once for a module, not once for each share of it:
     # else zeros would seem to take more than they do, and steps would be tried without end.
-    wide, looks = gqa(32, 64, 32, 32), []
+    wide, looks = gqa(16, 48, 16, 16), []
 
     def rounded(some: list[SteppedMatrix], step: float) -> list[RoundedMatrix]:
         looks.append(step)

@@ -140,6 +140,7 @@ def test_perplexities_by_a_plain_loop(
     assert found.model_bytes_on_disk == (MODEL / "model.safetensors").stat().st_size
 
 
+@pytest.mark.slow
 def test_first_windows_of_the_example() -> None:
     # 41.07 was measured independently, by another program, over the same 160 windows.
     found = evaluate(MODEL, TEXT, SerialExecutor(), window=256, max_windows=160)

@@ -176,6 +176,7 @@ def test_the_json_is_complete(measured, tiny_llama, compressed):
         assert ratio > 0
 
 
+@pytest.mark.slow
 def test_the_table_and_the_plot_as_a_user_sees_them(tiny_llama, compressed, tmp_path):
     """In a process of its own, in another directory, with relative paths."""
     shutil.copytree(tiny_llama, tmp_path / "big")

@@ -92,7 +92,7 @@ def rows_of(manifest: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("spec", TABLES.values(), ids=TABLES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_any_mixture_of_parts_and_compacted_rows_reads_equal(
     tmp_path_factory: pytest.TempPathFactory, spec: TableSpec, data: st.DataObject

@@ -228,7 +228,7 @@ def test_a_csv_file_has_the_rows_of_the_manifest(run: Path, open_page: Open) -> 
     ("which", "width", "scheme"),
     [
         ("real", 1280, "dark"),
-        ("made up", 390, "light"),
+        pytest.param("made up", 390, "light", marks=pytest.mark.slow),
     ],
 )
 def test_every_control_and_every_table_opens(
