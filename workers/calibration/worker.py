@@ -35,7 +35,7 @@ from workers.calibration.contracts import (
     hidden_path,
     part_path,
 )
-from workers.calibration.gradients import gradient_takers
+from workers.calibration.gradients import SumOfWindows, gradient_takers
 from workers.calibration.statistics import (
     InputStatistics,
     Take,
@@ -173,10 +173,10 @@ class CalibrationWorker:
             return  # By another worker, who was thought to be lost.
         given = self._given(item)
         gradients = None if is_head else _read(behind, "gradient")
-        found: dict[str, Tensor] = {}
+        squares = SumOfWindows()
         takers: dict[str, Take] = {}
         for block in item.blocks:
-            takers |= gradient_takers(block, found)
+            takers |= gradient_takers(block, squares.window)
         watch = Watch(self._model.model, takers)
         gradient = []
         for number, window in enumerate(given):
@@ -186,12 +186,14 @@ class CalibrationWorker:
             else:
                 with watch:
                     found_here = self._model.pull_back(states, gradients[number].to(self._device))
+                squares.end_window()
             if not bool(torch.isfinite(found_here).all()):
                 raise LestdError(
                     f"the gradients before layer {item.layer} are not finite, computed in "
                     "float32; use --metric activation, which needs none"
                 )
             gradient.append(found_here.cpu())
+        found = squares.total()
         for block in item.blocks:
             tensors: dict[str, Tensor] = {}
             for one in block.outputs:
