@@ -150,17 +150,18 @@ def windows_of_a_piece(blocks: Iterable[CalibratedBlock], windows: int) -> int:
         blocks: of which statistics are wanted.
         windows: of the samples.
     """
-    room = max(FEWEST_PIECES, _PIECES_BYTES // (2 * _largest_bytes(blocks)))
+    room = max(FEWEST_PIECES, _PIECES_BYTES // (2 * max(_largest_bytes(blocks))))
     least = min(-(-windows // FEWEST_PIECES), _WINDOWS_OF_A_PIECE)
     return max(least, -(-windows // room))
 
 
-def _largest_bytes(blocks: Iterable[CalibratedBlock]) -> int:
-    """Bytes of the matrices of one piece in the layer that has most, of inputs or of outputs."""
+def _largest_bytes(blocks: Iterable[CalibratedBlock]) -> tuple[int, int]:
+    """Bytes of the matrices of one piece in the layer that has most, of inputs and of outputs."""
     by_layer: dict[int, list[CalibratedBlock]] = {}
     for block in blocks:
         by_layer.setdefault(block.layer, []).append(block)
-    return max(max(input_bytes(one), output_bytes(one)) for one in by_layer.values())
+    layers = by_layer.values()
+    return max(map(input_bytes, layers)), max(map(output_bytes, layers))
 
 
 @dataclass(frozen=True)
@@ -191,9 +192,10 @@ def calibration_costs(
     """Costs of the statistics of some blocks, none of which is known.
 
     Memory: a layer in float32, of which stacked experts are there twice while they are put
-    together; the largest tensor outside of the layers, an embedding; the layer's matrices, twice
-    while they are written; some dozens of activations as large as the hidden states, and with
-    gradients more of them, the probabilities of attention, and of the vocabulary.
+    together; the largest tensor outside of the layers, an embedding; the layer's matrices, those of
+    inputs twice while they are written, those of outputs three times, since the window that weighs
+    most and the present one are apart; some dozens of activations as large as the hidden states,
+    and with gradients more of them, the probabilities of attention, and of the vocabulary.
 
     Args:
         source: the dense model.
@@ -204,7 +206,7 @@ def calibration_costs(
     config = source.config.get_text_config()
     back = any(block.outputs for block in blocks)
     hidden = 4 * config.hidden_size * sample_tokens
-    matrices = _largest_bytes(blocks)
+    of_inputs, of_outputs = _largest_bytes(blocks)
     pieces = -(-samples // windows_of_a_piece(blocks, samples))
     in_float32 = max(4 // DTYPES[ref.dtype].itemsize for ref in source.index.tensors.values())
     largest = max(layer_bytes(source, blocks[0].layers).values())
@@ -216,9 +218,9 @@ def calibration_costs(
         activations += 4 * 12 * heads * sample_tokens**2
         activations += 4 * 6 * config.vocab_size * sample_tokens
     return CalibrationCosts(
-        memory_bytes=WORKER_BASE_BYTES + weights + 2 * matrices + activations,
+        memory_bytes=WORKER_BASE_BYTES + weights + max(2 * of_inputs, 3 * of_outputs) + activations,
         kept_bytes=input_bytes(blocks) + output_bytes(blocks),
-        working_bytes=2 * pieces * matrices
+        working_bytes=2 * pieces * max(of_inputs, of_outputs)
         + (config.num_hidden_layers + 3 if back else 2) * samples * hidden,
         pieces=pieces,
     )

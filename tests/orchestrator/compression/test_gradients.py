@@ -11,10 +11,11 @@ from support.families import FAMILIES
 from support.gradients import check_gradients, gradient_rows
 from transformers import AutoModelForCausalLM
 
-from lestd_kernels.linalg.metric import Metric
+from lestd_kernels.linalg.metric import Metric, diagonal_of
 from orchestrator.compression.calibration import calibrate
 from orchestrator.execution.serial import SerialExecutor
 from orchestrator.planning import calibration_costs
+from workers.calibration.gradients import SumOfWindows
 from workers.checkpoint.tensors import read_tensor
 
 
@@ -70,3 +71,36 @@ def test_noise_costs_what_is_expected_of_it(tmp_path: Path) -> None:
     # K-FAC takes tokens for independent: those that V moves are not.
     assert min(ratios) > 0.7
     assert max(ratios) < 2
+
+
+def sum_of(windows: list[torch.Tensor]) -> torch.Tensor:
+    squares = SumOfWindows()
+    for one in windows:
+        squares.window["q"] = one.clone()
+        squares.end_window()
+        assert not squares.window
+    total = squares.total()["q"]
+    assert not squares.total()
+    return total
+
+
+@pytest.mark.parametrize("place", range(5))
+@pytest.mark.parametrize("shape", [(6,), (6, 6), (2, 3, 3)])
+def test_no_window_outweighs_the_others(shape: tuple[int, ...], place: int) -> None:
+    generator = torch.Generator().manual_seed(len(shape))
+    roots = [torch.rand(shape, generator=generator) for _ in range(5)]
+    alike = [R.square() if R.dim() == 1 else R @ R.mT for R in roots]
+    weights = [float(diagonal_of(B).sum()) for B in alike]
+    assert max(weights) < 2 * min(weights)
+    torch.testing.assert_close(sum_of(alike), torch.stack(alike).sum(dim=0))
+
+    given = [B * (1000 if one == place else 1) for one, B in enumerate(alike)]
+    others = [one for one in range(5) if one != place]
+    most = 2 * max(weights[one] for one in others)
+    expected = sum(alike[one] for one in others) + alike[place] * most / weights[place]
+    torch.testing.assert_close(sum_of(given), expected)
+    # Of three nobody can tell which is the odd one, and zeros are no measure.
+    few = [given[place], *(alike[one] for one in others[:2])]
+    torch.testing.assert_close(sum_of(few), torch.stack(few).sum(dim=0))
+    lonely = [B * (one == place) for one, B in enumerate(alike)]
+    torch.testing.assert_close(sum_of(lonely), alike[place])
