@@ -136,7 +136,8 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "molmo2": {"adapter_config": {"vision_feature_layer": [2, 1]}},
     "muse_spark": {
         "audio_config": {"out_hidden_size": WIDTH, "hidden_sizes": [8, 16, 32, WIDTH]},
-        **{"out_hidden_size": 4 * WIDTH, "projector_hidden_size": WIDTH},
+        "out_hidden_size": 4 * WIDTH,
+        "projector_hidden_size": WIDTH,
     },
     **{
         family: {

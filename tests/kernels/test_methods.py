@@ -337,11 +337,7 @@ print(resident("VmHWM") - before)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 @pytest.mark.parametrize(
     ("method", "type_mode", "layout"),
-    [
-        ("lestd", "identity", "mha"),
-        pytest.param("lestd", "learned", "fused", marks=pytest.mark.slow),
-        pytest.param("tucker", "identity", "mha", marks=pytest.mark.slow),
-    ],
+    [("lestd", "identity", "mha"), ("lestd", "learned", "fused"), ("tucker", "identity", "mha")],
 )
 def test_the_predicted_memory_bounds_the_measured(method, type_mode, layout):
     code = MEASURE.format(method=method, type_mode=type_mode, layout=layout, keep=0.8)

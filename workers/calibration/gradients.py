@@ -79,10 +79,8 @@ class SumOfWindows:
 
     A few tokens have gradients so large that one of them would be most of B: of SmolLM2's first 128
     windows of WikiText-2 one has three quarters of the trace of B of V in layers 0 and 10. Such a B
-    says little of other texts; nor is it true of that token, for the loss that a quadratic
-    form expects there is far beyond what predictions can lose. So the window that weighs most, by
-    the trace of B, counts at most twice what the next one does (a winsorized mean). Where windows
-    are alike this changes nothing.
+    says little of other texts. So the window that weighs most, by the trace of B, counts at most
+    twice what the next one does (a winsorized mean). Where windows are alike this changes nothing.
 
     Attributes:
         window: of the present window: B of each module, see `gradient_takers`.

@@ -15,6 +15,7 @@ from lestd_kernels.linalg.metric import Metric, diagonal_of
 from orchestrator.compression.calibration import calibrate
 from orchestrator.execution.serial import SerialExecutor
 from orchestrator.planning import calibration_costs
+from workers.calibration import gradients
 from workers.calibration.gradients import SumOfWindows
 from workers.checkpoint.tensors import read_tensor
 
@@ -71,6 +72,23 @@ def test_noise_costs_what_is_expected_of_it(tmp_path: Path) -> None:
     # K-FAC takes tokens for independent: those that V moves are not.
     assert min(ratios) > 0.7
     assert max(ratios) < 2
+
+
+def test_the_heaviest_window_of_each_piece_counts_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As much as the next one here, so that it is so in every piece and module."""
+    monkeypatch.setattr(gradients, "_MOST_WEIGHT", 1.0)
+    source = tiny_source("llama-gqa", tmp_path / "model")
+    blocks, samples = all_blocks(source, "loss"), some_samples(8 * 5)
+    refs = calibrate(source, blocks, samples, SerialExecutor(), tmp_path / "calibration").refs
+    for name, rows in gradient_rows(source, blocks, samples).items():
+        G = rows.view(8, 5, 13, -1)
+        weights = G.square().sum(dim=(2, 3))
+        following, heaviest = weights.sort().values[:, -2:].T
+        shares = torch.where(weights == heaviest[:, None], (following / heaviest)[:, None], 1.0)
+        scaled = (G * shares.sqrt()[:, :, None, None]).flatten(0, 2)
+        check_gradients(read_tensor(refs[name]), scaled, 8 * 5 * 13, name)
 
 
 def sum_of(windows: list[torch.Tensor]) -> torch.Tensor:

@@ -278,7 +278,6 @@ def test_what_is_not_there_is_named(tmp_path: Path, wrong: str) -> None:
     assert str(tmp_path / "nothing" if wrong == "manifest" else tmp_path / "no") in finished.err
 
 
-@pytest.mark.slow
 def test_the_largest_models_have_a_page(tmp_path: Path) -> None:
     """400 layers of 128 heads: a row of numbers for each of 204,800 slices."""
     layers = 400

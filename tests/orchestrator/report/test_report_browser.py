@@ -227,8 +227,8 @@ def test_a_csv_file_has_the_rows_of_the_manifest(run: Path, open_page: Open) -> 
 @pytest.mark.parametrize(
     ("which", "width", "scheme"),
     [
-        ("real", 1280, "dark"),
-        pytest.param("made up", 390, "light", marks=pytest.mark.slow),
+        pytest.param("real", 1280, "dark", marks=pytest.mark.slow),
+        ("made up", 390, "light"),
     ],
 )
 def test_every_control_and_every_table_opens(
