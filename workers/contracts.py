@@ -17,6 +17,13 @@ OUTSIDE = -1
 """In the place of a layer's index, for modules that stand outside of the decoder layers."""
 
 
+MOST_READ_AHEAD = 1 << 30
+"""Bytes of a group's metrics beyond which they are read when its turn comes to be decomposed.
+
+Until then they would lie beside those of the group before it; and to read them takes seconds, to
+decompose so large a group minutes."""
+
+
 @dataclass(frozen=True)
 class Packing:
     """Tensors that one in few bits is made of; see `workers.checkpoint.packed`.

@@ -16,6 +16,7 @@ keeps the group's rotation beside it until its last budget (`Bounds.reuse_bytes`
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import socket
 import threading
@@ -45,6 +46,7 @@ from lestd_kernels.tensorize import unfold_weights
 from workers.checkpoint.checks import check_finite, check_metric
 from workers.checkpoint.tensors import digest_safetensors, read_tensor, write_safetensors
 from workers.contracts import (
+    MOST_READ_AHEAD,
     Bundle,
     BundleResult,
     CurveResult,
@@ -170,9 +172,13 @@ class DecomposeWorker:
         started_at = time.time()
         with clock("read"):
             weights, source_sha256 = self._read(tasks[0])
-            metrics = _read_metrics(tasks[0])
+            read_ahead = _metric_bytes(tasks[0]) <= MOST_READ_AHEAD
+            metrics = _read_metrics(tasks[0]) if read_ahead else {}
 
         advance()
+        if not read_ahead:
+            with clock("read"):
+                metrics = _read_metrics(tasks[0])
         encodings = self._encodings(tasks, weights, metrics, clock)
         encoding: Future[_Encoded] | None = next(encodings)
         # Each task bears its share of what is done for all.
@@ -358,6 +364,17 @@ def _value_bits(decomposition: Decomposition, args: MethodArgs) -> int:
     """Bits of a stored value; a quantizer chooses them itself where 16 are asked for."""
     chosen = decomposition.chosen_bits if isinstance(decomposition, Chain) else None
     return args.value_bits if chosen is None else chosen
+
+
+def _metric_bytes(task: Task) -> int:
+    """Bytes of what `_read_metrics` returns, from the headers."""
+    inputs = {m.reads: task.layout.weight_shape(m)[1] for m in task.layout.modules}
+    total = 0
+    for name, ref in task.metric_tensors.items():
+        # Inputs' blocks become one matrix.
+        in_blocks = name in inputs and len(ref.shape) == 3
+        total += 4 * (inputs[name] ** 2 if in_blocks else math.prod(ref.shape))
+    return total
 
 
 def _read_metrics(task: Task) -> dict[str, Tensor]:

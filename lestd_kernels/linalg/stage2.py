@@ -199,10 +199,13 @@ def _first_overflow(counts: Tensor, kept: Tensor, fits: Fits) -> tuple[int, Tens
         The bin (-1 if all fit) and the elements kept above it, per core.
     """
     bins = counts.shape[1]
-    # Position b of `above`: elements kept if the b largest bins are.
-    above = torch.nn.functional.pad(counts.flip(1).cumsum(1), (1, 0)) + kept[:, None]
-    last = bisect.bisect(range(1, bins + 1), False, key=lambda b: not fits(above[:, b].tolist()))
-    return bins - 1 - last, above[:, last]
+
+    def above(b: int) -> Tensor:
+        """Elements kept if the b largest bins are; of many cores their sums would be large."""
+        return kept + counts[:, bins - b :].sum(dim=1)
+
+    last = bisect.bisect(range(1, bins + 1), False, key=lambda b: not fits(above(b).tolist()))
+    return bins - 1 - last, above(last)
 
 
 def _tie_quotas(ties: Sequence[int], kept: Sequence[int], fits: Fits) -> list[int]:

@@ -94,8 +94,8 @@ def _foreseen(prepared: Group, candidates: Sequence[_Candidate], byte_budget: in
 
 
 def _prepared(group: Group, method: Method, args: MethodArgs) -> Any:
-    """A copy, prepared: what a method prepares uses the unfolding up."""
-    return method.prepare(replace(group, unfolding=group.unfolding.clone(), args=args))
+    """Prepared by a candidate; in the metric loss none of them writes to the unfolding."""
+    return method.prepare(replace(group, args=args))
 
 
 def encode(
@@ -182,8 +182,8 @@ def bounds(
         for method, own, least in candidates
         if least <= byte_budget
     ]
-    # A copy of the unfolding, and what the best so far stores.
-    workspace = max(one.workspace_bytes for one in each) + 4 * layout.elements + byte_budget
+    # And what the best so far stores.
+    workspace = max(one.workspace_bytes for one in each) + byte_budget
     memory = max(one.memory_bytes or one.max_bytes for one in each)
     most = max(one.max_bytes for one in each)
     return Bounds(None, None, None, most, workspace, 0, memory)

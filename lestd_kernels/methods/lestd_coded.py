@@ -120,13 +120,13 @@ class CodedSide:
         if R == IDENTITY:
             standing = [
                 self._standing(one.W, metric)
-                for one, metric in zip(self.group.modules, self.group.metrics, strict=True)
+                for one, metric in zip(self.group.modules, self.group.metrics(), strict=True)
             ]
             weights = self._on_steps(standing, near)
             return lambda at: rounded(weights, 2.0**at)
         A0 = self.group.basis[:, :R].contiguous()
         energy = torch.zeros(R, device=A0.device)
-        for one, metric in zip(self.group.modules, self.group.metrics, strict=True):
+        for one, metric in zip(self.group.modules, self.group.metrics(), strict=True):
             M = _core(A0, one, metric)[0]
             energy += (M * Metric(None, metric.output).apply(M)).sum(dim=1)
         [basis] = self._on_steps([(A0, Metric(self.group.mean(), energy))], near)
@@ -135,7 +135,7 @@ class CodedSide:
             [factor] = rounded([basis], 2.0**log_step)
             factor = factor.fitted()
             A, cores = factor.value(), []
-            for one, metric in zip(self.group.modules, self.group.metrics, strict=True):
+            for one, metric in zip(self.group.modules, self.group.metrics(), strict=True):
                 M, H = _core(A, one, metric)
                 cores.append(self._standing(M, metric._replace(input=H)))
             stepped = self._on_steps(cores, near)

@@ -366,7 +366,8 @@ def _workspace_bytes(
 
     A copy of the weights; of one side the cores, their scores and masks, and what is stored; of
     the largest of its inputs products and reconstructions; metrics in their units, and roots of
-    the cores' rows; of the largest metric some factors in float64.
+    the cores' rows, in the metric loss of one module; of the largest metric some factors in
+    float64; of each core how many elements have which size.
     """
     most = largest = 0
     for side, modules in sides(layout).items():
@@ -379,12 +380,13 @@ def _workspace_bytes(
         largest = max(largest, *readers.values())
     inputs = {m.reads: layout.weight_shape(m)[1] for m in layout.modules}
     squares = sum(width**2 for width in inputs.values()) if args.metric in CALIBRATED else 0
-    if args.metric == LOSS:  # The outputs' metrics, and the steps of fitting a core to its support.
-        squares += sum(layout.weight_shape(m)[0] ** 2 for m in layout.modules)
+    if args.metric == LOSS:  # Both sides' metrics, and the steps of fitting a core to its support.
+        squares = max(sum(n**2 for n in layout.weight_shape(m)) for m in layout.modules)
         largest *= 2
     widest = max([layout.width, *inputs.values()] if squares else [layout.width])
     groups = 4 * layout.elements + 12 * most + 18 * largest
-    return groups + 8 * squares + 40 * widest**2 + BUFFERS_BYTES
+    counts = max(map(len, sides(layout).values())) << 20
+    return groups + 8 * squares + 40 * widest**2 + counts + BUFFERS_BYTES
 
 
 def least_bytes(layout: GroupLayout, value_dtype: torch.dtype, args: MethodArgs) -> int:

@@ -64,6 +64,7 @@ from lestd_kernels.methods.common.per_module import (
 from lestd_kernels.methods.common.stopwatch import Stopwatch
 from lestd_kernels.options import DISK, MEMORY
 from lestd_kernels.search.budget import CurvePoint
+from lestd_kernels.storage.matrix import EncodedCore
 from lestd_kernels.tensorize import GroupLayout, ModuleLayout
 
 # Octaves between the steps at which a curve is looked at.
@@ -105,7 +106,7 @@ def _modules(
     factors = {} if factors is None else factors  # Modules that read the same have one metric.
     found = []
     for module, metric in zip(layout.modules, metrics, strict=True):
-        W = prepared.weight(module).contiguous()
+        W = prepared.weight(module)
 
         def relative(known: float, W: Tensor = W, metric: Metric = metric) -> float:
             squares = metric.squares(W) or known**2 * float(W.double().square().sum())
@@ -214,6 +215,28 @@ def _first_step(modules: Sequence[SteppedMatrix], bits: float, rms: float) -> fl
     return high
 
 
+def _finest(prepared: Group, byte_budget: int) -> tuple[float, float, list[EncodedCore], float]:
+    """The finest step that fits.
+
+    Returns:
+        The logarithm of the step, the largest root mean square of a module in units of the step 1,
+        what is stored, and the squared error to expect of it.
+    """
+    elements, size = prepared.layout.elements, prepared.args.size
+    bits = disk_bits(8 * byte_budget / elements, size)
+    modules = _modules(prepared, damping_of(bits), prepared.metric)
+    rms = max(one.rms() for one in modules) or 1.0
+    step, stored = fitting(
+        lambda at: rounded(modules, 2.0**at),
+        elements,
+        byte_budget,
+        math.log2(rms / MOST_RMS),
+        _first_step(modules, bits, rms),
+        size,
+    )
+    return step, rms, stored, sum(one.cost * one.W.numel() for one in modules) * 4.0**step
+
+
 def encode(
     prepared: Group,
     byte_budget: int,
@@ -224,19 +247,8 @@ def encode(
     """Find the step that fits; see `Method.encode`."""
     bounds(prepared.layout, byte_budget, prepared.value_dtype, prepared.args)
     clock = Stopwatch(prepared.unfolding.device)
-    elements = prepared.layout.elements
     with clock("stage2"):
-        bits = disk_bits(8 * byte_budget / elements, prepared.args.size)
-        modules = _modules(prepared, damping_of(bits), prepared.metric)
-        rms = max(one.rms() for one in modules) or 1.0
-        step, stored = fitting(
-            lambda at: rounded(modules, 2.0**at),
-            elements,
-            byte_budget,
-            math.log2(rms / MOST_RMS),
-            _first_step(modules, bits, rms),
-            prepared.args.size,
-        )
+        step, rms, stored, expected = _finest(prepared, byte_budget)
         foreseen: tuple[CurvePoint, ...] = ()
         if curve_budgets:
             foreseen = _curve(prepared, step, rms, [byte_budget, *curve_budgets])
@@ -244,7 +256,6 @@ def encode(
         module.name: ModuleChain((Multiply(0),), (matrix,))
         for module, matrix in zip(prepared.layout.modules, stored, strict=True)
     }
-    expected = sum(one.cost * one.W.numel() for one in modules) * 4.0**step
     done = chain_result(prepared, StoredChains(chains, expected=expected), clock)
     # Curves know no feedback of outputs: what is stored here says how much that gains.
     gains = done.metric_squared_error / foreseen[0].squared_error if foreseen else 1.0
@@ -258,9 +269,9 @@ def bounds(
     """See `Method.bounds`."""
     require_coded_budget("watersic", byte_budget, least_bytes(layout, value_dtype, args), args)
     largest = max(math.prod(layout.weight_shape(module)) for module in layout.modules)
-    # Copies of the weights and their numbers, and the factors of all metrics, which the search
-    # holds at once; what coding one module takes.
-    workspace = module_workspace_bytes(layout, args) + 16 * layout.elements
+    # The numbers of two steps and the streams of one, and the factors of all metrics, which the
+    # search holds at once; what coding one module takes.
+    workspace = module_workspace_bytes(layout, args) + 8 * layout.elements
     squares = 0
     if args.metric in CALIBRATED:
         widths = [layout.weight_shape(module)[1] for module in layout.modules]
@@ -269,8 +280,7 @@ def bounds(
         workspace += 4 * max(widths) ** 2
         read = {m.reads: width for m, width in zip(layout.modules, widths, strict=True)}
         outputs = sum(layout.weight_shape(module)[0] for module in layout.modules)
-        # Those of a curve lie beside those of what is stored.
-        workspace += 8 * sum(width**2 for width in read.values()) + 8 * 256 * outputs
+        workspace += 4 * sum(width**2 for width in read.values()) + 4 * 256 * outputs
     together = max(largest, min(most_together(layout.elements), layout.elements + squares))
     workspace += _CODING_BYTES * largest + _TOGETHER_BYTES * together + _COUNTS_BYTES
     per_weight = 8 * byte_budget / layout.elements

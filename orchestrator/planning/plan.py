@@ -31,7 +31,7 @@ from orchestrator.source.checkpoint import Source
 from orchestrator.source.texts import read_calibration
 from workers.checkpoint.headers import DTYPES
 from workers.checkpoint.packed import working_bytes
-from workers.contracts import OUTSIDE, CurveTask, Task, TensorRef
+from workers.contracts import MOST_READ_AHEAD, OUTSIDE, CurveTask, Task, TensorRef
 
 # A payload's header, its rows with the singular values, its events; the small files of a model.
 _FILES_OF_A_TASK_BYTES = 128 * 2**10
@@ -310,11 +310,12 @@ def with_budget(task: Task, budget: int) -> PlannedTask:
 
 
 def _metric_bytes(task: Task) -> int:
-    """Bytes of what calibration tells a task, once for it and once for the next one."""
+    """Bytes of what calibration tells a task, and the next one where that is read ahead."""
     if task.method_args["metric"] not in CALIBRATED:
         return 0
     blocks = blocks_of([task])
-    return 2 * (input_bytes(blocks) + output_bytes(blocks))
+    own = input_bytes(blocks) + output_bytes(blocks)
+    return own + min(own, MOST_READ_AHEAD)
 
 
 def calibration_digest(config: RunConfig) -> str:

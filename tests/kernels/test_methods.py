@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from support import groups
 from support.groups import fused, gqa, mha, unfolding
 from support.methods import BF16, FP16, FP32, budget_of, decompose
 from support.paths import ROOT, TESTS
@@ -311,44 +312,59 @@ def test_every_codec_is_reached():
     assert used == set(CODECS)
 
 
+SLOW = pytest.mark.slow
 MEASURE = """
-import json, sys, torch
+import sys, torch
 from pathlib import Path
-from support.groups import {layout}
+from support import groups
 from lestd_kernels.methods import METHODS, MethodArgs
+from workers.host.devices import return_freed_memory
 
 torch.set_num_threads(1)
+return_freed_memory()
 
 def resident(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
-layout, args = {layout}(1024, 128, 16), MethodArgs(type_mode="{type_mode}")
-W = torch.randn(1024, 128 * 64)
+layout, args = groups.{layout}(*{sizes}), MethodArgs(**{args})
+W = torch.randn(layout.width, layout.elements // layout.width)
+metrics = groups.grams(layout) if args.metric == "loss" else {{}}
+budget = int({keep} * W.numel() * 2)
 torch.linalg.eigh(torch.eye(8).double())
 W[:8] @ W[:8].T
 Path("/proc/self/clear_refs").write_text("5")
 before = resident("VmRSS")
-METHODS["{method}"].decompose(W, layout, int({keep} * W.numel() * 2), torch.bfloat16, args)
+curve = [budget // 2] if metrics else []
+METHODS["{method}"].decompose(W, layout, budget, torch.bfloat16, args, curve, metrics)
 print(resident("VmHWM") - before)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 @pytest.mark.parametrize(
-    ("method", "type_mode", "layout"),
-    [("lestd", "identity", "mha"), ("lestd", "learned", "fused"), ("tucker", "identity", "mha")],
+    ("method", "layout", "sizes", "keep", "args"),
+    [
+        ("lestd", "mha", (1024, 128, 16), 0.8, {}),
+        ("lestd", "fused", (1024, 128, 16), 0.8, {"type_mode": "learned"}),
+        ("tucker", "mha", (1024, 128, 16), 0.8, {}),
+        ("lestd", "experts", (512, 192, 24), 0.2, {"metric": "loss"}),
+        *(
+            pytest.param(one, "experts", (512, 192, 24), 0.2, {"metric": "loss"}, marks=SLOW)
+            for one in ("watersic", "auto")
+        ),
+    ],
 )
-def test_the_predicted_memory_bounds_the_measured(method, type_mode, layout):
-    code = MEASURE.format(method=method, type_mode=type_mode, layout=layout, keep=0.8)
+def test_the_predicted_memory_bounds_the_measured(method, layout, sizes, keep, args):
+    code = MEASURE.format(method=method, layout=layout, sizes=sizes, keep=keep, args=args)
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{TESTS}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     measured = json.loads(done.stdout)
-    group = {"mha": mha, "fused": fused}[layout](1024, 128, 16)
-    budget = budget_of(group, 0.8, BF16)
-    bounds = METHODS[method].bounds(group, budget, BF16, MethodArgs(type_mode=type_mode))
+    group = getattr(groups, layout)(*sizes)
+    budget = budget_of(group, keep, BF16)
+    bounds = METHODS[method].bounds(group, budget, BF16, MethodArgs(**args))
     assert measured <= bounds.workspace_bytes <= 3 * measured
 
 

@@ -33,6 +33,32 @@ def fused(d: int, p: int, h: int) -> GroupLayout:
     )
 
 
+def experts(d: int, p: int, count: int) -> GroupLayout:
+    modules = (("gate", "input", "in"), ("up", "input", "in"), ("down", "output", "hidden"))
+    return GroupLayout(
+        d,
+        p,
+        tuple(
+            ModuleLayout(f"expert_{e}.{t}", side, ((t, e),), f"{reads}_{e}")
+            for e in range(count)
+            for t, side, reads in modules
+        ),
+    )
+
+
+def grams(layout: GroupLayout) -> dict[str, Tensor]:
+    """Of random inputs and gradients, fewer than there are channels; one for an input."""
+    generator = torch.Generator().manual_seed(0)
+    inputs: dict[str, Tensor] = {}
+    found = {}
+    for module in layout.modules:
+        for n, name in zip(layout.weight_shape(module), (".output", ""), strict=True):
+            X = torch.randn(n // 2, n, generator=generator)
+            gram = X.T @ X / len(X)
+            found[module.name + name] = gram if name else inputs.setdefault(module.reads, gram)
+    return found
+
+
 def unfolding(layout: GroupLayout, seed: int = 0) -> Tensor:
     """A random unfolding (d, S p) whose spectra decay along both shared modes."""
     generator = torch.Generator().manual_seed(seed)

@@ -83,7 +83,7 @@ class SteppedMatrix:
     """A matrix, and what of its steps no budget decides.
 
     Attributes:
-        W: ``(in, out)``.
+        W: ``(in, out)``; it may be a view.
         metric: in which errors count.
         U: see `whole_numbers`.
         V: likewise.
@@ -129,7 +129,6 @@ class SteppedMatrix:
             unit: the step 1 in units of the metric, from the root of both means; default: 1.
             factors: of inputs' metrics that are known, by identity; those found are added.
         """
-        W = W.contiguous()
         r, mean_A = _steps(metric.input, len(W), damping, W)
         c, mean_B = _steps(metric.output, W.shape[1], damping, W)
         U, V = r, None
@@ -182,7 +181,7 @@ class SteppedMatrix:
     def bytes_of(self, Z: Tensor) -> int:
         """About the bytes that count of whole numbers and scales."""
         if self.size == MEMORY:
-            numbers = packed_bytes(Z.to(torch.int16))
+            numbers = packed_bytes(Z)
         else:
             numbers = coded_bytes(Z.to(torch.int64).cpu().numpy())
         return numbers + self.scale_bytes
@@ -215,7 +214,7 @@ class RoundedMatrix:
 
     Attributes:
         matrix: what was rounded.
-        Z: ``(in, out)``, whole numbers.
+        Z: ``(in, out)``, whole numbers, int16.
         scales: ``(in + out,)``, r and then c, as stored.
         size: about the bytes of them that count.
         is_fitted: whether the scales are those of least error.
@@ -284,7 +283,7 @@ def _side_by_side(matrices: Sequence[SteppedMatrix], step: float) -> list[Rounde
         c,
         matrices[0].value_dtype,
         torch.stack(V) if V else None,
-    )
+    ).to(torch.int16)
     return [
         RoundedMatrix(one, numbers, own, one.bytes_of(numbers))
         for one, numbers, own in zip(matrices, Z, scales, strict=True)

@@ -20,7 +20,7 @@ SparseGPT (ICML 2023), section 3, for importance and feedback.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -316,16 +316,16 @@ def store_rounded(
     return EncodedCore.quantized(rounded, value_bits, value_dtype, scales, codec, chosen)
 
 
-def mean_metric(metrics: Sequence[Tensor]) -> Tensor:
-    """The mean of metrics; diagonal if all are."""
-    if len(metrics) == 1:
-        return metrics[0]
-    if all(C.dim() == 1 for C in metrics):
-        return torch.stack(list(metrics)).mean(dim=0)
-    total = torch.zeros(2 * metrics[0].shape[:1], device=metrics[0].device)
+def mean_metric(metrics: Iterable[Tensor]) -> Tensor:
+    """The mean of metrics, of which one is held at a time; diagonal if all are."""
+    total, count = None, 0
     for C in metrics:
-        total += C.diag() if C.dim() == 1 else C
-    return total / len(metrics)
+        if total is not None and C.dim() != total.dim():
+            C, total = (X.diag() if X.dim() == 1 else X for X in (C, total))
+        total = C if total is None else total + C
+        count += 1
+    assert total is not None, "a side has modules"
+    return total / count
 
 
 def _sum(parts: object) -> Tensor:

@@ -22,7 +22,7 @@ Kronecker-factored Approximate Curvature", ICML 2015.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,44 +81,43 @@ class LossGroup:
 
     Attributes:
         modules: as they were given.
-        metrics: theirs, regularized: L of mean 1, and N with all that makes it nats.
         basis: all columns of A ``(d, d)``, float32, the strongest first.
         singular_values: theirs.
     """
 
     def __init__(self, modules: Sequence[TwoSided], shape: SidedShape) -> None:
         self.shape, self.modules = shape, tuple(modules)
-        self.metrics: list[Metric] = []
-        shared: dict[str, tuple[Tensor, float]] = {}
+        self.basis, self.singular_values = self._find_basis()
+
+    def metrics(self) -> Iterator[Metric]:
+        """Those of the modules, regularized: L of mean 1, and N with all that makes it nats.
+
+        Made one by one, each time anew: those of a hundred experts together would take more
+        memory than their weights.
+        """
+        reads = None
         for one in self.modules:
-            if one.reads not in shared:
-                shared[one.reads] = _regularized(one.exact.input, one.W[:, 0])
-            L, unit = shared[one.reads]
+            if one.reads != reads:
+                reads, (L, unit) = one.reads, _regularized(one.exact.input, one.W[:, 0])
             N, other = _regularized(one.exact.output, one.W[0])
             # All that makes it nats is on one side, so that those who read the same share L.
-            self.metrics.append(Metric(L, N * (unit * other)))
-        self.basis, self.singular_values = self._find_basis()
+            yield Metric(L, N * (unit * other))
 
     def mean(self) -> Tensor:
         """The mean of the modules' L, by what they count."""
-        distinct = {
-            one.reads: metric for one, metric in zip(self.modules, self.metrics, strict=True)
-        }
-        if len(distinct) == 1:
-            return _of(next(iter(distinct.values())).input)
-        weights = [mean_diagonal([_of(metric.output)]) for metric in self.metrics]
+        if len({one.reads for one in self.modules}) == 1:
+            return _of(next(self.metrics()).input)
+        weights = [mean_diagonal([_of(metric.output)]) for metric in self.metrics()]
         total = sum(weights)
         return mean_metric(
-            [
-                _of(metric.input) * (weight * len(weights) / total)
-                for metric, weight in zip(self.metrics, weights, strict=True)
-            ]
+            _of(metric.input) * (weight * len(weights) / total)
+            for metric, weight in zip(self.metrics(), weights, strict=True)
         )
 
     def _find_basis(self) -> tuple[Tensor, tuple[float, ...]]:
         """All columns of A ``(d, d)``, float32, the strongest first, and their singular values."""
         S, gram = Root.of(self.mean()), None
-        for one, metric in zip(self.modules, self.metrics, strict=True):
+        for one, metric in zip(self.modules, self.metrics(), strict=True):
             X = S.apply(one.W)
             part = X @ Metric(None, metric.output).apply(X).T
             gram = part if gram is None else gram + part
@@ -133,7 +132,7 @@ class LossGroup:
         """Rank and squared error to expect for each byte budget, before anything is rounded."""
         losses: list[Tensor] = []
         left_out = torch.zeros(self.shape.width, dtype=torch.float64)
-        for one, metric in zip(self.modules, self.metrics, strict=True):
+        for one, metric in zip(self.modules, self.metrics(), strict=True):
             image = apply_metric(_of(metric.input), self.basis)
             scale = (self.basis * image).sum(dim=0)
             core = (image.T @ one.W) / scale[:, None]
@@ -151,7 +150,7 @@ class LossGroup:
         error of all is larger than it. Measured on trained attention this is within a factor of 3.
         """
         losses, whole = [], 0.0
-        for one, metric in zip(self.modules, self.metrics, strict=True):
+        for one, metric in zip(self.modules, self.metrics(), strict=True):
             L = _of(metric.input)
             rows = diagonal_of(feedback_root(L)) * diagonal_of(L).sqrt()
             losses.append(one.W.square() * rows[:, None] * diagonal_of(_of(metric.output)))
@@ -187,8 +186,8 @@ class LossGroup:
             every = torch.ones_like(basis, dtype=torch.bool)
             A = store_rounded(basis, every, rows, shape.factor_bits, value_dtype)
         factor = None if A is None else A.decode().float()
-        cores, scores, metrics = [], [], []
-        for one, metric in zip(self.modules, self.metrics, strict=True):
+        cores, scores = [], []
+        for one, metric in zip(self.modules, self.metrics(), strict=True):
             M, H = one.W, _of(metric.input)
             if factor is not None:
                 image = apply_metric(H, factor)
@@ -199,7 +198,6 @@ class LossGroup:
             )
             cores.append(M)
             scores.append(M.abs() * weights)
-            metrics.append(Metric(H, metric.output))
 
         def fits(nnz: Sequence[int]) -> bool:
             return shape.stored_bytes(R, nnz) <= byte_budget
@@ -207,10 +205,13 @@ class LossGroup:
         masks = select_largest(scores, fits)
         del scores
         stores, expected = [], 0.0
-        for i, (one, mask) in enumerate(zip(self.modules, masks, strict=True)):
-            core = fit_on_support(cores[i], mask, metrics[i])
+        for one, metric, mask in zip(self.modules, self.metrics(), masks, strict=True):
+            if factor is not None:
+                H = factor.T @ apply_metric(_of(metric.input), factor)
+                metric = metric._replace(input=H)
+            core = fit_on_support(cores.pop(0), mask, metric)
             expected += one.exact.squares(one.W - (core if factor is None else factor @ core))
-            stores.append(self._store(core, mask, metrics[i], value_dtype))
+            stores.append(self._store(core, mask, metric, value_dtype))
         return Encoded(A, stores, expected)
 
     def _store(
