@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,10 +34,6 @@ def count_bits(packed: Tensor, count: int) -> int:
     rest = int.from_bytes(packed[words * 8 :].tolist(), "little")
     total = (rest & ((1 << (count - words * 64)) - 1)).bit_count()
     for part in torch.split(packed[: words * 8], _COUNT_BYTES):
-        # Sums of 2, 4 and 8 neighboring bits at once, then of the bytes of a word.
-        x = part.clone().view(torch.int64)  # mapped files may start at odd addresses
-        x = x - ((x >> 1) & 0x5555555555555555)
-        x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
-        x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
-        total += int(((x * 0x0101010101010101) >> 56).sum())
+        bits = np.bitwise_count(part.cpu().numpy().view(np.uint64))
+        total += int(bits.sum(dtype=np.uint32))
     return total
