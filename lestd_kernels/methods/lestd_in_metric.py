@@ -385,7 +385,7 @@ def _workspace_bytes(
         largest *= 2
     widest = max([layout.width, *inputs.values()] if squares else [layout.width])
     groups = 4 * layout.elements + 12 * most + 18 * largest
-    counts = max(map(len, sides(layout).values())) << 20
+    counts = 6 * max(map(len, sides(layout).values())) << 17
     return groups + 8 * squares + 40 * widest**2 + counts + BUFFERS_BYTES
 
 

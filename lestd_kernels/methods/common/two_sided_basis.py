@@ -88,6 +88,7 @@ class LossGroup:
     def __init__(self, modules: Sequence[TwoSided], shape: SidedShape) -> None:
         self.shape, self.modules = shape, tuple(modules)
         self.basis, self.singular_values = self._find_basis()
+        self._rows: tuple[list[Tensor], float] | None = None
 
     def metrics(self) -> Iterator[Metric]:
         """Those of the modules, regularized: L of mean 1, and N with all that makes it nats.
@@ -132,9 +133,12 @@ class LossGroup:
         """Rank and squared error to expect for each byte budget, before anything is rounded."""
         losses: list[Tensor] = []
         left_out = torch.zeros(self.shape.width, dtype=torch.float64)
+        L: Tensor | None = None
         for one, metric in zip(self.modules, self.metrics(), strict=True):
-            image = apply_metric(_of(metric.input), self.basis)
-            scale = (self.basis * image).sum(dim=0)
+            if metric.input is not L:
+                L = metric.input
+                image = apply_metric(_of(L), self.basis)
+                scale = (self.basis * image).sum(dim=0)
             core = (image.T @ one.W) / scale[:, None]
             losses.append(core.square() * scale[:, None] * diagonal_of(_of(metric.output)))
             whole = (core * Metric(None, metric.output).apply(core)).sum(dim=1) * scale
@@ -149,12 +153,11 @@ class LossGroup:
         when made up for; and the more is lost of the sum, the more of the ratio by which the
         error of all is larger than it. Measured on trained attention this is within a factor of 3.
         """
-        losses, whole = [], 0.0
-        for one, metric in zip(self.modules, self.metrics(), strict=True):
-            L = _of(metric.input)
-            rows = diagonal_of(feedback_root(L)) * diagonal_of(L).sqrt()
-            losses.append(one.W.square() * rows[:, None] * diagonal_of(_of(metric.output)))
-            whole += metric.squares(one.W)
+        rows, whole = self._known_rows()
+        losses = [
+            one.W.square() * own[:, None] * diagonal_of(_of(metric.output))
+            for one, own, metric in zip(self.modules, rows, self.metrics(), strict=True)
+        ]
         total = sum(float(loss.sum(dtype=torch.float64)) for loss in losses)
         left_out = torch.zeros(self.shape.width, dtype=torch.float64)
         shape = replace(self.shape, identity=True)
@@ -166,8 +169,23 @@ class LossGroup:
             for _, error in found
         ]
 
+    def _known_rows(self) -> tuple[list[Tensor], float]:
+        """What the weights of a row count in `search_identity`, by module, and the squared norm of
+        all in their metrics. Of no budget and no bits, and so found once for all."""
+        if self._rows is None:
+            rows, whole = [], 0.0
+            L: Tensor | None = None
+            for one, metric in zip(self.modules, self.metrics(), strict=True):
+                if metric.input is not L:
+                    L = metric.input
+                    own = diagonal_of(feedback_root(_of(L))) * diagonal_of(_of(L)).sqrt()
+                rows.append(own)
+                whole += metric.squares(one.W)
+            self._rows = rows, whole
+        return self._rows
+
     def forget(self) -> None:
-        """Nothing is kept of a search."""
+        """Nothing large is kept of a search."""
 
     def encode(
         self,
@@ -181,23 +199,21 @@ class LossGroup:
         if R == IDENTITY:
             R, shape = shape.width, replace(shape, identity=True)
         else:
-            rows = feedback_inverse(feedback_root(self.mean()))
+            inverse = feedback_inverse(feedback_root(self.mean()))
             basis = self.basis[:, :R].contiguous()
             every = torch.ones_like(basis, dtype=torch.bool)
-            A = store_rounded(basis, every, rows, shape.factor_bits, value_dtype)
+            A = store_rounded(basis, every, inverse, shape.factor_bits, value_dtype)
         factor = None if A is None else A.decode().float()
         cores, scores = [], []
-        for one, metric in zip(self.modules, self.metrics(), strict=True):
-            M, H = one.W, _of(metric.input)
-            if factor is not None:
-                image = apply_metric(H, factor)
-                H = factor.T @ image
-                M = solver(H)(image.T @ one.W)
-            weights = (
-                diagonal_of(feedback_root(H))[:, None] * diagonal_of(_of(metric.output)).sqrt()
-            )
+        H: Tensor | None = None
+        for one, metric, image in self._in_basis(factor):
+            if metric.input is not H:
+                H = _of(metric.input)
+                rows = diagonal_of(feedback_root(H))[:, None]
+                solved = None if image is None else solver(H)
+            M = one.W if solved is None or image is None else solved(image.T @ one.W)
             cores.append(M)
-            scores.append(M.abs() * weights)
+            scores.append(M.abs() * (rows * diagonal_of(_of(metric.output)).sqrt()))
 
         def fits(nnz: Sequence[int]) -> bool:
             return shape.stored_bytes(R, nnz) <= byte_budget
@@ -205,14 +221,22 @@ class LossGroup:
         masks = select_largest(scores, fits)
         del scores
         stores, expected = [], 0.0
-        for one, metric, mask in zip(self.modules, self.metrics(), masks, strict=True):
-            if factor is not None:
-                H = factor.T @ apply_metric(_of(metric.input), factor)
-                metric = metric._replace(input=H)
+        for (one, metric, _), mask in zip(self._in_basis(factor), masks, strict=True):
             core = fit_on_support(cores.pop(0), mask, metric)
             expected += one.exact.squares(one.W - (core if factor is None else factor @ core))
             stores.append(self._store(core, mask, metric, value_dtype))
         return Encoded(A, stores, expected)
+
+    def _in_basis(self, factor: Tensor | None) -> Iterator[tuple[TwoSided, Metric, Tensor | None]]:
+        """Each module, the metric of its core, and L times the factor; None for the identity."""
+        L: Tensor | None = None
+        for one, metric in zip(self.modules, self.metrics(), strict=True):
+            if metric.input is not L:
+                H = L = metric.input
+                image = None if factor is None else apply_metric(_of(L), factor)
+                if factor is not None and image is not None:
+                    H = factor.T @ image
+            yield one, metric._replace(input=H), image
 
     def _store(
         self, core: Tensor, mask: Tensor, metric: Metric, value_dtype: torch.dtype
