@@ -309,7 +309,7 @@ class DecomposeWorker:
         prepared = self._computing.submit(self._prepare, tasks[0], weights, metrics, clock).result()
         for task in tasks:
             reuse = task is not tasks[-1]
-            encoding = self._computing.submit(self._encode, prepared, task, reuse)
+            encoding = self._computing.submit(self._encode, [prepared], task, reuse)
             if not reuse:
                 del prepared
             yield encoding
@@ -332,20 +332,23 @@ class DecomposeWorker:
                 del on_device
             # Modules that read the same have one metric, there as here.
             moved = {id(metric): metric.to(self._device) for metric in metrics.values()}
+            on_device = {name: moved[id(metric)] for name, metric in metrics.items()}
+            metrics.clear()
             group = Group(
                 unfolding,
                 task.layout,
                 getattr(torch, task.value_dtype),
                 MethodArgs(**task.method_args),
-                {name: moved[id(metric)] for name, metric in metrics.items()},
+                on_device,
             )
-            del unfolding, moved
+            del unfolding, moved, on_device
             prepared = METHODS[task.method].prepare(group)
             del group
         clock.seconds.update(add_seconds(clock.seconds, prepared.seconds))
         return prepared
 
-    def _encode(self, prepared: Any, task: Task, reuse: bool) -> _Encoded:
+    def _encode(self, given: list[Any], task: Task, reuse: bool) -> _Encoded:
+        prepared = given.pop()  # The pool keeps its arguments until the result is out.
         with torch.inference_mode():
             curve_budgets = task.curve_budgets if isinstance(task, CurveTask) else ()
             try:

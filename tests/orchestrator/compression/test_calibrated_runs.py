@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,6 +29,8 @@ from orchestrator.manifest import Manifest
 from orchestrator.planning.calibration_costs import blocks_of
 from orchestrator.source.checkpoint import resolve_source
 from orchestrator.source.texts import read_samples
+from workers import decompose
+from workers.contracts import Task
 
 
 @pytest.fixture
@@ -144,6 +147,36 @@ def test_a_method_gets_the_blocks_of_a_wide_inputs_gram(
     torch.testing.assert_close(
         seen[0]["o_proj"].double(), whole.double() * inside, rtol=1e-3, atol=1e-3
     )
+
+
+def test_large_metrics_are_not_read_beside_those_of_the_group_before(
+    tiny_llama: Path, wikitext: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = resolve_source(str(tiny_llama))
+    config = RunConfig(keep=0.5, calibrate_on=str(wikitext), samples=2, sample_tokens=20)
+    read = decompose._read_metrics
+    known: list[weakref.ref[Tensor]] = []
+    beside: list[int] = []
+
+    def watched(task: Task) -> dict[str, Tensor]:
+        beside.append(sum(one() is not None for one in known))
+        found = read(task)
+        assert sum(4 * one.numel() for one in {id(m): m for m in found.values()}.values()) == (
+            decompose._metric_bytes(task)
+        )
+        known.extend(map(weakref.ref, found.values()))
+        return found
+
+    monkeypatch.setattr(decompose, "_read_metrics", watched)
+    payloads = []
+    for name, most in (("ahead", decompose.MOST_READ_AHEAD), ("in turn", 0)):
+        monkeypatch.setattr(decompose, "MOST_READ_AHEAD", most)
+        run = tmp_path / name
+        given = {"calibration": tmp_path / "calibration"}
+        compress_model(source, config, SerialExecutor(), run / "out", run / "run", **given)
+        payloads.append(sorted(path.name for path in (run / "run" / "payloads").iterdir()))
+    assert beside[4:] == [0] * 4
+    assert payloads[0] == payloads[1]
 
 
 @pytest.mark.usefixtures("seen")
