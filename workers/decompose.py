@@ -7,7 +7,8 @@ A worker that has several tasks works on them at once, each in a thread of its c
 while another is decomposed and a third is written. So its memory holds at most
 
     one group in the source's dtype (the next one), one group that is decomposed (its float32
-    unfolding and the method's work space), and one payload (the last one's tensors)
+    unfolding and the method's work space), and one payload (the last one's tensors); what
+    calibration tells the second, and the first where that is at most `MOST_READ_AHEAD`
 
 however long the run is, and `orchestrator.planning.plan` asks for that much. A bundle of tasks
 keeps the group's rotation beside it until its last budget (`Bounds.reuse_bytes`).
