@@ -17,7 +17,6 @@ keeps the group's rotation beside it until its last budget (`Bounds.reuse_bytes`
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import socket
 import threading
@@ -37,14 +36,14 @@ from lestd_kernels.errors import LestdError
 from lestd_kernels.formats.chain import Chain
 from lestd_kernels.formats.entries import with_stored_path
 from lestd_kernels.formats.kinds import Decomposition
-from lestd_kernels.linalg.metric import whole
-from lestd_kernels.methods import LOSS, METHODS, NORM, Decomposed, Group, MethodArgs
-from lestd_kernels.methods.common.base import STATISTICS, add_seconds
+from lestd_kernels.methods import LOSS, METHODS, Decomposed, Group, MethodArgs
+from lestd_kernels.methods.common.base import add_seconds
 from lestd_kernels.methods.common.stopwatch import Stopwatch
 from lestd_kernels.storage.few_bits import FULL_BITS
 from lestd_kernels.storage.matrix import RANS
 from lestd_kernels.tensorize import unfold_weights
-from workers.checkpoint.checks import check_finite, check_metric
+from workers.checkpoint.checks import check_finite
+from workers.checkpoint.metrics import metric_bytes, read_metrics
 from workers.checkpoint.tensors import digest_safetensors, read_tensor, write_safetensors
 from workers.contracts import (
     MOST_READ_AHEAD,
@@ -173,13 +172,13 @@ class DecomposeWorker:
         started_at = time.time()
         with clock("read"):
             weights, source_sha256 = self._read(tasks[0])
-            read_ahead = _metric_bytes(tasks[0]) <= MOST_READ_AHEAD
-            metrics = _read_metrics(tasks[0]) if read_ahead else {}
+            read_ahead = metric_bytes(tasks[0]) <= MOST_READ_AHEAD
+            metrics = read_metrics(tasks[0]) if read_ahead else {}
 
         advance()
         if not read_ahead:
             with clock("read"):
-                metrics = _read_metrics(tasks[0])
+                metrics = read_metrics(tasks[0])
         encodings = self._encodings(tasks, weights, metrics, clock)
         encoding: Future[_Encoded] | None = next(encodings)
         # Each task bears its share of what is done for all.
@@ -368,46 +367,3 @@ def _value_bits(decomposition: Decomposition, args: MethodArgs) -> int:
     """Bits of a stored value; a quantizer chooses them itself where 16 are asked for."""
     chosen = decomposition.chosen_bits if isinstance(decomposition, Chain) else None
     return args.value_bits if chosen is None else chosen
-
-
-def _metric_bytes(task: Task) -> int:
-    """Bytes of what `_read_metrics` returns, from the headers."""
-    inputs = {m.reads: task.layout.weight_shape(m)[1] for m in task.layout.modules}
-    total = 0
-    for name, ref in task.metric_tensors.items():
-        # Inputs' blocks become one matrix.
-        in_blocks = name in inputs and len(ref.shape) == 3
-        total += 4 * (inputs[name] ** 2 if in_blocks else math.prod(ref.shape))
-    return total
-
-
-def _read_metrics(task: Task) -> dict[str, Tensor]:
-    """The metric of each module's input that has one, float32, see `Metrics`."""
-    widths = {m.reads: task.layout.weight_shape(m)[1] for m in task.layout.modules}
-    widths |= {f"{m.name}.output": task.layout.weight_shape(m)[0] for m in task.layout.modules}
-    read: dict[str, Tensor] = {}
-    norms: dict[str, Tensor] = {}  # All experts of a layer read one: it is one metric.
-    for name, ref in task.metric_tensors.items():
-        if ref.name in norms:
-            read[name] = norms[ref.name]
-            continue
-        read[name] = read_tensor(ref).float()
-        check_finite(read[name], ref)
-        if task.method_args["metric"] == NORM:
-            # The inputs of the modules are normalized ones, each channel times the norm's weight.
-            norms[ref.name] = read[name].square_()
-        elif name in widths:
-            check_metric(read[name], ref, widths[name])
-            if not name.endswith(".output"):
-                read[name] = whole(read[name])
-        tokens = f"{name}.tokens"  # In the metric loss: the mean is asked for, not the sum.
-        if tokens in task.metric_tensors:
-            read[name] /= read_tensor(task.metric_tensors[tokens]).clamp(min=1)
-    metrics = {}
-    for module in task.layout.modules:
-        for suffix in ("", *(f".{one}" for one in STATISTICS)):
-            if module.reads + suffix in read:
-                metrics[module.name + suffix] = read[module.reads + suffix]
-        if f"{module.name}.output" in read:
-            metrics[f"{module.name}.output"] = read[f"{module.name}.output"]
-    return metrics

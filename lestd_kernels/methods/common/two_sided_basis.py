@@ -233,8 +233,9 @@ class LossGroup:
         for one, metric in zip(self.modules, self.metrics(), strict=True):
             if metric.input is not L:
                 H = L = metric.input
-                image = None if factor is None else apply_metric(_of(L), factor)
-                if factor is not None and image is not None:
+                image = None
+                if factor is not None:
+                    image = apply_metric(_of(L), factor)
                     H = factor.T @ image
             yield one, metric._replace(input=H), image
 

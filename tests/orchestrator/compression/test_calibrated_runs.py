@@ -154,7 +154,7 @@ def test_large_metrics_are_not_read_beside_those_of_the_group_before(
 ) -> None:
     source = resolve_source(str(tiny_llama))
     config = RunConfig(keep=0.5, calibrate_on=str(wikitext), samples=2, sample_tokens=20)
-    read = decompose._read_metrics
+    read = decompose.read_metrics
     known: list[weakref.ref[Tensor]] = []
     beside: list[int] = []
 
@@ -162,12 +162,12 @@ def test_large_metrics_are_not_read_beside_those_of_the_group_before(
         beside.append(sum(one() is not None for one in known))
         found = read(task)
         assert sum(4 * one.numel() for one in {id(m): m for m in found.values()}.values()) == (
-            decompose._metric_bytes(task)
+            decompose.metric_bytes(task)
         )
         known.extend(map(weakref.ref, found.values()))
         return found
 
-    monkeypatch.setattr(decompose, "_read_metrics", watched)
+    monkeypatch.setattr(decompose, "read_metrics", watched)
     payloads = []
     for name, most in (("ahead", decompose.MOST_READ_AHEAD), ("in turn", 0)):
         monkeypatch.setattr(decompose, "MOST_READ_AHEAD", most)
