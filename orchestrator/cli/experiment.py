@@ -103,7 +103,7 @@ def run_experiment(
         examination = examine(asked, settings)
     evaluated = asked.text is not None or examination is not None
     if evaluated or given.get("speed"):
-        check_evaluable(source, asked.text, asked.window)
+        check_evaluable(source, asked.text, asked.window, asked.max_windows)
     missing: list[Missing] = []
     if measured:
         for contender in configs:

@@ -129,10 +129,8 @@ def measure_divergence(
     names = list(losses)
     count = min(blocks, len(names))
     chosen = tuple(dict.fromkeys(names[i * len(names) // count] for i in range(count)))
-    _, token_ids = read_tokens(model, text_path)
+    _, token_ids = read_tokens(model, text_path, max_windows)
     length = model.window_length
-    if max_windows is not None:
-        token_ids = token_ids[: max_windows * length + 1]
     if device == "auto":
         device = "cuda" if executor.has_cuda() else "cpu"
     dtype = "float32" if dtype == "auto" else dtype

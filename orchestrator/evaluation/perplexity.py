@@ -36,7 +36,7 @@ from orchestrator.evaluation.model import (
 from orchestrator.evaluation.pieces import EvaluationDirectory, run_pieces
 from orchestrator.evaluation.records import ModelFacts, evaluation_id, evaluation_versions
 from orchestrator.execution.executor import Executor, Listener
-from orchestrator.source.texts import decode_text
+from orchestrator.source.texts import decode_text, first_tokens
 from workers.contracts import Failure
 from workers.evaluation.contracts import EvalRequest, EvalResult
 from workers.evaluation.perplexity import EvalWorker
@@ -147,14 +147,9 @@ def evaluate(
     require_positive("max-windows", max_windows)
     if dtype not in DTYPES:
         raise LestdError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    text, token_ids = read_tokens(model, text_path)
-    length = model.window_length
+    text, token_ids = read_tokens(model, text_path, max_windows)
+    length, words = model.window_length, len(text.split())
     windows = -(-(len(token_ids) - 1) // length)
-    if max_windows is not None and max_windows < windows:
-        windows = max_windows
-        token_ids = token_ids[: windows * length + 1]
-        text = str(model.tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))
-    words = len(text.split())
 
     if device == "auto":
         device = "cuda" if executor.has_cuda() else "cpu"
@@ -230,18 +225,26 @@ def read_text(path: Path) -> str:
     return text
 
 
-def read_tokens(model: EvaluationModel, path: Path) -> tuple[str, list[int]]:
+def read_tokens(
+    model: EvaluationModel, path: Path, max_windows: int | None = None
+) -> tuple[str, list[int]]:
     """A text and its token ids.
+
+    Args:
+        model: whose tokenizer and windows they are.
+        path: of the text.
+        max_windows: of a longer text what these predict, and what it decodes to.
 
     Raises:
         LestdError: as `read_text`; or it has fewer than two tokens, or tokens that the model does
             not have.
     """
     text = read_text(path)
-    # verbose=False: a text longer than the model is what windows are for, no reason to warn.
-    token_ids: list[int] = model.tokenizer(text, add_special_tokens=False, verbose=False)[
-        "input_ids"
-    ]
+    most = None if max_windows is None else max_windows * model.window_length + 1
+    token_ids = first_tokens(model.tokenizer, text, None if most is None else most + 1)
+    if most is not None and len(token_ids) > most:
+        token_ids = token_ids[:most]
+        text = str(model.tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))
     if len(token_ids) < 2:
         raise LestdError(
             f"the text {path} has {len(token_ids)} token; evaluation needs at least two, because "

@@ -166,7 +166,9 @@ def _require_disk(out: Path, needed: int) -> None:
         )
 
 
-def check_evaluable(source: Source, text: Path | None, window: int | None) -> None:
+def check_evaluable(
+    source: Source, text: Path | None, window: int | None, max_windows: int | None
+) -> None:
     """Refuse, before anything is compressed, what could not be evaluated afterwards.
 
     Raises:
@@ -180,7 +182,7 @@ def check_evaluable(source: Source, text: Path | None, window: int | None) -> No
         )
     model = open_model(source.directory, window)
     if text is not None:
-        read_tokens(model, text)
+        read_tokens(model, text, max_windows)
 
 
 def evaluate_all(

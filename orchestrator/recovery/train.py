@@ -106,7 +106,7 @@ def recover(
     about = _require_trainable(model)
     [opened] = open_models([model.directory], window)
     if eval_text is not None:
-        read_tokens(opened[0], eval_text)
+        read_tokens(opened[0], eval_text, max_windows)
     length = opened[0].window_length
     run_dir = out.with_name(out.name + ".recover")
     # What can be refused is refused before anything is written, or deleted.

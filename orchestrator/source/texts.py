@@ -39,20 +39,21 @@ def decode_text(content: bytes, path: Path | str) -> str:
         ) from error
 
 
-def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[int]:
-    """The first token ids of a text, without special tokens; fewer where it has no more.
+def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int | None) -> list[int]:
+    """The first token ids of a text, without special tokens; fewer where it has no more, and all
+    for None.
 
-    No more of the text is tokenized than it takes: up to the end of a line, since a cut elsewhere
-    would change the tokens before it.
+    No more of the text is tokenized than it takes: up to the end of a line and a token further,
+    since a cut elsewhere would change the tokens before it.
     """
-    limit = _CHARACTERS_PER_TOKEN * count
+    limit = len(text) if count is None else _CHARACTERS_PER_TOKEN * count
     while True:
         stop = text.rfind("\n", 0, limit) + 1 if limit < len(text) else len(text)
         # verbose=False: a text longer than the model is no reason to warn.
         found: list[int] = tokenizer(text[:stop], add_special_tokens=False, verbose=False)[
             "input_ids"
         ]
-        if len(found) >= count or stop == len(text):
+        if stop == len(text) or (count is not None and len(found) > count):
             return found[:count]
         limit *= 2
 

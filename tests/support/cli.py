@@ -4,11 +4,15 @@ import hashlib
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from typer.testing import CliRunner
+from typer import testing
 
 from orchestrator.cli import app
+
+# Typer's runner makes all commands anew for each call, of which tests make thousands.
+testing._get_command = cache(testing._get_command)
 
 PATIENCE = 600
 """Seconds until what a test waits for counts as hung; on no machine is anything that slow."""
@@ -26,7 +30,7 @@ class Finished:
 
 def lestd(*args: object) -> Finished:
     """Run the command in this process; an unexpected exception is raised, not swallowed."""
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    result = testing.CliRunner().invoke(app, [str(arg) for arg in args])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Finished(result.exit_code, result.stdout, result.stderr)

@@ -23,7 +23,7 @@ from lestd_kernels.errors import LestdError
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.evaluation import perplexity
 from orchestrator.evaluation.model import open_model
-from orchestrator.evaluation.perplexity import Evaluation, cut
+from orchestrator.evaluation.perplexity import Evaluation, cut, read_tokens
 from orchestrator.evaluation.records import open_models
 from orchestrator.execution.executor import Executor, Listener, WorkerSpec
 from orchestrator.execution.open import open_executor
@@ -160,6 +160,14 @@ def test_max_windows_beyond_the_text_changes_nothing(text_file: Path) -> None:
     whole = evaluate(MODEL, text_file, SerialExecutor(), window=100)
     capped = evaluate(MODEL, text_file, SerialExecutor(), window=100, max_windows=10_000)
     assert (capped.nll, capped.words, capped.windows) == (whole.nll, whole.words, whole.windows)
+
+
+@pytest.mark.parametrize("windows", [1, 7, 200])
+def test_the_first_windows_are_those_of_the_whole_text(windows: int) -> None:
+    """Though only the beginning of the text is tokenized for them."""
+    model = open_model(MODEL, 64)
+    _, whole = read_tokens(model, TEXT)
+    assert read_tokens(model, TEXT, windows)[1] == whole[: 64 * windows + 1]
 
 
 def test_default_window_is_the_models_positions_whatever_their_name(
