@@ -144,7 +144,6 @@ def evaluate(
     """
     require_positive("threads", threads)
     require_positive("gpus", gpus)
-    require_positive("max-windows", max_windows)
     if dtype not in DTYPES:
         raise LestdError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     text, token_ids = read_tokens(model, text_path, max_windows)
@@ -237,8 +236,9 @@ def read_tokens(
 
     Raises:
         LestdError: as `read_text`; or it has fewer than two tokens, or tokens that the model does
-            not have.
+            not have; or `max_windows` is not positive.
     """
+    require_positive("max-windows", max_windows)
     text = read_text(path)
     most = None if max_windows is None else max_windows * model.window_length + 1
     token_ids = first_tokens(model.tokenizer, text, None if most is None else most + 1)
