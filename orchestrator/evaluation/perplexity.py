@@ -1,6 +1,7 @@
 """Perplexity of a model on a text, by a pool of workers.
 
-The text is tokenized once, as a whole and without special tokens, into t_0 ... t_{n-1}. Window i
+The text is tokenized as a whole and without special tokens, into t_0 ... t_{n-1}; where
+`max_windows` cuts it, no further than these windows take, which have the same tokens. Window i
 reads t_{iL} ... t_{iL+L-1} and predicts the token after each of them, so the windows do not
 overlap, the last one may be shorter, and every token but t_0 is predicted exactly once:
 

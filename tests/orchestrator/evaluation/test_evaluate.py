@@ -162,12 +162,12 @@ def test_max_windows_beyond_the_text_changes_nothing(text_file: Path) -> None:
     assert (capped.nll, capped.words, capped.windows) == (whole.nll, whole.words, whole.windows)
 
 
-@pytest.mark.parametrize("windows", [1, 7, 200])
-def test_the_first_windows_are_those_of_the_whole_text(windows: int) -> None:
+def test_the_first_windows_are_those_of_the_whole_text() -> None:
     """Though only the beginning of the text is tokenized for them."""
     model = open_model(MODEL, 64)
     _, whole = read_tokens(model, TEXT)
-    assert read_tokens(model, TEXT, windows)[1] == whole[: 64 * windows + 1]
+    for windows in (1, 7, 200):
+        assert read_tokens(model, TEXT, windows)[1] == whole[: 64 * windows + 1]
 
 
 def test_default_window_is_the_models_positions_whatever_their_name(
