@@ -27,7 +27,6 @@ import argparse
 import hashlib
 import json
 import os
-import resource
 import socket
 import subprocess
 import sys
@@ -54,11 +53,24 @@ from workers.checkpoint.headers import LENGTH_BYTES, TensorSpec, build_header, l
 from workers.checkpoint.tensors import INDEX_FILE
 from workers.contracts import Result, Task
 from workers.decompose import STATIONS, DecomposeWorker, payload_name
+from workers.host.devices import peak_memory_bytes
 from workers.storage.json_files import write_json
 
 HIDDEN, HEADS, LAYERS_OF_A_SHARD = 64, 4, 1000
 KEEP = 0.5
 MIB = 2**20
+# A command, and its largest resident set in KiB into a file: ru_maxrss begins at what the process
+# that started this one had.
+_COMMAND = """
+import sys
+from orchestrator.__main__ import main
+peak = sys.argv.pop(1)
+try:
+    main()
+finally:
+    lines = open("/proc/self/status").readlines()
+    open(peak, "w").write(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
+"""
 
 
 def shapes_of_layer(layer: int) -> Iterator[TensorSpec]:
@@ -196,7 +208,7 @@ class Drive:
 def resident_bytes() -> int:
     """Resident set of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def drive(model: Path, out: Path, workers: int, ray_actors: int) -> Drive:
@@ -247,7 +259,7 @@ def drive(model: Path, out: Path, workers: int, ray_actors: int) -> Drive:
     assert outcome.complete
     if isinstance(executor, RayExecutor):
         executor.close()
-    memory["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory["peak"] = peak_memory_bytes(torch.device("cpu"))
     phases = {
         "plan": 2 * (cpu["plan"] - cpu["start"]),
         "begin": cpu["compress"] - cpu["template"] - (cpu["plan"] - cpu["start"]),
@@ -262,14 +274,15 @@ def drive(model: Path, out: Path, workers: int, ray_actors: int) -> Drive:
 
 def command(*arguments: object) -> tuple[float, int]:
     """CPU seconds and largest resident set of a command of lestd."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", "orchestrator", *map(str, arguments)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    _, status, usage = os.wait4(child.pid, 0)
-    assert status == 0, arguments
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    with tempfile.NamedTemporaryFile("r", prefix="lestd-peak-") as peak:
+        child = subprocess.Popen(
+            [sys.executable, "-c", _COMMAND, peak.name, *map(str, arguments)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        _, status, usage = os.wait4(child.pid, 0)
+        assert status == 0, arguments
+        return usage.ru_utime + usage.ru_stime, int(peak.read()) * 1024
 
 
 def measure(count: int, options: argparse.Namespace) -> Drive:
