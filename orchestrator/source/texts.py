@@ -40,8 +40,7 @@ def decode_text(content: bytes, path: Path | str) -> str:
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int | None) -> list[int]:
-    """The first token ids of a text, without special tokens; fewer where it has no more, and all
-    for None.
+    """The first token ids of a text (None: all), without special tokens; fewer where it ends.
 
     No more of the text is tokenized than it takes: up to the end of a line and a token further,
     since a cut elsewhere would change the tokens before it.
